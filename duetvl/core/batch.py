@@ -1,0 +1,79 @@
+"""What the data side hands to a model: numpy arrays, no framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+IGNORE = -100  # a label that is not trained; transformers and torch use the same number
+
+
+def _no_grids() -> np.ndarray:
+    return np.zeros((0, 3), np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One conversation, encoded. Sequences are plain 1-D arrays: there is no batch axis and no padding.
+
+    input_ids (T,) integers, each vision block expanded to its full number of placeholder tokens.
+    labels (T,) the token itself where it is trained and -100 elsewhere (not shifted); None: nothing is trained.
+    pixel_values, pixel_values_videos (P, C * temporal * patch * patch) float32 patch rows, in the order of
+    image_grid_thw, video_grid_thw (N, 3): patches in time, height and width.
+    second_per_grid_ts (number of videos,) seconds that one temporal patch spans; None: one second each.
+    id names the sample in messages and logs.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray | None = None
+    pixel_values: np.ndarray | None = None
+    image_grid_thw: np.ndarray = field(default_factory=_no_grids)
+    pixel_values_videos: np.ndarray | None = None
+    video_grid_thw: np.ndarray = field(default_factory=_no_grids)
+    second_per_grid_ts: np.ndarray | None = None
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("image_grid_thw", "video_grid_thw"):
+            grids = getattr(self, name)
+            clean = _no_grids() if grids is None else np.asarray(grids, np.int64).reshape(-1, 3)
+            object.__setattr__(self, name, clean)
+        object.__setattr__(self, "input_ids", np.asarray(self.input_ids).reshape(-1))
+        if self.labels is not None:
+            object.__setattr__(self, "labels", np.asarray(self.labels).reshape(-1))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples laid end to end: a micro-batch.
+
+    input_ids (T,) int32. position_ids (3, T) int32: time, height, width. cu_seqlens (S + 1,) int32 with the
+    leading zero. targets (T,) int32: the label of the *next* token of the same sample, or -100.
+    pixel_rows (P, C * temporal * patch * patch) float32 and grids (N, 3) int64: images and videos of all samples
+    in one list, per sample its images, then its videos.
+    visual_dst, visual_src (V,) int32: token row `visual_dst[i]` takes row `visual_src[i]` of the merged features.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    cu_seqlens: np.ndarray
+    targets: np.ndarray
+    pixel_rows: np.ndarray
+    grids: np.ndarray
+    visual_dst: np.ndarray
+    visual_src: np.ndarray
+    sample_ids: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples: real ones, as there is no padding."""
+        return len(self.input_ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of positions that the loss is summed over."""
+        return int(np.count_nonzero(self.targets != IGNORE))
