@@ -1,0 +1,93 @@
+"""Protocol of differentiation. Nothing above the seam knows of `.backward`, `.grad` or `.detach`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from duetvl.core.errors import DuetvlError
+from duetvl.core.params import Parameter
+
+Tensor = Any
+Tape = Any
+Needs = tuple[bool, ...]
+Forward = Callable[..., tuple[Any, tuple[Any, ...]]]
+Backward = Callable[..., tuple[Any, ...]]
+
+
+class Autograd(Protocol):
+    """Several tapes may be in flight, and are pulled back once each, in any order, from the thread that made them."""
+
+    def run_stage(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        trainable: Sequence[Parameter],
+        frozen: Sequence[Parameter] = (),
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        """Run `fn(*inputs, *trainable tensors, *frozen tensors)` and record it.
+
+        `fn` returns a tensor or a tuple of tensors; the outputs come back as a tuple. Inputs and trainable
+        parameters are differentiated; frozen parameters and tensors that `fn` closes over are not.
+        """
+        ...
+
+    def backward(
+        self,
+        tape: Tape,
+        cotangents: Sequence[Tensor | None],
+        *,
+        last: bool = True,
+        on_ready: Callable[[Parameter], None] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Pull the cotangents of a stage's outputs back and return the gradients of its inputs.
+
+        A cotangent of None counts as zero; an input that no output depends on has gradient None. The complete
+        gradient of each trainable parameter is cast to float32 and added to its `main_grad`, once per tape,
+        whatever the number of its uses and recomputation. With `last` (the step's last micro-batch), `on_ready`
+        is called once for each parameter, as soon as its gradient is final; a trainable parameter that has
+        received no gradient since `main_grad` was None raises MissingGradient, unless it is conditional.
+        """
+        ...
+
+    def value_and_grad(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`fn(*inputs)`, a 0-d tensor, and its gradient with respect to every input."""
+        ...
+
+    def custom_vjp(self, forward: Forward, backward: Backward) -> Callable[..., Any]:
+        """A differentiable function with a gradient of its own.
+
+        `forward(needs, *tensors) -> (outputs, residuals)` runs unrecorded: `needs[i]` says whether tensor i is
+        differentiated (all False where nothing is recorded), `outputs` is a tensor or a tuple of them, `residuals`
+        a tuple of anything. `backward(needs, residuals, *cotangents)` returns one gradient per tensor, None where
+        there is none. The function made takes tensors only, positionally: close over everything else.
+        """
+        ...
+
+    def checkpoint(self, fn: Callable[..., Any], *tensors: Tensor) -> Any:
+        """`fn(*tensors)`, keeping only the tensors: `fn` runs again when it is pulled back. `fn` may close over
+        parameters of the stage; their gradients still arrive once and complete."""
+        ...
+
+    def stop_gradient(self, x: Tensor) -> Tensor:
+        """`x` as a constant."""
+        ...
+
+    def no_grad(self) -> AbstractContextManager[None]:
+        """Nothing is recorded inside."""
+        ...
+
+
+class MissingGradient(DuetvlError):
+    """A trainable parameter took no part in a step that should have trained it."""
+
+
+def check_all_received(parameters: Sequence[Parameter]) -> None:
+    """Raise MissingGradient naming the parameters that should have a gradient and do not."""
+    missing = [p.path for p in parameters if p.main_grad is None and not p.conditional]
+    if missing:
+        raise MissingGradient(
+            f"no gradient reached {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} "
+            f"({len(missing)} of {len(parameters)} trainable parameters); freeze what the loss does not use"
+        )

@@ -1,0 +1,37 @@
+"""Protocol of the device a backend runs on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+
+class Device(Protocol):
+    """One device of one process."""
+
+    name: str  # "cpu", "cuda:0", "npu:0"
+
+    def synchronize(self) -> None:
+        """Wait until everything that was started on the device has ended."""
+        ...
+
+    def peak_memory(self) -> int:
+        """Bytes: most that the device's allocator held since the last reset; on a CPU the process's peak resident set."""
+        ...
+
+    def reset_peak_memory(self) -> None:
+        """Start a new measurement, where the device can (the resident set of a process cannot be reset)."""
+        ...
+
+    def total_memory(self) -> int:
+        """Bytes of memory of the device (of the machine on a CPU)."""
+        ...
+
+    def supports(self, dtype: str) -> bool:
+        """Whether weights may be stored in this dtype."""
+        ...
+
+    def profile(self, directory: Path) -> AbstractContextManager[None]:
+        """Write a trace of what runs inside, in the framework's own format, to `directory`."""
+        ...

@@ -1,0 +1,219 @@
+"""Protocol of the tensor functions. A method's docstring is its specification; backends are tested against it.
+
+A tensor is the framework's own. Above the seam it has `+ - * /`, unary minus, comparisons, basic slices,
+`.shape` and `.ndim`; everything else is one of these functions. They never write to an argument, except the three
+mutators at the end. dtypes are named by strings: float32, bfloat16, float16, int32, int64, bool. There is no
+promotion: both sides of an arithmetic operation have one dtype, `cast` changes it.
+
+Shapes in this file: T rows (tokens or patches), D width, H heads, K head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from duetvl.core.spans import Spans
+
+Tensor = Any
+
+
+class Ops(Protocol):
+    """Every function differentiates with respect to its floating-point tensor arguments unless it says otherwise."""
+
+    # -- creation and conversion -----------------------------------------------------------------------------------
+
+    def from_numpy(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
+        """A tensor on the backend's device holding `array`, cast to `dtype` if given.
+
+        The tensor may share the array's memory: do not write to the array afterwards.
+        """
+        ...
+
+    def to_numpy(self, x: Tensor) -> np.ndarray:
+        """The values on the host, bfloat16 widened to float32. May share the tensor's memory: read only."""
+        ...
+
+    def dtype_of(self, x: Tensor) -> str:
+        """The dtype's name, such as "float32"."""
+        ...
+
+    def cast(self, x: Tensor, dtype: str) -> Tensor:
+        """`x` in `dtype`; `x` itself where it has it already. Gradient: cast back."""
+        ...
+
+    def zeros(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
+        """Zeros, not differentiable."""
+        ...
+
+    # -- element by element ----------------------------------------------------------------------------------------
+
+    def exp(self, x: Tensor) -> Tensor: ...
+
+    def log(self, x: Tensor) -> Tensor: ...
+
+    def rsqrt(self, x: Tensor) -> Tensor:
+        """1 / sqrt(x)"""
+        ...
+
+    def sigmoid(self, x: Tensor) -> Tensor: ...
+
+    def silu(self, x: Tensor) -> Tensor:
+        """x * sigmoid(x)"""
+        ...
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """x * Phi(x) with the exact normal distribution, not the tanh approximation."""
+        ...
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        """x * sigmoid(1.702 x)"""
+        ...
+
+    def where(self, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`a` where the bool `condition` holds, else `b`; all of one shape. Gradient: to a and b."""
+        ...
+
+    # -- reductions ------------------------------------------------------------------------------------------------
+
+    def sum(self, x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
+        """Sum over one axis, or of everything (a 0-d tensor)."""
+        ...
+
+    def mean(self, x: Tensor, axis: int, keepdims: bool = False) -> Tensor:
+        """Mean over one axis."""
+        ...
+
+    def max(self, x: Tensor, axis: int, keepdims: bool = False) -> Tensor:
+        """Largest value along one axis. Not differentiable."""
+        ...
+
+    def argmax(self, x: Tensor, axis: int) -> Tensor:
+        """Index of the largest value along one axis, the first of equals. Not differentiable."""
+        ...
+
+    # -- shape -----------------------------------------------------------------------------------------------------
+
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Same numbers in row-major order, other shape; one size may be -1."""
+        ...
+
+    def transpose(self, x: Tensor, axes: Sequence[int]) -> Tensor:
+        """Permute the axes."""
+        ...
+
+    def broadcast_to(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Repeat along axes of size 1, numpy's rules."""
+        ...
+
+    def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor:
+        """Join along an existing axis; pieces may be empty along it."""
+        ...
+
+    def split(self, x: Tensor, sizes: Sequence[int], axis: int) -> tuple[Tensor, ...]:
+        """Cut along an axis into pieces of the given sizes, which add up to the axis."""
+        ...
+
+    # -- matrices --------------------------------------------------------------------------------------------------
+
+    def matmul(self, a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+        """Matrix product over the last two axes, leading axes equal. Sums are accumulated in float32."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., I), weight (O, I), bias (O,) -> (..., O)"""
+        ...
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Rows `index` (N,) int32 of x (T, ...) -> (N, ...). Gradient: to x, repeated rows add up."""
+        ...
+
+    def scatter_rows(self, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        """A copy of x (T, ...) whose rows `index` (N,) int32, all different, are `rows` (N, ...).
+
+        Gradient: to rows, and to x where it was kept.
+        """
+        ...
+
+    def gather_last(self, x: Tensor, index: Tensor) -> Tensor:
+        """x (..., N), index (...) int32 -> (...): one element from the last axis of each row."""
+        ...
+
+    # -- coarse operations -----------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+        """Scale `x` to unit root-mean-square over its last axis.
+
+        x (..., D), scale (D,) -> (..., D) in x's dtype: x / sqrt(mean(x^2) + eps) * scale, computed in float32.
+        """
+        ...
+
+    def layer_norm(self, x: Tensor, scale: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+        """x (..., D), scale and bias (D,) -> (..., D) in x's dtype; biased variance, computed in float32."""
+        ...
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the two halves of each head: (a, b) -> (a cos - b sin, b cos + a sin).
+
+        x (T, H, K), cos and sin (T, K / 2) float32 -> (T, H, K) in x's dtype, computed in float32.
+        Gradient: to x only.
+        """
+        ...
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up"""
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+        """Softmax attention inside each span, scores scaled by K ** -0.5.
+
+        q (T, H, K), k and v (T, G, K) where G divides H: head h uses group h * G // H. `spans` covers the T rows.
+        Returns out (T, H, K) in q's dtype and lse (H, T) float32, the log of the summed exponentials.
+        Gradient: from out to q, k, v; none through lse.
+        """
+        ...
+
+    def attention_grad(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of `attention` to q, k and v for the cotangent `dout` of out.
+
+        `out` and `lse` may come from a softmax over more keys than k holds (ring attention). Not differentiable.
+        """
+        ...
+
+    def linear_cross_entropy(
+        self, h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Sum over rows of weights * (logsumexp(h W^T) - (h W^T)[label]), a float32 0-d tensor.
+
+        h (N, D), weight (V, D), labels (N,) int32 in [0, V), weights (N,) float32 (all one when None).
+        The logits are never held whole. Gradient: to h and weight, made in the forward pass.
+        """
+        ...
+
+    def linear_logprobs(self, h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """log softmax(h W^T)[label] and logsumexp(h W^T) of each row, both (N,) float32.
+
+        h (N, D), weight (V, D), labels (N,) int32. The logits are never held whole.
+        Gradient: from the first result to h and weight; none through the second.
+        """
+        ...
+
+    # -- mutators: never while a tape that saw `dst` is in flight --------------------------------------------------
+
+    def assign(self, dst: Tensor, src: Tensor) -> None:
+        """Overwrite all of `dst` with `src`, of the same shape, cast to dst's dtype. The storage stays the same."""
+        ...
+
+    def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
+        """Overwrite rows start, start + 1, ... of `dst` with `src`."""
+        ...
+
+    def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
+        """Overwrite rows `index` (N,) int32, all different, of `dst` with `src` (N, ...)."""
+        ...
