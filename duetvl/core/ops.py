@@ -143,6 +143,13 @@ class Ops(Protocol):
         """x (..., N), index (...) int32 -> (...): one element from the last axis of each row."""
         ...
 
+    def add_at_last(self, x: Tensor, index: Tensor, values: Tensor | float) -> Tensor:
+        """x (N, M) with values (N,) or a number added at column `index[i]` of row i. Not differentiable.
+
+        Uses up x: its storage may become the result's.
+        """
+        ...
+
     # -- coarse operations -----------------------------------------------------------------------------------------
 
     def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:

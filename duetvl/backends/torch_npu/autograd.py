@@ -1,0 +1,129 @@
+"""Differentiation by torch's own engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from duetvl.core.autograd import Backward, Forward, check_all_received
+from duetvl.core.params import Parameter
+
+Tensor = torch.Tensor
+
+
+@dataclass(eq=False)
+class Tape:
+    """What one stage recorded, and where its gradients go while it is pulled back."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    trainable: tuple[Parameter, ...]
+    on_ready: Callable[[Parameter], None] | None = None
+
+
+class TorchAutograd:
+    """See core/autograd.py."""
+
+    def run_stage(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        trainable: Sequence[Parameter],
+        frozen: Sequence[Parameter] = (),
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        tape = Tape(leaves, (), tuple(trainable))
+        with torch.enable_grad():
+            tapped = [_Tap.apply(p.tensor.detach().requires_grad_(), p, tape) for p in trainable]
+            outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
+        tape.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(x.detach() for x in tape.outputs), tape
+
+    def backward(
+        self,
+        tape: Tape,
+        cotangents: Sequence[Tensor | None],
+        *,
+        last: bool = True,
+        on_ready: Callable[[Parameter], None] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        tape.on_ready = on_ready if last else None
+        pulled = [(y, d) for y, d in zip(tape.outputs, cotangents, strict=True) if d is not None and y.requires_grad]
+        if pulled:
+            torch.autograd.backward([y for y, _ in pulled], [d for _, d in pulled])
+        if last:
+            check_all_received(tape.trainable)
+        gradients = tuple(x.grad for x in tape.inputs)
+        tape.outputs = ()  # a tape is pulled back once; this frees what it recorded
+        return gradients
+
+    def value_and_grad(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            value = fn(*leaves)
+        return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+
+    def custom_vjp(self, forward: Forward, backward: Backward) -> Callable[..., Any]:
+        def call(*tensors: Tensor) -> Any:
+            recording = torch.is_grad_enabled()
+            needs = tuple(recording and x.requires_grad for x in tensors)
+            if not any(needs):
+                return forward(needs, *tensors)[0]
+            return _Custom.apply(forward, backward, needs, *tensors)
+
+        return call
+
+    def checkpoint(self, fn: Callable[..., Any], *tensors: Tensor) -> Any:
+        return checkpoint(fn, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+    def stop_gradient(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def no_grad(self) -> AbstractContextManager[None]:
+        return torch.no_grad()
+
+
+class _Tap(torch.autograd.Function):
+    """Identity in front of a parameter: its backward runs once per tape, with the complete gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, parameter: Parameter, tape: Tape) -> Tensor:
+        ctx.parameter, ctx.tape = parameter, tape
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        parameter = ctx.parameter
+        if parameter.main_grad is None:
+            # A copy, as the engine may hand the same tensor to several receivers.
+            parameter.main_grad = gradient.to(torch.float32, copy=True)
+        else:
+            parameter.main_grad.add_(gradient)
+        if ctx.tape.on_ready is not None:
+            ctx.tape.on_ready(parameter)
+        return None, None, None
+
+
+class _Custom(torch.autograd.Function):
+    """A function with a hand-written gradient; residual tensors are kept the way the engine can free them."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Forward, backward: Backward, needs: tuple[bool, ...], *tensors: Tensor) -> Any:
+        outputs, residuals = forward(needs, *tensors)
+        ctx.save_for_backward(*(r if isinstance(r, torch.Tensor) else None for r in residuals))
+        ctx.rest = tuple(None if isinstance(r, torch.Tensor) else r for r in residuals)
+        ctx.pull, ctx.needs = backward, needs
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        residuals = tuple(
+            rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)
+        )
+        gradients = ctx.pull(ctx.needs, residuals, *cotangents)
+        return (None, None, None, *gradients)

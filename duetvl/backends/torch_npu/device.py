@@ -1,0 +1,48 @@
+"""The device under a torch backend."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class TorchDevice:
+    """See core/device.py."""
+
+    def __init__(self, place: torch.device):
+        self.place = place
+        self.name = str(place)
+
+    @property
+    def _module(self) -> Any:
+        """torch.cuda or torch.npu."""
+        return torch.get_device_module(self.place)
+
+    def synchronize(self) -> None:
+        if self.place.type != "cpu":
+            self._module.synchronize(self.place)
+
+    def peak_memory(self) -> int:
+        if self.place.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(self._module.max_memory_allocated(self.place))
+
+    def reset_peak_memory(self) -> None:
+        if self.place.type != "cpu":
+            self._module.reset_peak_memory_stats(self.place)
+
+    def total_memory(self) -> int:
+        if self.place.type == "cpu":
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(self._module.get_device_properties(self.place).total_memory)
+
+    def supports(self, dtype: str) -> bool:
+        return dtype in ("float32", "bfloat16", "float16")
+
+    def profile(self, directory: Path) -> AbstractContextManager[Any]:
+        return torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(directory)))

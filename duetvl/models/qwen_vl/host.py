@@ -1,0 +1,510 @@
+"""The host side of Qwen2-VL and Qwen2.5-VL in numpy: positions, packing, windows, rotary tables.
+
+The specification of positions is that of transformers 4.49 to 4.51, Qwen's own: text resumes one
+past the largest position of a vision block, and time is `floor(t * second_per_grid *
+tokens_per_second)` in float32. transformers 4.57 truncates fractional seconds and 5 ignores time
+where text resumes; neither is followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+
+from duetvl.core.batch import IGNORE, Batch, Sample
+from duetvl.core.errors import DataError
+from duetvl.core.family import PatchGeometry, SpecialTokens
+from duetvl.core.spans import Spans
+from duetvl.models.qwen_vl.config import ModelConfig
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class VisionTables:
+    """What the vision tower needs to know of a batch with P patches in M merged rows.
+
+    order (P,) int32: row `i` of the tower's hidden states is patch `order[i]`. None: rows stay as
+    they are, as without windows.
+    inverse (M,) int32: feature `i` is row `inverse[i]` of the merger's output. None: likewise.
+    frame_spans, window_spans: who attends to whom, over the P rows in that order; the same without
+    windows.
+    cos, sin (P, head_dim / 2) float32, in that order.
+    """
+
+    order: np.ndarray | None
+    inverse: np.ndarray | None
+    frame_spans: Spans
+    window_spans: Spans
+    cos: np.ndarray
+    sin: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageTables:
+    """Causal spans of the samples, and cos, sin (T, head_dim / 2) float32."""
+
+    spans: Spans
+    cos: np.ndarray
+    sin: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class HostTables:
+    """Everything about a batch that is computed on the host and used by the model."""
+
+    vision: VisionTables
+    language: LanguageTables
+
+
+class QwenVLFamily:
+    """The host side of one model; implements `duetvl.core.family.Family`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        vision = config.vision
+        self.geometry = PatchGeometry(vision.channels, vision.patch, vision.temporal, vision.merge)
+        self.special = SpecialTokens(
+            vision_start=config.vision_start_token_id,
+            vision_end=config.vision_end_token_id,
+            image=config.image_token_id,
+            video=config.video_token_id,
+        )
+
+    def placeholder_count(self, grid_thw: np.ndarray | Sequence[int]) -> int:
+        """Tokens that a picture or video of this grid takes: time x height x width / merge^2."""
+        return _merged_count(_as_grid(grid_thw, self.geometry.merge), self.geometry.merge)
+
+    def position_index(
+        self,
+        input_ids: np.ndarray,
+        image_grid_thw: np.ndarray,
+        video_grid_thw: np.ndarray,
+        second_per_grid_ts: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, int]:
+        """Positions of one sample (3, T) int32: time, height, width; and the next free position.
+
+        Raises DataError when placeholders and grids do not match, one vision block at a time.
+        """
+        ids = np.asarray(input_ids).reshape(-1)
+        blocks = self._blocks(ids, image_grid_thw, video_grid_thw)
+        seconds = _seconds(second_per_grid_ts, len(video_grid_thw))
+        positions = np.empty((3, len(ids)), np.int32)
+        done, free = 0, 0
+        for block in blocks:
+            text = block.start - done
+            positions[:, done : block.start] = np.arange(free, free + text, dtype=np.int32)
+            free += text
+            step = self._time_step(block, seconds)
+            inside = _block_positions(block.grid, self.geometry.merge, step)
+            done = block.start + inside.shape[1]
+            positions[:, block.start : done] = inside + np.int32(free)
+            free += int(inside.max()) + 1
+        positions[:, done:] = np.arange(free, free + len(ids) - done, dtype=np.int32)
+        return positions, free + len(ids) - done
+
+    def pack(self, samples: Sequence[Sample]) -> Batch:
+        """Lay samples end to end.
+
+        Raises DataError naming the sample whose tokens and media disagree.
+        """
+        if not samples:
+            raise DataError("cannot pack an empty list of samples")
+        parts = [self._checked(sample, index) for index, sample in enumerate(samples)]
+        lengths = [len(sample) for sample in samples]
+        media = [pixels for part in parts for pixels in part.media]
+        merged = np.cumsum([0, *(part.features for part in parts)])
+        starts = np.cumsum([0, *lengths])
+        return Batch(
+            input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int32),
+            position_ids=np.concatenate([part.positions for part in parts], axis=1),
+            cu_seqlens=starts.astype(np.int32),
+            targets=np.concatenate([_targets(sample) for sample in samples]),
+            pixel_rows=_stack_rows(media, self.geometry.row),
+            grids=np.concatenate([part.grids for part in parts]),
+            visual_dst=_offset([part.dst for part in parts], starts),
+            visual_src=_offset([part.src for part in parts], merged),
+            sample_ids=tuple(sample.id for sample in samples),
+        )
+
+    def prepare(self, batch: Batch) -> HostTables:
+        """Window order, spans and rotary tables of a batch."""
+        cos, sin = self.rope_tables(batch.position_ids)
+        return HostTables(
+            vision=self.vision_tables(batch.grids),
+            language=LanguageTables(Spans(batch.cu_seqlens, causal=True), cos, sin),
+        )
+
+    def rope_tables(self, position_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin (T, head_dim / 2) float32 of the language model at positions (3, T).
+
+        The first frequencies follow time, the next height, the last width, as `mrope_section`
+        divides them.
+        """
+        text = self.config.text
+        positions = np.asarray(position_ids).reshape(3, -1)
+        longest = int(positions.max(initial=0)) + 1
+        tables = _rotary_table(_table_length(longest), text.head_dim, text.rope_theta)
+        if positions.shape[1] == 0:
+            return tables[0][:0], tables[1][:0]
+        edges = [0, *np.cumsum(text.mrope_section).tolist()]
+        cos, sin = (
+            np.concatenate(
+                [
+                    table[axis, start:stop]
+                    for axis, (start, stop) in zip(positions, pairwise(edges), strict=True)
+                ],
+                axis=1,
+            )
+            for table in tables
+        )
+        return cos, sin
+
+    def vision_tables(self, grids: np.ndarray) -> VisionTables:
+        """Tables of the vision tower for media of these grids (N, 3), in this order."""
+        vision = self.config.vision
+        as_grids = [_as_grid(grid, vision.merge) for grid in grids]
+        merged_order, window_lengths = window_order(as_grids, vision.merge, vision.window_merged)
+        unit = vision.merge**2
+        frame_spans = Spans.of_lengths(_frame_lengths(as_grids), causal=False)
+        spans = frame_spans
+        if vision.window is not None:
+            spans = Spans.of_lengths(window_lengths * unit, causal=False)
+        cos, sin = self._vision_rope(as_grids)
+        if np.array_equal(merged_order, np.arange(len(merged_order))):
+            return VisionTables(None, None, frame_spans, spans, cos, sin)
+        order = (merged_order[:, None] * unit + np.arange(unit)).reshape(-1).astype(np.int32)
+        inverse = np.argsort(merged_order, kind="stable").astype(np.int32)
+        return VisionTables(order, inverse, frame_spans, spans, cos, sin)
+
+    def _vision_rope(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:
+        vision = self.config.vision
+        places = [_patch_places(grid, vision.merge, vision.window_merged) for grid in grids]
+        rows = np.concatenate([np.zeros((0, 2), np.int32), *places])
+        tables = _rotary_table(
+            _table_length(int(rows.max(initial=0)) + 1), vision.head_dim // 2, vision.rope_theta
+        )
+        cos, sin = (table[rows].reshape(len(rows), vision.head_dim // 2) for table in tables)
+        return cos, sin
+
+    def _time_step(self, block: _Block, seconds: np.ndarray) -> tuple[float, float]:
+        """Seconds per temporal patch and ticks per second of a block, see `_block_positions`."""
+        ticks = self.config.vision.tokens_per_second
+        if ticks is None:
+            return 1.0, 1.0
+        return (float(seconds[block.index]), ticks) if block.is_video else (0.0, ticks)
+
+    def _blocks(
+        self, ids: np.ndarray, image_grids: np.ndarray, video_grids: np.ndarray
+    ) -> list[_Block]:
+        """The vision blocks of a sample in the order of its tokens, each with its grid.
+
+        Raises DataError when a block has more or fewer tokens than its grid makes features.
+        """
+        merge = self.geometry.merge
+        kinds = {
+            self.special.image: _Medium("image", [_as_grid(grid, merge) for grid in image_grids]),
+            self.special.video: _Medium("video", [_as_grid(grid, merge) for grid in video_grids]),
+        }
+        blocks: list[_Block] = []
+        for token, start, stop in _placeholder_runs(ids, tuple(kinds)):
+            medium = kinds[token]
+            while start < stop:
+                index, grid = medium.take(stop - start)
+                features = _merged_count(grid, merge)
+                if features > stop - start:
+                    raise DataError(
+                        f"{medium.name} {index + 1}: {stop - start} placeholder tokens, but its "
+                        f"grid {grid} makes {features} features"
+                    )
+                blocks.append(_Block(start, grid, index, medium.name == "video"))
+                start += features
+        for medium in kinds.values():
+            medium.check_all_taken()
+        return blocks
+
+    def _checked(self, sample: Sample, index: int) -> _Part:
+        """One sample's share of a batch, or a DataError that names the sample."""
+        try:
+            self._check_tokens(sample)
+            media = [
+                _checked_rows("image", sample.pixel_values, sample.image_grid_thw, self.geometry),
+                _checked_rows(
+                    "video", sample.pixel_values_videos, sample.video_grid_thw, self.geometry
+                ),
+            ]
+            return self._part(sample, [rows for rows in media if rows is not None])
+        except DataError as error:
+            name = f"sample {sample.id!r}" if sample.id else f"sample {index}"
+            raise DataError(f"{name}: {error}") from None
+
+    def _check_tokens(self, sample: Sample) -> None:
+        if len(sample) == 0:
+            raise DataError("has no tokens")
+        vocab = self.config.text.vocab_size
+        _check_ids("token id", sample.input_ids, np.zeros(len(sample), bool), vocab)
+        if sample.labels is None:
+            return
+        if len(sample.labels) != len(sample):
+            raise DataError(f"has {len(sample.labels)} labels for {len(sample)} tokens")
+        _check_ids("label", sample.labels, sample.labels == IGNORE, vocab)
+
+    def _part(self, sample: Sample, media: list[np.ndarray]) -> _Part:
+        positions, _ = self.position_index(
+            sample.input_ids,
+            sample.image_grid_thw,
+            sample.video_grid_thw,
+            sample.second_per_grid_ts,
+        )
+        grids = np.concatenate([sample.image_grid_thw, sample.video_grid_thw])
+        counts = np.prod(grids, axis=1) // self.geometry.merge**2
+        images = int(counts[: len(sample.image_grid_thw)].sum())
+        is_image = sample.input_ids == self.special.image
+        is_video = sample.input_ids == self.special.video
+        dst = np.flatnonzero(is_image | is_video)
+        # Placeholders of one kind lie in the order of their grids: count features off per kind.
+        src = np.where(is_image, np.cumsum(is_image) - 1, images + np.cumsum(is_video) - 1)[dst]
+        return _Part(positions, media, grids, dst, src, int(counts.sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One sample's share of a batch; dst and src count from the sample's own first row."""
+
+    positions: np.ndarray
+    media: list[np.ndarray]
+    grids: np.ndarray
+    dst: np.ndarray
+    src: np.ndarray
+    features: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One picture or video among the tokens of a sample; `index` counts within its kind."""
+
+    start: int
+    grid: Grid
+    index: int
+    is_video: bool
+
+
+class _Medium:
+    """The grids of one kind of media in a sample, handed out in order."""
+
+    def __init__(self, name: str, grids: list[Grid]) -> None:
+        self.name = name
+        self.grids = grids
+        self.taken = 0
+
+    def take(self, tokens: int) -> tuple[int, Grid]:
+        if self.taken == len(self.grids):
+            raise DataError(
+                f"{tokens} {self.name} placeholder tokens are left over after {len(self.grids)} "
+                f"{self.name} grids"
+            )
+        self.taken += 1
+        return self.taken - 1, self.grids[self.taken - 1]
+
+    def check_all_taken(self) -> None:
+        if self.taken < len(self.grids):
+            raise DataError(
+                f"has {len(self.grids)} {self.name} grids, but placeholder tokens for {self.taken}"
+            )
+
+
+def window_order(
+    grids: Iterable[Sequence[int]], merge: int, window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The order of merged patches that keeps windows of `window` x `window` of them together.
+
+    grids (N, 3) in patches. Returns the merged patch of each row (M,) int64, counted over all
+    grids, and the lengths of the windows in merged patches, int64. Each frame stays contiguous;
+    within it, windows lie from large to small, so that those of equal size are neighbours.
+    `window` 0: no windows, one length per frame.
+    """
+    orders, lengths, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for frames, height, width in grids:
+        order, sizes = _frame_windows(height // merge, width // merge, window)
+        starts = first + len(order) * np.arange(frames)
+        orders.append((starts[:, None] + order).reshape(-1))
+        lengths.append(np.tile(sizes, frames))
+        first += frames * len(order)
+    return np.concatenate(orders), np.concatenate(lengths)
+
+
+@lru_cache(maxsize=1024)
+def _frame_windows(rows: int, columns: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Order (rows * columns,) of one frame's merged patches, and the lengths of its windows."""
+    if window == 0:
+        return np.arange(rows * columns), np.array([rows * columns])
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    per_row = -(-columns // window)
+    windows = (row // window) * per_row + column // window
+    sizes = np.bincount(windows)
+    by_size = np.argsort(-sizes, kind="stable")
+    rank = np.empty(len(sizes), np.int64)
+    rank[by_size] = np.arange(len(sizes))
+    return np.argsort(rank[windows], kind="stable"), sizes[by_size]
+
+
+@lru_cache(maxsize=512)
+def _patch_places(grid: Grid, merge: int, window: int) -> np.ndarray:
+    """Row and column (P, 2) int32 of each patch of a picture or video, in window order."""
+    frames, height, width = grid
+    row, column = np.divmod(np.arange(height * width), width)
+    block = (height // merge, merge, width // merge, merge)
+    places = [
+        axis.reshape(block).transpose(0, 2, 1, 3).reshape(-1, merge**2) for axis in (row, column)
+    ]
+    order, _ = _frame_windows(height // merge, width // merge, window)
+    in_order = np.stack([place[order].reshape(-1) for place in places], axis=1)
+    return np.tile(in_order, (frames, 1)).astype(np.int32)
+
+
+@lru_cache(maxsize=512)
+def _block_positions(grid: Grid, merge: int, step: tuple[float, float]) -> np.ndarray:
+    """Positions (3, tokens) int32 of one vision block, from 0.
+
+    step: seconds per temporal patch, and ticks per second.
+    """
+    frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+    seconds, ticks = (np.float32(number) for number in step)
+    times = np.floor(np.arange(frames, dtype=np.float32) * seconds * ticks).astype(np.int32)
+    time, row, column = np.broadcast_arrays(
+        times[:, None, None],
+        np.arange(rows, dtype=np.int32)[None, :, None],
+        np.arange(columns, dtype=np.int32)[None, None, :],
+    )
+    return np.stack([time.reshape(-1), row.reshape(-1), column.reshape(-1)])
+
+
+@lru_cache(maxsize=16)
+def _rotary_table(length: int, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (length, dim / 2) float32 of positions 0 .. length - 1.
+
+    As in transformers, frequencies and angles are float32 numbers: in half precision positions
+    beyond 256 would collapse. The transcendental functions are taken in float64 and rounded, which
+    is within one unit in the last place of any float32 library.
+    """
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    powers = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / powers
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
+    wide = angles.astype(np.float64)
+    tables = np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+    for table in tables:
+        table.setflags(write=False)
+    return tables
+
+
+def _table_length(longest: int) -> int:
+    """The next power of two, so that growing sequences share a few tables."""
+    return max(256, 1 << (longest - 1).bit_length())
+
+
+def _frame_lengths(grids: Sequence[Grid]) -> np.ndarray:
+    """Patches of each frame: attention never crosses temporal patches."""
+    return np.array(
+        [height * width for frames, height, width in grids for _ in range(frames)], np.int64
+    )
+
+
+def _placeholder_runs(ids: np.ndarray, tokens: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Stretches of equal placeholder tokens: (token, start, stop), in order."""
+    if len(ids) == 0:
+        return []
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+    stops = np.append(starts[1:], len(ids))
+    chosen = np.isin(ids[starts], tokens)
+    return [
+        (int(ids[start]), int(start), int(stop))
+        for start, stop in zip(starts[chosen], stops[chosen], strict=True)
+    ]
+
+
+def _as_grid(grid: np.ndarray | Sequence[int], merge: int) -> Grid:
+    frames, height, width = (int(number) for number in grid)
+    if min(frames, height, width) < 1 or height % merge or width % merge:
+        raise DataError(
+            f"grid ({frames}, {height}, {width}) needs positive numbers, height and width in "
+            f"multiples of {merge}"
+        )
+    return frames, height, width
+
+
+def _merged_count(grid: Grid, merge: int) -> int:
+    frames, height, width = grid
+    return frames * (height // merge) * (width // merge)
+
+
+def _seconds(second_per_grid_ts: np.ndarray | None, videos: int) -> np.ndarray:
+    """Seconds per temporal patch of each video, float32; one each where none are given."""
+    if second_per_grid_ts is None:
+        return np.ones(videos, np.float32)
+    seconds = np.asarray(second_per_grid_ts, np.float32).reshape(-1)
+    if len(seconds) != videos:
+        raise DataError(f"has {len(seconds)} second_per_grid_ts for {videos} videos")
+    if not (np.isfinite(seconds).all() and (seconds >= 0).all()):
+        raise DataError(f"second_per_grid_ts {seconds.tolist()} must be finite and not negative")
+    return seconds
+
+
+def _checked_rows(
+    name: str, pixels: np.ndarray | None, grids: np.ndarray, geometry: PatchGeometry
+) -> np.ndarray | None:
+    """Patch rows of one kind of media, or a DataError when they are not what the grids need."""
+    expected = int(np.prod(grids, axis=1).sum())
+    if pixels is None:
+        if expected:
+            raise DataError(f"has {len(grids)} {name} grids, but no {name} pixels")
+        return None
+    rows = np.asarray(pixels)
+    if rows.ndim != 2 or rows.shape[1] != geometry.row:
+        raise DataError(
+            f"{name} pixels have shape {rows.shape}, expected (patches, {geometry.row})"
+        )
+    if len(rows) != expected:
+        raise DataError(
+            f"has {len(rows)} {name} pixel rows, its grids {grids.tolist()} need {expected}"
+        )
+    return rows
+
+
+def _check_ids(name: str, ids: np.ndarray, exempt: np.ndarray, vocab: int) -> None:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"{name}s have dtype {ids.dtype}, expected integers")
+    wrong = np.flatnonzero(~exempt & ((ids < 0) | (ids >= vocab)))
+    if len(wrong):
+        at = int(wrong[0])
+        raise DataError(
+            f"{name} {int(ids[at])} at position {at} is outside the vocabulary of {vocab}"
+        )
+
+
+def _targets(sample: Sample) -> np.ndarray:
+    """Label of the next token of the same sample, (T,) int32; nothing follows the last one."""
+    targets = np.full(len(sample), IGNORE, np.int32)
+    if sample.labels is not None:
+        targets[:-1] = sample.labels[1:]
+    return targets
+
+
+def _stack_rows(media: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """All patch rows in one float32 array; each is copied once."""
+    rows = np.empty((sum(len(part) for part in media), width), np.float32)
+    at = 0
+    for part in media:
+        rows[at : at + len(part)] = part
+        at += len(part)
+    return rows
+
+
+def _offset(parts: Sequence[np.ndarray], starts: np.ndarray) -> np.ndarray:
+    """Indices of all parts in one int32 array, each moved by its part's start."""
+    moved = [part + start for part, start in zip(parts, starts[:-1], strict=True)]
+    return np.concatenate(moved).astype(np.int32)
