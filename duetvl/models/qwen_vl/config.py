@@ -52,9 +52,7 @@ class VisionConfig:
     norm_eps: float = _VISION_EPS
     rope_theta: float = _VISION_THETA
     window: int | None = None
-    full_attention_layers: tuple[
-        int, ...
-    ] = ()  # of a tower with windows: the layers that see the whole frame
+    full_attention_layers: tuple[int, ...] = ()
     tokens_per_second: float | None = None
 
     def __post_init__(self) -> None:
@@ -127,7 +125,8 @@ class TextConfig:
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise ConfigError(
                 f"config: mrope_section {list(self.mrope_section)} covers "
-                f"{sum(self.mrope_section)} frequencies, a head of {self.head_dim} numbers has {self.head_dim / 2:g}"
+                f"{sum(self.mrope_section)} frequencies, a head of {self.head_dim} numbers "
+                f"has {self.head_dim / 2:g}"
             )
 
     @property
@@ -257,7 +256,8 @@ def published_config(name: str) -> ModelConfig:
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every parameter by its name in published checkpoints, with its shape there.
 
-    They come in the order of computation. `lm_head.weight` is absent where it is tied to the embedding.
+    They come in the order of computation. `lm_head.weight` is absent where it is tied to the
+    embedding.
     """
     shapes = dict(_vision_shapes(config.vision)) | dict(_text_shapes(config.text))
     if not config.tie_word_embeddings:

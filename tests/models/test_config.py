@@ -1,0 +1,255 @@
+"""Configurations: published sizes to the last parameter, every layout of config.json, plain refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import duetvl.models.qwen_vl.config as config_module
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.models.qwen_vl.config import (
+    ModelConfig,
+    count_parameters,
+    load_config,
+    parameter_shapes,
+    published_config,
+    published_names,
+)
+
+PUBLISHED = {  # total, vision tower with merger, merger in millions
+    "Qwen2-VL-2B": (2_208_985_600, 665_271_296, 34.1),
+    "Qwen2-VL-7B": (8_291_375_616, 675_759_104, 44.6),
+    "Qwen2-VL-72B": (73_405_560_320, 699_356_672, 68.2),
+    "Qwen2.5-VL-3B": (3_754_622_976, 668_684_288, 36.7),
+    "Qwen2.5-VL-7B": (8_292_166_656, 676_550_144, 44.6),
+    "Qwen2.5-VL-32B": (33_452_718_336, 688_841_984, 52.4),
+    "Qwen2.5-VL-72B": (73_410_777_344, 704_573_696, 68.2),
+}
+ROPE = {"type": "mrope", "mrope_section": [2, 3, 3]}
+TEXT = {
+    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 5e5,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+VISION = {
+    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 3.7},
+    "qwen2_5_vl": {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 52, "out_hidden_size": 64,
+        "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 3,
+    },
+}  # fmt: skip
+DATA = Path(config_module.__file__).parent / "published"
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+def flat(model_type: str = "qwen2_5_vl", **changes: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        **TEXT,
+        "rope_scaling": dict(ROPE),
+        "vision_config": dict(VISION[model_type]),
+        **changes,
+    }
+
+
+def hf_config(model_type: str, **changes: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    kind = {"qwen2_vl": "Qwen2VLConfig", "qwen2_5_vl": "Qwen2_5_VLConfig"}[model_type]
+    return getattr(transformers, kind)(
+        **TEXT, rope_scaling=dict(ROPE), vision_config=dict(VISION[model_type]), **changes
+    )
+
+
+def test_all_published_sizes_are_here() -> None:
+    assert set(published_names()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name: str) -> None:
+    shapes = parameter_shapes(published_config(name))
+    total, visual, merger = PUBLISHED[name]
+    assert count_parameters(shapes) == total
+    assert count_parameters(shapes, "visual.") == visual
+    assert count_parameters(shapes, "visual.merger.") == pytest.approx(merger * 1e6, abs=5e4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_fields(name: str) -> None:
+    config = published_config(name)
+    assert config.text.head_dim == 128
+    assert config.text.mrope_section == (16, 24, 24)
+    assert config.text.norm_eps == 1e-6
+    assert config.vision.head_dim == 80
+    assert config.tie_word_embeddings == (name in ("Qwen2-VL-2B", "Qwen2.5-VL-3B"))
+    assert config.vision.tokens_per_second == (2 if "2.5" in name else None)
+    assert config.vision.window == (112 if "2.5" in name else None)
+
+
+def test_published_names_are_forgiving_and_helpful() -> None:
+    assert published_config("Qwen/Qwen2.5-VL-7B-Instruct") == published_config("Qwen2.5-VL-7B")
+    with pytest.raises(ConfigError, match=r"did you mean 'Qwen2\.5-VL-7B'"):
+        published_config("Qwen2.5-VL-7")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_and_shapes_equal_transformers(model_type: str, tied: bool) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    hf = hf_config(model_type, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(hf)
+    theirs = {}
+    for name, parameter in model.named_parameters():
+        name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        theirs[name] = tuple(parameter.shape)
+    ours = parameter_shapes(ModelConfig.from_dict(flat(model_type, tie_word_embeddings=tied)))
+    assert ours == theirs
+    assert ("lm_head.weight" in ours) != tied
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_by_transformers_loads_equal(model_type: str, tied: bool, tmp_path: Path) -> None:
+    hf_config(model_type, tie_word_embeddings=tied, dtype="bfloat16").save_pretrained(tmp_path)
+    assert "text_config" in json.loads((tmp_path / "config.json").read_text())
+    expected = ModelConfig.from_dict(
+        flat(model_type, tie_word_embeddings=tied, torch_dtype="bfloat16")
+    )
+    assert load_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_we_write_loads_in_transformers(model_type: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig.from_dict(flat(model_type, tie_word_embeddings=True, torch_dtype="float32"))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    expected = hf_config(model_type, tie_word_embeddings=True, dtype="float32")
+    for part in ("text_config", "vision_config"):
+        ours, hf = (getattr(c, part).to_dict() for c in (theirs, expected))
+        assert {k: v for k, v in ours.items() if k in hf} == {**hf, "architectures": ours["architectures"]}
+    assert theirs.tie_word_embeddings is True
+    theirs.save_pretrained(tmp_path)
+    assert load_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_writing_loses_nothing(name: str) -> None:
+    config = published_config(name)
+    source = json.loads((DATA / f"{name}.json").read_text())
+    written = config.to_dict()
+    assert ModelConfig.from_dict(written) == config
+    assert {key: written[key] for key in source if key != "vision_config"} == {
+        key: value for key, value in source.items() if key != "vision_config"
+    }
+    assert source["vision_config"].items() <= written["vision_config"].items()
+
+
+def test_rope_parameters_of_transformers_5() -> None:
+    data = flat()
+    nested = {key: data.pop(key) for key in TEXT if key != "rope_theta"}
+    del data["rope_scaling"], data["rope_theta"]
+    nested["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": 5e5, "mrope_section": [2, 3, 3]
+    }  # fmt: skip
+    nested["layer_types"] = ["full_attention"] * 3
+    assert ModelConfig.from_dict({**data, "text_config": nested}) == ModelConfig.from_dict(flat())
+
+
+@pytest.mark.parametrize(("version", "tied"), [("4.57.6", False), ("5.2.0", True)])
+def test_which_tie_flag_counts(version: str, tied: bool) -> None:
+    nested = {**TEXT, "rope_scaling": ROPE, "tie_word_embeddings": False}
+    data = {
+        "model_type": "qwen2_vl", "vision_config": VISION["qwen2_vl"], "text_config": nested,
+        "tie_word_embeddings": True, "transformers_version": version,
+    }  # fmt: skip
+    assert ModelConfig.from_dict(data).tie_word_embeddings is tied
+
+
+def test_text_config_wins_over_stale_flat_keys() -> None:
+    nested = {**TEXT, "rope_scaling": ROPE}
+    assert ModelConfig.from_dict({**flat(), "vocab_size": 7, "text_config": nested}).text.vocab_size == 400
+
+
+@pytest.mark.parametrize("key", ["in_chans", "in_channels"])
+def test_channels_under_both_names(key: str) -> None:
+    data = flat()
+    data["vision_config"][key] = 1
+    assert ModelConfig.from_dict(data).vision.channels == 1
+
+
+def test_qwen2_vision_widths_are_not_confused() -> None:
+    vision = ModelConfig.from_dict(flat("qwen2_vl")).vision
+    assert (vision.hidden_size, vision.out_hidden_size, vision.intermediate_size) == (32, 64, 118)
+    assert (vision.norm, vision.mlp, vision.activation) == ("layer_norm", "plain", "quick_gelu")
+    assert vision.window is None and vision.sees_frame(0)
+
+
+def test_missing_out_hidden_size_is_the_language_width() -> None:
+    data = flat()
+    del data["vision_config"]["out_hidden_size"]
+    assert ModelConfig.from_dict(data).vision.out_hidden_size == 64
+
+
+def test_full_attention_layers() -> None:
+    vision = ModelConfig.from_dict(flat()).vision
+    assert [vision.sees_frame(layer) for layer in range(2)] == [False, True]
+    assert (vision.norm, vision.mlp, vision.activation) == ("rms_norm", "gated", "silu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; duetvl implements 'qwen2_vl', 'qwen2_5_vl'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"use_sliding_window": True}, "use_sliding_window is not implemented"),
+        ({"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is not implemented"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented; known: silu"),
+        ({"num_attention_heads": 5}, "hidden_size 64 is not divisible by num_attention_heads 5"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, "rope type 'yarn'"),
+        ({"rope_scaling": None}, "rope_scaling is missing"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "has 8"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', expected an integer"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not implemented"),
+        ({"head_dim": 32}, "head_dim 32 differs"),
+        ({"vision_config": None}, "vision_config: expected an object, found None"),
+        ({"vision_config": {**VISION["qwen2_5_vl"], "hidden_act": "relu"}}, "hidden_act 'relu'"),
+        ({"vision_config": {**VISION["qwen2_5_vl"], "num_heads": 5}}, "not divisible by num_heads 5"),
+        ({"vision_config": {**VISION["qwen2_5_vl"], "hidden_size": 36}}, "not divisible by 4"),
+        ({"vision_config": {**VISION["qwen2_5_vl"], "out_hidden_size": 32}}, "takes 64"),
+        ({"vision_config": {**VISION["qwen2_5_vl"], "tokens_per_second": None}}, "tokens_per_second"),
+        ({"vision_config": {**VISION["qwen2_5_vl"], "fullatt_block_indexes": ["7"]}}, "list of integers"),
+        ({"vision_config": {**VISION["qwen2_5_vl"], "window_size": 20}}, "smaller than one merged patch"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_line_that_names_the_file(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({**flat(), **changes}, source="model/config.json")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("model/config.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_directories(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        load_config(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="expected an object"):
+        load_config(tmp_path)
+
+
+def test_configs_are_values() -> None:
+    config = published_config("Qwen2-VL-2B")
+    assert hash(config) == hash(published_config("Qwen2-VL-2B"))
+    assert replace(config, tie_word_embeddings=False) != config
