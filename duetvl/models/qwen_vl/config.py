@@ -558,8 +558,9 @@ def _read_qwen2_vision(vision: _Section, text_width: int) -> VisionConfig:
 
 def _write_qwen2_vision(vision: VisionConfig) -> dict[str, Any]:
     width, inner = vision.hidden_size, vision.intermediate_size
-    # transformers truncates width * mlp_ratio: half a unit more keeps rounding from losing one.
-    ratio = inner // width if inner % width == 0 else (inner + 0.5) / width
+    ratio = inner // width if inner % width == 0 else inner / width
+    if int(width * ratio) != inner:  # transformers truncates the product, so stay clear of the edge
+        ratio = (inner + 0.5) / width
     names = {"embed_dim": width, "hidden_size": vision.out_hidden_size, "mlp_ratio": ratio}
     return _write_common_vision(vision) | names
 

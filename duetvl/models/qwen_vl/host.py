@@ -388,8 +388,8 @@ def _rotary_table(length: int, dim: int, theta: float) -> tuple[np.ndarray, np.n
     """cos and sin (length, dim / 2) float32 of positions 0 .. length - 1.
 
     As in transformers, frequencies and angles are float32 numbers: in half precision positions
-    beyond 256 would collapse. The transcendental functions are taken in float64 and rounded, which
-    is within one unit in the last place of any float32 library.
+    beyond 256 would collapse. Powers, cosines and sines are taken in float64 and rounded, so each
+    is within one unit in the last place of whatever float32 library transformers meets.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     powers = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)

@@ -1,0 +1,184 @@
+"""Differentiation by MindSpore's torch-style engine, which is private: this is the one file that touches it.
+
+The public API cannot hold two tapes. `check_engine` runs a small program at start-up and names the version needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+from duetvl.core.autograd import Backward, Forward, check_all_received
+from duetvl.core.errors import BackendError
+from duetvl.core.params import Parameter
+
+try:
+    from mindspore._c_expression import run_backward
+    from mindspore.graph.api import _pynative_executor as engine
+except ImportError as missing:
+    raise BackendError(f"duetvl needs mindspore>=2.10,<2.11, found {ms.__version__} ({missing})") from None
+
+Tensor = ms.Tensor
+
+
+@dataclass(eq=False)
+class Tape:
+    """What one stage recorded, and where its gradients go while it is pulled back."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    trainable: tuple[Parameter, ...]
+    on_ready: Callable[[Parameter], None] | None = None
+
+
+class MindSporeAutograd:
+    """See core/autograd.py."""
+
+    def __init__(self) -> None:
+        engine.set_grad_flag(True)
+        check_engine()
+
+    def run_stage(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        trainable: Sequence[Parameter],
+        frozen: Sequence[Parameter] = (),
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        leaves = tuple(_leaf(x) for x in inputs)
+        tape = Tape(leaves, (), tuple(trainable))
+        tapped = [_Tap.apply(_leaf(p.tensor), p, tape) for p in trainable]
+        outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
+        tape.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(ops.stop_gradient(x) for x in tape.outputs), tape
+
+    def backward(
+        self,
+        tape: Tape,
+        cotangents: Sequence[Tensor | None],
+        *,
+        last: bool = True,
+        on_ready: Callable[[Parameter], None] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        tape.on_ready = on_ready if last else None
+        pulled = [(y, d) for y, d in zip(tape.outputs, cotangents, strict=True) if d is not None and y._requires_grad]
+        if pulled:
+            _pull([y for y, _ in pulled], [d for _, d in pulled])
+        if last:
+            check_all_received(tape.trainable)
+        gradients = tuple(x._grad for x in tape.inputs)
+        tape.outputs = ()  # a tape is pulled back once; this frees what it recorded
+        return gradients
+
+    def value_and_grad(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaves = tuple(_leaf(x) for x in inputs)
+        value = fn(*leaves)
+        if value._requires_grad:
+            _pull([value], [ops.ones_like(value)])
+        return ops.stop_gradient(value), tuple(ops.zeros_like(x) if x._grad is None else x._grad for x in leaves)
+
+    def custom_vjp(self, forward: Forward, backward: Backward) -> Callable[..., Any]:
+        def call(*tensors: Tensor) -> Any:
+            recording = engine.enable_grad()
+            needs = tuple(recording and x._requires_grad for x in tensors)
+            if not any(needs):
+                return forward(needs, *tensors)[0]
+            return _Custom.apply(forward, backward, needs, *tensors)
+
+        return call
+
+    def checkpoint(self, fn: Callable[..., Any], *tensors: Tensor) -> Any:
+        return ms.recompute(fn, *tensors, use_reentrant=False)
+
+    def stop_gradient(self, x: Tensor) -> Tensor:
+        return ops.stop_gradient(x)
+
+    def no_grad(self) -> AbstractContextManager[None]:
+        return _not_recording()
+
+
+@contextmanager
+def _not_recording() -> Iterator[None]:
+    before = engine.enable_grad()
+    engine.set_enable_grad(False)
+    try:
+        yield
+    finally:
+        engine.set_enable_grad(before)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """A tensor over the same storage from which recording begins."""
+    leaf = ops.stop_gradient(x)
+    leaf._requires_grad = True
+    return leaf
+
+
+def _pull(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+    """Run the engine from `outputs` back; gradients land in the leaves' `_grad`. The graph is used up."""
+    keep_graph, create_graph, allow_unreachable = False, False, True
+    run_backward(tuple(outputs), tuple(cotangents), keep_graph, create_graph, (), allow_unreachable)
+
+
+class _Tap(ms._Function):
+    """Identity in front of a parameter: its backward runs once per tape, with the complete gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, parameter: Parameter, tape: Tape) -> Tensor:
+        ctx.parameter, ctx.tape = parameter, tape
+        return ops.stop_gradient(tensor)  # over the same storage; returning `tensor` itself would copy it
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        parameter = ctx.parameter
+        wide = gradient if gradient.dtype == ms.float32 else ops.cast(gradient, ms.float32)
+        if parameter.main_grad is None:
+            # A copy, as the engine may hand the same tensor to several receivers.
+            parameter.main_grad = wide.copy() if wide is gradient else wide
+        else:
+            ops.assign_add(parameter.main_grad, wide)
+        if ctx.tape.on_ready is not None:
+            ctx.tape.on_ready(parameter)
+        return None, None, None
+
+
+class _Custom(ms._Function):
+    """A function with a hand-written gradient; residual tensors are kept the way the engine can free them."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Forward, backward: Backward, needs: tuple[bool, ...], *tensors: Tensor) -> Any:
+        outputs, residuals = forward(needs, *tensors)
+        ctx.save_for_backward(*(r for r in residuals if isinstance(r, ms.Tensor)))
+        ctx.rest = tuple(_SAVED if isinstance(r, ms.Tensor) else r for r in residuals)
+        ctx.pull, ctx.needs = backward, needs
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        residuals = tuple(next(saved) if rest is _SAVED else rest for rest in ctx.rest)
+        return (None, None, None, *ctx.pull(ctx.needs, residuals, *cotangents))
+
+
+_SAVED = object()  # stands where a residual is among the saved tensors
+
+
+def check_engine() -> None:
+    """Two tapes in flight, pulled back in the order they were made; raises BackendError if that fails."""
+    try:
+        leaf = ms.Tensor(np.array([3.0], np.float32))
+        leaf._requires_grad = True
+        first, second = leaf * 2.0, leaf * leaf
+        _pull([first], [ops.ones_like(first)])
+        _pull([second], [ops.ones_like(second)])
+        found = float(leaf._grad.asnumpy()[0])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise BackendError(f"duetvl needs mindspore>=2.10,<2.11; {ms.__version__} failed: {error}") from None
+    if found != 8.0:
+        raise BackendError(f"duetvl needs mindspore>=2.10,<2.11; {ms.__version__} gave gradient {found}, not 8")

@@ -1,0 +1,78 @@
+"""Puts the MindSpore backend together for one device."""
+
+from __future__ import annotations
+
+import os
+
+from duetvl.core.backend import Backend, Capabilities
+from duetvl.core.errors import BackendError
+
+DEVICES = ("cpu", "ascend")
+_TARGETS = {"cpu": "CPU", "ascend": "Ascend", "npu": "Ascend"}
+
+
+def create(device: str = "auto") -> Backend:
+    """The backend on `device`: cpu, ascend (npu), or auto for ascend where it is there."""
+    os.environ.setdefault("GLOG_v", "3")  # the framework's C++ log: errors only, before it is imported
+    try:
+        import mindspore as ms
+    except ImportError as error:
+        raise BackendError(f"backend mindspore needs MindSpore: pip install 'duetvl[mindspore]' ({error})") from None
+    from duetvl.backends.mindspore.autograd import MindSporeAutograd
+    from duetvl.backends.mindspore.checkpoint_io import MindSporeCheckpointIO
+    from duetvl.backends.mindspore.collectives import MindSporeCollectives
+    from duetvl.backends.mindspore.device import MindSporeDevice
+    from duetvl.backends.mindspore.kv_cache import MindSporeKVCache
+    from duetvl.backends.mindspore.ops import MindSporeOps
+    from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
+
+    target = _start(device)
+    autograd = MindSporeAutograd()
+    ops_class: type[MindSporeOps]
+    if target == "CPU":
+        from duetvl.backends.mindspore.kernels_cpu import CpuOps as ops_class
+    else:
+        from duetvl.backends.mindspore.kernels_ascend import AscendOps as ops_class
+    ops = ops_class(autograd)
+    on_cpu = target == "CPU"
+    return Backend(
+        name="mindspore",
+        ops=ops,
+        autograd=autograd,
+        collectives=MindSporeCollectives(ops),
+        kv_cache=MindSporeKVCache(ops),
+        optimizer=MindSporeOptimizer(ops),
+        checkpoint_io=MindSporeCheckpointIO(),
+        device=MindSporeDevice(target),
+        capabilities=Capabilities(
+            framework=f"mindspore {ms.__version__}",
+            storage_only=frozenset({"bfloat16"}) if on_cpu else frozenset(),
+            bitwise_repeatable=False,  # on CPU, exp changes its last bits from one call to the next
+        ),
+    )
+
+
+def _start(device: str) -> str:
+    """Choose the device for the whole process, as MindSpore has it, and return the framework's name for it."""
+    import mindspore as ms
+    import numpy as np
+
+    if device not in (*_TARGETS, "auto"):
+        raise BackendError(f"backend mindspore has no device {device!r}; it has {', '.join(DEVICES)} and auto")
+    target = _best() if device == "auto" else _TARGETS[device]
+    if target == "CPU" and int(np.__version__.split(".")[0]) >= 2:
+        raise BackendError(f"mindspore on CPU needs numpy 1.26, found {np.__version__}: pip install 'numpy<2'")
+    try:
+        ms.set_device(target)
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"mindspore {ms.__version__} cannot use device {target}: {error}") from None
+    if target == "CPU":
+        # Asynchronous dispatch stalls on few cores (5 to 90 times slower backward) and blames errors on later calls.
+        ms.runtime.launch_blocking()
+    return target
+
+
+def _best() -> str:
+    import mindspore as ms
+
+    return "Ascend" if ms.hal.is_available("Ascend") else "CPU"

@@ -1,0 +1,53 @@
+"""The device under a MindSpore backend."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import mindspore as ms
+
+
+class MindSporeDevice:
+    """See core/device.py."""
+
+    def __init__(self, target: str):
+        self.on_cpu = target == "CPU"
+        self.name = target.lower()
+
+    def synchronize(self) -> None:
+        if not self.on_cpu:
+            ms.runtime.synchronize()
+
+    def peak_memory(self) -> int:
+        if self.on_cpu:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(ms.runtime.max_memory_allocated())
+
+    def reset_peak_memory(self) -> None:
+        if not self.on_cpu:
+            ms.runtime.reset_peak_memory_stats()
+
+    def total_memory(self) -> int:
+        if self.on_cpu:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(ms.hal.get_device_properties(0).total_memory)
+
+    def supports(self, dtype: str) -> bool:
+        return dtype in ("float32", "bfloat16", "float16")
+
+    def profile(self, directory: Path) -> AbstractContextManager[None]:
+        return _profile(directory)
+
+
+@contextmanager
+def _profile(directory: Path) -> Iterator[None]:
+    profiler = ms.profiler.profile(on_trace_ready=ms.profiler.tensorboard_trace_handler(str(directory)))
+    profiler.start()
+    try:
+        yield
+    finally:
+        profiler.stop()

@@ -1,0 +1,79 @@
+"""Where MindSpore's CPU kernels are missing or slow: bfloat16, writes in place, broadcasting.
+
+A CPU tensor's `asnumpy()` is a view of its storage, and `Tensor.from_numpy` makes a tensor over an array: numpy is
+a kernel library at hand, without a copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+from duetvl.backends.mindspore.ops import DTYPES, MindSporeOps
+
+Tensor = ms.Tensor
+
+
+def in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` with bfloat16 arguments widened and floating results narrowed again: the CPU lacks such kernels."""
+
+    def widen(x: Any) -> Any:
+        return ops.cast(x, ms.float32) if isinstance(x, ms.Tensor) and x.dtype == ms.bfloat16 else x
+
+    @functools.wraps(method)
+    def wide(self: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        if x.dtype != ms.bfloat16:
+            return method(self, x, *rest, **options)
+        result = method(self, widen(x), *(widen(y) for y in rest), **options)
+        return ops.cast(result, ms.bfloat16) if result.dtype == ms.float32 else result
+
+    return wide
+
+
+class CpuOps(MindSporeOps):
+    """bfloat16 is a storage dtype here: everything below is computed in float32."""
+
+    exp = in_float32(MindSporeOps.exp)
+    log = in_float32(MindSporeOps.log)
+    rsqrt = in_float32(MindSporeOps.rsqrt)
+    sigmoid = in_float32(MindSporeOps.sigmoid)
+    silu = in_float32(MindSporeOps.silu)
+    gelu = in_float32(MindSporeOps.gelu)
+    quick_gelu = in_float32(MindSporeOps.quick_gelu)
+    sum = in_float32(MindSporeOps.sum)
+    mean = in_float32(MindSporeOps.mean)
+    max = in_float32(MindSporeOps.max)
+    argmax = in_float32(MindSporeOps.argmax)
+    matmul = in_float32(MindSporeOps.matmul)
+    linear = in_float32(MindSporeOps.linear)
+    take_rows = in_float32(MindSporeOps.take_rows)
+    scatter_rows = in_float32(MindSporeOps.scatter_rows)
+    gather_last = in_float32(MindSporeOps.gather_last)
+    swiglu = in_float32(MindSporeOps.swiglu)
+
+    def where(self, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype != ms.bfloat16:
+            return ops.where(condition, a, b)
+        return ops.cast(ops.where(condition, ops.cast(a, ms.float32), ops.cast(b, ms.float32)), ms.bfloat16)
+
+    def zeros(self, shape: Any, dtype: str = "float32") -> Tensor:
+        return ops.cast(ms.Tensor.from_numpy(np.zeros(tuple(shape), np.float32)), DTYPES[dtype])
+
+    def add_at_last(self, x: Tensor, index: Tensor, values: Tensor | float) -> Tensor:
+        table = x.asnumpy()
+        table[np.arange(len(table)), index.asnumpy()] += values.asnumpy() if isinstance(values, ms.Tensor) else values
+        return x
+
+    def assign(self, dst: Tensor, src: Tensor) -> None:
+        np.copyto(dst.asnumpy(), self.cast(src, self.dtype_of(dst)).asnumpy())
+
+    def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
+        dst.asnumpy()[start : start + src.shape[0]] = src.asnumpy()
+
+    def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
+        dst.asnumpy()[index.asnumpy()] = src.asnumpy()

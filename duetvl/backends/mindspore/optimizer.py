@@ -1,0 +1,63 @@
+"""AdamW by MindSpore's Adam primitive, which updates weight and moments in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mindspore as ms
+from mindspore import ops
+
+from duetvl.backends.mindspore.ops import MindSporeOps
+from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.params import Parameter
+
+_adam = ops.Adam()
+
+
+class MindSporeOptimizer:
+    """See core/optimizer.py."""
+
+    def __init__(self, own_ops: MindSporeOps):
+        self.ops = own_ops
+
+    def create(self, groups: Sequence[Group]) -> AdamWState:
+        state = AdamWState()
+        for p in (p for group in groups for p in group.parameters):
+            state.step[p.path] = 0
+            state.exp_avg[p.path] = self.ops.zeros(p.shape)
+            state.exp_avg_sq[p.path] = self.ops.zeros(p.shape)
+            if p.tensor.dtype != ms.float32:
+                state.master[p.path] = ops.cast(p.tensor, ms.float32)
+        return state
+
+    def step(
+        self,
+        state: AdamWState,
+        groups: Sequence[Group],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        grad_scale: float,
+    ) -> None:
+        for group in groups:
+            rate = lr * group.lr_scale
+            for p in (p for p in group.parameters if p.main_grad is not None):
+                weight = state.master.get(p.path, p.tensor)
+                if group.weight_decay:
+                    self.ops.assign(weight, weight * (1.0 - rate * group.weight_decay))
+                state.step[p.path] += 1
+                decay1, decay2 = (beta ** state.step[p.path] for beta in betas)
+                # The primitive adds eps to sqrt(v), not to sqrt(v / (1 - beta2^t)): scale it to be the same number.
+                own_eps = eps * math.sqrt(1.0 - decay2)
+                moments = state.exp_avg[p.path], state.exp_avg_sq[p.path]
+                numbers = (ms.Tensor(x, ms.float32) for x in (decay1, decay2, rate, *betas, own_eps))
+                _adam(weight, *moments, *numbers, p.main_grad * grad_scale)
+                if p.path in state.master:
+                    self.ops.assign(p.tensor, weight)
+                p.main_grad = None
+
+    def grad_norm(self, parameters: Sequence[Parameter]) -> float:
+        gradients = (p.main_grad for p in parameters if p.main_grad is not None)
+        return math.sqrt(sum(float((g * g).sum().asnumpy()) for g in gradients))
