@@ -1,4 +1,4 @@
-"""The host side: positions and window order by literals and against transformers, packing, its errors."""
+"""The host side: positions, windows and tables by literals and against transformers; packing."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +34,7 @@ def pixels(grids: Sequence[Sequence[int]], value: float = 0.0) -> np.ndarray:
 
 
 def video_times(family: QwenVLFamily, seconds: float, grids: int = 4) -> tuple[list[int], int]:
-    """Time of each frame, and the first text position after it, of a video that follows three tokens."""
+    """Times of the frames of a video after three tokens, and the text position that follows."""
     ids = np.array([1, 2, START, *[VIDEO] * (2 * grids), END])
     grid = np.array([[grids, 4, 2]])
     index, _ = family.position_index(ids, NO_GRIDS, grid, np.array([seconds]))
@@ -186,7 +186,8 @@ def test_language_rotary_tables_are_those_of_transformers(family: QwenVLFamily) 
         doubled = full.split(list(text.mrope_section) * 2, dim=-1)
         mixed = torch.cat([part[i % 3] for i, part in enumerate(doubled)], dim=-1)[0].numpy()
         assert ours.dtype == np.float32 and ours.shape == (50, 64)
-        np.testing.assert_allclose(np.concatenate([ours, ours], 1), mixed, rtol=0, atol=1.2e-7)
+        # One of torch's 64 frequencies is not rounded correctly; positions multiply its last bit.
+        np.testing.assert_allclose(np.concatenate([ours, ours], 1), mixed, rtol=0, atol=1e-6)
 
 
 def test_mrope_sections_follow_their_axes() -> None:
@@ -227,7 +228,7 @@ def hf_positions(family: QwenVLFamily, sample: Sample) -> tuple[np.ndarray, int]
 
     ticks = family.config.vision.tokens_per_second
     vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=ticks)
-    stub = SimpleNamespace(
+    stub: Any = SimpleNamespace(
         config=SimpleNamespace(
             vision_config=vision,
             image_token_id=IMAGE,
@@ -289,8 +290,12 @@ def test_pack_sends_each_placeholder_to_its_feature() -> None:
     ids = [*block(VIDEO, 2), *block(IMAGE, 1), *block(VIDEO, 1), 9, *block(IMAGE, 4)]
     images, videos = [(1, 2, 2), (1, 4, 4)], [(2, 2, 2), (1, 2, 2)]
     sample = Sample(
-        np.array(ids), None, pixels(images, 1), np.array(images), pixels(videos, 2), np.array(videos)
-    )  # fmt: skip
+        np.array(ids),
+        pixel_values=pixels(images, 1),
+        image_grid_thw=np.array(images),
+        pixel_values_videos=pixels(videos, 2),
+        video_grid_thw=np.array(videos),
+    )
     batch = QWEN25.pack([Sample(np.array([1, 2])), sample, sample])
     kind_of_feature = batch.pixel_rows[::4, 0]
     token = batch.input_ids[batch.visual_dst]
@@ -327,25 +332,40 @@ GOOD = Sample(np.array([1, *block(IMAGE, 6), 2]), None, pixels([(1, 4, 6)]), GRI
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_ids": [1, *block(IMAGE, 5)]}, "image 1: 5 placeholder tokens, but its grid (1, 4, 6) makes 6 features"),
-        ({"input_ids": [1, *block(IMAGE, 7)]}, "1 image placeholder tokens are left over after 1 image grids"),
+        (
+            {"input_ids": [1, *block(IMAGE, 5)]},
+            "image 1: 5 placeholder tokens, but its grid (1, 4, 6) makes 6 features",
+        ),
+        (
+            {"input_ids": [1, *block(IMAGE, 7)]},
+            "1 image placeholder tokens are left over after 1 image grids",
+        ),
         ({"input_ids": [1, *block(IMAGE, 3), *block(IMAGE, 3)]}, "image 1: 3 placeholder tokens"),
-        ({"input_ids": [1, *block(VIDEO, 6)]}, "6 video placeholder tokens are left over after 0 video grids"),
+        (
+            {"input_ids": [1, *block(VIDEO, 6)]},
+            "6 video placeholder tokens are left over after 0 video grids",
+        ),
         ({"input_ids": [1, 2]}, "has 1 image grids, but placeholder tokens for 0"),
-        ({"pixel_values": pixels([(1, 4, 4)])}, "has 16 image pixel rows, its grids [[1, 4, 6]] need 24"),
+        (
+            {"pixel_values": pixels([(1, 4, 4)])},
+            "has 16 image pixel rows, its grids [[1, 4, 6]] need 24",
+        ),
         ({"pixel_values": None}, "has 1 image grids, but no image pixels"),
         ({"pixel_values": np.zeros((24, 588), np.float32)}, "expected (patches, 1176)"),
         ({"image_grid_thw": NO_GRIDS}, "has 24 image pixel rows, its grids [] need 0"),
         ({"image_grid_thw": np.array([[1, 3, 8]])}, "grid (1, 3, 8) needs positive numbers"),
-        ({"labels": [1, 2]}, "has 2 labels for 9 tokens"),
-        ({"labels": [200000] * 9}, "label 200000 at position 0 is outside the vocabulary of 152064"),
+        ({"labels": [1, 2]}, "has 2 labels for 10 tokens"),
+        (
+            {"labels": [200000] * 10},
+            "label 200000 at position 0 is outside the vocabulary of 152064",
+        ),
         ({"input_ids": [1, 152064, 2]}, "token id 152064 at position 1 is outside the vocabulary"),
         ({"input_ids": [-1]}, "token id -1 at position 0"),
         ({"input_ids": [1.5]}, "expected integers"),
         ({"input_ids": []}, "has no tokens"),
         ({"second_per_grid_ts": np.array([1.0, 2.0])}, "has 2 second_per_grid_ts for 0 videos"),
     ],
-)  # fmt: skip
+)
 def test_pack_refuses_what_disagrees(changes: dict[str, Any], message: str) -> None:
     QWEN25.pack([GOOD])
     changes = {k: np.array(v) if isinstance(v, list) else v for k, v in changes.items()}
@@ -358,12 +378,12 @@ def test_swapped_samples_are_found_though_totals_match() -> None:
     small, large = np.array([[1, 2, 2]]), np.array([[1, 4, 4]])
     first = Sample(np.array(block(IMAGE, 4)), None, pixels([(1, 2, 2)]), small)
     second = Sample(np.array(block(IMAGE, 1)), None, pixels([(1, 4, 4)]), large)
-    with pytest.raises(DataError, match="^sample 0: "):
+    with pytest.raises(DataError, match=r"^sample 0: "):
         QWEN25.pack([first, second])
 
 
 def test_unnamed_samples_are_named_by_their_place() -> None:
-    with pytest.raises(DataError, match="^sample 1: has no tokens"):
+    with pytest.raises(DataError, match=r"^sample 1: has no tokens"):
         QWEN25.pack([GOOD, Sample(np.zeros(0, np.int64))])
     with pytest.raises(DataError, match="empty list"):
         QWEN25.pack([])
