@@ -1,0 +1,1 @@
+"""Backends: one folder each, the only places that name a framework."""

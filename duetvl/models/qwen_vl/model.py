@@ -1,0 +1,222 @@
+"""Qwen2-VL and Qwen2.5-VL in one: the parts put together, as functions of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from duetvl.core.autograd import Tape
+from duetvl.core.backend import Backend
+from duetvl.core.batch import IGNORE, Batch, Sample
+from duetvl.core.kv_cache import Append, Cache
+from duetvl.core.params import Parameter, Weights, split_trainable
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.models.qwen_vl.language import Attend, Positions, decoder
+from duetvl.models.qwen_vl.vision import VisionInput, vision_input, vision_tower
+
+Tensor = Any
+
+PARTS = {  # what `freeze` names, and the paths that belong to it
+    "vision": ("visual.patch_embed.", "visual.blocks."),
+    "projector": ("visual.merger.",),
+    "language": ("model.", "lm_head."),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """A batch on the device. `visual` is None where the batch has no pictures.
+
+    ids (T,), targets (N,) and their rows (N,) in the batch; `visual_dst` (V,) token rows take the rows
+    `visual_src` (V,) of the vision tower's output, or all of them in order where it is None.
+    """
+
+    ids: Tensor
+    at: Positions
+    attend: Attend
+    visual: VisionInput | None
+    visual_dst: Tensor | None
+    visual_src: Tensor | None
+
+
+class QwenVL:
+    """A model on one backend. `parameters` maps the Hugging Face name of each weight to it."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, parameters: Mapping[str, Parameter]):
+        self.config = config
+        self.backend = backend
+        self.parameters = dict(parameters)
+        self.family = QwenVLFamily(config)
+        for path, parameter in self.parameters.items():
+            # A step without a picture does not run the vision tower.
+            parameter.conditional = path.startswith("visual.")
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Train everything but the named parts, of vision, projector and language."""
+        prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
+        for path, parameter in self.parameters.items():
+            parameter.trainable = not path.startswith(prefixes)
+
+    def pack(self, samples: Sequence[Sample]) -> Batch:
+        """Lay samples end to end. Raises DataError naming a sample whose tokens and media disagree."""
+        return self.family.pack(samples)
+
+    # -- what a batch gives -----------------------------------------------------------------------------------------
+
+    def vision(self, batch: Batch) -> Tensor:
+        """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
+        ops = self.backend.ops
+        tables = self.family.vision_tables(batch.grids)
+        with self.backend.autograd.no_grad():
+            merged = vision_tower(ops, self.config.vision, self._weights.visual, self._vision_input(batch, tables))
+            return merged if tables.inverse is None else ops.take_rows(merged, ops.from_numpy(tables.inverse))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (T, vocabulary) of every token, in the weights' dtype."""
+        with self.backend.autograd.no_grad():
+            hidden = self._hidden(self._weights, self._input(batch))
+            return self._head(self._weights, hidden)
+
+    def eval_loss(self, batch: Batch) -> Tensor:
+        """Sum of the trained tokens' cross-entropies, float32, without a tape."""
+        with self.backend.autograd.no_grad():
+            return self._loss(self._weights, self._input(batch), *self._targets(batch))
+
+    def forward_loss(self, batch: Batch) -> tuple[Tensor, Tape]:
+        """Sum of the trained tokens' cross-entropies, float32, and the tape that leads back to the parameters."""
+        trainable, frozen = split_trainable(self.parameters.values())
+        given, targets = self._input(batch), self._targets(batch)
+        paths = [p.path for p in (*trainable, *frozen)]
+
+        def stage(*tensors: Tensor) -> Tensor:
+            return self._loss(Weights(dict(zip(paths, tensors, strict=True))), given, *targets)
+
+        (loss,), tape = self.backend.autograd.run_stage(stage, (), trainable, frozen)
+        return loss, tape
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    def create_cache(self, slots: int, capacity: int) -> Cache:
+        """A key-value cache for `slots` sequences of at most `capacity` tokens."""
+        text = self.config.text
+        return self.backend.kv_cache.cache_create(
+            layers=text.num_layers,
+            slots=slots,
+            capacity=capacity,
+            kv_heads=text.num_kv_heads,
+            head_size=text.head_dim,
+            dtype=self.dtype,
+        )
+
+    def prefill(self, batch: Batch, cache: Cache, append: Append) -> Tensor:
+        """Run whole prompts into the cache; logits (S, vocabulary) after the last token of each."""
+        given = self._input(batch, self._attend_cached(cache, append))
+        return self._next_logits(given, batch.cu_seqlens[1:] - 1)
+
+    def decode(self, ids: np.ndarray, position_ids: np.ndarray, cache: Cache, append: Append) -> Tensor:
+        """One more token of each sequence: ids (S,), position_ids (3, S) -> logits (S, vocabulary)."""
+        given = ModelInput(
+            ids=self.backend.ops.from_numpy(ids.astype(np.int32)),
+            at=self._positions(*self.family.rope_tables(position_ids)),
+            attend=self._attend_cached(cache, append),
+            visual=None,
+            visual_dst=None,
+            visual_src=None,
+        )
+        return self._next_logits(given, np.arange(len(ids)))
+
+    def _next_logits(self, given: ModelInput, rows: np.ndarray) -> Tensor:
+        ops = self.backend.ops
+        with self.backend.autograd.no_grad():
+            hidden = self._hidden(self._weights, given)
+            return self._head(self._weights, ops.take_rows(hidden, ops.from_numpy(rows.astype(np.int32))))
+
+    def _attend_cached(self, cache: Cache, append: Append) -> Attend:
+        store = self.backend.kv_cache
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            store.cache_append(cache, layer, k, v, append)
+            return store.attention_cached(q, cache, layer, append)
+
+        return attend
+
+    # -- the model as a function of its weights ---------------------------------------------------------------------
+
+    def _loss(self, w: Weights, given: ModelInput, rows: Tensor, labels: Tensor) -> Tensor:
+        """Only the rows that are trained meet the final norm and the vocabulary."""
+        ops = self.backend.ops
+        hidden = self._norm(w, ops.take_rows(self._hidden(w, given), rows))
+        return ops.linear_cross_entropy(hidden, self._vocabulary(w), labels)
+
+    def _hidden(self, w: Weights, given: ModelInput) -> Tensor:
+        """Hidden states (T, D) before the final norm."""
+        ops = self.backend.ops
+        x_TD = ops.take_rows(w.model.embed_tokens.weight, given.ids)
+        if given.visual is not None:
+            features = vision_tower(ops, self.config.vision, w.visual, given.visual)
+            if given.visual_src is not None:
+                features = ops.take_rows(features, given.visual_src)
+            x_TD = ops.scatter_rows(x_TD, given.visual_dst, features)
+        return decoder(ops, self.config.text, w.model, x_TD, given.at, given.attend)
+
+    def _norm(self, w: Weights, x: Tensor) -> Tensor:
+        return self.backend.ops.rms_norm(x, w.model.norm.weight, eps=self.config.text.norm_eps)
+
+    def _vocabulary(self, w: Weights) -> Tensor:
+        return w.model.embed_tokens.weight if self.config.tie_word_embeddings else w.lm_head.weight
+
+    def _head(self, w: Weights, hidden: Tensor) -> Tensor:
+        return self.backend.ops.linear(self._norm(w, hidden), self._vocabulary(w))
+
+    # -- batches on the device --------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> str:
+        """The storage dtype of the weights."""
+        return self.backend.ops.dtype_of(self.parameters["model.embed_tokens.weight"].tensor)
+
+    @cached_property
+    def _weights(self) -> Weights:
+        return Weights({path: parameter.tensor for path, parameter in self.parameters.items()})
+
+    def _input(self, batch: Batch, attend: Attend | None = None) -> ModelInput:
+        ops = self.backend.ops
+        tables = self.family.prepare(batch)
+        spans = tables.language.spans
+        visual = dst = src = None
+        if len(batch.grids):
+            visual = self._vision_input(batch, tables.vision)
+            dst, src = (None if x is None else ops.from_numpy(x) for x in _routes(batch, tables.vision.inverse))
+        return ModelInput(
+            ids=ops.from_numpy(batch.input_ids),
+            at=self._positions(tables.language.cos, tables.language.sin),
+            attend=attend or (lambda layer, q, k, v: ops.attention(q, k, v, spans)[0]),
+            visual=visual,
+            visual_dst=dst,
+            visual_src=src,
+        )
+
+    def _positions(self, cos: np.ndarray, sin: np.ndarray) -> Positions:
+        return Positions(self.backend.ops.from_numpy(cos), self.backend.ops.from_numpy(sin))
+
+    def _vision_input(self, batch: Batch, tables: Any) -> VisionInput:
+        return vision_input(self.backend.ops, batch.pixel_rows, tables, self.dtype)
+
+    def _targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows (N,) whose next token is trained, and those tokens (N,)."""
+        rows = np.flatnonzero(batch.targets != IGNORE).astype(np.int32)
+        return self.backend.ops.from_numpy(rows), self.backend.ops.from_numpy(batch.targets[rows])
+
+
+def _routes(batch: Batch, inverse: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Where the tower's output rows go: (token rows, output rows), the latter None for all in order."""
+    src = batch.visual_src if inverse is None else inverse[batch.visual_src]
+    by_row = np.argsort(src, kind="stable")
+    if np.array_equal(src[by_row], np.arange(len(src))):  # each feature is used once: no gather is needed
+        return batch.visual_dst[by_row], None
+    return batch.visual_dst, src.astype(np.int32)
