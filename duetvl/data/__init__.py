@@ -1,0 +1,1 @@
+"""From records, pictures and text to samples: numpy out, no framework."""
