@@ -1,0 +1,1 @@
+"""Generation: prompts in, tokens out, on any backend."""

@@ -1,0 +1,108 @@
+"""Autoregressive generation of several sequences at once, through the backend's key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from duetvl.core.batch import Batch, Sample
+from duetvl.core.errors import ConfigError, DataError
+from duetvl.core.family import Family
+from duetvl.core.kv_cache import Append, Cache
+from duetvl.inference.sampling import Sampling, choose
+
+Tensor = Any
+OnToken = Callable[[int, int], None]
+
+
+class Generator(Protocol):
+    """What generation needs of a model."""
+
+    family: Family
+
+    def create_cache(self, slots: int, capacity: int) -> Cache: ...
+
+    def prefill(self, batch: Batch, cache: Cache, append: Append) -> Tensor: ...
+
+    def decode(self, ids: np.ndarray, position_ids: np.ndarray, cache: Cache, append: Append) -> Tensor: ...
+
+
+@dataclass
+class _Sequence:
+    """One sequence under way. `next_position` is one past the largest position so far, in all three axes."""
+
+    slot: int
+    name: str
+    prompt: np.ndarray
+    next_position: int
+    tokens: list[int]
+
+    @property
+    def cached(self) -> int:
+        """Rows in the cache: the prompt, and all new tokens but the one not yet fed back."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def seen(self) -> np.ndarray:
+        return np.concatenate([self.prompt, np.array(self.tokens, self.prompt.dtype)])
+
+
+def generate(
+    model: Generator,
+    to_numpy: Callable[[Tensor], np.ndarray],
+    prompts: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    stop: Collection[int],
+    sampling: Sampling | None = None,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """New tokens of each prompt, the stop token included where one ended it.
+
+    All prompts go through one packed pass; then every unfinished sequence gets a token a pass. There is no padding,
+    so a sequence's tokens do not depend on its neighbours. `on_token(prompt number, token)` hears of each token.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+    if not prompts:
+        raise DataError("there is nothing to generate from: no prompts were given")
+    sampling = sampling or Sampling()
+    batch = model.family.pack(prompts)
+    lengths = np.diff(batch.cu_seqlens)
+    cache = model.create_cache(len(prompts), int(lengths.max()) + max_new_tokens)
+    sequences = [_begin(slot, sample, model.family) for slot, sample in enumerate(prompts)]
+    slots = np.arange(len(prompts))
+    logits = to_numpy(model.prefill(batch, cache, Append(slots, np.zeros_like(slots), lengths)))
+    running = sequences
+    while running:
+        for sequence, row in zip(running, logits, strict=True):
+            token = choose(row, sequence.seen, sampling, sequence.name, len(sequence.tokens))
+            sequence.tokens.append(token)
+            if on_token is not None:
+                on_token(sequence.slot, token)
+        running = [s for s in running if s.tokens[-1] not in stop and len(s.tokens) < max_new_tokens]
+        if running:
+            logits = to_numpy(_decode(model, running, cache))
+    return [sequence.tokens for sequence in sequences]
+
+
+def _begin(slot: int, sample: Sample, family: Family) -> _Sequence:
+    _, following = family.position_index(
+        sample.input_ids, sample.image_grid_thw, sample.video_grid_thw, sample.second_per_grid_ts
+    )
+    return _Sequence(slot, f"sequence {slot}", np.asarray(sample.input_ids), following, [])
+
+
+def _decode(model: Generator, running: Sequence[_Sequence], cache: Cache) -> Tensor:
+    """One pass over the last token of every running sequence."""
+    ids = np.array([s.tokens[-1] for s in running], np.int32)
+    positions = np.array([s.next_position + len(s.tokens) - 1 for s in running], np.int32)
+    append = Append(
+        slots=np.array([s.slot for s in running]),
+        before=np.array([s.cached for s in running]),
+        new=np.ones(len(running), np.int64),
+    )
+    return model.decode(ids, np.broadcast_to(positions, (3, len(running))), cache, append)
