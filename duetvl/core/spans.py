@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -67,3 +67,9 @@ class Spans:
             Run(int(self.cu_seqlens[at]), int(count), int(lengths[at]))
             for at, count in zip(first, counts, strict=True)
         )
+
+    def parts(self, most: int) -> Iterator[tuple[slice, Spans]]:
+        """Groups of at most `most` neighbouring spans: the rows they cover, and the spans counted from there."""
+        for a in range(0, self.lengths.size, most):
+            ends = self.cu_seqlens[a : a + most + 1]
+            yield slice(int(ends[0]), int(ends[-1])), Spans(ends - ends[0], self.causal)

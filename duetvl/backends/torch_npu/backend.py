@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from collections.abc import Callable
 
 from duetvl.core.backend import Backend, Capabilities
 from duetvl.core.errors import BackendError
@@ -27,11 +27,11 @@ def create(device: str = "auto") -> Backend:
 
     kind = _choose(device)
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
-    ops_class = TorchOps
+    ops_class, cache_class, optimizer_class = TorchOps, TorchKVCache, TorchOptimizer
     if kind == "npu":
-        from duetvl.backends.torch_npu.kernels_npu import NpuOps
+        from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer
 
-        ops_class = NpuOps
+        ops_class, cache_class, optimizer_class = NpuOps, NpuKVCache, NpuOptimizer
     autograd = TorchAutograd()
     ops = ops_class(autograd, place)
     return Backend(
@@ -39,8 +39,8 @@ def create(device: str = "auto") -> Backend:
         ops=ops,
         autograd=autograd,
         collectives=TorchCollectives(ops, place),
-        kv_cache=TorchKVCache(ops),
-        optimizer=TorchOptimizer(),
+        kv_cache=cache_class(ops),
+        optimizer=optimizer_class(),
         checkpoint_io=TorchCheckpointIO(place),
         device=TorchDevice(place),
         capabilities=Capabilities(framework=f"torch {torch.__version__}", bitwise_repeatable=kind == "cpu"),
@@ -50,15 +50,17 @@ def create(device: str = "auto") -> Backend:
 def _choose(device: str) -> str:
     import torch
 
-    available = {
-        "npu": lambda: importlib.util.find_spec("torch_npu") is not None and torch.npu.is_available(),
-        "cuda": torch.cuda.is_available,
-        "cpu": lambda: True,
+    from duetvl.backends.torch_npu import kernels_npu
+
+    missing: dict[str, Callable[[], str | None]] = {
+        "npu": kernels_npu.why_missing,
+        "cuda": lambda: None if torch.cuda.is_available() else "torch sees no CUDA device",
+        "cpu": lambda: None,
     }
     if device == "auto":
-        return next(kind for kind, there in available.items() if there())
-    if device not in available:
+        return next(kind for kind, reason in missing.items() if reason() is None)
+    if device not in missing:
         raise BackendError(f"backend torch_npu has no device {device!r}; it has {', '.join(DEVICES)} and auto")
-    if not available[device]():
-        raise BackendError(f"device {device!r} is not available to torch {torch.__version__} here; see `duetvl doctor`")
+    if reason := missing[device]():
+        raise BackendError(f"device {device!r} is not available: {reason}; see `duetvl doctor`")
     return device

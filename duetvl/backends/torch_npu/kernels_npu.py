@@ -1,0 +1,213 @@
+"""Ascend kernels by torch_npu: attention, norm, rotation, gate, cached attention, optimizer. Not run on hardware.
+
+This is the one file that names torch_npu. tests/npu checks every call against the operators' schemas (torch_npu
+2.13) and the numbers against CPU references under those schemas; docs/ascend.md says what that leaves open.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from duetvl.backends.torch_npu.autograd import TorchAutograd
+from duetvl.backends.torch_npu.kv_cache import TorchKVCache
+from duetvl.backends.torch_npu.ops import TorchOps
+from duetvl.backends.torch_npu.optimizer import TorchOptimizer
+from duetvl.core.composed.kv_cache import RowCache
+from duetvl.core.kv_cache import Append
+from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.spans import Spans
+
+Tensor = torch.Tensor
+
+MASK_SIDE = 2048  # of the compressed causal mask that sparse modes 2 and 3 take, whatever the lengths
+SPANS_A_CALL = 1024  # the TND layout takes no more
+STATISTIC_WIDTH = 8  # softmax_max and softmax_sum repeat each number this often
+BLOCK = 128  # rows of a cache block; the paged kernel takes multiples of 16 up to 512 and recommends this
+CACHE_LIMIT = 2**31  # elements of one paged tensor
+HALF = (torch.float16, torch.bfloat16)  # all that the inference kernel takes; the other kernels take float32 too
+
+FULL, LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL = 0, 2, 3  # sparse_mode; equal lengths make the causal ones the same
+
+
+def why_missing() -> str | None:
+    """None where an NPU can be used, else the reason why not."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed: pip install 'duetvl[npu]'"
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"torch_npu does not load ({error}); is CANN there, and its set_env.sh sourced?"
+    return None if torch.npu.is_available() else "torch_npu sees no device; try npu-smi info"
+
+
+class NpuOps(TorchOps):
+    """See core/ops.py. On any other device than npu the operators must have been registered, as tests/npu does."""
+
+    def __init__(self, autograd: TorchAutograd, place: torch.device):
+        super().__init__(autograd, place)
+        if place.type == "npu":
+            importlib.import_module("torch_npu")
+
+    @cached_property
+    def hidden_later(self) -> Tensor:
+        """(2048, 2048) bool, True where a column is hidden from a row."""
+        return torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool, device=self.place).triu(1)
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+        if spans.rows == 0:
+            return super().attention_forward(q, k, v, spans)
+        found = [self._fused(q[rows], k[rows], v[rows], part) for rows, part in spans.parts(SPANS_A_CALL)]
+        return self.concat([out for out, _ in found], 0), self.concat([lse for _, lse in found], 1)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+        out, top, total, *_ = torch.ops.npu.npu_fusion_attention(
+            q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self._layout(spans)
+        )
+        return out, (top[:, :, 0] + total[:, :, 0].log()).T.contiguous()
+
+    def attention_grad(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if spans.rows == 0:
+            return super().attention_grad(dout, q, k, v, out, lse, spans)
+        found = [
+            self._fused_grad(*(x[rows] for x in (dout, q, k, v, out)), lse[:, rows], part)
+            for rows, part in spans.parts(SPANS_A_CALL)
+        ]
+        dq, dk, dv = (self.concat(pieces, 0) for pieces in zip(*found, strict=True))
+        return dq, dk, dv
+
+    def _fused_grad(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
+    ) -> tuple[Tensor, ...]:
+        # The kernel makes p = exp(score - max) / sum again: max = lse with sum = 1 is the same p.
+        top = lse.T[:, :, None].expand(-1, -1, STATISTIC_WIDTH).contiguous()
+        return torch.ops.npu.npu_fusion_attention_grad(
+            q, k, v, dout, q.shape[1], "TND",
+            softmax_max=top, softmax_sum=torch.ones_like(top), attention_in=out,
+            scale_value=q.shape[-1] ** -0.5, **self._layout(spans),
+        )[:3]  # fmt: skip
+
+    def _layout(self, spans: Spans) -> dict[str, Any]:
+        """The arguments that forward and gradient share. Ends of spans come without the leading zero."""
+        ends = spans.cu_seqlens[1:].tolist()
+        return {
+            "atten_mask": self.hidden_later if spans.causal else None,
+            "sparse_mode": LEFT_UP_CAUSAL if spans.causal else FULL,
+            "actual_seq_qlen": ends,
+            "actual_seq_kvlen": ends,
+            # Without it the statistics have shape (T, H, 8), but each span's lie as (H, L, 8).
+            "softmax_layout": "TND",
+        }
+
+    # -- norm, rotation, gate --------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+        if x.dtype != scale.dtype or x.ndim < 2 or x.numel() == 0:
+            return super().rms_norm(x, scale, eps=eps)
+
+        def forward(needs: Any, x: Tensor, scale: Tensor) -> Any:
+            y, inverse = torch.ops.npu.npu_rms_norm(x, scale, epsilon=eps)
+            return y, (x, scale, inverse)
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            x, scale, inverse = residuals
+            dx, dscale = torch.ops.npu.npu_rms_norm_backward(d, x, scale, inverse)
+            return dx, dscale.to(scale.dtype)  # it comes in float32
+
+        return self.autograd.custom_vjp(forward, backward)(x, scale)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The composed rope uses it for the gradient too, with -sin. In float32, as the kernel takes one dtype."""
+        if x.numel() == 0:
+            return super()._rotate(x, cos, sin)
+        full_cos, full_sin = (torch.cat([half, half], -1)[None, :, None] for half in (cos, sin))
+        return torch.ops.npu.npu_rotary_mul(x[None].float(), full_cos, full_sin)[0].to(x.dtype)
+
+    @cached_property
+    def _swiglu(self) -> Any:
+        def forward(needs: Any, gate: Tensor, up: Tensor) -> Any:
+            return torch.ops.npu.npu_swiglu(torch.cat([gate, up], -1)), (gate, up)
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            return torch.ops.npu.npu_swiglu_backward(d, torch.cat(residuals, -1)).chunk(2, -1)
+
+        return self.autograd.custom_vjp(forward, backward)
+
+
+class NpuKVCache(TorchKVCache):
+    """See core/kv_cache.py. A slot is a whole number of blocks, so one paged call serves every decoding sequence."""
+
+    ops: NpuOps
+
+    def cache_create(
+        self, *, layers: int, slots: int, capacity: int, kv_heads: int, head_size: int, dtype: str
+    ) -> RowCache:
+        whole = -(-capacity // BLOCK) * BLOCK
+        return super().cache_create(
+            layers=layers, slots=slots, capacity=whole, kv_heads=kv_heads, head_size=head_size, dtype=dtype
+        )
+
+    def attention_cached(self, q: Tensor, cache: RowCache, layer: int, append: Append) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        if not _fits(q) or (append.new != 1).any() or keys.numel() >= CACHE_LIMIT:
+            return super().attention_cached(q, cache, layer, append)
+        blocks = cache.capacity // BLOCK
+        table = np.asarray(append.slots)[:, None] * blocks + np.arange(blocks)
+        k, v = (x.view(-1, BLOCK, x.shape[1] * x.shape[2]) for x in (keys, values))
+        out, _ = torch.ops.npu.npu_fused_infer_attention_score(
+            q.flatten(1)[:, None].contiguous(), k, v,
+            block_table=self.ops.from_numpy(table.astype(np.int32)), block_size=BLOCK,
+            actual_seq_lengths_kv=(append.before + append.new).tolist(),
+            input_layout="BSH", **_heads(q, keys),
+        )  # fmt: skip
+        return out.view(q.shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not _fits(q):
+            return super().attend(q, k, v)
+        one = q.shape[0] == 1  # the last row sees everything, and the kernel takes no compressed mask for one row
+        out, _ = torch.ops.npu.npu_fused_infer_attention_score(
+            q[None].contiguous(), k[None].contiguous(), v[None].contiguous(),
+            atten_mask=None if one else self.ops.hidden_later, sparse_mode=FULL if one else RIGHT_DOWN_CAUSAL,
+            input_layout="BSND", **_heads(q, k),
+        )  # fmt: skip
+        return out[0]
+
+
+def _fits(q: Tensor) -> bool:
+    """Whether the inference kernel takes these heads."""
+    return q.dtype in HALF and q.shape[-1] % 16 == 0
+
+
+def _heads(q: Tensor, k: Tensor) -> dict[str, Any]:
+    return {"num_heads": q.shape[1], "num_key_value_heads": k.shape[1], "scale": q.shape[-1] ** -0.5}
+
+
+class NpuOptimizer(TorchOptimizer):
+    """See core/optimizer.py. torch_npu's kernel for torch's fused AdamW takes `grad_scale` and does not use it."""
+
+    @torch.no_grad()
+    def step(
+        self,
+        state: AdamWState,
+        groups: Sequence[Group],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        grad_scale: float,
+    ) -> None:
+        gradients = [p.main_grad for group in groups for p in group.parameters if p.main_grad is not None]
+        if gradients and grad_scale != 1.0:
+            torch._foreach_mul_(gradients, grad_scale)
+        super().step(state, groups, lr=lr, betas=betas, eps=eps, grad_scale=1.0)
