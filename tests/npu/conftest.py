@@ -1,0 +1,29 @@
+"""The npu operators for these tests, on CPU: under torch_npu's own schemas if DUETVL_REAL_TORCH_NPU is set."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from duetvl.backends.torch_npu.autograd import TorchAutograd
+from duetvl.backends.torch_npu.kernels_npu import NpuOps
+
+from .references import register
+
+
+@pytest.fixture(scope="package")
+def operators() -> Iterator[None]:
+    if os.environ.get("DUETVL_REAL_TORCH_NPU"):
+        importlib.import_module("torch_npu")
+    libraries = register()
+    yield
+    libraries.clear()
+
+
+@pytest.fixture(scope="package")
+def ops(operators: None) -> NpuOps:
+    return NpuOps(TorchAutograd(), torch.device("cpu"))

@@ -1,0 +1,212 @@
+"""CPU references of the npu operators under their true schemas, as strict as the documentation of torch_npu 2.13.
+
+What an operator refuses here is what torch_npu/_op_plugin_docs.py says it does not take. The numbers are computed in
+float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .schemas import SCHEMAS
+
+Tensor = torch.Tensor
+FLOATING = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def register() -> list[torch.library.Library]:
+    """Give the operators CPU kernels, and define them first unless torch_npu has. They last as long as the result."""
+    missing = [s for s in SCHEMAS if not hasattr(torch.ops.npu, s.partition("(")[0])]
+    libraries = [torch.library.Library("npu", "FRAGMENT")]
+    for schema in missing:
+        libraries[0].define(schema)
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        libraries[0].impl(name, _bound(schema, globals()[name]), "CPU")
+    return libraries
+
+
+def _bound(schema: str, reference: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A kernel that hands `reference` its arguments by name: the dispatcher leaves out those that have their default."""
+    arguments = torch._C.parse_schema(f"npu::{schema}").arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+    def kernel(*given: Any, **named: Any) -> Any:
+        positional = dict(zip((a.name for a in arguments), given, strict=False))
+        return reference(SimpleNamespace(**(defaults | positional | named)))
+
+    return kernel
+
+
+# -- attention of training -------------------------------------------------------------------------------------------
+
+
+def npu_fusion_attention(a: Any) -> Any:
+    spans = _checked_spans(a)
+    out, top, total = torch.empty_like(a.query), *(torch.empty(*a.query.shape[:2], 8) for _ in range(2))
+    for first, last in spans:
+        scores, v = _scores(a, a.scale, first, last), _spread(a.value[first:last], a.head_num)
+        largest = scores.amax(-1, keepdim=True)
+        p = (scores - largest).exp()
+        out[first:last] = (p @ v / p.sum(-1, keepdim=True)).transpose(0, 1).to(out.dtype)
+        _store(top, largest, first, last, a.softmax_layout)
+        _store(total, p.sum(-1, keepdim=True), first, last, a.softmax_layout)
+    return out, top, total, torch.empty(0), 0, 0, 0
+
+
+def npu_fusion_attention_grad(a: Any) -> Any:
+    assert a.softmax_max.is_contiguous() and a.softmax_sum.is_contiguous()
+    assert a.softmax_max.shape == a.softmax_sum.shape == (*a.query.shape[:2], 8)
+    assert a.softmax_max.dtype == a.softmax_sum.dtype == torch.float32
+    assert a.dy.dtype == a.attention_in.dtype == a.query.dtype
+    dq, dk, dv = (torch.empty_like(x) for x in (a.query, a.key, a.value))
+    for first, last in _checked_spans(a):
+        rows, groups = slice(first, last), a.key.shape[1]
+        k, v = (_spread(x[rows], a.head_num) for x in (a.key, a.value))
+        q, dy, out = (x[rows].double().transpose(0, 1) for x in (a.query, a.dy, a.attention_in))
+        top, total = (_load(x, first, last, a.softmax_layout) for x in (a.softmax_max, a.softmax_sum))
+        p = (_scores(a, a.scale_value, first, last) - top).exp() / total
+        ds = p * (dy @ v.mT - (dy * out).sum(-1, keepdim=True)) * a.scale_value
+        dq[rows] = (ds @ k).transpose(0, 1).to(dq.dtype)
+        dk[rows] = _gather(ds.mT @ q, groups).to(dk.dtype)
+        dv[rows] = _gather(p.mT @ dy, groups).to(dv.dtype)
+    return dq, dk, dv, None, torch.empty(0)
+
+
+def _checked_spans(a: Any) -> list[tuple[int, int]]:
+    assert a.input_layout == "TND" and a.keep_prob == 1.0 and a.softmax_layout in ("", "TND")
+    assert a.query.dtype == a.key.dtype == a.value.dtype and a.query.dtype in FLOATING
+    assert a.query.shape[1] == a.head_num and a.head_num % a.key.shape[1] == 0 and a.key.shape == a.value.shape
+    assert 1 <= a.query.shape[0] <= 2**20 and 1 <= a.query.shape[2] <= 768
+    ends = list(a.actual_seq_qlen)
+    assert ends == list(a.actual_seq_kvlen), "the spans of queries and of keys are the same here"
+    assert 1 <= len(ends) <= 1024 and ends[-1] == a.query.shape[0] == a.key.shape[0]
+    spans = list(zip([0, *ends], ends, strict=False))
+    assert all(first < last for first, last in spans), "ends of spans, without the leading zero"
+    _check_mask(a.atten_mask, a.sparse_mode)
+    return spans
+
+
+def _check_mask(mask: Tensor | None, mode: int) -> None:
+    assert mode in (0, 2, 3) and (mode == 0) == (mask is None)
+    if mask is not None:
+        assert mask.dtype == torch.bool and torch.equal(mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+
+
+def _scores(a: Any, scale: float, first: int, last: int) -> Tensor:
+    q, k = a.query[first:last].double().transpose(0, 1), _spread(a.key[first:last], a.head_num)
+    hidden = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
+    return (q @ k.mT * scale).masked_fill(hidden if a.sparse_mode else hidden & False, float("-inf"))
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    """(L, G, K) -> (H, L, K) float64, each group repeated for its heads."""
+    return x.double().transpose(0, 1).repeat_interleave(heads // x.shape[1], 0)
+
+
+def _gather(x: Tensor, groups: int) -> Tensor:
+    """(H, L, K) -> (L, G, K), the heads of a group added."""
+    return x.unflatten(0, (groups, -1)).sum(1).transpose(0, 1)
+
+
+def _store(whole: Tensor, part: Tensor, first: int, last: int, layout: str) -> None:
+    """Write (H, L, 1) for a span. Unless the layout is TND, its storage is (H, L, 8), whatever the shape says."""
+    wide = part.expand(-1, -1, 8).float()
+    if layout == "TND":
+        whole[first:last] = wide.transpose(0, 1)
+    else:
+        whole.view(-1)[first * whole[0].numel() : last * whole[0].numel()] = wide.reshape(-1)
+
+
+def _load(whole: Tensor, first: int, last: int, layout: str) -> Tensor:
+    """(H, L, 1) float64, the reverse of `_store`."""
+    part = whole[first:last].double()
+    assert (part == part[:, :, :1]).all()
+    by_head = part.transpose(0, 1) if layout == "TND" else part.reshape(part.shape[1], part.shape[0], 8)
+    return by_head[:, :, :1]
+
+
+# -- norm, rotation, gate --------------------------------------------------------------------------------------------
+
+
+def npu_rms_norm(a: Any) -> Any:
+    assert a.input.dtype == a.gamma.dtype and a.input.dtype in FLOATING and 2 <= a.input.ndim <= 8
+    x = a.input.double()
+    inverse = (x.pow(2).mean(-1, keepdim=True) + a.epsilon).rsqrt()
+    return (x * inverse * a.gamma.double()).to(a.input.dtype), inverse.float()
+
+
+def npu_rms_norm_backward(a: Any) -> Any:
+    assert a.dy.dtype == a.input.dtype == a.gamma.dtype and a.rstd.shape == (*a.input.shape[:-1], 1)
+    unit, d = a.input.double() * a.rstd.double(), a.dy.double()
+    g = d * a.gamma.double()
+    dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * a.rstd.double()
+    return dx.to(a.input.dtype), (d * unit).flatten(0, -2).sum(0).float()
+
+
+def npu_rotary_mul(a: Any) -> Any:
+    assert a.rotary_mode == "half" and a.rotate is None
+    assert a.input.ndim == a.r1.ndim == a.r2.ndim == 4 and a.input.dtype == a.r1.dtype == a.r2.dtype
+    one, rows, heads, size = a.input.shape  # as BSND, with the rotation as 1S1D
+    assert max(one, heads) < 1000 and size % 2 == 0 and size < 896 and a.r1.shape == a.r2.shape == (1, rows, 1, size)
+    x, cos, sin = (t.double() for t in (a.input, a.r1, a.r2))
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(a.input.dtype)
+
+
+def npu_swiglu(a: Any) -> Any:
+    gate, up = a.input.double().chunk(2, a.dim)
+    return (gate * gate.sigmoid() * up).to(a.input.dtype)
+
+
+def npu_swiglu_backward(a: Any) -> Any:
+    (gate, up), d = a.input.double().chunk(2, a.dim), a.grad_output.double()
+    s = gate.sigmoid()
+    return torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], a.dim).to(a.input.dtype)
+
+
+# -- attention of inference ------------------------------------------------------------------------------------------
+
+
+def npu_fused_infer_attention_score(a: Any) -> Any:
+    assert all(x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous() for x in (a.query, a.key, a.value))
+    assert a.query.shape[1] == 1 or a.query.shape[-1] % 16 == 0
+    assert a.num_heads % a.num_key_value_heads == 0 and a.num_heads // a.num_key_value_heads <= 64
+    if a.query.shape[1] > 1:
+        _check_mask(a.atten_mask, a.sparse_mode)
+    else:
+        assert a.atten_mask is None and a.sparse_mode == 0
+    out = torch.empty_like(a.query)
+    for i, (k, v) in enumerate(_keys_and_values(a)):
+        q = a.query[i].reshape(-1, a.num_heads, k.shape[-1])
+        out[i] = _lower_right(q, k, v, a.scale, a.sparse_mode == 3).reshape(out[i].shape)
+    return out, torch.zeros(1)
+
+
+def _keys_and_values(a: Any) -> Iterator[Sequence[Tensor]]:
+    """The rows (M, G, K) that each sequence of the batch sees."""
+    if a.block_table is None:
+        assert a.input_layout == "BSND" and a.query.ndim == a.key.ndim == 4
+        assert (a.query.shape[2], a.key.shape[2]) == (a.num_heads, a.num_key_value_heads)
+        yield from zip(a.key, a.value, strict=True)
+        return
+    assert a.input_layout == "BSH" and a.query.ndim == a.key.ndim == 3 and a.key.shape[1] == a.block_size
+    assert a.block_size % 16 == 0 and 0 < a.block_size <= 512 and a.key.numel() < 2**31
+    assert a.block_table.dtype == torch.int32 and len(a.block_table) == len(a.query) == len(a.actual_seq_lengths_kv)
+    for blocks, length in zip(a.block_table, a.actual_seq_lengths_kv, strict=True):
+        assert len(blocks) * a.block_size >= length
+        yield [
+            x[blocks.long()].reshape(-1, a.num_key_value_heads, x.shape[-1] // a.num_key_value_heads)[:length]
+            for x in (a.key, a.value)
+        ]
+
+
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    scores = q.double().transpose(0, 1) @ _spread(k, q.shape[1]).mT * scale
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+    p = scores.masked_fill(hidden & causal, float("-inf")).softmax(-1)
+    return (p @ _spread(v, q.shape[1])).transpose(0, 1).to(q.dtype)

@@ -1,0 +1,286 @@
+"""NpuOps, NpuKVCache and NpuOptimizer against float64, through the operators' schemas."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from duetvl.backends.torch_npu.autograd import TorchAutograd
+from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer, why_missing
+from duetvl.backends.torch_npu.kv_cache import TorchKVCache
+from duetvl.backends.torch_npu.ops import TorchOps
+from duetvl.backends.torch_npu.optimizer import TorchOptimizer
+from duetvl.core.backend import load_backend
+from duetvl.core.errors import BackendError
+from duetvl.core.kv_cache import Append
+from duetvl.core.optimizer import Group
+from duetvl.core.params import Parameter
+from duetvl.core.spans import Spans
+
+from .schemas import SCHEMAS, TORCH_NPU
+
+Tensor = torch.Tensor
+REAL = bool(os.environ.get("DUETVL_REAL_TORCH_NPU"))
+
+# Rounding of the result and of the residuals (out, inverse root) in the dtype; the references add none of their own.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def made(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """`attention` written out: one softmax over all rows, those of other spans masked."""
+    span = torch.from_numpy(np.repeat(np.arange(spans.lengths.size), spans.lengths))
+    seen = span[:, None] == span[None, :]
+    seen = seen.tril() if spans.causal else seen
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, float("-inf"))
+    return torch.einsum("hts,shk->thk", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def expect_gradients(fn: Callable[..., Tensor], inputs: list[Tensor], d: Tensor) -> list[Tensor]:
+    leaves = [x.double().requires_grad_() for x in inputs]
+    return list(torch.autograd.grad(fn(*leaves), leaves, d.double()))
+
+
+def find_gradients(ops: NpuOps, fn: Callable[..., Any], inputs: list[Tensor], d: Tensor) -> list[Tensor]:
+    _, tape = ops.autograd.run_stage(fn, inputs, ())
+    return list(ops.autograd.backward(tape, [d, None][: len(tape.outputs)]))
+
+
+# -- the operators themselves ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: s.partition("(")[0])
+def test_schemas_are_those_of_the_operators(operators: None, schema: str) -> None:
+    operator = getattr(torch.ops.npu, schema.partition("(")[0]).default
+    assert str(operator._schema) == str(torch._C.parse_schema(f"npu::{schema}"))
+
+
+@pytest.mark.skipif(not REAL, reason="scripts/npu_schema_check.sh runs it, in an environment with torch_npu")
+def test_version_of_the_real_operators(operators: None) -> None:
+    import torch_npu
+
+    assert torch_npu.__version__ == TORCH_NPU
+
+
+def test_wrong_argument_names_fail(operators: None) -> None:
+    q = made(4, 2, 16)
+    with pytest.raises(RuntimeError, match="Unknown keyword argument 'head_number'"):
+        torch.ops.npu.npu_fusion_attention(q, q, q, 2, "TND", head_number=2)
+    with pytest.raises(RuntimeError, match="positional"):
+        torch.ops.npu.npu_fusion_attention_grad(q, q, q, q, 2, "TND", None)
+
+
+def test_reference_refuses_the_leading_zero_and_unpacked_statistics(ops: NpuOps) -> None:
+    q = made(4, 2, 16)
+    with pytest.raises(AssertionError, match="leading zero"):
+        torch.ops.npu.npu_fusion_attention(q, q, q, 2, "TND", actual_seq_qlen=[0, 4], actual_seq_kvlen=[0, 4])
+    ends = {"actual_seq_qlen": [1, 4], "actual_seq_kvlen": [1, 4]}
+    default, by_row = (
+        torch.ops.npu.npu_fusion_attention(q, q, q, 2, "TND", softmax_layout=layout, **ends)[1] for layout in ("", "TND")
+    )
+    assert torch.equal(default.view(-1)[16:].view(2, 3, 8), by_row[1:].transpose(0, 1))
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+
+CASES = [
+    pytest.param([5], True, 4, 4, 16, id="one span"),
+    pytest.param([3, 1, 7, 2], True, 4, 2, 80, id="causal, groups, head size 80"),
+    pytest.param([3, 1, 7, 2], False, 4, 1, 128, id="whole, one group, head size 128"),
+    pytest.param([2, 2, 2], False, 3, 3, 80, id="equal spans"),
+]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("lengths", "causal", "heads", "groups", "size"), CASES)
+def test_attention(
+    ops: NpuOps, lengths: list[int], causal: bool, heads: int, groups: int, size: int, dtype: torch.dtype
+) -> None:
+    spans = Spans.of_lengths(lengths, causal=causal)
+    q, k, v, d = (made(spans.rows, n, size, dtype=dtype, seed=i) for i, n in enumerate((heads, groups, groups, heads)))
+    out, lse = ops.attention(q, k, v, spans)
+    wanted, wanted_lse = dense_attention(*(x.double() for x in (q, k, v)), spans)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert_near(out, wanted, dtype)
+    assert_near(lse, wanted_lse, torch.float32)
+    found = find_gradients(ops, lambda *t: ops.attention(*t, spans), [q, k, v], d)
+    for one, other in zip(found, expect_gradients(lambda *t: dense_attention(*t, spans)[0], [q, k, v], d), strict=True):
+        assert_near(one, other, dtype)
+
+
+def test_gradient_with_the_lse_of_more_keys(ops: NpuOps) -> None:
+    """Ring attention: the keys are two halves, out and lse come from both, each half has a gradient of its own."""
+    spans = Spans.of_lengths([3, 4], causal=False)
+    q, d = made(7, 4, 16), made(7, 4, 16, seed=9)
+    halves = [(made(7, 2, 16, seed=i), made(7, 2, 16, seed=i + 1)) for i in (1, 3)]
+
+    def both(q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+        (out1, lse1), (out2, lse2) = dense_attention(q, k1, v1, spans), dense_attention(q, k2, v2, spans)
+        share = (lse1 - lse2).sigmoid().T[:, :, None]
+        return out1 * share + out2 * (1 - share)
+
+    flat = [q, *halves[0], *halves[1]]
+    out = both(*(x.double() for x in flat)).float()
+    lses = [dense_attention(q.double(), *(x.double() for x in half), spans)[1] for half in halves]
+    lse = torch.logaddexp(*lses).float()
+    found = [ops.attention_grad(d, q, k, v, out, lse, spans) for k, v in halves]
+    dq, *rest = expect_gradients(both, flat, d)
+    assert_near(found[0][0] + found[1][0], dq, torch.float32)
+    for one, other in zip((*found[0][1:], *found[1][1:]), rest, strict=True):
+        assert_near(one, other, torch.float32)
+
+
+def test_more_spans_than_one_call_takes(ops: NpuOps) -> None:
+    spans = Spans.of_lengths([1, 2] * 600, causal=True)
+    q, k, v, d = (made(spans.rows, 1, 16, seed=i) for i in range(4))
+    out, lse = ops.attention(q, k, v, spans)
+    wanted, wanted_lse = dense_attention(*(x.double() for x in (q, k, v)), spans)
+    assert_near(out, wanted, torch.float32)
+    assert_near(lse, wanted_lse, torch.float32)
+    found = find_gradients(ops, lambda *t: ops.attention(*t, spans), [q, k, v], d)
+    for one, other in zip(found, expect_gradients(lambda *t: dense_attention(*t, spans)[0], [q, k, v], d), strict=True):
+        assert_near(one, other, torch.float32)
+
+
+def test_no_rows(ops: NpuOps) -> None:
+    q, spans = made(0, 2, 16), Spans.of_lengths([], causal=False)
+    out, lse = ops.attention(q, q, q, spans)
+    assert (out.shape, lse.shape) == ((0, 2, 16), (2, 0))
+    assert [g.shape[0] for g in ops.attention_grad(q, q, q, q, out, lse, spans)] == [0, 0, 0]
+    assert ops.rms_norm(made(0, 8), made(8), eps=1e-6).shape == (0, 8)
+    assert ops.rope(q, made(0, 8), made(0, 8)).shape == (0, 2, 16)
+
+
+# -- norm, rotation, gate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", [(6, 16), (2, 3, 16)], ids=str)
+def test_rms_norm(ops: NpuOps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs, d = [made(*shape, dtype=dtype), made(16, dtype=dtype, seed=1)], made(*shape, dtype=dtype, seed=2)
+
+    def wanted(x: Tensor, scale: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * scale
+
+    check(ops, lambda *t: ops.rms_norm(*t, eps=1e-6), wanted, inputs, d)
+
+
+def test_rms_norm_of_two_dtypes_is_composed(ops: NpuOps) -> None:
+    x, scale = made(4, 16, dtype=torch.bfloat16), made(16)
+    assert torch.equal(ops.rms_norm(x, scale, eps=1e-6), super(NpuOps, ops).rms_norm(x, scale, eps=1e-6))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("size", [16, 80, 128])
+def test_rope(ops: NpuOps, size: int, dtype: torch.dtype) -> None:
+    angles = made(6, size // 2, seed=3) * 100
+    cos, sin = angles.cos(), angles.sin()
+
+    def wanted(x: Tensor) -> Tensor:
+        (a, b), c, s = x.chunk(2, -1), cos[:, None].double(), sin[:, None].double()
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+    check(ops, lambda x: ops.rope(x, cos, sin), wanted, [made(6, 3, size, dtype=dtype)], made(6, 3, size, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_swiglu(ops: NpuOps, dtype: torch.dtype) -> None:
+    inputs, d = [made(5, 12, dtype=dtype, seed=i) for i in range(2)], made(5, 12, dtype=dtype, seed=2)
+    check(ops, ops.swiglu, lambda gate, up: gate * gate.sigmoid() * up, inputs, d)
+
+
+def check(ops: NpuOps, fn: Callable, wanted: Callable, inputs: list[Tensor], d: Tensor) -> None:
+    """Value and gradients of `fn` are those of `wanted` in float64, in the inputs' dtype."""
+    value = fn(*inputs)
+    assert value.dtype == d.dtype
+    assert_near(value, wanted(*(x.double() for x in inputs)), d.dtype)
+    for found, other in zip(find_gradients(ops, fn, inputs, d), expect_gradients(wanted, inputs, d), strict=True):
+        assert found.dtype == d.dtype
+        assert_near(found, other, d.dtype)
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+STEPS = [
+    pytest.param([([2, 0], [5, 3])], id="prefill"),
+    pytest.param([([2, 0], [5, 130]), ([0, 2], [1, 1]), ([2], [1])], id="decoding, more than a block"),
+    pytest.param([([0, 1], [4, 6]), ([1, 0], [1, 7])], id="decoding and prefill in parts together"),
+]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("steps", STEPS)
+def test_cache(ops: NpuOps, steps: list[tuple[list[int], list[int]]], dtype: torch.dtype) -> None:
+    caches = [NpuKVCache(ops), TorchKVCache(TorchOps(TorchAutograd(), torch.device("cpu")))]
+    names = [str(dtype).removeprefix("torch."), "float32"]
+    stores = [
+        c.cache_create(layers=2, slots=3, capacity=140, kv_heads=2, head_size=16, dtype=n)
+        for c, n in zip(caches, names, strict=True)
+    ]
+    lengths = np.zeros(3, np.int64)
+    for number, (slots, new) in enumerate(steps):
+        append = Append(np.array(slots), lengths[slots], np.array(new))
+        q, k, v = (made(sum(new), n, 16, dtype=dtype, seed=10 * number + n) for n in (4, 2, 2))
+        outs = []
+        for cache, store, name in zip(caches, stores, names, strict=True):
+            tensors = [ops.cast(x, name) for x in (q, k, v)]
+            cache.cache_append(store, 1, tensors[1], tensors[2], append)
+            outs.append(cache.attention_cached(tensors[0], store, 1, append))
+        assert outs[0].dtype == dtype
+        assert_near(outs[0], outs[1], dtype)
+        lengths[slots] += new
+
+
+# -- optimizer, and the choice of a device ---------------------------------------------------------------------------
+
+
+def test_optimizer_scales_gradients_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch_npu's `_fused_adamw_` takes grad_scale and ignores it: whatever it is handed must be 1."""
+    scales = []
+    plain = torch._fused_adamw_
+
+    def watched(*lists: Any, grad_scale: Tensor, **options: Any) -> None:
+        scales.append(float(grad_scale))
+        plain(*lists, grad_scale=grad_scale, **options)
+
+    results = []
+    for optimizer in (TorchOptimizer(), NpuOptimizer()):
+        parameters = [Parameter("w", made(3, 4)), Parameter("b", made(4, dtype=torch.bfloat16))]
+        groups = [Group(parameters, weight_decay=0.1)]
+        state = optimizer.create(groups)
+        if isinstance(optimizer, NpuOptimizer):
+            monkeypatch.setattr(torch, "_fused_adamw_", watched)
+        for step in range(3):
+            for p in parameters:
+                p.main_grad = made(*p.tensor.shape, seed=step) * 1e-6
+            optimizer.step(state, groups, lr=0.1, betas=(0.9, 0.99), eps=1e-8, grad_scale=0.01)
+        assert all(p.main_grad is None for p in parameters)
+        results.append([p.tensor.float() for p in parameters])
+    assert scales
+    assert set(scales) == {1.0}
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_asking_for_an_npu_says_what_is_missing() -> None:
+    reason = why_missing()
+    assert reason is not None
+    assert ("no device" if REAL else "not installed") in reason
+    with pytest.raises(BackendError, match="device 'npu' is not available: torch_npu"):
+        load_backend("torch_npu", device="npu")
