@@ -1,0 +1,46 @@
+"""Boxes: which part of a whole tensor is meant, so that slices know nothing of ranks and layouts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Box:
+    """The block of a tensor that starts at `offset` and has this shape; both have one number per axis."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Box:
+        """All of a tensor of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def volume(self) -> int:
+        """How many numbers are in it."""
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index of the box in the whole tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
+
+    def inside(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape has all of the box."""
+        if not len(self.offset) == len(self.shape) == len(shape):
+            return False
+        return all(min(o, n) >= 0 and o + n <= s for o, n, s in zip(self.offset, self.shape, shape, strict=True))
+
+    def overlap(self, other: Box) -> Box | None:
+        """What both have, in coordinates of the whole tensor; None where that is nothing."""
+        starts = tuple(map(max, self.offset, other.offset))
+        stops = (min(s.stop, o.stop) for s, o in zip(self.slices, other.slices, strict=True))
+        shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+        return Box(starts, shape) if all(size > 0 for size in shape) else None
+
+    def seen_from(self, other: Box) -> Box:
+        """The same block in the coordinates of a box that contains it."""
+        return Box(tuple(a - b for a, b in zip(self.offset, other.offset, strict=True)), self.shape)

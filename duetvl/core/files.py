@@ -1,0 +1,95 @@
+"""Files and directories that appear whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from duetvl.core.errors import CheckpointError
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on disk; a file's own data needs its own fsync."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(directory: Path) -> None:
+    """Wait until every file below a directory is on disk, data and names."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(Path(folder) / name, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_directory(Path(folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a small file: readers see the old text or the new one, on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory that readers never see half-empty: it loses its name first."""
+    doomed = directory.with_name(f".{directory.name.lstrip('.')}.deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed)
+
+
+@contextmanager
+def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory to fill, which becomes `target` when the block ends without an error.
+
+    Until then `target` is as it was, and after an error it still is. A target that exists and is not empty is
+    refused with CheckpointError unless `overwrite`: then its weights and all files that have a new version are
+    replaced together, by two renames (a kill between them leaves the old directory beside it under the name
+    `.NAME.replaced`), and whatever else it held stays.
+    """
+    target = Path(target).absolute()
+    if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists already; choose another directory, or ask for overwrite")
+    staging = target.with_name(f".{target.name}.saving")
+    shutil.rmtree(staging, ignore_errors=True)  # a killed run's
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        sync_files(staging)
+        _swap(staging, target)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{target}: could not be written: {error.strerror or error}") from error
+        raise
+
+
+def _swap(staging: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.replaced")
+    if target.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(staging, target)
+    sync_directory(target.parent)
+    if old.is_dir():
+        _keep_the_rest(old, target)
+        shutil.rmtree(old)
+
+
+def _keep_the_rest(old: Path, target: Path) -> None:
+    """Move what the new directory does not replace: all but the weights."""
+    for entry in list(old.iterdir()):
+        if not (target / entry.name).exists() and not any(entry.match(pattern) for pattern in WEIGHT_FILES):
+            os.rename(entry, target / entry.name)

@@ -1,0 +1,1 @@
+"""Recipes, the training loop, what it logs and what it saves."""

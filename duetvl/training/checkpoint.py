@@ -1,0 +1,380 @@
+"""Saving and resuming a run. The format is checkpoint_format.py's.
+
+A checkpoint is written to a hidden directory, forced to disk, renamed, and only then named by `latest`; a kill at any
+instant leaves the one before it loadable. Loading trusts nothing: checksums first, and no tensor is touched before all
+names and shapes are known to fit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import duetvl
+from duetvl.core.backend import Backend
+from duetvl.core.boxes import Box
+from duetvl.core.errors import CheckpointError
+from duetvl.core.files import remove_directory, sync_directory, write_text
+from duetvl.core.optimizer import AdamWState
+from duetvl.core.params import Parameter
+from duetvl.core.tensor_files import FileRecord, TensorSpec, file_record, write_tensor_file
+from duetvl.core.weights_dir import count_and_name
+from duetvl.training.checkpoint_format import (
+    KINDS,
+    MANIFEST,
+    Manifest,
+    Meta,
+    StoredBox,
+    StoredCheckpoint,
+    StoredTensor,
+    box_name,
+    file_name,
+)
+
+Tensor = Any
+
+_STEP: Final = re.compile(r"step-(\d{7,})")
+_REPLACED: Final = re.compile(r"\.(step-\d{7,})\.replaced")
+_MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of this process, and which box it is of which whole tensor of the run."""
+
+    kind: str
+    path: str
+    shape: tuple[int, ...]
+    box: Box
+    tensor: Tensor
+
+    @classmethod
+    def whole(cls, kind: str, path: str, tensor: Tensor) -> Piece:
+        """A tensor that this process holds entirely."""
+        shape = tuple(tensor.shape)
+        return cls(kind, path, shape, Box.whole(shape), tensor)
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A checkpoint whose files are as they were written.
+
+    `rejected` says of each newer one that was passed over why: tell the user.
+    """
+
+    path: Path
+    manifest: Manifest
+    rejected: tuple[str, ...] = field(default=())
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made when it was saved."""
+        return self.manifest.step
+
+    @property
+    def meta(self) -> Meta:
+        """What the run was, without reading a tensor."""
+        return self.manifest.meta
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    *,
+    step: int,
+    parameters: Iterable[Parameter],
+    optimizer_state: AdamWState | None,
+    meta: Meta,
+    backend: Backend,
+    keep_last: int | None = None,
+) -> Path:
+    """Write `run_dir/checkpoints/step-NNNNNNN`, make it the latest, remove all but the `keep_last` newest.
+
+    Frozen parameters are stored too: a checkpoint is complete. Beyond what `backend.checkpoint_io.save` needs for one
+    tensor no memory is used. On an error (a full disk) CheckpointError is raised and earlier checkpoints are as before.
+    """
+    folder = checkpoints_dir(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
+        staging = folder / f".{step_name(step)}.saving"
+        staging.mkdir()
+        written = write_pieces(staging, whole_pieces(parameters, optimizer_state), backend)
+        steps = optimizer_state.step if optimizer_state else {}
+        manifest = make_manifest(step, meta, steps, [written], backend)
+        return commit(staging, manifest, keep_last)
+    except OSError as error:
+        shutil.rmtree(folder / f".{step_name(step)}.saving", ignore_errors=True)
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {step} could not be written: {error.strerror or error}; "
+            f"earlier ones are untouched"
+        ) from error
+
+
+def whole_pieces(parameters: Iterable[Parameter], optimizer_state: AdamWState | None) -> list[Piece]:
+    """All tensors of a run that one process holds."""
+    pieces = [Piece.whole("weights", p.path, p.tensor) for p in parameters]
+    for kind, tensors in optimizer_state.slots().items() if optimizer_state else ():
+        pieces += [Piece.whole(kind, path, tensor) for path, tensor in tensors.items()]
+    return pieces
+
+
+@dataclass(frozen=True)
+class WrittenPieces:
+    """What one process has written: enough, from all of them, to make the manifest."""
+
+    files: tuple[FileRecord, ...]
+    boxes: tuple[tuple[str, str, StoredTensor], ...]  # kind, path, and the tensor as far as it is in this box
+
+
+def write_pieces(
+    staging: Path, pieces: Sequence[Piece], backend: Backend, *, rank: int = 0, ranks: int = 1
+) -> WrittenPieces:
+    """Write this process's pieces, one file of each kind, and wait until they are on disk.
+
+    A piece that several processes hold must be handed in by one of them only.
+    """
+    files: list[FileRecord] = []
+    boxes: list[tuple[str, str, StoredTensor]] = []
+    for kind in KINDS:
+        chosen = {box_name(p.path, p.box): p for p in pieces if p.kind == kind}
+        if not chosen:
+            continue
+        name = file_name(kind, rank, ranks)
+        specs = {key: TensorSpec(backend.ops.dtype_of(p.tensor), p.box.shape) for key, p in chosen.items()}
+        fetch = _fetcher(backend, chosen)
+        files.append(write_tensor_file(staging / name, specs, fetch, {"format": "pt"}))
+        boxes += [
+            (kind, p.path, StoredTensor(specs[key].dtype, p.shape, (StoredBox(name, p.box),)))
+            for key, p in chosen.items()
+        ]
+    return WrittenPieces(tuple(files), tuple(boxes))
+
+
+def make_manifest(
+    step: int, meta: Meta, optimizer_steps: Mapping[str, int], written: Sequence[WrittenPieces], backend: Backend
+) -> Manifest:
+    """Join what all processes have written."""
+    tensors: dict[str, dict[str, StoredTensor]] = {kind: {} for kind in KINDS}
+    for kind, path, one in (entry for part in written for entry in part.boxes):
+        before = tensors[kind].get(path)
+        tensors[kind][path] = replace(one, boxes=before.boxes + one.boxes) if before else one
+    broken = [path for kind in KINDS for path, stored in tensors[kind].items() if not stored.complete()]
+    if broken:
+        raise ValueError(f"the pieces written do not make up {broken[:3]}")
+    return Manifest(
+        step=step,
+        meta=meta,
+        optimizer_steps=dict(optimizer_steps),
+        files=tuple(record for part in written for record in part.files),
+        tensors=tensors,
+        written_by={
+            "duetvl": duetvl.__version__,
+            "backend": backend.name,
+            "framework": backend.capabilities.framework,
+        },
+    )
+
+
+def commit(staging: Path, manifest: Manifest, keep_last: int | None = None) -> Path:
+    """Give a finished directory its name, make it the latest, and rotate. One process does this."""
+    write_text(staging / MANIFEST, manifest.to_text())
+    folder = staging.parent
+    final = folder / step_name(manifest.step)
+    replaced = folder / f".{final.name}.replaced"
+    if final.exists():  # a run that went back to an earlier step comes by again
+        os.rename(final, replaced)
+    os.rename(staging, final)
+    sync_directory(folder)
+    write_text(folder / "latest", final.name + "\n")
+    if replaced.exists():
+        remove_directory(replaced)
+    _rotate(folder, final, keep_last)
+    return final
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Tidy up after a run that was killed while it saved; no other run may be saving here."""
+    folder = checkpoints_dir(run_dir)
+    for old in folder.glob(".step-*.replaced"):
+        name = old.name[1 : -len(".replaced")]
+        if not (folder / name).exists():  # killed between its two renames
+            os.rename(old, folder / name)
+    for pattern in (".step-*.saving", ".step-*.replaced", ".step-*.deleting"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(run_dir) / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    """Directory name of the checkpoint of a step."""
+    return f"step-{step:07}"
+
+
+def _fetcher(backend: Backend, pieces: Mapping[str, Piece]) -> Any:
+    return lambda key: backend.checkpoint_io.save(pieces[key].tensor)[0].reshape(pieces[key].box.shape)
+
+
+def _rotate(folder: Path, newest: Path, keep_last: int | None) -> None:
+    """By the time of writing, not by number: a run that went back to an earlier step keeps its new ones."""
+    if keep_last is None:
+        return
+    others = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path != newest]
+    others.sort(key=_written_at)
+    for old in others[: max(len(others) + 1 - keep_last, 0)]:
+        remove_directory(old)
+
+
+def _written_at(path: Path) -> tuple[int, str]:
+    manifest = path / MANIFEST
+    return (manifest.stat().st_mtime_ns if manifest.exists() else 0, path.name)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(run_dir: str | Path, step: int | None = None) -> CheckpointRef:
+    """The newest undamaged checkpoint of a run, or that of a chosen step, all checksums verified.
+
+    Damaged newer ones are passed over and told in `rejected`; a chosen step is never replaced by another. `run_dir`
+    may also be one checkpoint's own directory. CheckpointError where there is nothing to load.
+    """
+    found = _candidates(Path(run_dir))
+    if not found:
+        raise CheckpointError(f"{checkpoints_dir(run_dir)}: has no checkpoint; give the directory of a run that saved")
+    if step is not None and step not in found:
+        steps = ", ".join(str(known) for known in sorted(found))
+        raise CheckpointError(f"{checkpoints_dir(run_dir)}: has no checkpoint of step {step}; there are {steps}")
+    rejected: list[str] = []
+    for path in [found[step]] if step is not None else found.values():
+        try:
+            return CheckpointRef(path, _verified(path), tuple(rejected))
+        except CheckpointError as error:
+            rejected.append(str(error))
+    raise CheckpointError("; ".join(rejected) + "; no other checkpoint can be used instead")
+
+
+def has_checkpoint(run_dir: str | Path) -> bool:
+    """Whether a run has saved anything, damaged or not."""
+    return bool(_candidates(Path(run_dir)))
+
+
+def load_checkpoint(
+    ref: CheckpointRef,
+    *,
+    parameters: Iterable[Parameter],
+    optimizer_state: AdamWState | None,
+    backend: Backend,
+) -> Meta:
+    """Write a checkpoint's numbers into the tensors of a run, one at a time; bit for bit where dtypes are the same.
+
+    `optimizer_state` is a fresh one of the same trainable parameters, or None to load weights alone. Where a
+    parameter's dtype is not the stored one, it comes from the float32 master if there is one, and a master that was
+    not stored comes from the weights. CheckpointError, with nothing written, for the checkpoint of another model.
+    """
+    load_pieces(ref, whole_pieces(parameters, optimizer_state), backend)
+    if optimizer_state:
+        optimizer_state.step.update({path: ref.manifest.optimizer_steps[path] for path in optimizer_state.step})
+    return ref.meta
+
+
+def load_pieces(ref: CheckpointRef, pieces: Sequence[Piece], backend: Backend) -> None:
+    """Fill this process's tensors, whatever boxes they are of whatever the writers had."""
+    _check_same_model(ref, pieces)
+    stored = StoredCheckpoint(ref.path, ref.manifest)
+    for piece in pieces:
+        wanted = backend.ops.dtype_of(piece.tensor)
+        kind = _source(ref.manifest, piece, wanted)
+        raw, dtype = stored.read(kind, piece.path, piece.box)
+        backend.ops.assign(piece.tensor, backend.checkpoint_io.load(raw, dtype, wanted))
+        del raw
+        stored.release(kind, piece.path)
+
+
+def _candidates(run_dir: Path) -> dict[int, Path]:
+    """Step -> directory, best first: the latest, those before it backwards, then any after it backwards.
+
+    Steps after the latest are of a branch that the run has gone back from, or killed just before `latest` was moved.
+    """
+    if (run_dir / MANIFEST).exists() and (match := _STEP.fullmatch(run_dir.name)):
+        return {int(match[1]): run_dir}
+    folder = checkpoints_dir(run_dir)
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    found = {match[1]: path for path in entries if (match := _REPLACED.fullmatch(path.name))}
+    found |= {path.name: path for path in entries if _STEP.fullmatch(path.name)}
+    try:
+        latest = int((folder / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        latest = 10**18
+    steps = {int(name.removeprefix("step-")): path for name, path in found.items()}
+    return dict(sorted(steps.items(), key=lambda item: (item[0] > latest, -item[0])))
+
+
+def _verified(path: Path) -> Manifest:
+    """The manifest, once every file is as it says."""
+    try:
+        manifest = Manifest.from_text((path / MANIFEST).read_text(encoding="utf-8"))
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            problems = [problem for problem in pool.map(lambda r: _difference(path, r), manifest.files) if problem]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: is damaged or unknown: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: is damaged: {MANIFEST} cannot be read: {error}") from None
+    if problems:
+        raise CheckpointError(f"{path}: is damaged: {'; '.join(problems)}")
+    return manifest
+
+
+def _difference(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = (path / record.name).stat().st_size
+        if size != record.size:
+            return f"{record.name} has {size} bytes instead of {record.size}"
+        if file_record(path / record.name) != record:
+            return f"{record.name} does not match its checksum"
+    except OSError as error:
+        return f"{record.name} cannot be read: {error.strerror or error}"
+    return None
+
+
+def _check_same_model(ref: CheckpointRef, pieces: Sequence[Piece]) -> None:
+    """A master may be absent on either side: it depends on the dtype alone."""
+    for kind, what in (("weights", "another model"), ("exp_avg", "a run that trained other parameters")):
+        wanted = {piece.path: piece.shape for piece in pieces if piece.kind == kind}
+        if not wanted and kind == "exp_avg":
+            continue
+        stored = ref.manifest.tensors.get(kind, {})
+        wrong = [p for p in wanted if p in stored and stored[p].shape != wanted[p]]
+        shapes = [f"{path} {list(stored[path].shape)} instead of {list(wanted[path])}" for path in wrong]
+        problems = [
+            count_and_name("tensor(s) absent", [path for path in wanted if path not in stored]),
+            count_and_name("unknown here", [path for path in stored if path not in wanted]),
+            count_and_name("of another shape", shapes),
+        ]
+        if any(problems):
+            raise CheckpointError(
+                f"{ref.path}: is of {what}: {'; '.join(filter(None, problems))}. "
+                f"Resume with the recipe that wrote it, or begin in a new run directory"
+            )
+
+
+def _source(manifest: Manifest, piece: Piece, wanted: str) -> str:
+    """The kind that a piece is read from; see load_checkpoint."""
+    masters, weights = manifest.tensors["master"], manifest.tensors["weights"]
+    if piece.kind in _MOMENTS:
+        return piece.kind
+    if piece.kind == "weights" and weights[piece.path].dtype == wanted:
+        return "weights"
+    return "master" if piece.path in masters else "weights"

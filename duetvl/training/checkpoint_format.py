@@ -1,0 +1,211 @@
+"""The training checkpoint on disk: which tensors it has, in which boxes of which files.
+
+    run_dir/checkpoints/latest                              the name of the newest checkpoint
+    run_dir/checkpoints/step-0000100/manifest.json          all but the tensors
+    run_dir/checkpoints/step-0000100/weights-00000-of-00001.safetensors
+    ...                              exp_avg-, exp_avg_sq-, master-...
+
+A tensor is stored as boxes that together make it up, whatever layout wrote them, under the name `PATH@OFFSET` such as
+`model.norm.weight@0` or `visual.patch_embed.proj.weight@0,0,0,0,0`. Every writer has its own file of each kind. So the
+format knows neither ranks nor frameworks, and any box can be put together from those stored.
+
+The manifest names every tensor (dtype, shape, boxes), every file (size, crc32) and carries a checksum of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from duetvl.core.boxes import Box
+from duetvl.core.errors import CheckpointError
+from duetvl.core.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec
+
+FORMAT: Final = "duetvl training checkpoint"
+VERSION: Final = 1
+MANIFEST: Final = "manifest.json"
+KINDS: Final = ("weights", "exp_avg", "exp_avg_sq", "master")
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a run is, beside its tensors; JSON values only.
+
+    random_state: seed and counters. data_position: wherever the data pipeline will go on. extra: free.
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    data_position: Mapping[str, Any] = field(default_factory=dict)
+    random_state: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """One box of a tensor and the file that it is in."""
+
+    file: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A whole tensor as it is spread over files."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+    def complete(self) -> bool:
+        """Whether the boxes can make up the tensor: inside it, as many numbers, no two at one place.
+
+        Overlaps are not looked for: that takes the square of their number, and the manifest is under a checksum.
+        """
+        boxes = [stored.box for stored in self.boxes]
+        volume = sum(box.volume for box in boxes)
+        distinct = len({box.offset for box in boxes}) == len(boxes)
+        return distinct and volume == math.prod(self.shape) and all(box.inside(self.shape) for box in boxes)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of manifest.json."""
+
+    step: int
+    meta: Meta
+    optimizer_steps: Mapping[str, int]
+    files: tuple[FileRecord, ...]
+    tensors: Mapping[str, Mapping[str, StoredTensor]]  # kind -> path -> where
+    written_by: Mapping[str, str]
+
+    def to_text(self) -> str:
+        """JSON with its own checksum as the last entry."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "written_by": dict(self.written_by),
+            **vars(self.meta),
+            "optimizer_steps": dict(self.optimizer_steps),
+            "files": {record.name: {"size": record.size, "crc32": record.crc32} for record in self.files},
+            "tensors": {
+                kind: {path: _tensor_to_json(stored) for path, stored in tensors.items()}
+                for kind, tensors in self.tensors.items()
+            },
+        }
+        content = json.loads(json.dumps(content, default=_plain))  # what a reader will see: keys are strings
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str) -> Manifest:
+        """Raises CheckpointError, with the cause alone, for what is damaged or of a later version."""
+        try:
+            content = json.loads(text)
+            checksum = content.pop("checksum")
+            if content["format"] != FORMAT:
+                raise CheckpointError(f"its format is {content['format']!r}, not {FORMAT!r}")
+            if content["version"] != VERSION:
+                raise CheckpointError(
+                    f"its format has version {content['version']}, this duetvl reads {VERSION}; "
+                    f"use the duetvl that wrote it"
+                )
+            if checksum != _checksum(content):
+                raise CheckpointError("its manifest.json does not match its own checksum")
+            return cls(
+                step=content["step"],
+                meta=Meta(**{name: content[name] for name in vars(Meta())}),
+                optimizer_steps=content["optimizer_steps"],
+                files=tuple(FileRecord(name, **record) for name, record in content["files"].items()),
+                tensors={
+                    kind: {path: _tensor_from_json(stored) for path, stored in tensors.items()}
+                    for kind, tensors in content["tensors"].items()
+                },
+                written_by=content["written_by"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"its manifest.json cannot be read: {error!r}") from None
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """The tensors of a checkpoint directory, read by boxes."""
+
+    path: Path
+    manifest: Manifest
+
+    def read(self, kind: str, path: str, box: Box | None = None) -> tuple[np.ndarray, str]:
+        """The bits of a tensor or of a box of it, and their dtype's name.
+
+        A mapped view where one stored box has all of it; put together in memory otherwise.
+        """
+        stored = self.manifest.tensors[kind][path]
+        box = box or Box.whole(stored.shape)
+        if not box.inside(stored.shape):
+            raise ValueError(f"{path} {stored.shape} does not contain {box}")
+        parts = [(part, shared) for part in stored.boxes if (shared := box.overlap(part.box))]
+        if len(parts) == 1 and parts[0][1] == box:
+            return self._view(path, stored, parts[0][0])[box.seen_from(parts[0][0].box).slices], stored.dtype
+        whole = np.empty(box.shape, NUMPY_DTYPES[stored.dtype])
+        for part, shared in parts:
+            view = self._view(path, stored, part)
+            whole[shared.seen_from(box).slices] = view[shared.seen_from(part.box).slices]
+        return whole, stored.dtype
+
+    def release(self, kind: str, path: str) -> None:
+        """Give back the memory of the tensor's mapped pages."""
+        for part in self.manifest.tensors[kind][path].boxes:
+            self._files[part.file].release(box_name(path, part.box))
+
+    def _view(self, path: str, stored: StoredTensor, part: StoredBox) -> np.ndarray:
+        file, name = self._files[part.file], box_name(path, part.box)
+        spec = TensorSpec(stored.dtype, part.box.shape)
+        if file.specs.get(name) != spec:
+            raise CheckpointError(f"{file.path}: has {file.specs.get(name)} for {name}, the manifest says {spec}")
+        return file.view(name)
+
+    @cached_property
+    def _files(self) -> dict[str, TensorFile]:
+        return {record.name: TensorFile(self.path / record.name) for record in self.manifest.files}
+
+
+def box_name(path: str, box: Box) -> str:
+    """Name of a box in its file."""
+    return f"{path}@{','.join(map(str, box.offset))}"
+
+
+def file_name(kind: str, rank: int, ranks: int) -> str:
+    """Name of the file that one writer makes of one kind."""
+    return f"{kind}-{rank:05}-of-{ranks:05}.safetensors"
+
+
+def _tensor_to_json(stored: StoredTensor) -> dict[str, Any]:
+    boxes = [[part.file, list(part.box.offset), list(part.box.shape)] for part in stored.boxes]
+    return {"dtype": stored.dtype, "shape": list(stored.shape), "boxes": boxes}
+
+
+def _tensor_from_json(data: Mapping[str, Any]) -> StoredTensor:
+    boxes = tuple(StoredBox(file, Box(tuple(offset), tuple(shape))) for file, offset, shape in data["boxes"])
+    stored = StoredTensor(data["dtype"], tuple(data["shape"]), boxes)
+    if stored.dtype not in NUMPY_DTYPES or not stored.complete():
+        raise ValueError(f"boxes {data} do not make up a tensor")
+    return stored
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a checkpoint keeps JSON values, not {type(value).__name__}: {value!r}")
