@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from duetvl.core.errors import DuetvlError
@@ -46,8 +47,9 @@ class Autograd(Protocol):
         A cotangent of None counts as zero; an input that no output depends on has gradient None. The complete
         gradient of each trainable parameter is cast to float32 and added to its `main_grad`, once per tape,
         whatever the number of its uses and recomputation. With `last` (the step's last micro-batch), `on_ready`
-        is called once for each parameter, as soon as its gradient is final; a trainable parameter that has
-        received no gradient since `main_grad` was None raises MissingGradient, unless it is conditional.
+        is called exactly once for each trainable parameter, as soon as its gradient is final; those that this tape
+        does not reach come at the end (the `main_grad` of a conditional one may be None). A trainable parameter
+        that has received no gradient since `main_grad` was None raises MissingGradient, unless it is conditional.
         """
         ...
 
@@ -77,6 +79,31 @@ class Autograd(Protocol):
     def no_grad(self) -> AbstractContextManager[None]:
         """Nothing is recorded inside."""
         ...
+
+
+@dataclass(eq=False)
+class Arrivals:
+    """Which parameters of a tape have their gradient, while it is pulled back, and who wants to know.
+
+    The recorded graph refers to this and not to the tape, which refers to the graph: no cycle, so that a tape which
+    is dropped frees its memory at once.
+    """
+
+    on_ready: Callable[[Parameter], None] | None = None
+    reached: set[str] = field(default_factory=set)
+
+    def add(self, parameter: Parameter) -> None:
+        """The parameter's main_grad is complete as far as this tape goes."""
+        self.reached.add(parameter.path)
+        if self.on_ready is not None:
+            self.on_ready(parameter)
+
+    def finish(self, parameters: Sequence[Parameter]) -> None:
+        """The step's last tape is through: complain of what is missing, announce what it did not reach."""
+        check_all_received(parameters)
+        for parameter in parameters:
+            if parameter.path not in self.reached:
+                self.add(parameter)
 
 
 class MissingGradient(DuetvlError):

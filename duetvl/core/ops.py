@@ -5,6 +5,9 @@ A tensor is the framework's own. Above the seam it has `+ - * /`, unary minus, c
 mutators at the end. dtypes are named by strings: float32, bfloat16, float16, int32, int64, bool. There is no
 promotion: both sides of an arithmetic operation have one dtype, `cast` changes it.
 
+A dtype in the backend's `capabilities.storage_only` is for weights: these functions take it and compute in float32,
+but a tensor's own arithmetic and slices need not work, nor be differentiable, in it.
+
 Shapes in this file: T rows (tokens or patches), D width, H heads, K head size, V vocabulary.
 """
 

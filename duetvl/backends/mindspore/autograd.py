@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from duetvl.core.autograd import Backward, Forward, check_all_received
+from duetvl.core.autograd import Arrivals, Backward, Forward
 from duetvl.core.errors import BackendError
 from duetvl.core.params import Parameter
 
@@ -31,10 +31,10 @@ Tensor = ms.Tensor
 class Tape:
     """What one stage recorded, and where its gradients go while it is pulled back."""
 
-    inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     trainable: tuple[Parameter, ...]
-    on_ready: Callable[[Parameter], None] | None = None
+    gradients: list[Tensor | None]
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
 
 class MindSporeAutograd:
@@ -51,10 +51,11 @@ class MindSporeAutograd:
         trainable: Sequence[Parameter],
         frozen: Sequence[Parameter] = (),
     ) -> tuple[tuple[Tensor, ...], Tape]:
-        leaves = tuple(_leaf(x) for x in inputs)
-        tape = Tape(leaves, (), tuple(trainable))
-        tapped = [_Tap.apply(_leaf(p.tensor), p, tape) for p in trainable]
-        outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
+        tape = Tape((), tuple(trainable), [None] * len(inputs))
+        with _recording(True):
+            leaves = _input_leaves(inputs, tape.gradients)
+            tapped = [_Tap.apply(_leaf(p.tensor), p, tape.arrivals) for p in trainable]
+            outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
         tape.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(ops.stop_gradient(x) for x in tape.outputs), tape
 
@@ -66,29 +67,31 @@ class MindSporeAutograd:
         last: bool = True,
         on_ready: Callable[[Parameter], None] | None = None,
     ) -> tuple[Tensor | None, ...]:
-        tape.on_ready = on_ready if last else None
+        tape.arrivals.on_ready = on_ready if last else None
         pulled = [(y, d) for y, d in zip(tape.outputs, cotangents, strict=True) if d is not None and y._requires_grad]
+        tape.outputs = ()  # a tape is pulled back once; what it recorded is freed on the way
         if pulled:
             _pull([y for y, _ in pulled], [d for _, d in pulled])
         if last:
-            check_all_received(tape.trainable)
-        gradients = tuple(x._grad for x in tape.inputs)
-        tape.outputs = ()  # a tape is pulled back once; this frees what it recorded
-        return gradients
+            tape.arrivals.finish(tape.trainable)
+        return tuple(tape.gradients)
 
     def value_and_grad(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        leaves = tuple(_leaf(x) for x in inputs)
-        value = fn(*leaves)
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        with _recording(True):
+            value = fn(*_input_leaves(inputs, gradients))
         if value._requires_grad:
             _pull([value], [ops.ones_like(value)])
-        return ops.stop_gradient(value), tuple(ops.zeros_like(x) if x._grad is None else x._grad for x in leaves)
+        found = (ops.zeros_like(x) if d is None else d for x, d in zip(inputs, gradients, strict=True))
+        return ops.stop_gradient(value), tuple(found)
 
     def custom_vjp(self, forward: Forward, backward: Backward) -> Callable[..., Any]:
         def call(*tensors: Tensor) -> Any:
             recording = engine.enable_grad()
             needs = tuple(recording and x._requires_grad for x in tensors)
             if not any(needs):
-                return forward(needs, *tensors)[0]
+                with _recording(False):
+                    return forward(needs, *tensors)[0]
             return _Custom.apply(forward, backward, needs, *tensors)
 
         return call
@@ -100,13 +103,13 @@ class MindSporeAutograd:
         return ops.stop_gradient(x)
 
     def no_grad(self) -> AbstractContextManager[None]:
-        return _not_recording()
+        return _recording(False)
 
 
 @contextmanager
-def _not_recording() -> Iterator[None]:
+def _recording(on: bool) -> Iterator[None]:
     before = engine.enable_grad()
-    engine.set_enable_grad(False)
+    engine.set_enable_grad(on)
     try:
         yield
     finally:
@@ -120,18 +123,41 @@ def _leaf(x: Tensor) -> Tensor:
     return leaf
 
 
+def _input_leaves(inputs: Sequence[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
+    """Tensors to differentiate to; their gradients will be put into `gradients`."""
+    return [_InputTap.apply(_leaf(x), gradients, i) for i, x in enumerate(inputs)]
+
+
 def _pull(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
-    """Run the engine from `outputs` back; gradients land in the leaves' `_grad`. The graph is used up."""
+    """Run the engine from `outputs` back, through the taps. The graph is used up."""
     keep_graph, create_graph, allow_unreachable = False, False, True
     run_backward(tuple(outputs), tuple(cotangents), keep_graph, create_graph, (), allow_unreachable)
+
+
+class _InputTap(ms._Function):
+    """Identity in front of an input, whose gradient it puts aside.
+
+    The engine would add it to the leaf's `_grad`, but where two leaves share a gradient (a + b) it makes a copy by a
+    kernel that the CPU lacks ("The kernel Clone unregistered").
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradients: list[Tensor | None], place: int) -> Tensor:
+        ctx.gradients, ctx.place = gradients, place
+        return ops.stop_gradient(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.gradients[ctx.place] = gradient
+        return None, None, None
 
 
 class _Tap(ms._Function):
     """Identity in front of a parameter: its backward runs once per tape, with the complete gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, parameter: Parameter, tape: Tape) -> Tensor:
-        ctx.parameter, ctx.tape = parameter, tape
+    def forward(ctx: Any, tensor: Tensor, parameter: Parameter, arrivals: Arrivals) -> Tensor:
+        ctx.parameter, ctx.arrivals = parameter, arrivals
         return ops.stop_gradient(tensor)  # over the same storage; returning `tensor` itself would copy it
 
     @staticmethod
@@ -143,8 +169,7 @@ class _Tap(ms._Function):
             parameter.main_grad = wide.copy() if wide is gradient else wide
         else:
             ops.assign_add(parameter.main_grad, wide)
-        if ctx.tape.on_ready is not None:
-            ctx.tape.on_ready(parameter)
+        ctx.arrivals.add(parameter)
         return None, None, None
 
 

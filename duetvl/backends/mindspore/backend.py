@@ -28,13 +28,16 @@ def create(device: str = "auto") -> Backend:
 
     target = _start(device)
     autograd = MindSporeAutograd()
-    ops_class: type[MindSporeOps]
-    if target == "CPU":
-        from duetvl.backends.mindspore.kernels_cpu import CpuOps as ops_class
-    else:
-        from duetvl.backends.mindspore.kernels_ascend import AscendOps as ops_class
-    ops = ops_class(autograd)
     on_cpu = target == "CPU"
+    ops: MindSporeOps
+    if on_cpu:
+        from duetvl.backends.mindspore.kernels_cpu import CpuOps
+
+        ops = CpuOps(autograd)
+    else:
+        from duetvl.backends.mindspore.kernels_ascend import AscendOps
+
+        ops = AscendOps(autograd)
     return Backend(
         name="mindspore",
         ops=ops,

@@ -25,12 +25,15 @@ def in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
     def widen(x: Any) -> Any:
         return ops.cast(x, ms.float32) if isinstance(x, ms.Tensor) and x.dtype == ms.bfloat16 else x
 
+    def narrow(x: Tensor) -> Tensor:
+        return ops.cast(x, ms.bfloat16) if x.dtype == ms.float32 else x
+
     @functools.wraps(method)
     def wide(self: Any, x: Any, *rest: Any, **options: Any) -> Any:
         if x.dtype != ms.bfloat16:
             return method(self, x, *rest, **options)
         result = method(self, widen(x), *(widen(y) for y in rest), **options)
-        return ops.cast(result, ms.bfloat16) if result.dtype == ms.float32 else result
+        return tuple(narrow(y) for y in result) if isinstance(result, tuple) else narrow(result)
 
     return wide
 
@@ -49,6 +52,8 @@ class CpuOps(MindSporeOps):
     mean = in_float32(MindSporeOps.mean)
     max = in_float32(MindSporeOps.max)
     argmax = in_float32(MindSporeOps.argmax)
+    broadcast_to = in_float32(MindSporeOps.broadcast_to)
+    split = in_float32(MindSporeOps.split)
     matmul = in_float32(MindSporeOps.matmul)
     linear = in_float32(MindSporeOps.linear)
     take_rows = in_float32(MindSporeOps.take_rows)

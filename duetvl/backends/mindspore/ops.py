@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -68,7 +69,9 @@ class MindSporeOps(ComposedOps):
         return ops.where(condition, a, b)
 
     def sum(self, x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        return ops.sum(x) if axis is None else ops.sum(x, axis, keepdim=keepdims)
+        if axis is None:
+            return self._nothing((), x) if 0 in x.shape else ops.sum(x)
+        return ops.sum(x, axis, keepdim=keepdims)
 
     def mean(self, x: Tensor, axis: int, keepdims: bool = False) -> Tensor:
         return ops.mean(x, axis, keep_dims=keepdims)
@@ -95,16 +98,38 @@ class MindSporeOps(ComposedOps):
         return ops.split(x, list(sizes), axis)
 
     def matmul(self, a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+        if 0 in a.shape or 0 in b.shape:
+            rows, columns = a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]
+            return self._nothing((*a.shape[:-2], rows, columns), a, b)
         product = ops.MatMul if a.ndim == 2 else ops.BatchMatMul
         return product(transpose_a, transpose_b)(a, b)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if 0 in x.shape:
+            return self._nothing((*x.shape[:-1], weight.shape[0]), *(t for t in (x, weight, bias) if t is not None))
         y = ops.MatMul(transpose_b=True)(ops.reshape(x, (-1, x.shape[-1])), weight)
         y = y if bias is None else ops.bias_add(y, bias)
         return ops.reshape(y, (*x.shape[:-1], weight.shape[0]))
 
     def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        if 0 in index.shape:
+            return self._nothing((0, *x.shape[1:]), x)
         return ops.gather(x, index, 0)
+
+    def _nothing(self, shape: Sequence[int], *sources: Tensor) -> Tensor:
+        """The sum of no terms: zeros, with zeros for the sources' gradients.
+
+        CPU kernels leave their result unwritten there (MatMul, sum) or refuse (the gradient of gather).
+        """
+
+        def forward(needs: Any, *sources: Tensor) -> Any:
+            return self.zeros(shape, self.dtype_of(sources[0])), ()
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            return tuple(self.zeros(shape, dtype) for shape, dtype in like)
+
+        like = [(x.shape, self.dtype_of(x)) for x in sources]
+        return self.autograd.custom_vjp(forward, backward)(*sources)
 
     def scatter_rows(self, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         return ops.tensor_scatter_update(x, ops.reshape(index, (-1, 1)), rows)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from duetvl.core.autograd import Backward, Forward, check_all_received
+from duetvl.core.autograd import Arrivals, Backward, Forward
 from duetvl.core.params import Parameter
 
 Tensor = torch.Tensor
@@ -23,7 +23,7 @@ class Tape:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     trainable: tuple[Parameter, ...]
-    on_ready: Callable[[Parameter], None] | None = None
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
 
 class TorchAutograd:
@@ -39,7 +39,7 @@ class TorchAutograd:
         leaves = tuple(x.detach().requires_grad_() for x in inputs)
         tape = Tape(leaves, (), tuple(trainable))
         with torch.enable_grad():
-            tapped = [_Tap.apply(p.tensor.detach().requires_grad_(), p, tape) for p in trainable]
+            tapped = [_Tap.apply(p.tensor.detach().requires_grad_(), p, tape.arrivals) for p in trainable]
             outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
         tape.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(x.detach() for x in tape.outputs), tape
@@ -52,20 +52,21 @@ class TorchAutograd:
         last: bool = True,
         on_ready: Callable[[Parameter], None] | None = None,
     ) -> tuple[Tensor | None, ...]:
-        tape.on_ready = on_ready if last else None
+        tape.arrivals.on_ready = on_ready if last else None
         pulled = [(y, d) for y, d in zip(tape.outputs, cotangents, strict=True) if d is not None and y.requires_grad]
+        tape.outputs = ()  # a tape is pulled back once; what it recorded is freed on the way
         if pulled:
             torch.autograd.backward([y for y, _ in pulled], [d for _, d in pulled])
         if last:
-            check_all_received(tape.trainable)
-        gradients = tuple(x.grad for x in tape.inputs)
-        tape.outputs = ()  # a tape is pulled back once; this frees what it recorded
-        return gradients
+            tape.arrivals.finish(tape.trainable)
+        return tuple(x.grad for x in tape.inputs)
 
     def value_and_grad(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         with torch.enable_grad():
             value = fn(*leaves)
+        if not value.requires_grad:
+            return value, tuple(torch.zeros_like(x) for x in leaves)
         return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
 
     def custom_vjp(self, forward: Forward, backward: Backward) -> Callable[..., Any]:
@@ -73,7 +74,8 @@ class TorchAutograd:
             recording = torch.is_grad_enabled()
             needs = tuple(recording and x.requires_grad for x in tensors)
             if not any(needs):
-                return forward(needs, *tensors)[0]
+                with torch.no_grad():
+                    return forward(needs, *tensors)[0]
             return _Custom.apply(forward, backward, needs, *tensors)
 
         return call
@@ -92,8 +94,8 @@ class _Tap(torch.autograd.Function):
     """Identity in front of a parameter: its backward runs once per tape, with the complete gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, parameter: Parameter, tape: Tape) -> Tensor:
-        ctx.parameter, ctx.tape = parameter, tape
+    def forward(ctx: Any, tensor: Tensor, parameter: Parameter, arrivals: Arrivals) -> Tensor:
+        ctx.parameter, ctx.arrivals = parameter, arrivals
         return tensor.view_as(tensor)
 
     @staticmethod
@@ -104,8 +106,7 @@ class _Tap(torch.autograd.Function):
             parameter.main_grad = gradient.to(torch.float32, copy=True)
         else:
             parameter.main_grad.add_(gradient)
-        if ctx.tape.on_ready is not None:
-            ctx.tape.on_ready(parameter)
+        ctx.arrivals.add(parameter)
         return None, None, None
 
 

@@ -241,13 +241,15 @@ class ComposedOps(Ops):
     def linear_cross_entropy(self, h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         def forward(needs: Any, h: Tensor, weight: Tensor) -> Any:
             total, dhs, dweight = self.zeros(()), [], None
+            if h.shape[0] == 0:  # the weight still takes part in the step
+                return total, (self.zeros(h.shape), self.zeros(weight.shape), h, weight)
             for a, b in row_blocks(h.shape[0], weight.shape[0]):
                 scale = None if weights is None else weights[a:b, None]
                 part, dh, dw = self._cross_entropy_block(needs, h[a:b], weight, labels[a:b], scale)
                 total = total + part
                 dhs.append(dh)
-                dweight = dw if dweight is None else dweight + dw
-            dh = self.concat(dhs, 0) if needs[0] and dhs else None
+                dweight = dw if dweight is None or dw is None else dweight + dw
+            dh = self.concat(dhs, 0) if needs[0] else None
             return total, (dh, dweight, h, weight)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
@@ -263,8 +265,9 @@ class ComposedOps(Ops):
         self, needs: Any, h: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss of some rows and its float32 gradients to them and to the weight."""
-        p, top, total = self._shifted_exp(h, weight)
-        logp = self._label_logit(h, weight, labels) - top - self.log(total)
+        logits = self._logits(h, weight)
+        lse, p, total = self._softmax_parts(logits)
+        logp = self.gather_last(logits, labels)[:, None] - lse
         loss = -self.sum(logp if scale is None else logp * scale)
         if not any(needs):
             return loss, None, None
@@ -276,15 +279,17 @@ class ComposedOps(Ops):
         def forward(needs: Any, h: Tensor, weight: Tensor) -> Any:
             logps, lses = [], []
             for a, b in row_blocks(h.shape[0], weight.shape[0]):
-                _, top, total = self._shifted_exp(h[a:b], weight)
-                lse = top + self.log(total)
-                logps.append((self._label_logit(h[a:b], weight, labels[a:b]) - lse)[:, 0])
-                lses.append(lse[:, 0])
+                logits = self._logits(h[a:b], weight)
+                lse = self._softmax_parts(logits)[0][:, 0]
+                logps.append(self.gather_last(logits, labels[a:b]) - lse)
+                lses.append(lse)
             logp, lse = (self.concat(x, 0) if x else self.zeros((0,)) for x in (logps, lses))
             return (logp, lse), (h, weight, lse)
 
         def backward(needs: Any, residuals: Any, dlogp: Tensor, dlse: Tensor) -> Any:
             h, weight, lse = residuals
+            if h.shape[0] == 0:
+                return tuple(self.zeros(x.shape, self.dtype_of(x)) for x in (h, weight))
             dhs, dweight = [], None
             for a, b in row_blocks(h.shape[0], weight.shape[0]):
                 logits = self._logits(h[a:b], weight)
@@ -292,8 +297,8 @@ class ComposedOps(Ops):
                 dlogits = self.add_at_last(p, labels[a:b], dlogp[a:b])
                 dh, dw = self._logit_grads(needs, dlogits, h[a:b], weight)
                 dhs.append(dh)
-                dweight = dw if dweight is None else dweight + dw
-            dh = self.cast(self.concat(dhs, 0), self.dtype_of(h)) if needs[0] and dhs else None
+                dweight = dw if dweight is None or dw is None else dweight + dw
+            dh = self.cast(self.concat(dhs, 0), self.dtype_of(h)) if needs[0] else None
             return dh, None if dweight is None else self.cast(dweight, self.dtype_of(weight))
 
         return self.autograd.custom_vjp(forward, backward)(h, weight)
@@ -301,17 +306,12 @@ class ComposedOps(Ops):
     def _logits(self, h: Tensor, weight: Tensor) -> Tensor:
         return self.cast(self.matmul(h, weight, transpose_b=True), "float32")
 
-    def _shifted_exp(self, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """exp(logits - top) (N, V), top (N, 1), and the sum (N, 1)."""
-        logits = self._logits(h, weight)
+    def _softmax_parts(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row: logsumexp (N, 1), exp(logits - largest) (N, V), and the sum of that (N, 1)."""
         top = self.max(logits, -1, keepdims=True)
         p = self.exp(logits - top)
-        return p, top, self.sum(p, -1, keepdims=True)
-
-    def _label_logit(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """(N, 1) float32: the logit of each row's label, from the label's own weight row."""
-        rows = self.cast(self.take_rows(weight, labels), "float32")
-        return self.sum(self.cast(h, "float32") * rows, -1, keepdims=True)
+        total = self.sum(p, -1, keepdims=True)
+        return top + self.log(total), p, total
 
     def _logit_grads(
         self, needs: Any, dlogits: Tensor, h: Tensor, weight: Tensor

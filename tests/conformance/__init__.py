@@ -1,0 +1,1 @@
+"""The contract of the seam as a test: every backend, every operation, forward and gradient."""

@@ -1,0 +1,107 @@
+"""What each operation should give, written plainly on float64 torch tensors; none of our code is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+Tensor = torch.Tensor
+
+
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return condition * a + ~condition * b
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * sigmoid(x)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * sigmoid(1.702 * x)
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * scale
+
+
+def layer_norm(x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps) * scale + bias
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    heads = []
+    for head in range(x.shape[1]):
+        a, b = x[:, head].chunk(2, -1)
+        heads.append(torch.cat([a * cos - b * sin, b * cos + a * sin], -1))
+    return torch.stack(heads, 1)
+
+
+def scatter_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    where_from = dict(zip(index.tolist(), range(len(index)), strict=True))
+    picked = [rows[where_from[t]] if t in where_from else x[t] for t in range(x.shape[0])]
+    return torch.stack(picked) if picked else x
+
+
+def gather_last(x: Tensor, index: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.stack([flat[i, n] for i, n in enumerate(index.reshape(-1).tolist())]).reshape(index.shape)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool) -> tuple[Tensor, Tensor]:
+    heads, groups = q.shape[1], k.shape[1]
+    outs, lses, start = [], [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        start += length
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1) & causal
+        by_head = [
+            one_head(q[rows, h], k[rows, h * groups // heads], v[rows, h * groups // heads], hidden)
+            for h in range(heads)
+        ]
+        outs.append(torch.stack([out for out, _ in by_head], 1))
+        lses.append(torch.stack([lse for _, lse in by_head], 0))
+    if not outs:
+        return q * 1, q.new_zeros(heads, 0)
+    return torch.cat(outs, 0), torch.cat(lses, 1)
+
+
+def one_head(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    scores = (q @ k.T / math.sqrt(q.shape[-1])).masked_fill(hidden, -torch.inf)
+    return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+
+
+def attention_cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last rows of one sequence: q (N, H, K) against k and v (M, G, K)."""
+    new, rows, heads, groups = q.shape[0], k.shape[0], q.shape[1], k.shape[1]
+    hidden = torch.ones(new, rows, dtype=torch.bool).triu(rows - new + 1)
+    return torch.stack(
+        [one_head(q[:, h], k[:, h * groups // heads], v[:, h * groups // heads], hidden)[0] for h in range(heads)], 1
+    )
+
+
+def linear_logprobs(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = h @ weight.T
+    lse = torch.logsumexp(logits, -1)
+    return logits[torch.arange(len(labels)), labels.long()] - lse, lse
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    losses = -linear_logprobs(h, weight, labels)[0]
+    return (losses if weights is None else losses * weights).sum()
+
+
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The values that a tensor of this dtype holds, as float64."""
+    return torch.tensor(array).to(getattr(torch, dtype)).double().numpy()
