@@ -71,7 +71,9 @@ def test_everything_comes_back_bit_for_bit(tmp_path, half):
         assert fresh[path].tensor.tobytes() == params[path].tensor.tobytes()
         assert fresh[path].tensor.ctypes.data == storage[path]
     for kind, slot in state.slots().items():
-        assert {p: x.tobytes() for p, x in fresh_state.slots()[kind].items()} == {p: x.tobytes() for p, x in slot.items()}
+        assert {p: x.tobytes() for p, x in fresh_state.slots()[kind].items()} == {
+            p: x.tobytes() for p, x in slot.items()
+        }
 
 
 def test_files_are_ordinary_safetensors(tmp_path):
@@ -365,7 +367,9 @@ def run_state(be, dtype, seed):
 def bits(be, params, state):
     tensors = {"weights": {path: p.tensor for path, p in params.items()}, **state.slots()}
     return {
-        (kind, path): be.checkpoint_io.save(x)[0].tobytes() for kind, slot in tensors.items() for path, x in slot.items()
+        (kind, path): be.checkpoint_io.save(x)[0].tobytes()
+        for kind, slot in tensors.items()
+        for path, x in slot.items()
     }
 
 
