@@ -24,6 +24,7 @@ TURN_START: Final = "<|im_start|>"
 TURN_END: Final = "<|im_end|>"
 DEFAULT_FPS: Final = 2.0  # of a video that does not say, as in transformers
 _ROLES: Final = ("system", "user", "assistant")
+_MEDIA_KEYS: Final = ("image", "image_url", "url", "path", "value", "video")
 _MARKER: Final = re.compile("(<image>|<video>)")
 
 
@@ -93,31 +94,46 @@ def record_messages(
 ) -> list[dict[str, Any]]:
     """The messages of a record {"messages": [...], "images": [...], "videos": [[frame, ...], ...]}.
 
-    `<image>` and `<video>` in its texts stand for its media, in order; they are plain text only in
-    messages that do not come from such a record. Relative paths start at `media_dir`. A `system`
-    text beside the messages becomes the first message. Raises DataError when markers and media
-    differ in number.
+    `<image>` and `<video>` in its texts stand for its media, in order. A record whose messages hold
+    parts, and that lists no media beside them, is taken as it is: there the markers are plain text.
+    Relative paths start at `media_dir`. A `system` text beside the messages becomes the first
+    message. Raises DataError when markers and media differ in number.
     """
     messages = record.get("messages")
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise DataError("the record has no messages")
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise DataError("the record's messages must be objects with role and content")
+    system = record.get("system")
+    first = [{"role": "system", "content": system}] if system else []
+    if not (record.get("images") or record.get("videos")) and _any_parts(messages):
+        return [*first, *(_rooted_message(message, media_dir) for message in messages)]
+    return [*first, *_filled(record, messages, media_dir)]
+
+
+def _any_parts(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return any(isinstance(message.get("content"), list) for message in messages)
+
+
+def _filled(
+    record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], media_dir: Path | None
+) -> list[dict[str, Any]]:
+    """Messages whose markers are replaced by the record's media."""
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        if not isinstance(message.get("content"), str):
             raise DataError(f"a record's message needs a text as content, found {message!r:.80}")
     texts = [message["content"] for message in messages]
     media = {
         marker: _record_media(record, key, texts, marker, media_dir)
         for marker, key in (("<image>", "images"), ("<video>", "videos"))
     }
-    filled = [
+    return [
         {
             **message,
             "content": [_marker_part(text, media) for text in _MARKER.split(content) if text],
         }
         for message, content in zip(messages, texts, strict=True)
     ]
-    system = record.get("system")
-    return [{"role": "system", "content": system}, *filled] if system else filled
 
 
 def render(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Iterator[Piece]:
@@ -225,7 +241,7 @@ def _read_text(part: Mapping[str, Any]) -> str:
 
 
 def _read_image(part: Mapping[str, Any]) -> ImagePart:
-    keys = ("image", "image_url", "url", "path", "value")
+    keys = _MEDIA_KEYS[:-1]
     source = next((part[key] for key in keys if part.get(key) is not None), None)
     if isinstance(source, Mapping):  # OpenAI's {"image_url": {"url": ...}}
         source = source.get("url")
@@ -293,9 +309,27 @@ def _record_media(
     return iter([_rooted(medium, media_dir) for medium in media])
 
 
+def _rooted_message(message: Mapping[str, Any], media_dir: Path | None) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [
+            {
+                key: _rooted(value, media_dir) if key in _MEDIA_KEYS else value
+                for key, value in part.items()
+            }
+            if isinstance(part, Mapping) and part.get("type") != "text"
+            else part
+            for part in content
+        ]
+    return {**message, "content": content}
+
+
 def _rooted(medium: Any, media_dir: Path | None) -> Any:
+    """The medium with its relative paths, also those of a video's frames, set below `media_dir`."""
     if isinstance(medium, list | tuple):
         return [_rooted(frame, media_dir) for frame in medium]
+    if isinstance(medium, Mapping):
+        return {key: _rooted(value, media_dir) for key, value in medium.items()}
     is_path = isinstance(medium, Path) or (isinstance(medium, str) and ":" not in medium[:8])
     return media_dir / medium if is_path and media_dir is not None else medium
 

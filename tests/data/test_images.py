@@ -1,0 +1,261 @@
+"""Pictures: equal to transformers' slow processor, every way they come in, plain errors."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duetvl.core.errors import ConfigError, DataError
+from duetvl.core.family import PatchGeometry
+from duetvl.data.images import (
+    PixelSettings,
+    Resize,
+    image_patches,
+    load_image,
+    smart_resize,
+    video_patches,
+)
+
+GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
+SETTINGS = PixelSettings()
+SMALL, LARGE = 1_003_520, 12_845_056
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height))
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "max_pixels", "expected"),
+    [
+        ((561, 278), SMALL, (560, 280)),
+        ((28, 28), SMALL, (56, 56)),
+        ((1080, 1920), SMALL, (728, 1316)),
+        ((1080, 1920), LARGE, (1092, 1932)),
+        ((4000, 6000), SMALL, (812, 1204)),
+        ((4000, 6000), LARGE, (2912, 4368)),
+        ((13, 2600), SMALL, (28, 812)),  # transformers; qwen-vl-utils says (28, 2604)
+        ((14, 100), SMALL, (28, 168)),  # transformers; qwen-vl-utils says (28, 112)
+        ((70, 70), SMALL, (56, 56)),  # halves round to even
+        ((42, 126), SMALL, (56, 112)),
+    ],
+)
+def test_smart_resize_literals(
+    size: tuple[int, int], max_pixels: int, expected: tuple[int, int]
+) -> None:
+    assert smart_resize(*size, factor=28, min_pixels=3136, max_pixels=max_pixels) == expected
+
+
+def test_smart_resize_equals_transformers() -> None:
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl")
+    rng = np.random.default_rng(1)
+    for height, width in rng.integers(11, 2000, (3000, 2)).tolist():
+        ours = smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=SMALL)
+        assert ours == module.smart_resize(height, width), (height, width)
+
+
+def test_smart_resize_refuses_narrow_and_empty_pictures() -> None:
+    with pytest.raises(DataError, match="at most 200 to 1"):
+        smart_resize(10, 2001, factor=28, min_pixels=3136, max_pixels=SMALL)
+    assert smart_resize(10, 2000, factor=28, min_pixels=3136, max_pixels=SMALL)
+    with pytest.raises(DataError, match="is empty"):
+        smart_resize(0, 5, factor=28, min_pixels=3136, max_pixels=SMALL)
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_rows_are_bit_equal_to_the_slow_processor(seed: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    height, width = np.random.default_rng(seed).integers(10, 500, 2).tolist()
+    image = noise(height, width, seed)
+    theirs = transformers.Qwen2VLImageProcessor()(images=[image], return_tensors="np")
+    ours = image_patches(image, SETTINGS, GEOMETRY)
+    assert ours.grid == tuple(theirs["image_grid_thw"][0])
+    assert ours.rows.dtype == np.float32
+    assert np.array_equal(ours.rows, theirs["pixel_values"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_videos_are_bit_equal_to_the_slow_processor(count: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    frames = [noise(90, 130, seed) for seed in range(count)]
+    processor = transformers.Qwen2VLImageProcessor()
+    theirs, grid = processor._preprocess(
+        frames, do_resize=True, size=processor.size, resample=3, do_rescale=True,
+        rescale_factor=1 / 255, do_normalize=True, image_mean=processor.image_mean,
+        image_std=processor.image_std, patch_size=14, temporal_patch_size=2, merge_size=2,
+    )  # fmt: skip
+    ours = video_patches(frames, SETTINGS, GEOMETRY)
+    assert ours.grid == grid == (-(-count // 2), 6, 10)
+    assert np.array_equal(ours.rows, theirs)
+
+
+def test_a_still_image_is_two_equal_frames() -> None:
+    image = noise(56, 56)
+    rows = image_patches(image, SETTINGS, GEOMETRY).rows.reshape(-1, 3, 2, 196)
+    assert np.array_equal(rows[:, :, 0], rows[:, :, 1])
+    assert np.array_equal(
+        video_patches([image, image], SETTINGS, GEOMETRY).rows, rows.reshape(-1, 1176)
+    )
+
+
+def test_rows_lie_in_merge_blocks() -> None:
+    """Each patch is painted with its number: the rows of one block of 2 x 2 lie together."""
+    numbers = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    pixels = np.repeat(np.kron(numbers, np.ones((14, 14), np.uint8))[..., None], 3, axis=2)
+    plain = PixelSettings(mean=(0, 0, 0), std=(1, 1, 1), rescale=1)
+    rows = image_patches(pixels, plain, GEOMETRY).rows
+    assert rows[:, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+
+
+def test_a_frame_of_another_size_is_refused() -> None:
+    with pytest.raises(DataError, match="a frame of 60 x 56 pixels in a video of 56 x 56"):
+        video_patches([noise(56, 56), noise(56, 60)], SETTINGS, GEOMETRY)
+    with pytest.raises(DataError, match="has no frames"):
+        video_patches([], SETTINGS, GEOMETRY)
+
+
+def test_wishes_of_a_part() -> None:
+    image = noise(280, 280)
+    bounded = image_patches(image, SETTINGS, GEOMETRY, Resize(max_pixels=112 * 112))
+    assert bounded.grid == (1, 8, 8)
+    enlarged = image_patches(image, SETTINGS, GEOMETRY, Resize(min_pixels=560 * 560))
+    assert enlarged.grid == (1, 40, 40)
+    sized = image_patches(image, SETTINGS, GEOMETRY, Resize(height=60, width=115))
+    assert sized.grid == (1, 4, 8)
+    with pytest.raises(DataError, match="go together"):
+        image_patches(image, SETTINGS, GEOMETRY, Resize(height=60))
+
+
+def test_sources_are_equal(tmp_path: Path) -> None:
+    image = noise(40, 60)
+    content = png(image)
+    (tmp_path / "a.png").write_bytes(content)
+    uri = "data:image/png;base64," + base64.b64encode(content).decode()
+    path = tmp_path / "a.png"
+    for source in (path, str(path), f"file://{path}", content, uri, image, np.asarray(image)):
+        assert np.array_equal(np.asarray(load_image(source)), np.asarray(image))
+
+
+def test_grey_pictures_and_palettes() -> None:
+    grey = noise(8, 9).convert("L")
+    expected = np.asarray(grey.convert("RGB"))
+    for source in (grey, np.asarray(grey), np.asarray(grey)[..., None]):
+        assert np.array_equal(np.asarray(load_image(source)), expected)
+    palette = noise(8, 9).quantize(16)
+    assert np.array_equal(np.asarray(load_image(png(palette))), np.asarray(palette.convert("RGB")))
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (200, 0, 0, 128))
+    assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
+    red, green, _ = np.asarray(load_image(half))[0, 0]
+    assert abs(int(red) - 227) <= 1 and abs(int(green) - 127) <= 1
+    assert load_image(Image.new("LA", (4, 4), (10, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(np.asarray(clear)).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([9, 9, 9] * 256)
+    assert load_image(png(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = noise(20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by a quarter
+    turned = load_image(png(image, exif=exif))
+    assert turned.size == (20, 30)
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
+
+
+def test_sixteen_bits_keep_their_upper_byte() -> None:
+    values = np.array([[0, 255, 256, 65535]], np.uint16)
+    for source in (values, png(Image.fromarray(values)), Image.fromarray(values.astype(np.int32))):
+        assert np.asarray(load_image(source))[0, :, 0].tolist() == [0, 0, 1, 255]
+    eight = Image.fromarray(np.array([[0, 7, 255]], np.int32))
+    assert np.asarray(load_image(eight))[0, :, 0].tolist() == [0, 7, 255]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent.png", "absent.png: no such file"),
+        (b"", "0 bytes: is empty"),
+        (b"hello, I am a text", "18 bytes: is not an image"),
+        ("data:image/png;base64,@@@", "is not base64"),
+        ("data:image/png,abc", "expected data:<type>;base64,<content>"),
+        ("https://example.com/a.png", "https://example.com/a.png: is not on this machine"),
+        (np.zeros((4, 4, 3), np.float32), "expected uint8 or uint16"),
+        (np.zeros((3, 40, 40), np.uint8), "expected an array (H, W)"),
+        (np.zeros((0, 4, 3), np.uint8), "has no pixels"),
+        (Image.new("F", (4, 4)), "floating-point pixels"),
+        (17, "a picture cannot be a int"),
+    ],
+)
+def test_what_is_not_an_image(source: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_image(source)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = png(noise(200, 200))
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.png: is damaged or unreadable"):
+        load_image(tmp_path / "cut.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty\.png: is empty \(0 bytes\)"):
+        load_image(tmp_path / "empty.png")
+    with pytest.raises(DataError, match="is damaged or unreadable"):
+        load_image(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="is too large to decode safely"):
+        load_image(whole)
+
+
+def test_errors_of_size_name_the_source(tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 4)).save(tmp_path / "thin.png")
+    with pytest.raises(DataError, match=r"thin\.png: a picture of 3000 x 4 pixels is too narrow"):
+        image_patches(tmp_path / "thin.png", SETTINGS, GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("data", "bounds"),
+    [
+        ({}, (3136, SMALL)),
+        ({"min_pixels": 784, "max_pixels": 7840}, (784, 7840)),
+        ({"size": {"shortest_edge": 784, "longest_edge": 7840}}, (784, 7840)),
+        ({"size": {"min_pixels": 784, "max_pixels": 7840}}, (784, 7840)),
+        ({"max_pixels": 9000, "size": {"shortest_edge": 784, "longest_edge": 7840}}, (784, 9000)),
+        ({"min_pixels": None, "size": {"shortest_edge": 784, "longest_edge": 7840}}, (784, 7840)),
+    ],
+)
+def test_settings_of_every_version(data: dict[str, Any], bounds: tuple[int, int]) -> None:
+    settings = PixelSettings.from_dict(data, GEOMETRY)
+    assert (settings.min_pixels, settings.max_pixels) == bounds
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"patch_size": 16}, "patch_size is 16, the model's config.json says 14"),
+        ({"merge_size": 1}, "merge_size is 1"),
+        ({"do_normalize": False}, "do_normalize false is not implemented"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"min_pixels": 9000, "max_pixels": 8000}, "leave no size"),
+    ],
+)
+def test_settings_that_do_not_fit(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        PixelSettings.from_dict(data, GEOMETRY)
