@@ -1,0 +1,133 @@
+"""Where a run is kept, and where a new start of it goes on. Nothing that exists is overwritten without a word.
+
+A run directory holds recipe.yaml, checkpoints/, metrics.jsonl, and as the recipe says tensorboard/, loss.png, export/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.files import write_text
+from duetvl.training.checkpoint import CheckpointRef, find_checkpoint, has_checkpoint
+from duetvl.training.recipe import Recipe
+from duetvl.training.yaml_values import write_yaml
+
+# What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no
+# result beyond rounding; a new length changes the schedule from here on.
+HARMLESS = frozenset(
+    {
+        "train.steps",
+        "train.epochs",
+        "train.eval_every",
+        "train.output_dir",
+        "data.val",
+        "data.pack_tokens",
+        "data.too_long",
+    }
+)
+HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from `checkpoint`, or from the model's own weights where it is None.
+
+    `history` is another run's directory whose metrics this one goes on from. `notes` are to be told the user.
+    """
+
+    run_dir: Path
+    checkpoint: CheckpointRef | None = None
+    history: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_start(recipe: Recipe, resume: str | None = None) -> Start:
+    """Decide where to start.
+
+    resume None: go on from the newest checkpoint of `train.output_dir` where it has one, else start at the
+    beginning. "": the same, but a checkpoint must be there. "DIR" or "DIR@STEP": go on from a checkpoint of that
+    run, in this recipe's own directory; "@STEP": from that step of its own run.
+    Raises ConfigError where the recipe is not the one that the checkpoint was trained with, CheckpointError where
+    there is no checkpoint.
+    """
+    own = Path(recipe.train.output_dir)
+    if resume is None and not has_checkpoint(own):
+        return Start(own, notes=_restart_notes(own))
+    source, step = _parse_resume(resume or "", own)
+    other = source.resolve() != own.resolve()
+    if other and has_checkpoint(own):
+        raise ConfigError(
+            f"train.output_dir {own} has checkpoints of its own; to go on from {source} give a new directory: "
+            f"train.output_dir=..."
+        )
+    ref = find_checkpoint(source, step)
+    changed = _refuse_other_recipe(recipe, ref)
+    notes = [f"damaged, passed over: {text}" for text in ref.rejected]
+    notes.append(f"resuming {ref.path} (step {ref.step})")
+    if changed:
+        notes.append(f"changed since then: {', '.join(changed)}")
+    return Start(own, ref, _run_of(ref) if other else None, tuple(notes))
+
+
+def write_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """Create the run directory with its recipe, all defaults spelled out."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "recipe.yaml", write_yaml(recipe.model_dump(mode="json")))
+    except OSError as error:
+        raise ConfigError(f"train.output_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+
+
+def _parse_resume(resume: str, own: Path) -> tuple[Path, int | None]:
+    """DIR, DIR@STEP or @STEP."""
+    name, at, step = resume.rpartition("@")
+    if not at:
+        return Path(resume) if resume else own, None
+    if not step.isdigit():
+        if Path(resume).exists():  # a directory with an @ in its name
+            return Path(resume), None
+        raise CheckpointError(f"--resume {resume}: after @ comes the number of a step, found {step!r}")
+    return Path(name) if name else own, int(step)
+
+
+def _run_of(ref: CheckpointRef) -> Path:
+    return ref.path.parent.parent
+
+
+def _restart_notes(run_dir: Path) -> tuple[str, ...]:
+    if not (run_dir / "metrics.jsonl").is_file():
+        return ()
+    return (f"{run_dir} holds a run that has saved no checkpoint: starting it over from step 0",)
+
+
+def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
+    """The harmless differences to the recipe of a checkpoint, as text; ConfigError where there are others."""
+    old, new = {**_defaults(), **dict(_flat(ref.meta.recipe))}, dict(_flat(recipe.model_dump(mode="json")))
+    differences = {key: f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new[key]}
+    grave = [text for key, text in differences.items() if not _harmless(key)]
+    if grave:
+        raise ConfigError(
+            f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore these to go on, "
+            f"or begin a new run: train.output_dir=..."
+        )
+    return [text for key, text in differences.items() if key != "train.output_dir"]
+
+
+def _harmless(key: str) -> bool:
+    return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
+
+
+def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, fields in recipe.items():
+        for key, value in fields.items():
+            yield f"{section}.{key}", value
+
+
+def _defaults() -> dict[str, Any]:
+    """What a checkpoint of an earlier version, without a field, was trained with."""
+    blank = Recipe.model_validate({"model": {"path": "-"}, "data": {"train": "-"}})
+    return dict(_flat(blank.model_dump(mode="json")))

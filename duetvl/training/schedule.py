@@ -1,0 +1,30 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from duetvl.training.recipe import OptimSection
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """Steps of warm-up: `warmup` itself, or that fraction of `total`, rounded up, when it is below 1."""
+    return math.ceil(warmup * total) if warmup < 1 else int(warmup)
+
+
+def learning_rate(step: int, total: int, optim: OptimSection) -> float:
+    """The rate of update number `step`, from 0, of `total`.
+
+    It rises from 0 over the warm-up, and falls to `min_lr_ratio` of the peak at `total`: the same numbers as
+    transformers' schedules, whose first update with a warm-up has rate 0.
+    """
+    warm = warmup_steps(optim.warmup, total)
+    if step < warm:
+        return optim.lr * step / warm
+    progress = min(1.0, (step - warm) / max(1, total - warm))
+    fall = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[optim.schedule]
+    return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * fall)

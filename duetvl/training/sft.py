@@ -1,0 +1,61 @@
+"""Supervised fine-tuning: which model is trained, and how a record becomes a sample of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from duetvl.core.backend import Backend
+from duetvl.core.batch import Sample
+from duetvl.core.errors import ConfigError, DataError
+from duetvl.data.encode import Processor
+from duetvl.data.loader import Encode
+from duetvl.data.records import Record
+from duetvl.models.qwen_vl.config import load_config
+from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.training.loop import Job
+from duetvl.training.recipe import DataSection, Recipe
+
+
+def prepare(recipe: Recipe, backend: Backend) -> Job:
+    """Load what the recipe names."""
+    from duetvl.models.qwen_vl.loading import load_model
+
+    dtype = recipe.model.dtype
+    if not backend.device.supports(dtype):
+        raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
+    encode = record_encoder(recipe)
+    model = load_model(recipe.model.path, backend=backend, dtype=dtype)
+    model.freeze(recipe.model.freeze)
+    return Job(model, encode, model.save_pretrained, model.config.to_dict())
+
+
+def record_encoder(recipe: Recipe) -> Encode:
+    """A function from a record to its sample, with the processor of the recipe's model and its picture sizes."""
+    processor = Processor.from_directory(recipe.model.path, QwenVLFamily(load_config(recipe.model.path)))
+    _set_picture_sizes(processor, recipe.data)
+    root = recipe.data.image_root
+
+    def encode(record: Record) -> Sample:
+        try:
+            return processor.encode_record(
+                record.values, media_dir=record.file.parent if root is None else root, sample_id=record.id
+            )
+        except DataError as error:
+            raise DataError(f"{record.where}: {error}") from None
+
+    return encode
+
+
+def _set_picture_sizes(processor: Processor, data: DataSection) -> None:
+    own = processor.image_settings
+    settings = replace(
+        own,
+        min_pixels=own.min_pixels if data.min_pixels is None else data.min_pixels,
+        max_pixels=own.max_pixels if data.max_pixels is None else data.max_pixels,
+    )
+    if settings.min_pixels > settings.max_pixels:
+        raise ConfigError(
+            f"data: pictures of at least {settings.min_pixels} and at most {settings.max_pixels} pixels are asked for, "
+            f"one of which is the model directory's own; give data.min_pixels and data.max_pixels together"
+        )
+    processor.image_settings = settings
