@@ -207,7 +207,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))
-        found = {name: run_contender(directory, name, chosen) for name in chosen.only}
+        found = {name: run_contender(directory + "/model", name, chosen) for name in chosen.only}
     report = table(found, chosen)
     print(report)  # noqa: T201
     if chosen.write:
@@ -218,9 +218,9 @@ def main() -> None:
 def write_model(directory: Path) -> None:
     """Random weights of the benchmark's model in the Hugging Face layout."""
     from duetvl.models.qwen_vl.config import ModelConfig
-    from duetvl.models.qwen_vl.init import write_random_model
+    from duetvl.models.qwen_vl.loading import write_random_model
 
-    write_random_model(ModelConfig.from_dict(model_config()), directory, seed=0, dtype="float32")
+    write_random_model(ModelConfig.from_dict(model_config()), directory / "model", seed=0)
 
 
 def run_contender(directory: str, name: str, chosen: argparse.Namespace) -> dict[str, float]:

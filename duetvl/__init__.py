@@ -1,3 +1,43 @@
 """duetvl: fine-tune, run and serve Qwen2-VL and Qwen2.5-VL on PyTorch and on MindSpore with one code."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from duetvl.api import (
+        Batch,
+        Generation,
+        Model,
+        Sample,
+        Sampling,
+        TrainResult,
+        load_backend,
+        load_model,
+        load_processor,
+        train,
+    )
+
+__all__ = [
+    "Batch",
+    "Generation",
+    "Model",
+    "Sample",
+    "Sampling",
+    "TrainResult",
+    "load_backend",
+    "load_model",
+    "load_processor",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the API are imported on first use: `import duetvl` costs nothing."""
+    if name in __all__:
+        from duetvl import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'duetvl' has no attribute {name!r}")

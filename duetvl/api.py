@@ -1,12 +1,155 @@
-"""The facade: what a user imports."""
+"""The facade: what a user imports from `duetvl`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from duetvl.core.backend import Backend, load_backend
+from duetvl.core.batch import Batch, Sample
+from duetvl.core.errors import ConfigError
+from duetvl.core.params import split_trainable
 from duetvl.data.encode import Processor
+from duetvl.inference.generate import generate
+from duetvl.inference.sampling import Sampling
+from duetvl.models.qwen_vl import loading
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.training.loop import TrainResult, train
+
+__all__ = [
+    "Batch",
+    "Generation",
+    "Model",
+    "Sample",
+    "Sampling",
+    "TrainResult",
+    "load_backend",
+    "load_model",
+    "load_processor",
+    "train",
+]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer: its token ids, the one that ended it included, and its text (None without a tokenizer)."""
+
+    token_ids: list[int]
+    text: str | None
+
+
+class Model(QwenVL):
+    """A model on one backend; made by `load_model`.
+
+    `pack`, `vision`, `logits`, `parameters`, `config` and `freeze` come from QwenVL.
+    """
+
+    @cached_property
+    def processor(self) -> Processor:
+        """The processor of the directory that the model was read from."""
+        if self.source is None:
+            raise ConfigError("this model was not read from a directory, so it has no tokenizer; pass a Sample")
+        return Processor.from_directory(self.source, self.family)
+
+    def loss_and_grads(self, batch: Batch) -> tuple[float, dict[str, Any]]:
+        """Mean cross-entropy of the trained tokens, and its float32 gradient to every trainable parameter by name.
+
+        Parameters that the batch does not touch (the vision tower without a picture) have no entry.
+        """
+        if batch.trained_tokens == 0:
+            raise ConfigError("nothing in this batch is trained: give the samples labels")
+        trainable, _ = split_trainable(self.parameters.values())
+        ops = self.backend.ops
+        loss, tape = self.forward_loss(batch)
+        scale = np.float32(1.0 / batch.trained_tokens)
+        self.backend.autograd.backward(tape, [ops.from_numpy(np.array(scale))])
+        gradients = {p.path: p.main_grad for p in trainable if p.main_grad is not None}
+        for p in trainable:
+            p.main_grad = None
+        return float(ops.to_numpy(loss)) / batch.trained_tokens, gradients
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Answer a conversation (messages) or continue a Sample; greedy unless `sampling` says otherwise.
+
+        Ends at a token of `stop` (default: the tokenizer's end of turn and end of text) or after `max_new_tokens`.
+        `on_text` is handed the text as it grows.
+        """
+        return self.generate_many([prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_text=on_text)[0]
+
+    def generate_many(
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Generation]:
+        """`generate` for several prompts at once; answers do not depend on their neighbours."""
+        samples = [p if isinstance(p, Sample) else self.processor(p, add_generation_prompt=True) for p in prompts]
+        processor = self._processor_if_any()
+        ends = stop if stop is not None else (processor.stop_token_ids if processor else ())
+        told = _Teller(processor, on_text) if processor and on_text and len(samples) == 1 else None
+        found = generate(
+            self,
+            self.backend.to_numpy,
+            samples,
+            max_new_tokens=max_new_tokens,
+            stop=frozenset(ends),
+            sampling=sampling,
+            on_token=told,
+        )
+        return [Generation(tokens, processor.decode(tokens) if processor else None) for tokens in found]
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write a directory that transformers loads, tokenizer and settings included."""
+        loading.save_model(self, directory, overwrite=overwrite)
+
+    def _processor_if_any(self) -> Processor | None:
+        has_tokenizer = self.source is not None and (
+            (self.source / "tokenizer.json").is_file() or (self.source / "vocab.json").is_file()
+        )
+        return self.processor if has_tokenizer else None
+
+
+class _Teller:
+    """Hands on the new part of a growing text; a character whose bytes are not all there yet is held back."""
+
+    def __init__(self, processor: Processor, on_text: Callable[[str], None]):
+        self.processor, self.on_text = processor, on_text
+        self.tokens: list[int] = []
+        self.told = 0
+
+    def __call__(self, prompt: int, token: int) -> None:
+        self.tokens.append(token)
+        text = self.processor.decode(self.tokens)
+        if not text.endswith("�"):
+            self.on_text(text[self.told :])
+            self.told = len(text)
+
+
+def load_model(path: str | Path, *, backend: Backend, dtype: str = "float32") -> Model:
+    """Read a Hugging Face model directory onto a backend, its weights held in `dtype`.
+
+    dtype: float32, bfloat16 or float16. Raises CheckpointError for what is missing or damaged, ConfigError for what
+    duetvl does not implement.
+    """
+    return loading.load_model(path, backend=backend, dtype=dtype, make=Model)
 
 
 def load_processor(path: str | Path) -> Processor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class QwenVL:
         self.backend = backend
         self.parameters = dict(parameters)
         self.family = QwenVLFamily(config)
+        self.source: Path | None = None  # the directory it was read from
         for path, parameter in self.parameters.items():
             # A step without a picture does not run the vision tower.
             parameter.conditional = path.startswith("visual.")
