@@ -31,7 +31,7 @@ def register() -> list[torch.library.Library]:
 
 
 def _bound(schema: str, reference: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A kernel that hands `reference` its arguments by name: the dispatcher leaves out those that have their default."""
+    """A kernel that hands `reference` all arguments by name: the dispatcher leaves out those at their default."""
     arguments = torch._C.parse_schema(f"npu::{schema}").arguments
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
 
@@ -59,7 +59,8 @@ def npu_fusion_attention(a: Any) -> Any:
 
 
 def npu_fusion_attention_grad(a: Any) -> Any:
-    assert a.softmax_max.is_contiguous() and a.softmax_sum.is_contiguous()
+    assert a.softmax_max.is_contiguous()
+    assert a.softmax_sum.is_contiguous()
     assert a.softmax_max.shape == a.softmax_sum.shape == (*a.query.shape[:2], 8)
     assert a.softmax_max.dtype == a.softmax_sum.dtype == torch.float32
     assert a.dy.dtype == a.attention_in.dtype == a.query.dtype
@@ -78,13 +79,20 @@ def npu_fusion_attention_grad(a: Any) -> Any:
 
 
 def _checked_spans(a: Any) -> list[tuple[int, int]]:
-    assert a.input_layout == "TND" and a.keep_prob == 1.0 and a.softmax_layout in ("", "TND")
-    assert a.query.dtype == a.key.dtype == a.value.dtype and a.query.dtype in FLOATING
-    assert a.query.shape[1] == a.head_num and a.head_num % a.key.shape[1] == 0 and a.key.shape == a.value.shape
-    assert 1 <= a.query.shape[0] <= 2**20 and 1 <= a.query.shape[2] <= 768
+    assert a.input_layout == "TND"
+    assert a.keep_prob == 1.0
+    assert a.softmax_layout in ("", "TND")
+    assert a.query.dtype == a.key.dtype == a.value.dtype
+    assert a.query.dtype in FLOATING
+    assert a.query.shape[1] == a.head_num
+    assert a.head_num % a.key.shape[1] == 0
+    assert a.key.shape == a.value.shape
+    assert 1 <= a.query.shape[0] <= 2**20
+    assert 1 <= a.query.shape[2] <= 768
     ends = list(a.actual_seq_qlen)
     assert ends == list(a.actual_seq_kvlen), "the spans of queries and of keys are the same here"
-    assert 1 <= len(ends) <= 1024 and ends[-1] == a.query.shape[0] == a.key.shape[0]
+    assert 1 <= len(ends) <= 1024
+    assert ends[-1] == a.query.shape[0] == a.key.shape[0]
     spans = list(zip([0, *ends], ends, strict=False))
     assert all(first < last for first, last in spans), "ends of spans, without the leading zero"
     _check_mask(a.atten_mask, a.sparse_mode)
@@ -92,9 +100,11 @@ def _checked_spans(a: Any) -> list[tuple[int, int]]:
 
 
 def _check_mask(mask: Tensor | None, mode: int) -> None:
-    assert mode in (0, 2, 3) and (mode == 0) == (mask is None)
+    assert mode in (0, 2, 3)
+    assert (mode == 0) == (mask is None)
     if mask is not None:
-        assert mask.dtype == torch.bool and torch.equal(mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
 
 
 def _scores(a: Any, scale: float, first: int, last: int) -> Tensor:
@@ -134,14 +144,17 @@ def _load(whole: Tensor, first: int, last: int, layout: str) -> Tensor:
 
 
 def npu_rms_norm(a: Any) -> Any:
-    assert a.input.dtype == a.gamma.dtype and a.input.dtype in FLOATING and 2 <= a.input.ndim <= 8
+    assert a.input.dtype == a.gamma.dtype
+    assert a.input.dtype in FLOATING
+    assert 2 <= a.input.ndim <= 8
     x = a.input.double()
     inverse = (x.pow(2).mean(-1, keepdim=True) + a.epsilon).rsqrt()
     return (x * inverse * a.gamma.double()).to(a.input.dtype), inverse.float()
 
 
 def npu_rms_norm_backward(a: Any) -> Any:
-    assert a.dy.dtype == a.input.dtype == a.gamma.dtype and a.rstd.shape == (*a.input.shape[:-1], 1)
+    assert a.dy.dtype == a.input.dtype == a.gamma.dtype
+    assert a.rstd.shape == (*a.input.shape[:-1], 1)
     unit, d = a.input.double() * a.rstd.double(), a.dy.double()
     g = d * a.gamma.double()
     dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * a.rstd.double()
@@ -149,10 +162,15 @@ def npu_rms_norm_backward(a: Any) -> Any:
 
 
 def npu_rotary_mul(a: Any) -> Any:
-    assert a.rotary_mode == "half" and a.rotate is None
-    assert a.input.ndim == a.r1.ndim == a.r2.ndim == 4 and a.input.dtype == a.r1.dtype == a.r2.dtype
+    assert a.rotary_mode == "half"
+    assert a.rotate is None
+    assert a.input.ndim == a.r1.ndim == a.r2.ndim == 4
+    assert a.input.dtype == a.r1.dtype == a.r2.dtype
     one, rows, heads, size = a.input.shape  # as BSND, with the rotation as 1S1D
-    assert max(one, heads) < 1000 and size % 2 == 0 and size < 896 and a.r1.shape == a.r2.shape == (1, rows, 1, size)
+    assert max(one, heads) < 1000
+    assert size % 2 == 0
+    assert size < 896
+    assert a.r1.shape == a.r2.shape == (1, rows, 1, size)
     x, cos, sin = (t.double() for t in (a.input, a.r1, a.r2))
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat([-second, first], -1) * sin).to(a.input.dtype)
@@ -175,11 +193,13 @@ def npu_swiglu_backward(a: Any) -> Any:
 def npu_fused_infer_attention_score(a: Any) -> Any:
     assert all(x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous() for x in (a.query, a.key, a.value))
     assert a.query.shape[1] == 1 or a.query.shape[-1] % 16 == 0
-    assert a.num_heads % a.num_key_value_heads == 0 and a.num_heads // a.num_key_value_heads <= 64
+    assert a.num_heads % a.num_key_value_heads == 0
+    assert a.num_heads // a.num_key_value_heads <= 64
     if a.query.shape[1] > 1:
         _check_mask(a.atten_mask, a.sparse_mode)
     else:
-        assert a.atten_mask is None and a.sparse_mode == 0
+        assert a.atten_mask is None
+        assert a.sparse_mode == 0
     out = torch.empty_like(a.query)
     for i, (k, v) in enumerate(_keys_and_values(a)):
         q = a.query[i].reshape(-1, a.num_heads, k.shape[-1])
@@ -190,13 +210,19 @@ def npu_fused_infer_attention_score(a: Any) -> Any:
 def _keys_and_values(a: Any) -> Iterator[Sequence[Tensor]]:
     """The rows (M, G, K) that each sequence of the batch sees."""
     if a.block_table is None:
-        assert a.input_layout == "BSND" and a.query.ndim == a.key.ndim == 4
+        assert a.input_layout == "BSND"
+        assert a.query.ndim == a.key.ndim == 4
         assert (a.query.shape[2], a.key.shape[2]) == (a.num_heads, a.num_key_value_heads)
         yield from zip(a.key, a.value, strict=True)
         return
-    assert a.input_layout == "BSH" and a.query.ndim == a.key.ndim == 3 and a.key.shape[1] == a.block_size
-    assert a.block_size % 16 == 0 and 0 < a.block_size <= 512 and a.key.numel() < 2**31
-    assert a.block_table.dtype == torch.int32 and len(a.block_table) == len(a.query) == len(a.actual_seq_lengths_kv)
+    assert a.input_layout == "BSH"
+    assert a.query.ndim == a.key.ndim == 3
+    assert a.key.shape[1] == a.block_size
+    assert a.block_size % 16 == 0
+    assert 0 < a.block_size <= 512
+    assert a.key.numel() < 2**31
+    assert a.block_table.dtype == torch.int32
+    assert len(a.block_table) == len(a.query) == len(a.actual_seq_lengths_kv)
     for blocks, length in zip(a.block_table, a.actual_seq_lengths_kv, strict=True):
         assert len(blocks) * a.block_size >= length
         yield [

@@ -91,7 +91,8 @@ def test_reference_refuses_the_leading_zero_and_unpacked_statistics(ops: NpuOps)
         torch.ops.npu.npu_fusion_attention(q, q, q, 2, "TND", actual_seq_qlen=[0, 4], actual_seq_kvlen=[0, 4])
     ends = {"actual_seq_qlen": [1, 4], "actual_seq_kvlen": [1, 4]}
     default, by_row = (
-        torch.ops.npu.npu_fusion_attention(q, q, q, 2, "TND", softmax_layout=layout, **ends)[1] for layout in ("", "TND")
+        torch.ops.npu.npu_fusion_attention(q, q, q, 2, "TND", softmax_layout=layout, **ends)[1]
+        for layout in ("", "TND")
     )
     assert torch.equal(default.view(-1)[16:].view(2, 3, 8), by_row[1:].transpose(0, 1))
 

@@ -1,0 +1,186 @@
+"""AscendOps without an Ascend: MindSpore's own argument checks for the calls, references for the numbers."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from duetvl.core.spans import Spans
+
+from . import references
+
+if os.environ.get("DUETVL_REAL_TORCH_NPU"):
+    pytest.skip("the environment of torch_npu has no MindSpore", allow_module_level=True)
+ms = pytest.importorskip("mindspore")
+
+from duetvl.backends.mindspore import kernels_ascend  # noqa: E402
+from duetvl.backends.mindspore.kernels_ascend import AscendOps, statistic_places  # noqa: E402
+from duetvl.backends.mindspore.ops import MindSporeOps  # noqa: E402
+from duetvl.core.backend import load_backend  # noqa: E402
+
+TOLERANCE = 3e-3  # float16
+NO_KERNEL = r"The kernel \w+ unregistered"
+
+
+@pytest.fixture(scope="module")
+def ops() -> AscendOps:
+    return AscendOps(load_backend("mindspore", device="cpu").autograd)
+
+
+def made(*shape: int, seed: int = 0, dtype: type = np.float16) -> Any:
+    return ms.Tensor(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+# -- the calls are accepted as they are, up to the kernel ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_calls_reach_the_kernel(ops: AscendOps, causal: bool) -> None:
+    q, k, spans = made(6, 4, 16), made(6, 2, 16), Spans.of_lengths([2, 4], causal=causal)
+    with pytest.raises(RuntimeError, match=NO_KERNEL):
+        ops.attention_forward(q, k, k, spans)
+    with pytest.raises(RuntimeError, match=NO_KERNEL):
+        ops.attention_grad(q, q, k, k, q, ms.Tensor(np.zeros((4, 6), np.float32)), spans)
+
+
+def test_the_other_calls_reach_the_kernel(ops: AscendOps) -> None:
+    x, half = made(6, 4, 16), made(6, 8, dtype=np.float32)
+    inverse = ms.Tensor(np.ones((6, 4, 1), np.float32))
+    calls: list[Callable[[], Any]] = [
+        lambda: ops.rms_norm(x, made(16), eps=1e-6),
+        lambda: kernels_ascend.rms_norm_grad(x, x, inverse, made(16)),
+        lambda: ops.rope(x, half, half),
+        lambda: ops.swiglu(x, x),
+        lambda: kernels_ascend.swiglu_grad(x, made(6, 4, 32), -1),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=NO_KERNEL):
+            call()
+
+
+def test_wrong_arguments_fail_before_the_kernel(ops: AscendOps) -> None:
+    q, ends = made(6, 4, 16), {"actual_seq_qlen": [2, 6], "actual_seq_kvlen": [2, 6]}
+    with pytest.raises(TypeError, match="head_num"):
+        kernels_ascend.speed_fusion_attention(q, q, q, "four", "TND", **ends)
+    with pytest.raises(ValueError, match="input_layout"):
+        kernels_ascend.speed_fusion_attention(q, q, q, 4, "TNX", **ends)
+    with pytest.raises(TypeError, match="softmax_layout"):
+        kernels_ascend.speed_fusion_attention(q, q, q, 4, "TND", softmax_layout="TND", **ends)
+    type(ops.autograd)()  # MindSpore stops recording after a refused argument; this starts it again
+
+
+# -- the numbers, with references in the kernels' places --------------------------------------------------------------
+
+
+def to_torch(x: Any) -> Any:
+    return torch.from_numpy(x.asnumpy().copy()) if isinstance(x, ms.Tensor) else x
+
+
+def to_mindspore(x: Any) -> Any:
+    return ms.Tensor(x.numpy()) if isinstance(x, torch.Tensor) else x
+
+
+def standing_in(schema_of: str, kernel: Any, names: dict[str, str]) -> Callable[..., Any]:
+    """The torch reference `schema_of`, called with the arguments of a MindSpore kernel, renamed where they differ."""
+    schema = next(s for s in references.SCHEMAS if s.startswith(f"{schema_of}("))
+    reference = references._bound(schema, getattr(references, schema_of))
+    signature = inspect.signature(kernel if inspect.isfunction(kernel) else type(kernel).__call__)
+    blank = [] if inspect.isfunction(kernel) else [None]
+
+    def call(*given: Any, **named: Any) -> Any:
+        arguments = signature.bind(*blank, *given, **named).arguments
+        found = reference(**{names.get(k, k): to_torch(v) for k, v in arguments.items() if k != "self"})
+        return tuple(to_mindspore(x) for x in found) if isinstance(found, tuple) else to_mindspore(found)
+
+    return call
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References for all of AscendOps' kernels. No layout is named: the statistics come as the kernel keeps them."""
+    tokens = {"next_tokens": "next_tockens", "pre_tokens": "pre_tockens"}
+    norm = {"x": "input", "cos": "r1", "sin": "r2"}
+    stand_ins = {
+        "speed_fusion_attention": ("npu_fusion_attention", tokens),
+        "speed_fusion_attention_grad": ("npu_fusion_attention_grad", tokens),
+        "rms_norm_grad": ("npu_rms_norm_backward", norm),
+        "rotate": ("npu_rotary_mul", norm),
+        "swiglu": ("npu_swiglu", {}),
+        "swiglu_grad": ("npu_swiglu_backward", {}),
+    }
+    for name, (reference, names) in stand_ins.items():
+        monkeypatch.setattr(kernels_ascend, name, standing_in(reference, getattr(kernels_ascend, name), names))
+    prim = kernels_ascend.RmsNorm
+    monkeypatch.setattr(
+        kernels_ascend,
+        "RmsNorm",
+        lambda epsilon: lambda x, gamma: standing_in("npu_rms_norm", prim(epsilon), norm)(x, gamma),
+    )
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert found.dtype == ms.float16
+    np.testing.assert_allclose(found.asnumpy().astype(np.float64), wanted.asnumpy(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def both(ops: AscendOps, fn: Callable[[MindSporeOps], Callable[..., Any]], inputs: list[Any], d: Any) -> None:
+    """`fn` and its gradients by kernels in float16 are those of the composed one in float32."""
+    composed = MindSporeOps(ops.autograd)
+    wide = [ms.ops.cast(x, ms.float32) for x in (*inputs, d)]
+    results = []
+    for chosen, tensors in ((ops, [*inputs, d]), (composed, wide)):
+        outputs, tape = chosen.autograd.run_stage(fn(chosen), tensors[:-1], ())
+        gradients = chosen.autograd.backward(tape, [tensors[-1], None][: len(outputs)])
+        results.append((outputs[0], *gradients))
+    for found, wanted in zip(*results, strict=True):
+        assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("size", [80, 128])
+def test_attention(ops: AscendOps, kernels: None, causal: bool, size: int) -> None:
+    spans = Spans.of_lengths([3, 1, 7, 2], causal=causal)
+    inputs = [made(13, n, size, seed=i) for i, n in enumerate((4, 2, 2))]
+    both(ops, lambda o: lambda *t: o.attention(*t, spans), inputs, made(13, 4, size, seed=9))
+    lse = ops.attention_forward(*inputs, spans)[1].asnumpy()
+    wanted = MindSporeOps(ops.autograd).attention_forward(*(ms.ops.cast(x, ms.float32) for x in inputs), spans)[1]
+    np.testing.assert_allclose(lse, wanted.asnumpy(), atol=2e-5)
+
+
+def test_more_spans_than_one_call_takes(ops: AscendOps, kernels: None) -> None:
+    spans = Spans.of_lengths([1, 2] * 520, causal=True)
+    inputs = [made(spans.rows, 1, 16, seed=i) for i in range(3)]
+    both(ops, lambda o: lambda *t: o.attention(*t, spans), inputs, made(spans.rows, 1, 16, seed=9))
+
+
+def test_float32_attention_is_composed(ops: AscendOps) -> None:
+    q, spans = made(6, 2, 16, dtype=np.float32), Spans.of_lengths([2, 4], causal=True)
+    out, lse = ops.attention(q, q, q, spans)
+    assert (out.shape, lse.shape) == ((6, 2, 16), (2, 6))
+
+
+def test_norm_rotation_and_gate(ops: AscendOps, kernels: None) -> None:
+    x, angles = made(6, 4, 16), np.random.default_rng(5).standard_normal((6, 8)) * 50
+    cos, sin = (ms.Tensor(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
+    both(ops, lambda o: lambda x, s: o.rms_norm(x, s, eps=1e-6), [x, made(16, seed=1)], made(6, 4, 16, seed=2))
+    both(ops, lambda o: lambda x: o.rope(x, cos, sin), [x], made(6, 4, 16, seed=2))
+    both(ops, lambda o: o.swiglu, [made(5, 12), made(5, 12, seed=1)], made(5, 12, seed=2))
+
+
+def test_places_of_the_statistics() -> None:
+    places = statistic_places(Spans.of_lengths([2, 3], causal=True), heads=2)
+    assert places.tolist() == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
+
+
+def test_statistics_of_lse_and_back(ops: AscendOps) -> None:
+    spans = Spans.of_lengths([3, 1, 7], causal=False)
+    lse = made(4, 11, dtype=np.float32)
+    top, total = ops.statistics_of(lse, spans)
+    assert top.shape == total.shape == (11, 4, 8)
+    np.testing.assert_array_equal(ops.lse_of(top, total, spans).asnumpy(), lse.asnumpy())
