@@ -53,18 +53,20 @@ class Batcher:
         """Micro-batches of the chosen records, and the names of all their samples in order."""
         samples = [self.encode(self.records[number]) for number in chosen]
         if not self.too_long_alone:
-            self._check_lengths(samples)
+            for sample in samples:
+                check_length(sample, self.pack_tokens)
         packs = pack([len(sample) for sample in samples], self.pack_tokens)
         made = tuple(self.pack([samples[i] for i in members]) for members in packs)
         return made, tuple(sample.id for sample in samples)
 
-    def _check_lengths(self, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            if len(sample) > self.pack_tokens:
-                raise DataError(
-                    f"sample {sample.id} has {len(sample)} tokens, data.pack_tokens is {self.pack_tokens}; raise it, "
-                    f"or let such samples be micro-batches of their own: data.too_long=alone"
-                )
+
+def check_length(sample: Sample, pack_tokens: int) -> None:
+    """Raise DataError for a sample that no micro-batch can hold."""
+    if len(sample) > pack_tokens:
+        raise DataError(
+            f"sample {sample.id} has {len(sample)} tokens, data.pack_tokens is {pack_tokens}; raise it, or let such "
+            f"samples be micro-batches of their own: data.too_long=alone"
+        )
 
 
 class StepLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Sample
@@ -12,21 +13,20 @@ from duetvl.data.loader import Encode
 from duetvl.data.records import Record
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.models.qwen_vl.loading import load_model, save_model
 from duetvl.training.loop import Job
 from duetvl.training.recipe import DataSection, Recipe
 
 
 def prepare(recipe: Recipe, backend: Backend) -> Job:
     """Load what the recipe names."""
-    from duetvl.models.qwen_vl.loading import load_model
-
     dtype = recipe.model.dtype
     if not backend.device.supports(dtype):
         raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
     encode = record_encoder(recipe)
     model = load_model(recipe.model.path, backend=backend, dtype=dtype)
     model.freeze(recipe.model.freeze)
-    return Job(model, encode, model.save_pretrained, model.config.to_dict())
+    return Job(model, encode, partial(save_model, model, overwrite=True), model.config.to_dict())
 
 
 def record_encoder(recipe: Recipe) -> Encode:

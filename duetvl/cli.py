@@ -1,0 +1,146 @@
+"""The command line. Nothing heavy is imported before it is known what is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import duetvl
+from duetvl.core.errors import ConfigError, DuetvlError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
+_OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0, 2 for a mistake of the user, 128 + n after signal n."""
+    try:
+        return _run(_parse(sys.argv[1:] if argv is None else list(argv)))
+    except DuetvlError as error:
+        if os.environ.get("DUETVL_DEBUG") == "1":
+            raise
+        _say(f"error: {error}", sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        _say("interrupted", sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if getattr(args, "resume", None) and "=" in args.resume and not Path(args.resume).exists():
+        rest, args.resume = [args.resume, *rest], ""  # `--resume optim.lr=1e-5`: an override, not a directory
+    known = args.command in ("train", "check")
+    wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    args.overrides = rest
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="duetvl", description=duetvl.__doc__)
+    parser.add_argument("--version", action="version", version=f"duetvl {duetvl.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train what a recipe says", epilog=_OVERRIDES)
+    _add_recipe(train)
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR[@STEP]",
+        help="go on from the newest checkpoint, which must be there, or from another run or an earlier step; without "
+        "it a run that has checkpoints goes on as well",
+    )
+
+    check = commands.add_parser("check", help="check a recipe, its model and its first records", epilog=_OVERRIDES)
+    _add_recipe(check)
+
+    commands.add_parser("doctor", help="what is installed, which backends and devices work")
+
+    plot = commands.add_parser("plot", help="draw the loss curves of runs")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
+    parser.usage = f"{parser.prog} RECIPE [options] [section.key=value ...]"
+    parser.add_argument(
+        "--backend", help="torch_npu (or torch) or mindspore; default: DUETVL_BACKEND, the recipe's, torch_npu"
+    )
+    parser.add_argument("--device", help="cpu, cuda, npu or auto; default: the recipe's")
+
+
+def _run(args: argparse.Namespace) -> int:
+    return {"train": _train, "check": _check, "doctor": _doctor, "plot": _plot}[args.command](args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from duetvl.training.loop import train
+
+    result = train(args.recipe, _overrides(args), resume=args.resume)
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from duetvl.training.check import check
+
+    for line in check(args.recipe, _overrides(args)):
+        _say(line)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from duetvl.doctor import report
+
+    works = False
+    for line, good in report():
+        _say(line)
+        works = works or good
+    return 0 if works else 1
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from duetvl.training.metrics import plot_runs, read_metrics
+
+    for run in args.runs:
+        if not read_metrics(run):
+            raise ConfigError(f"{run}: has no metrics.jsonl with a step in it; give the directory of a run")
+    target = args.output or (args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png"))
+    plot_runs(args.runs, target)
+    _say(str(target))
+    return 0
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """Later ones win: the environment, then section.key=value, then --backend and --device."""
+    chosen = [*args.overrides]
+    if from_environment := os.environ.get("DUETVL_BACKEND"):
+        chosen.insert(0, f"backend.name={from_environment}")
+    chosen += [f"backend.name={args.backend}"] if args.backend else []
+    chosen += [f"backend.device={args.device}"] if args.device else []
+    return chosen
+
+
+def _say(text: str, stream: Any = None) -> None:
+    out = stream or sys.stdout
+    out.write(text + "\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Train a recipe on one process, started by msrun, on CPU or Ascend.
+#
+#   bash launch/mindspore/train.sh RECIPE [--device cpu|ascend] [--resume [DIR[@STEP]]] [section.key=value ...]
+#
+# All arguments are those of `duetvl train`. PYTHON chooses the interpreter; the project's .venv comes first otherwise.
+# PORT is msrun's rendezvous (a free one by default), LOG_DIR where it keeps the logs of its workers.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+python="${PYTHON:-$root/.venv/bin/python}"
+[ -x "$python" ] || python="$(command -v python3)"
+port="${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
+logs="${LOG_DIR:-$(mktemp -d)}"
+
+# msrun starts whatever `python` is on the path.
+export PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
+export GLOG_v="${GLOG_v:-3}"  # MindSpore's C++ log: errors only
+
+# --join=True waits for the worker; its output goes to $logs/worker_0.log, which is shown as it grows.
+touch "$logs/worker_0.log"
+tail -n +1 -F "$logs/worker_0.log" 2>/dev/null &
+shown=$!
+trap 'sleep 1; kill $shown 2>/dev/null || true' EXIT
+msrun --worker_num=1 --local_worker_num=1 --master_port="$port" --log_dir="$logs" --join=True \
+    "$root/duetvl/__main__.py" train "$@" --backend mindspore
