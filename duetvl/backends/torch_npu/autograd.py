@@ -96,10 +96,13 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, parameter: Parameter, arrivals: Arrivals) -> Tensor:
         ctx.parameter, ctx.arrivals = parameter, arrivals
+        ctx.set_materialize_grads(False)  # None says that no gradient comes; zeros would be one
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:
+        if gradient is None:
+            return None, None, None
         parameter = ctx.parameter
         if parameter.main_grad is None:
             # A copy, as the engine may hand the same tensor to several receivers.
