@@ -25,16 +25,27 @@ class Receive(NamedTuple):
 
 
 class Collectives(Protocol):
-    """Every rank of a group calls the same functions in the same order. Results are new tensors.
+    """Every rank of a group calls the same functions in the same order.
 
-    Works without being started as long as there is one rank: then each call is the identity.
+    Tensors have any dtype of core/ops.py, bool only where nothing is summed, and at least one axis where pieces are
+    rows. Results are new tensors, except that a group of one rank gets its argument back: each call is then the
+    identity, also when `start` was never called. A result is a constant to the autograd. A rank that has gone, or
+    is not heard of for DUETVL_PEER_TIMEOUT seconds (600 unless set), raises BackendError on the ranks that wait.
     """
 
     rank: int
     size: int
+    traffic: dict[str, int]
+    """Bytes this rank has sent, by function: what a ring needs (all_reduce 2 (n-1)/n of the tensor, all_gather n-1
+    pieces, reduce_scatter (n-1)/n), what goes to others (all_to_all, exchange), the tensor at a broadcast's source;
+    in the dtype that travels, padding included. Objects and barriers are not counted."""
 
     def start(self) -> None:
-        """Join the run that torchrun or msrun started, if there is one; otherwise this is rank 0 of 1."""
+        """Join the run that torchrun or msrun started, if there is one; otherwise this is rank 0 of 1.
+
+        Raises BackendError, after at most DUETVL_START_TIMEOUT seconds (600 unless set), where the environment is
+        incomplete or belongs to the other launcher, or where ranks are missing.
+        """
         ...
 
     def stop(self) -> None:
@@ -42,7 +53,14 @@ class Collectives(Protocol):
         ...
 
     def groups(self, ranks: Sequence[Sequence[int]]) -> Group:
-        """The group that this rank is in, of groups that do not overlap. All ranks call it with the same list."""
+        """The group that this rank is in, of ascending groups that do not overlap and together hold every rank.
+
+        All ranks call it with the same list. The same list again gives the same group.
+        """
+        ...
+
+    def group_ranks(self, group: Group) -> Sequence[int]:
+        """The members of a group in order, as numbers in the whole run."""
         ...
 
     def all_reduce(self, x: Tensor, group: Group = None, op: str = "sum") -> Tensor:
@@ -71,7 +89,12 @@ class Collectives(Protocol):
         ...
 
     def exchange(self, sends: Sequence[Send], receives: Sequence[Receive]) -> list[Tensor]:
-        """Send and receive at once, so that no order of ranks can block. Messages between two ranks keep order."""
+        """Send and receive all of it at once; the tensors received, in the order of `receives`.
+
+        Messages between two ranks keep their order, also over several calls. A call may wait until the other rank
+        calls too: two ranks that send to each other in one step do it in one call each, then nothing can block. A
+        rank may send to itself within one call.
+        """
         ...
 
     def gather_objects(self, value: Any, group: Group = None) -> list[Any]:

@@ -20,7 +20,7 @@ def create(device: str = "auto") -> Backend:
         raise BackendError(f"backend mindspore needs MindSpore: pip install 'duetvl[mindspore]' ({error})") from None
     from duetvl.backends.mindspore.autograd import MindSporeAutograd
     from duetvl.backends.mindspore.checkpoint_io import MindSporeCheckpointIO
-    from duetvl.backends.mindspore.collectives import MindSporeCollectives
+    from duetvl.backends.mindspore.collectives import MindSporeCollectives, MindSporeCpuCollectives
     from duetvl.backends.mindspore.device import MindSporeDevice
     from duetvl.backends.mindspore.kv_cache import MindSporeKVCache
     from duetvl.backends.mindspore.ops import MindSporeOps
@@ -42,7 +42,7 @@ def create(device: str = "auto") -> Backend:
         name="mindspore",
         ops=ops,
         autograd=autograd,
-        collectives=MindSporeCollectives(ops),
+        collectives=MindSporeCpuCollectives(ops) if on_cpu else MindSporeCollectives(ops),
         kv_cache=MindSporeKVCache(ops),
         optimizer=MindSporeOptimizer(ops),
         checkpoint_io=MindSporeCheckpointIO(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,86 +13,122 @@ import torch.distributed as dist
 from duetvl.backends.torch_npu.ops import DTYPES
 from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.composed import ComposedCollectives
+from duetvl.core.composed.collectives import time_limit
+from duetvl.core.errors import BackendError
 from duetvl.core.ops import Ops
 
 Tensor = torch.Tensor
 ENGINES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class TorchCollectives(ComposedCollectives):
-    """See core/collectives.py."""
+    """See core/collectives.py. Run on gloo; nccl and hccl have not run with several ranks on hardware."""
 
     def __init__(self, ops: Ops, place: torch.device):
         super().__init__(ops)
         self.place = place
 
     def start(self) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            dist.init_process_group(ENGINES[self.place.type])
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if not dist.is_initialized():
+            if _world_size() == 1:
+                return
+            _join(ENGINES[self.place.type])
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def stop(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-            self.rank, self.size = 0, 1
+        self.rank, self.size = 0, 1
+        self._made.clear()
 
-    def groups(self, ranks: Sequence[Sequence[int]]) -> Group:
-        made = [(members, dist.new_group(list(members))) for members in ranks] if self.size > 1 else []
-        return next((group for members, group in made if self.rank in members), None)
+    def raw_group(self, members: tuple[int, ...]) -> Any:
+        # Every rank must make every group, in one order; only its members get a usable handle.
+        return dist.new_group(list(members), timeout=timedelta(seconds=time_limit("DUETVL_PEER_TIMEOUT")))
 
-    def group_ranks(self, group: Group) -> Sequence[int]:
-        return range(self.size) if group is None else dist.get_process_group_ranks(group)
-
-    def even_all_reduce(self, x: Tensor, group: Group, op: str) -> Tensor:
-        result = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, REDUCTIONS[op], group)
+    def raw_all_reduce(self, x: Tensor, group: Group, op: str) -> Tensor:
+        result = _copy(x)
+        dist.all_reduce(result, REDUCTIONS[op], _engine(group))
         return result
 
-    def even_all_gather(self, x: Tensor, group: Group) -> Tensor:
+    def raw_all_gather(self, x: Tensor, group: Group) -> Tensor:
         result = x.new_empty((x.shape[0] * len(self.group_ranks(group)), *x.shape[1:]))
-        dist.all_gather_into_tensor(result, x.contiguous(), group)
+        dist.all_gather_into_tensor(result, x.detach().contiguous(), _engine(group))
         return result
 
-    def even_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
+    def raw_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
         result = x.new_empty((x.shape[0] // len(self.group_ranks(group)), *x.shape[1:]))
-        dist.reduce_scatter_tensor(result, x.contiguous(), group=group)
+        dist.reduce_scatter_tensor(result, x.detach().contiguous(), group=_engine(group))
         return result
 
-    def all_to_all(
-        self, x: Tensor, group: Group = None, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
-    ) -> Tensor:
-        if self._alone(group):
-            return x
-        rows = x.shape[0] if receive is None else sum(receive)
-        result = x.new_empty((rows, *x.shape[1:]))
-        dist.all_to_all_single(
-            result, x.contiguous(), None if receive is None else list(receive), None if send is None else list(send), group
-        )
+    def raw_all_to_all(self, x: Tensor, group: Group, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        result = x.new_empty((sum(receive), *x.shape[1:]))
+        dist.all_to_all_single(result, x.detach().contiguous(), list(receive), list(send), _engine(group))
         return result
 
-    def broadcast(self, x: Tensor, source: int, group: Group = None) -> Tensor:
-        if self._alone(group):
-            return x
-        result = x.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(result, source, group)
+    def raw_broadcast(self, x: Tensor, source: int, group: Group) -> Tensor:
+        result = _copy(x)
+        dist.broadcast(result, source, _engine(group))
         return result
 
-    def exchange(self, sends: Sequence[Send], receives: Sequence[Receive]) -> list[Tensor]:
+    def raw_exchange(self, sends: Sequence[Send], receives: Sequence[Receive]) -> list[Tensor]:
         results = [torch.empty(r.shape, dtype=DTYPES[r.dtype], device=self.place) for r in receives]
-        pairs = [dist.P2POp(dist.isend, s.tensor.contiguous(), s.to) for s in sends]
+        pairs = [dist.P2POp(dist.isend, s.tensor.detach().contiguous(), s.to) for s in sends]
         pairs += [dist.P2POp(dist.irecv, x, r.source) for x, r in zip(results, receives, strict=True)]
-        for work in dist.batch_isend_irecv(pairs) if pairs else ():
+        for work in dist.batch_isend_irecv(pairs):
             work.wait()
         return results
 
-    def gather_objects(self, value: Any, group: Group = None) -> list[Any]:
-        if self._alone(group):
-            return [value]
+    def raw_gather_objects(self, value: Any, group: Group) -> list[Any]:
         results: list[Any] = [None] * len(self.group_ranks(group))
-        dist.all_gather_object(results, value, group)
+        dist.all_gather_object(results, value, _engine(group))
         return results
 
-    def barrier(self, group: Group = None) -> None:
-        if not self._alone(group):
-            dist.barrier(group)
+    def raw_barrier(self, group: Group) -> None:
+        dist.barrier(_engine(group))
+
+
+def _engine(group: Group) -> Any:
+    return None if group is None else group.engine
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _world_size() -> int:
+    """The number of ranks that torchrun announced; BackendError where its environment is not whole."""
+    if "WORLD_SIZE" not in os.environ and os.environ.get("MS_WORKER_NUM", "1") != "1":
+        raise BackendError(
+            f"msrun started {os.environ['MS_WORKER_NUM']} processes, but the backend is torch_npu, which torchrun "
+            "starts: use `duetvl launch --backend torch_npu --nproc N -- ...`, or choose --backend mindspore"
+        )
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 1
+    wrong = [name for name in NEEDED if not os.environ.get(name)]
+    wrong += [n for n in ("RANK", "WORLD_SIZE", "MASTER_PORT") if n not in wrong and not os.environ[n].isdigit()]
+    if wrong or int(os.environ["RANK"]) >= int(size):
+        found = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
+        raise BackendError(f"the environment of torchrun is not whole: {found}; start with torchrun or `duetvl launch`")
+    return int(size)
+
+
+def _join(engine: str) -> None:
+    """Meet at the store, see who is there, and only then build the group, whose own limit is that of slow peers."""
+    limit = time_limit("DUETVL_START_TIMEOUT")
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
+        store.set(f"duetvl/{rank}", "here")
+        store.wait([f"duetvl/{other}" for other in range(size)], timedelta(seconds=limit))
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {address} within "
+            f"{limit:.0f} s: check that all ranks started, that MASTER_ADDR and MASTER_PORT are the same and reachable "
+            f"from every node, and the other ranks' logs; DUETVL_START_TIMEOUT sets the limit "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+    slow = timedelta(seconds=time_limit("DUETVL_PEER_TIMEOUT"))
+    dist.init_process_group(engine, store=store, rank=rank, world_size=size, timeout=slow)

@@ -1,73 +1,206 @@
-"""What all collectives share: the identity on one rank, uneven pieces by padding, half precision summed in float32."""
+"""What all collectives share: one rank, uneven and empty pieces, half precision, messages to oneself, the counting."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from duetvl.core.collectives import Collectives, Group, Receive, Send
+from duetvl.core.errors import BackendError
 from duetvl.core.ops import Ops
 
 Tensor = Any
 HALF = ("bfloat16", "float16")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "bool": 1}
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """A group of ranks: its members, and the engine's own handle of it (None for a single rank)."""
+
+    ranks: tuple[int, ...]
+    engine: Any
 
 
 class ComposedCollectives(Collectives):
-    """See core/collectives.py. A backend supplies the functions that begin with `even_` and `group_ranks`."""
+    """See core/collectives.py. A backend supplies `start`, `stop` and the functions that begin with `raw_`.
 
-    rank = 0
-    size = 1
+    These get a handle of the engine (`group.engine`, None for all ranks), never empty tensors or a single rank, and
+    report failure by RuntimeError or BackendError.
+    """
 
     def __init__(self, ops: Ops):
         self.ops = ops
+        self.rank, self.size = 0, 1
+        self.traffic: dict[str, int] = {}
+        self._made: dict[tuple[tuple[int, ...], ...], Group] = {}
 
-    def group_ranks(self, group: Group) -> Sequence[int]:
-        """The members of a group, as numbers in the whole run."""
+    # -- what a backend supplies -----------------------------------------------------------------------------------
+
+    def raw_group(self, members: tuple[int, ...]) -> Any:
+        """Make a group. Called on every rank for every group, in one order."""
         raise NotImplementedError
 
-    def even_all_reduce(self, x: Tensor, group: Group, op: str) -> Tensor:
+    def raw_all_reduce(self, x: Tensor, group: Group, op: str) -> Tensor:
         """float32, int32 or int64."""
         raise NotImplementedError
 
-    def even_all_gather(self, x: Tensor, group: Group) -> Tensor:
+    def raw_all_gather(self, x: Tensor, group: Group) -> Tensor:
         """All pieces have x's shape."""
         raise NotImplementedError
 
-    def even_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
-        """x's rows divide by the group's size."""
+    def raw_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
+        """float32, int32 or int64; x's rows divide by the group's size."""
         raise NotImplementedError
 
+    def raw_all_to_all(self, x: Tensor, group: Group, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Rows for each rank and rows from each rank; some of them may be 0, and so may be x's."""
+        raise NotImplementedError
+
+    def raw_broadcast(self, x: Tensor, source: int, group: Group) -> Tensor:
+        """`source` is a number in the whole run."""
+        raise NotImplementedError
+
+    def raw_exchange(self, sends: Sequence[Send], receives: Sequence[Receive]) -> list[Tensor]:
+        """Between different ranks."""
+        raise NotImplementedError
+
+    def raw_gather_objects(self, value: Any, group: Group) -> list[Any]:
+        """In group order."""
+        raise NotImplementedError
+
+    def raw_barrier(self, group: Group) -> None:
+        """Wait for all."""
+        raise NotImplementedError
+
+    # -- the protocol ----------------------------------------------------------------------------------------------
+
+    def groups(self, ranks: Sequence[Sequence[int]]) -> Group:
+        wanted = tuple(tuple(members) for members in ranks)
+        if sorted(r for members in wanted for r in members) != list(range(self.size)) or any(
+            list(members) != sorted(members) for members in wanted
+        ):
+            raise ValueError(f"groups must be ascending and hold each of {self.size} ranks once, found {wanted}")
+        if len(wanted) == 1:
+            return None
+        if wanted not in self._made:
+            made = [RankGroup(m, self.raw_group(m) if len(m) > 1 else None) for m in wanted]
+            self._made[wanted] = next(group for group in made if self.rank in group.ranks)
+        return self._made[wanted]
+
+    def group_ranks(self, group: Group) -> Sequence[int]:
+        return range(self.size) if group is None else group.ranks
+
     def all_reduce(self, x: Tensor, group: Group = None, op: str = "sum") -> Tensor:
-        if self._alone(group):
-            return x
-        dtype = self.ops.dtype_of(x)
-        if dtype in HALF:
-            return self.ops.cast(self.even_all_reduce(self.ops.cast(x, "float32"), group, op), dtype)
-        return self.even_all_reduce(x, group, op)
-
-    def all_gather(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
-        if self._alone(group):
-            return x
-        if sizes is None or len(set(sizes)) == 1:
-            return self.even_all_gather(x, group)
-        longest = max(sizes)
-        whole = self.even_all_gather(self._pad(x, longest), group)
-        return self.ops.concat([whole[i * longest : i * longest + n] for i, n in enumerate(sizes)], 0)
-
-    def reduce_scatter(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
-        if self._alone(group):
+        count = len(self.group_ranks(group))
+        if count == 1 or _empty(x.shape):
             return x
         dtype = self.ops.dtype_of(x)
         wide = self.ops.cast(x, "float32") if dtype in HALF else x
-        if sizes is None or len(set(sizes)) == 1:
-            return self.ops.cast(self.even_reduce_scatter(wide, group), dtype)
-        pieces = self.ops.split(wide, list(sizes), 0)
-        padded = self.ops.concat([self._pad(piece, max(sizes)) for piece in pieces], 0)
-        mine = self.even_reduce_scatter(padded, group)
-        return self.ops.cast(mine[: sizes[list(self.group_ranks(group)).index(self.rank)]], dtype)
+        self._count("all_reduce", self._bytes(wide) * 2 * (count - 1) // count)
+        with self._failing("all_reduce"):
+            return self.ops.cast(self.raw_all_reduce(wide, group, op), dtype)
 
-    def _alone(self, group: Group) -> bool:
-        return self.size == 1 or len(self.group_ranks(group)) == 1
+    def all_gather(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
+        ranks = self.group_ranks(group)
+        if len(ranks) == 1:
+            return x
+        sizes = [x.shape[0]] * len(ranks) if sizes is None else list(sizes)
+        _expect(x.shape[0], sizes[ranks.index(self.rank)], "all_gather: rows of this rank")
+        longest = max(sizes)
+        if _empty((longest, *x.shape[1:])):
+            return self.ops.zeros((sum(sizes), *x.shape[1:]), self.ops.dtype_of(x))
+        piece = self._pad(x, longest)
+        self._count("all_gather", self._bytes(piece) * (len(ranks) - 1))
+        with self._failing("all_gather"):
+            whole = self.raw_all_gather(piece, group)
+        if min(sizes) == longest:
+            return whole
+        return self.ops.concat([whole[i * longest : i * longest + n] for i, n in enumerate(sizes)], 0)
+
+    def reduce_scatter(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
+        ranks = self.group_ranks(group)
+        if len(ranks) == 1:
+            return x
+        sizes = even(x.shape[0], len(ranks), "reduce_scatter") if sizes is None else list(sizes)
+        _expect(x.shape[0], sum(sizes), "reduce_scatter: rows")
+        mine, longest = sizes[ranks.index(self.rank)], max(sizes)
+        dtype = self.ops.dtype_of(x)
+        if _empty(x.shape):
+            return self.ops.zeros((mine, *x.shape[1:]), dtype)
+        wide = self.ops.cast(x, "float32") if dtype in HALF else x
+        if min(sizes) != longest:
+            pieces = self.ops.split(wide, sizes, 0)
+            wide = self.ops.concat([self._pad(piece, longest) for piece in pieces], 0)
+        self._count("reduce_scatter", self._bytes(wide) * (len(ranks) - 1) // len(ranks))
+        with self._failing("reduce_scatter"):
+            piece = self.raw_reduce_scatter(wide, group)
+        return self.ops.cast(piece if mine == longest else piece[:mine], dtype)
+
+    def all_to_all(
+        self, x: Tensor, group: Group = None, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    ) -> Tensor:
+        ranks = self.group_ranks(group)
+        if len(ranks) == 1:
+            return x
+        send = even(x.shape[0], len(ranks), "all_to_all") if send is None else list(send)
+        receive = send if receive is None else list(receive)
+        _expect(x.shape[0], sum(send), "all_to_all: rows")
+        own = ranks.index(self.rank)
+        _expect(receive[own], send[own], "all_to_all: rows from itself")
+        if _empty(x.shape[1:]):
+            return self.ops.zeros((sum(receive), *x.shape[1:]), self.ops.dtype_of(x))
+        row = math.prod(x.shape[1:]) * BYTES[self.ops.dtype_of(x)]
+        self._count("all_to_all", row * (sum(send) - send[own]))
+        with self._failing("all_to_all"):
+            return self.raw_all_to_all(x, group, send, receive)
+
+    def broadcast(self, x: Tensor, source: int, group: Group = None) -> Tensor:
+        if len(self.group_ranks(group)) == 1 or _empty(x.shape):
+            return x
+        self._count("broadcast", self._bytes(x) if self.rank == source else 0)
+        with self._failing("broadcast"):
+            return self.raw_broadcast(x, source, group)
+
+    def exchange(self, sends: Sequence[Send], receives: Sequence[Receive]) -> list[Tensor]:
+        own = deque(s.tensor for s in sends if s.to == self.rank)
+        _expect(len(own), sum(r.source == self.rank for r in receives), "exchange: messages to itself")
+        away = [s for s in sends if s.to != self.rank and not _empty(s.tensor.shape)]
+        wanted = [r for r in receives if r.source != self.rank and not _empty(r.shape)]
+        self._count("exchange", sum(self._bytes(s.tensor) for s in away))
+        with self._failing("exchange"):
+            arrived = iter(self.raw_exchange(away, wanted) if away or wanted else [])
+        results = []
+        for r in receives:
+            if r.source == self.rank:
+                results.append(own.popleft())
+            else:
+                results.append(self.ops.zeros(r.shape, r.dtype) if _empty(r.shape) else next(arrived))
+        return results
+
+    def gather_objects(self, value: Any, group: Group = None) -> list[Any]:
+        if len(self.group_ranks(group)) == 1:
+            return [value]
+        with self._failing("gather_objects"):
+            return self.raw_gather_objects(value, group)
+
+    def barrier(self, group: Group = None) -> None:
+        if len(self.group_ranks(group)) > 1:
+            with self._failing("barrier"):
+                self.raw_barrier(group)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _count(self, name: str, count: int) -> None:
+        self.traffic[name] = self.traffic.get(name, 0) + count
+
+    def _bytes(self, x: Tensor) -> int:
+        return math.prod(x.shape) * BYTES[self.ops.dtype_of(x)]
 
     def _pad(self, x: Tensor, rows: int) -> Tensor:
         if x.shape[0] == rows:
@@ -75,5 +208,41 @@ class ComposedCollectives(Collectives):
         blank = self.ops.zeros((rows - x.shape[0], *x.shape[1:]), self.ops.dtype_of(x))
         return self.ops.concat([x, blank], 0)
 
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise BackendError(
+                f"{name} failed on rank {self.rank} of {self.size}, probably because another rank has ended or is "
+                f"stuck: see the other ranks' logs ({reason})"
+            ) from error
 
-__all__ = ["ComposedCollectives", "Receive", "Send"]
+
+def even(rows: int, count: int, name: str) -> list[int]:
+    """`rows` in `count` equal parts; ValueError where that cannot be."""
+    if rows % count:
+        raise ValueError(f"{name}: {rows} rows do not divide by {count} ranks; give the sizes")
+    return [rows // count] * count
+
+
+def time_limit(variable: str) -> float:
+    """Seconds from an environment variable: DUETVL_START_TIMEOUT or DUETVL_PEER_TIMEOUT, 600 unless set."""
+    text = os.environ.get(variable, "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise BackendError(f"{variable} must be a number of seconds above 0, found {text!r}")
+    return seconds
+
+
+def _empty(shape: Sequence[int]) -> bool:
+    return 0 in shape
+
+
+def _expect(found: int, wanted: int, what: str) -> None:
+    if found != wanted:
+        raise ValueError(f"{what}: {found}, where {wanted} were announced")

@@ -1,0 +1,269 @@
+"""Messages between the ranks of a MindSpore run on CPU, over TCP: what MindSpore's own CPU collectives lack.
+
+Tensors lie in host memory there, so numpy views of them are sent and received without a copy. Every rank has one
+connection to every other. A message is its length in eight bytes and then its bytes; receiver and sender must agree
+on the length. Waiting for a rank that is alive ends after `limit` seconds without progress, waiting for one that has
+left ends at once; either way with a BackendError, and this rank's connections close, so that others notice too.
+"""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import selectors
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from duetvl.core.errors import BackendError
+
+_LENGTH = struct.Struct("!Q")
+_HELLO = struct.Struct("!Q16s")  # the caller's rank, and the token that the called rank announced
+_ADDRESS = struct.Struct("!64sH16s")
+_EAGER = 8  # non-blocking attempts before the kernel is asked to wait: small messages need no selector
+
+
+class Address(NamedTuple):
+    """Where a rank listens, and the token that its callers must show."""
+
+    host: str
+    port: int
+    token: bytes
+
+    def packed(self) -> bytes:
+        """The same number of bytes for every address."""
+        return _ADDRESS.pack(self.host.encode(), self.port, self.token)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Address:
+        """The inverse of `packed`."""
+        host, port, token = _ADDRESS.unpack(data)
+        return cls(host.rstrip(b"\0").decode(), port, token)
+
+
+class Outgoing(NamedTuple):
+    """An array for a rank."""
+
+    rank: int
+    array: np.ndarray
+
+
+class Incoming(NamedTuple):
+    """A C-contiguous array to be filled with the next message of a rank."""
+
+    rank: int
+    array: np.ndarray
+
+
+class HostTransport:
+    """The connections of one rank. Open, tell the others `address`, then `connect` with everybody's."""
+
+    def __init__(self, rank: int, size: int, reach: str, limit: float):
+        """`reach` is a host that all ranks can reach (the scheduler's): the interface towards it is the one used."""
+        self.rank, self.size, self.limit = rank, size, limit
+        self._peers: dict[int, _Peer] = {}
+        family, host = _interface_towards(reach)
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.bind((host, 0))
+        self._listener.listen(size)
+        self.address = Address(host, self._listener.getsockname()[1], secrets.token_bytes(16))
+
+    def connect(self, addresses: Sequence[Address]) -> None:
+        """Call the ranks below, then answer those above. The listeners are open, so nobody waits for an answer."""
+        deadline = time.monotonic() + self.limit
+        try:
+            for rank in range(self.rank):
+                self._peers[rank] = _Peer(rank, self._call(addresses[rank]))
+            while len(self._peers) < self.size - 1:
+                self._answer(deadline)
+        except OSError as error:
+            missing = sorted(set(range(self.size)) - set(self._peers) - {self.rank})
+            self.close()
+            raise BackendError(
+                f"rank {self.rank} has no connection to ranks {missing} ({error}); all ranks must reach each other "
+                f"by TCP on the interface of {self.address.host}"
+            ) from None
+        finally:
+            self._listener.close()
+
+    def swap(self, sends: Iterable[Outgoing], receives: Iterable[Incoming]) -> None:
+        """Send and receive all of it at once. Between two ranks, messages keep their order."""
+        busy: set[_Peer] = set()
+        for rank, array in sends:
+            peer = self._peer(rank)
+            peer.send(array)
+            busy.add(peer)
+        for rank, array in receives:
+            peer = self._peer(rank)
+            peer.receive(array)
+            busy.add(peer)
+        try:
+            for _ in range(_EAGER):
+                busy = {peer for peer in busy if not peer.advance()}
+                if not busy:
+                    return
+            self._wait_for(busy)
+        except BackendError:
+            self.close()
+            raise
+
+    def swap_objects(self, value: Any, ranks: Sequence[int]) -> list[Any]:
+        """Every rank's picklable value, in the order of `ranks`, this one among them."""
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        others = [rank for rank in ranks if rank != self.rank]
+        sizes = {rank: np.empty(1, np.int64) for rank in others}
+        size = np.array([mine.size])
+        self.swap([Outgoing(r, size) for r in others], [Incoming(r, sizes[r]) for r in others])
+        pickles = {rank: np.empty(int(sizes[rank][0]), np.uint8) for rank in others}
+        self.swap([Outgoing(r, mine) for r in others], [Incoming(r, pickles[r]) for r in others])
+        return [value if rank == self.rank else pickle.loads(pickles[rank].tobytes()) for rank in ranks]
+
+    def close(self) -> None:
+        """Leave. Ranks that wait for this one are told by their connection."""
+        self._listener.close()
+        for peer in self._peers.values():
+            peer.socket.close()
+        self._peers.clear()
+
+    def _peer(self, rank: int) -> _Peer:
+        if rank not in self._peers:
+            raise BackendError(f"rank {self.rank} has no connection to rank {rank}: an earlier call failed")
+        return self._peers[rank]
+
+    def _wait_for(self, busy: set[_Peer]) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in busy:
+                selector.register(peer.socket, peer.wants, peer)
+            while busy:
+                ready = selector.select(self.limit)
+                if not ready:
+                    slow = sorted(peer.rank for peer in busy)
+                    raise BackendError(
+                        f"rank {self.rank} has waited {self.limit:.0f} s for ranks {slow}; see their logs, "
+                        "or allow more with DUETVL_PEER_TIMEOUT"
+                    )
+                for key, _ in ready:
+                    peer = key.data
+                    if peer.advance():
+                        selector.unregister(peer.socket)
+                        busy.discard(peer)
+                    elif key.events != peer.wants:
+                        selector.modify(peer.socket, peer.wants, peer)
+
+    def _call(self, address: Address) -> socket.socket:
+        connection = socket.create_connection((address.host, address.port), timeout=self.limit)
+        connection.sendall(_HELLO.pack(self.rank, address.token))
+        return connection
+
+    def _answer(self, deadline: float) -> None:
+        self._listener.settimeout(max(deadline - time.monotonic(), 0.01))
+        connection, _ = self._listener.accept()
+        connection.settimeout(5.0)  # a stranger who says nothing must not hold up the run
+        try:
+            rank, token = _HELLO.unpack(_read_exactly(connection, _HELLO.size))
+        except (OSError, struct.error):
+            rank, token = -1, b""
+        if token == self.address.token and rank not in self._peers:
+            self._peers[rank] = _Peer(rank, connection)
+        else:
+            connection.close()
+
+
+class _Peer:
+    """One connection, and what is still to go out and to come in on it."""
+
+    def __init__(self, rank: int, connection: socket.socket):
+        self.rank, self.socket = rank, connection
+        self.out: deque[memoryview] = deque()
+        self.into: deque[memoryview] = deque()  # the messages expected; their lengths come first, into `length`
+        self.length = memoryview(bytearray(_LENGTH.size))
+        self.got = 0  # bytes of the first expected message, its length included
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setblocking(False)
+
+    def send(self, array: np.ndarray) -> None:
+        data = _bytes_of(np.ascontiguousarray(array))
+        self.out.append(memoryview(_LENGTH.pack(len(data))))
+        self.out.append(data)
+
+    def receive(self, array: np.ndarray) -> None:
+        self.into.append(_bytes_of(array))
+
+    @property
+    def wants(self) -> int:
+        """What to wait for."""
+        return (selectors.EVENT_WRITE if self.out else 0) | (selectors.EVENT_READ if self.into else 0)
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting; whether nothing is left."""
+        try:
+            self._write()
+            self._read()
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            raise BackendError(f"rank {self.rank} has gone ({error}); see its log") from None
+        return not self.out and not self.into
+
+    def _write(self) -> None:
+        try:
+            while self.out:
+                self._written(self.socket.sendmsg(list(self.out)[:16]))
+        except (BlockingIOError, InterruptedError):
+            pass
+
+    def _written(self, count: int) -> None:
+        while self.out and count >= len(self.out[0]):
+            count -= len(self.out.popleft())
+        if count:
+            self.out[0] = self.out[0][count:]
+
+    def _read(self) -> None:
+        while self.into:
+            head = self.got - _LENGTH.size
+            target = self.length[self.got :] if head < 0 else self.into[0][head:]
+            if len(target):
+                count = self.socket.recv_into(target)
+                if count == 0:
+                    raise ConnectionError("it closed the connection")
+                self.got += count
+            if self.got == _LENGTH.size:
+                self._check_length()
+            if self.got == _LENGTH.size + len(self.into[0]):
+                self.into.popleft()
+                self.got = 0
+
+    def _check_length(self) -> None:
+        (found,) = _LENGTH.unpack(self.length)
+        if found != len(self.into[0]):
+            raise BackendError(
+                f"rank {self.rank} sent {found} bytes where {len(self.into[0])} were expected: "
+                "the ranks are not making the same calls with the same shapes and dtypes"
+            )
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    # By way of uint8, as the buffer protocol knows no bfloat16 and memoryview casts no empty arrays.
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _interface_towards(host: str) -> tuple[socket.AddressFamily, str]:
+    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing; the kernel chooses the interface
+        return family, probe.getsockname()[0]
+
+
+def _read_exactly(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = connection.recv(count - len(data))
+        if not piece:
+            break
+        data += piece
+    return data
