@@ -113,6 +113,7 @@ def measure(folder: str, name: str, dtype: str) -> dict[str, float | str]:
         "before": before,
         "file": found["RssFile"],
         "seconds": seconds,
+        "load": os.getloadavg()[0],
     }
 
 
@@ -154,17 +155,18 @@ def report(model: str, rows: list[dict[str, float]]) -> str:
         "",
         f"`python {' '.join(sys.argv)}` on {processor()}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB of memory, "
         f"{platform.system()}, Python {platform.python_version()}. {model} in random bfloat16, shards of 2 GB, page "
-        f"cache cold. Peak: anonymous memory beyond what the process had before loading. Aim: at most {AIM} times the "
+        f"cache cold. Before: anonymous memory of the process with its framework. Peak: anonymous memory beyond that. Machine load: processes that wanted a core "
+        f"in the last minute; seconds mean little where it is above the number of cores. Aim: at most {AIM} times the "
         f"model's size in the loaded dtype.",
         "",
-        "| backend | framework | dtype | model, GB | peak, GB | ratio | before loading, GB | mapped file, GB | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| backend | framework | dtype | model, GB | peak, GB | ratio | before, GB | mapped file, GB | seconds | machine load |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         size, peak, before, file = (f"{row[key] / 1e9:.3f}" for key in ("size", "peak", "before", "file"))
         lines.append(
             f"| {row['backend']} | {row['framework']} | {row['dtype']} | {size} | {peak} | {row['ratio']:.3f} "
-            f"| {before} | {file} | {row['seconds']:.1f} |"
+            f"| {before} | {file} | {row['seconds']:.1f} | {row['load']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -180,7 +180,7 @@ def _raw_bytes(name: str, spec: TensorSpec, array: np.ndarray) -> memoryview:
     wanted = np.dtype(NUMPY_DTYPES[spec.dtype])
     if array.dtype != wanted or tuple(array.shape) != spec.shape:
         raise ValueError(f"{name}: announced as {spec}, handed over as {array.dtype} {array.shape}")
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _read_header(path: Path, handle: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

@@ -150,7 +150,7 @@ def test_what_is_no_tensor_file(tmp_path):
     with pytest.raises(CheckpointError, match="no safetensors file: its header claims 1152921504606846976 bytes"):
         TensorFile(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
-    with pytest.raises(CheckpointError, match="Git LFS pointer.*git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):
         TensorFile(path)
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
         TensorFile(tmp_path)
@@ -189,9 +189,13 @@ def test_staged_directory_appears_at_the_end(tmp_path):
 
 
 def test_staged_directory_after_an_error(tmp_path):
-    with pytest.raises(KeyError), staged_directory(tmp_path / "out") as staging:
-        (staging / "config.json").write_text("{}")
-        raise KeyError
+    def fill():
+        with staged_directory(tmp_path / "out") as staging:
+            (staging / "config.json").write_text("{}")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fill()
     assert list(tmp_path.iterdir()) == []
 
 
