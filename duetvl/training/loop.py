@@ -20,7 +20,7 @@ from duetvl.training.checkpoint import CheckpointRef, load_checkpoint, save_chec
 from duetvl.training.checkpoint_format import Meta
 from duetvl.training.metrics import MetricsLog, Progress, plot_runs, read_metrics
 from duetvl.training.recipe import Recipe, check_world, load_recipe, make_recipe
-from duetvl.training.run_directory import Start, find_start, write_recipe
+from duetvl.training.run_directory import Start, find_start, locked, write_recipe
 from duetvl.training.schedule import learning_rate
 from duetvl.training.signals import StopSignals
 from duetvl.training.step import TrainableModel, Trainer
@@ -64,6 +64,9 @@ def train(
     """
     given = read_recipe(recipe, overrides)
     check_world(given, world_size())
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
+        raise SystemExit(0)
     start = find_start(given, resume)
     records = Records(given.data.train)
     val = Records(given.data.val) if given.data.val else None
@@ -126,7 +129,7 @@ class Run:
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal asks to stop."""
-        with self._loader() as loader:
+        with self._loader() as loader, locked(self.run_dir):
             write_recipe(self.recipe, self.run_dir)
             log = self.recipe.log
             history = self.start.history

@@ -5,7 +5,9 @@ A run directory holds recipe.yaml, checkpoints/, metrics.jsonl, and as the recip
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +75,27 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
     return Start(own, ref, _run_of(ref) if other else None, tuple(notes))
 
 
-def write_recipe(recipe: Recipe, run_dir: Path) -> None:
-    """Create the run directory with its recipe, all defaults spelled out."""
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Create the run directory, and keep every other process from training in it meanwhile."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "recipe.yaml", write_yaml(recipe.model_dump(mode="json")))
+        lock = open(run_dir / ".lock", "w")  # noqa: SIM115  held open to the end
     except OSError as error:
         raise ConfigError(f"train.output_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+    with lock:  # the lock goes with the process, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"train.output_dir {run_dir}: another process is training there; wait, or choose another directory"
+            ) from None
+        yield
+
+
+def write_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """Write the run's recipe, all defaults spelled out."""
+    write_text(run_dir / "recipe.yaml", write_yaml(recipe.model_dump(mode="json")))
 
 
 def _parse_resume(resume: str, own: Path) -> tuple[Path, int | None]:

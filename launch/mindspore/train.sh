@@ -17,10 +17,7 @@ logs="${LOG_DIR:-$(mktemp -d)}"
 export PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
 export GLOG_v="${GLOG_v:-3}"  # MindSpore's C++ log: errors only
 
-# --join=True waits for the worker; its output goes to $logs/worker_0.log, which is shown as it grows.
-touch "$logs/worker_0.log"
-tail -n +1 -F "$logs/worker_0.log" 2>/dev/null &
-shown=$!
-trap 'sleep 1; kill $shown 2>/dev/null || true' EXIT
-msrun --worker_num=1 --local_worker_num=1 --master_port="$port" --log_dir="$logs" --join=True \
+# --join=True waits for the worker, and shows its log, $logs/worker_0.log, as it grows. msrun starts the same program
+# once more as its scheduler, which with one worker has nothing to do and ends at once.
+exec msrun --worker_num=1 --local_worker_num=1 --master_port="$port" --log_dir="$logs" --join=True \
     "$root/duetvl/__main__.py" train "$@" --backend mindspore

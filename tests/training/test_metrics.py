@@ -1,0 +1,113 @@
+"""What a run writes and shows."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from duetvl.training.metrics import MetricsLog, Progress, plot_runs, read_metrics
+
+
+def row(step: int, loss: float = 1.0) -> dict:
+    return {"step": step, "loss": loss, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 1234.5}
+
+
+def write(run, steps, **options) -> None:
+    log = MetricsLog(run, **options)
+    for step in steps:
+        log.write(row(step))
+    log.close()
+
+
+def test_rows_are_on_disk_at_once(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write(row(1))
+    assert read_metrics(tmp_path) == [row(1)]
+    log.close()
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
+    write(tmp_path, [1, 2, 3, 4])
+    write(tmp_path, [3, 4, 5], after=2)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    write(tmp_path, [1, 2])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    write(tmp_path, [3], after=2)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_that_goes_on_from_another_takes_its_rows_over(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "a", [1, 2, 3])
+    write(tmp_path / "b", [3], after=2, history=tmp_path / "a")
+    assert [r["step"] for r in read_metrics(tmp_path / "b")] == [1, 2, 3]
+    assert [r["step"] for r in read_metrics(tmp_path / "a")] == [1, 2, 3]
+
+
+def test_what_is_not_finite_is_null_as_json_has_no_other_name(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": None}
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboardX")
+    write(tmp_path, [1, 2], tensorboard=True)
+    assert [file.stat().st_size > 100 for file in (tmp_path / "tensorboard").iterdir()] == [True]
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    out = io.StringIO()
+    progress = Progress(10, every=5, stream=out)
+    for step in range(1, 11):
+        progress.step(row(step, loss=1 / step))
+    progress.say("saved")
+    progress.close()
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("step 5/10  loss 0.2000  grad_norm 2  lr 0.1  tokens_per_s 1234  left 0:00:0")
+    assert lines[1].startswith("step 10/10  loss 0.1000")
+    assert lines[2] == "saved"
+
+
+def test_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    progress = Progress(10, done=4, stream=out)
+    progress.step(row(5))
+    progress.say("saved")
+    progress.close()
+    assert "5/10" in out.getvalue()
+    assert "loss 1.0000" in out.getvalue()
+    assert "saved\n" in out.getvalue()
+
+
+def test_the_plot_is_a_picture_that_appears_whole(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(1, 30):
+        log.write(row(step, loss=3 / step))
+    log.write({"step": 29, "eval_loss": 0.5})
+    log.write({"step": 30, "loss": None, "lr": 0.1})
+    log.close()
+    plot_runs([tmp_path], tmp_path / "loss.png")
+    plot_runs([tmp_path, tmp_path], tmp_path / "two.png")
+    assert min(Image.open(tmp_path / "loss.png").size) > 400
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl", "two.png"]
+
+
+def test_a_plot_of_nothing_is_no_error(tmp_path):
+    MetricsLog(tmp_path).close()
+    plot_runs([tmp_path], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()

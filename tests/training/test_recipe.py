@@ -1,0 +1,176 @@
+"""Recipes: what they take, and what they say about what they do not take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from duetvl.core.errors import ConfigError
+from duetvl.training.recipe import Recipe, check_world, load_recipe, make_recipe, recipe_reference
+from duetvl.training.yaml_values import parse_yaml, write_yaml
+
+BASE = {"model": {"path": "ckpt"}, "data": {"train": "data.jsonl"}}
+
+
+def make(*overrides: str) -> Recipe:
+    return make_recipe(BASE, overrides, name="chat")
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make(*overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_and_overrides():
+    recipe = make("optim.lr=3e-5", "model.freeze=[vision, projector]", "data.train=[a.jsonl, b.json]", "optim.clip=null")
+    assert recipe.optim.lr == 3e-5
+    assert recipe.optim.clip is None
+    assert recipe.model.freeze == ("vision", "projector")
+    assert recipe.data.train == ("a.jsonl", "b.json")
+    assert recipe.train.output_dir == "runs/chat"
+    assert make("model.freeze=vision").model.freeze == ("vision",)
+
+
+def test_the_last_override_wins():
+    assert make("optim.lr=1", "optim.lr=2").optim.lr == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "optim.rl=3e-5",
+            "optim has no field 'rl'; did you mean 'lr'? "
+            "(betas, clip, eps, lr, min_lr_ratio, schedule, warmup, weight_decay)",
+        ),
+        (
+            "optm.lr=1",
+            "a recipe has no section 'optm'; did you mean 'optim'? "
+            "(backend, checkpoint, data, log, model, optim, parallel, train)",
+        ),
+        ("optim.lr=fast", "optim.lr: found 'fast', allowed: a number, > 0"),
+        ("optim.lr=0", "optim.lr: found 0, allowed: a number, > 0"),
+        ("optim.lr=.nan", "optim.lr: found nan, allowed: a number, > 0"),
+        ("optim.lr=", "optim.lr: found null, allowed: a number, > 0"),
+        ("optim.betas=[0.9]", "optim.betas: found [0.9], allowed: 2 numbers, each: a number, >= 0, < 1"),
+        ("optim.schedule=cos", "optim.schedule: found 'cos', allowed: cosine, linear, constant"),
+        ("train.steps=1.5", "train.steps: found 1.5, allowed: a whole number or null, >= 1"),
+        ("train.steps=true", "train.steps: found true, allowed: a whole number or null, >= 1"),
+        ("data.shuffle=no", "data.shuffle: found 'no', allowed: true or false"),
+        ("data.train=[]", "data.train: found [], allowed: a path or a list of paths, not empty"),
+        ("model.freeze=[visio]", "model.freeze: found 'visio', allowed: one or a list of vision, projector, language"),
+        ("optim.warmup=1.5", "optim.warmup: found 1.5, allowed: a fraction of all steps below 1, or whole steps"),
+        ("train.eval_every=3", "train.eval_every 3 needs data.val, which is not given"),
+        ("lr=3", "override 'lr=3' is not of the form section.key=value"),
+        ("optim.lr", "override 'optim.lr' is not of the form section.key=value"),
+        ("optim.lr=[", "override optim.lr: not valid YAML: expected the node content, but found '<stream end>'"),
+    ],
+)
+def test_an_error_names_the_field_what_was_found_and_what_is_allowed(override, expected):
+    assert message(override) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.steps=5", "train.epochs=2"), "train.steps 5 and train.epochs 2 both say how long to train; keep one"),
+        (("model.dtype=float16",), "loss scaling"),
+        (("model.freeze=[vision,projector,language]",), "nothing would be trained"),
+        (("optim.schedule=constant", "optim.min_lr_ratio=0.1"), "has no meaning with optim.schedule constant"),
+        (("data.min_pixels=100", "data.max_pixels=50"), "data.min_pixels 100 is more than data.max_pixels 50"),
+    ],
+)
+def test_contradictions(overrides, expected):
+    assert expected in message(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "model is missing: a recipe needs the section with model.path (and 1 more field)"),
+        ({**BASE, "model": {}}, "model.path is missing: Directory of the model in the Hugging Face layout."),
+        ({**BASE, "model": 3}, "model: found 3, allowed: a section with fields (path, dtype, freeze)"),
+        ({"model": {"pth": "m"}, "data": {}}, "model has no field 'pth'; did you mean 'path'? (dtype, freeze, path)"),
+        (None, "expected sections"),
+        ([1], "found list"),
+    ],
+)
+def test_files_without_the_sections(values, expected):
+    with pytest.raises(ConfigError) as caught:
+        make_recipe(values)
+    assert expected in str(caught.value)
+
+
+def test_more_than_one_process_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"pp 1 x dp 2 x cp 1 x tp 2 needs 4 processes; this release trains on one"):
+        check_world(make("parallel.dp=2", "parallel.tp=2"), 4)
+    with pytest.raises(ConfigError, match="is 1 process, but 2 were started"):
+        check_world(make(), 2)
+    check_world(make(), 1)
+
+
+def test_yaml_and_json_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {path: m}\ndata:\n  train: d.jsonl\noptim: {lr: 1e-5, warmup: 0.1}\nlog:\n")
+    (tmp_path / "b.json").write_text('{\n\t"model": {"path": "m"},\n\t"data": {"train": "d.jsonl"}\n}')
+    assert load_recipe(tmp_path / "a.yaml").optim.lr == 1e-5
+    assert load_recipe(tmp_path / "b.json").train.output_dir == "runs/b"
+
+
+def test_paths_are_left_as_they_are_given(tmp_path, monkeypatch):
+    """Relative to the working directory, as those of overrides."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "a.yaml").write_text("model: {path: ckpt}\ndata: {train: data/a.jsonl}\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("recipes/a.yaml")
+    assert (recipe.model.path, recipe.data.train) == ("ckpt", ("data/a.jsonl",))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"model: {path: m}\nmodel: {path: n}\n", "line 2, column 1: not valid YAML: the key 'model' is given twice"),
+        (b"model: {path: m\n", "not valid YAML"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_damaged_files(tmp_path, content, expected):
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(tmp_path / "a.yaml")
+    assert expected in str(caught.value)
+    assert "a.yaml" in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5), ("1E5", 1e5), (".5", 0.5), ("-3", -3), ("010", 10), ("0x10", 16), ("0o10", 8), ("1:30", "1:30"),
+        ("no", "no"), ("on", "on"), ("true", True), ("null", None), ("~", None), ("", None), ("2024-01-01", "2024-01-01"),
+        ("1_000", "1_000"), ("[1, a]", [1, "a"]), ("{a: 1e3}", {"a": 1000.0}), ("'1'", "1"),
+    ],
+)  # fmt: skip
+def test_yaml_values(text, value):
+    assert parse_yaml(text, "x") == value
+    assert type(parse_yaml(text, "x")) is type(value)
+
+
+def test_a_recipe_survives_being_written():
+    recipe = make("optim.lr=1e-5", "data.val=v.jsonl", "optim.clip=null", "optim.eps=1e-12")
+    assert make_recipe(parse_yaml(write_yaml(recipe.model_dump(mode="json")), "x")) == recipe
+
+
+def test_the_document_is_current():
+    document = Path(__file__).parents[2] / "docs" / "recipe.md"
+    assert document.read_text(encoding="utf-8") == recipe_reference(), (
+        "make it anew: python -c 'from duetvl.training.recipe import recipe_reference as r; "
+        'open("docs/recipe.md", "w").write(r())\''
+    )
