@@ -155,11 +155,12 @@ def report(model: str, rows: list[dict[str, float]]) -> str:
         "",
         f"`python {' '.join(sys.argv)}` on {processor()}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB of memory, "
         f"{platform.system()}, Python {platform.python_version()}. {model} in random bfloat16, shards of 2 GB, page "
-        f"cache cold. Before: anonymous memory of the process with its framework. Peak: anonymous memory beyond that. Machine load: processes that wanted a core "
-        f"in the last minute; seconds mean little where it is above the number of cores. Aim: at most {AIM} times the "
-        f"model's size in the loaded dtype.",
+        f"cache cold. Before: anonymous memory of the process with its framework. Peak: anonymous memory beyond that. "
+        f"Machine load: processes that wanted a core in the last minute; seconds mean little where it is above the "
+        f"number of cores. Aim: at most {AIM} times the model's size in the loaded dtype.",
         "",
-        "| backend | framework | dtype | model, GB | peak, GB | ratio | before, GB | mapped file, GB | seconds | machine load |",
+        "| backend | framework | dtype | model, GB | peak, GB | ratio | before, GB | mapped file, GB | seconds "
+        "| machine load |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
