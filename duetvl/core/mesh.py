@@ -42,6 +42,9 @@ class Mesh:
 
     def ranks_along(self, *axes: str, rank: int) -> list[int]:
         """The ranks that differ from `rank` along the given axes only, in order: its group for these axes."""
+        unknown = [axis for axis in axes if axis not in AXES]
+        if unknown:
+            raise ConfigError(f"the mesh has no axis {unknown[0]!r}; it has {', '.join(AXES)}")
         place = self.coordinates(rank)
         index = tuple(slice(None) if axis in axes else place[axis] for axis in AXES)
         return [int(r) for r in self.grid[index].reshape(-1)]

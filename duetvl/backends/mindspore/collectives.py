@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -181,7 +181,7 @@ def _copy(x: Tensor) -> Tensor:
     return ops.stop_gradient(x).copy()
 
 
-def _without_bool(move: Any, x: Tensor) -> Tensor:
+def _without_bool(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """mccl moves every dtype but bool, which goes as int8."""
     return move(x) if x.dtype != ms.bool_ else ops.cast(move(ops.cast(x, ms.int8)), ms.bool_)
 
@@ -197,7 +197,8 @@ def _worker_count() -> int:
     if count == "1":
         return 1
     wrong = [name for name in NEEDED if not os.environ.get(name)]
-    wrong += [name for name in ("MS_WORKER_NUM", "MS_SCHED_PORT") if name not in wrong and not os.environ[name].isdigit()]
+    numbers = [name for name in ("MS_WORKER_NUM", "MS_SCHED_PORT") if name not in wrong]
+    wrong += [name for name in numbers if not os.environ[name].isdigit()]
     if wrong:
         found = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
         raise BackendError(f"the environment of msrun is not whole: {found}; start with msrun or `duetvl launch`")

@@ -108,7 +108,8 @@ def _world_size() -> int:
     if size == "1":
         return 1
     wrong = [name for name in NEEDED if not os.environ.get(name)]
-    wrong += [n for n in ("RANK", "WORLD_SIZE", "MASTER_PORT") if n not in wrong and not os.environ[n].isdigit()]
+    numbers = [name for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name not in wrong]
+    wrong += [name for name in numbers if not os.environ[name].isdigit()]
     if wrong or int(os.environ["RANK"]) >= int(size):
         found = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
         raise BackendError(f"the environment of torchrun is not whole: {found}; start with torchrun or `duetvl launch`")
