@@ -17,7 +17,7 @@ class Device(Protocol):
         ...
 
     def peak_memory(self) -> int:
-        """Bytes: most that the device's allocator held since the last reset; on a CPU the process's peak resident set."""
+        """Most bytes that the device's allocator held since the last reset; on a CPU the peak resident set."""
         ...
 
     def reset_peak_memory(self) -> None:

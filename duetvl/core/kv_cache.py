@@ -31,12 +31,17 @@ class Append:
 class KVCache(Protocol):
     """Keys and values of sequences in numbered slots. Nothing here is differentiable."""
 
-    def cache_create(self, *, layers: int, slots: int, capacity: int, kv_heads: int, head_size: int, dtype: str) -> Cache:
+    def cache_create(
+        self, *, layers: int, slots: int, capacity: int, kv_heads: int, head_size: int, dtype: str
+    ) -> Cache:
         """Room for `slots` sequences of at most `capacity` rows each, for every layer."""
         ...
 
     def cache_append(self, cache: Cache, layer: int, k: Tensor, v: Tensor, append: Append) -> None:
-        """Store k and v (T, G, K), the packed new rows of the sequences in `append`, after the rows already there."""
+        """Store k and v (T, G, K), the packed new rows of the sequences in `append`, after the rows already there.
+
+        Raises ConfigError, before anything is written, where a sequence would outgrow the capacity.
+        """
         ...
 
     def attention_cached(self, q: Tensor, cache: Cache, layer: int, append: Append) -> Tensor:

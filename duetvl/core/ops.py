@@ -221,9 +221,9 @@ class Ops(Protocol):
         ...
 
     def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
-        """Overwrite rows start, start + 1, ... of `dst` with `src`."""
+        """Overwrite rows start, start + 1, ... of `dst` with `src`, cast to dst's dtype."""
         ...
 
     def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
-        """Overwrite rows `index` (N,) int32, all different, of `dst` with `src` (N, ...)."""
+        """Overwrite rows `index` (N,) int32, all different, of `dst` with `src` (N, ...), cast to dst's dtype."""
         ...

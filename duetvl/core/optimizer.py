@@ -64,5 +64,6 @@ class Optimizer(Protocol):
         ...
 
     def grad_norm(self, parameters: Sequence[Parameter]) -> float:
-        """Euclidean norm of all `main_grad`s together (unscaled); inf or nan where one of them is."""
+        """Euclidean norm of all `main_grad`s together (unscaled); inf or nan where one of them is,
+        and possibly inf where one is beyond 1e19, whose square float32 does not hold."""
         ...

@@ -15,7 +15,9 @@ import numpy as np
 from mindspore import ops
 from mindspore.common.np_dtype import bfloat16
 
+from duetvl.backends.mindspore import numpy_kernels as kernels
 from duetvl.backends.mindspore.ops import MindSporeOps
+from duetvl.core.spans import Spans
 
 Tensor = ms.Tensor
 NUMPY_DTYPES = {name: name for name in ("float32", "float16", "int32", "int64", "bool")} | {"bfloat16": bfloat16}
@@ -76,7 +78,8 @@ class CpuOps(MindSporeOps):
 
     def from_numpy(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
         wanted = array.dtype if dtype is None else NUMPY_DTYPES[dtype]
-        return ms.Tensor.from_numpy(np.ascontiguousarray(array, wanted).reshape(array.shape))
+        with np.errstate(over="ignore"):
+            return ms.Tensor.from_numpy(np.ascontiguousarray(array, wanted).reshape(array.shape))
 
     def where(self, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if a.dtype != ms.bfloat16:
@@ -112,3 +115,56 @@ class CpuOps(MindSporeOps):
 
     def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
         dst.asnumpy()[index.asnumpy()] = src.asnumpy()
+
+    # -- coarse operations in numpy ---------------------------------------------------------------------------------
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self._like(kernels.rotate(self._wide(x), cos.asnumpy(), sin.asnumpy()), x)
+
+    def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+        def forward(needs: Any, x: Tensor, scale: Tensor) -> Any:
+            y, inverse = kernels.rms_norm(self._rows(x), self._wide(scale), eps)
+            return self._like(y, x), (x, scale, inverse)
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            x, scale, inverse = residuals
+            dx, dscale = kernels.rms_norm_grad(self._rows(d), self._rows(x), self._wide(scale), inverse)
+            return self._like(dx, x), self._like(dscale, scale)
+
+        return self.autograd.custom_vjp(forward, backward)(x, scale)
+
+    def layer_norm(self, x: Tensor, scale: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+        def forward(needs: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Any:
+            y, unit, inverse = kernels.layer_norm(self._rows(x), self._wide(scale), self._wide(bias), eps)
+            return self._like(y, x), (scale, bias, unit, inverse)
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            scale, bias, unit, inverse = residuals
+            dx, dscale, dbias = kernels.layer_norm_grad(self._rows(d), unit, self._wide(scale), inverse)
+            return self._like(dx, d), self._like(dscale, scale), self._like(dbias, bias)
+
+        return self.autograd.custom_vjp(forward, backward)(x, scale, bias)
+
+    def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+        out, lse = kernels.attention(*(self._wide(x) for x in (q, k, v)), spans)
+        return self._like(out, q), ms.Tensor.from_numpy(lse)
+
+    def attention_grad(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        arrays = (self._wide(x) for x in (dout, q, k, v, out, lse))
+        dq, dk, dv = kernels.attention_grad(*arrays, spans)
+        return self._like(dq, q), self._like(dk, k), self._like(dv, v)
+
+    def _wide(self, x: Tensor) -> np.ndarray:
+        """The values as float32; a view of the storage where they are already."""
+        return (x if x.dtype == ms.float32 else converted(x, "float32")).asnumpy()
+
+    def _rows(self, x: Tensor) -> np.ndarray:
+        """The values as float32 rows (N, D)."""
+        return self._wide(x).reshape(-1, x.shape[-1])
+
+    def _like(self, values: np.ndarray, x: Tensor) -> Tensor:
+        """A tensor over `values` with x's shape and dtype."""
+        tensor = ms.Tensor.from_numpy(values.reshape(x.shape))
+        return tensor if x.dtype == ms.float32 else converted(tensor, self.dtype_of(x))

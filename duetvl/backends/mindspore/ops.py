@@ -147,7 +147,7 @@ class MindSporeOps(ComposedOps):
         ops.assign(dst, self.cast(src, self.dtype_of(dst)))
 
     def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
-        dst[start : start + src.shape[0]] = src
+        dst[start : start + src.shape[0]] = self.cast(src, self.dtype_of(dst))
 
     def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
-        ops.assign(dst, ops.tensor_scatter_update(dst, ops.reshape(index, (-1, 1)), src))
+        ops.assign(dst, ops.tensor_scatter_update(dst, ops.reshape(index, (-1, 1)), self.cast(src, self.dtype_of(dst))))

@@ -59,5 +59,6 @@ class MindSporeOptimizer:
                 p.main_grad = None
 
     def grad_norm(self, parameters: Sequence[Parameter]) -> float:
-        gradients = (p.main_grad for p in parameters if p.main_grad is not None)
+        # Without empty ones: MindSpore leaves the sum of no elements unwritten.
+        gradients = (p.main_grad for p in parameters if p.main_grad is not None and 0 not in p.main_grad.shape)
         return math.sqrt(sum(float((g * g).sum().asnumpy()) for g in gradients))

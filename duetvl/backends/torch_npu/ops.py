@@ -131,7 +131,7 @@ class TorchOps(ComposedOps):
         dst.detach()[start : start + src.shape[0]].copy_(src.detach())
 
     def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
-        dst.detach().index_copy_(0, index.long(), src.detach())
+        dst.detach().index_copy_(0, index.long(), src.detach().to(dst.dtype))
 
     # -- attention -------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from duetvl.core.errors import ConfigError
 from duetvl.core.kv_cache import Append, KVCache, packed_offsets
 from duetvl.core.ops import Ops
 
@@ -36,9 +37,14 @@ class ComposedKVCache(KVCache):
         return RowCache(capacity, keys, values)
 
     def cache_append(self, cache: RowCache, layer: int, k: Tensor, v: Tensor, append: Append) -> None:
-        for slot, start, before, new in packed_offsets(append):
+        places = packed_offsets(append)
+        for slot, _, before, new in places:
             if before + new > cache.capacity:
-                raise IndexError(f"slot {slot} has room for {cache.capacity} rows; {before} + {new} do not fit")
+                raise ConfigError(
+                    f"slot {slot} of the key-value cache has {before} rows and room for {cache.capacity}; "
+                    f"{new} more do not fit: create it with a larger capacity or generate fewer tokens"
+                )
+        for slot, start, before, new in places:
             first = slot * cache.capacity + before
             self.ops.write_slice(cache.keys[layer], first, k[start : start + new])
             self.ops.write_slice(cache.values[layer], first, v[start : start + new])
@@ -56,7 +62,9 @@ class ComposedKVCache(KVCache):
         ops = self.ops
         heads, groups, size = q.shape[1], k.shape[1], q.shape[2]
         q_heads = ops.transpose(ops.cast(q, "float32"), (1, 0, 2)) * size**-0.5
-        k_heads, v_heads = (self._spread(ops.transpose(ops.cast(x, "float32"), (1, 0, 2)), heads // groups) for x in (k, v))
+        k_heads, v_heads = (
+            self._spread(ops.transpose(ops.cast(x, "float32"), (1, 0, 2)), heads // groups) for x in (k, v)
+        )
         scores = ops.matmul(q_heads, k_heads, transpose_b=True)
         if q.shape[0] > 1:
             scores = scores + ops.from_numpy(_lower_right_mask(heads, q.shape[0], k.shape[0]))

@@ -1,0 +1,145 @@
+"""AdamW against torch's in float64, and the gradient norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from duetvl.core.backend import Backend
+from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.params import Parameter
+
+from .cases import normal
+from .reference import rounded
+
+SHAPES = {"matrix": (5, 7), "vector": (9,), "number": (), "one": (1,), "empty": (0, 3)}
+STEPS, LR, BETAS, GRAD_SCALE = 20, 1e-2, (0.9, 0.95), 0.37
+
+
+def gradient(name: str, step: int) -> np.ndarray | None:
+    """Of sizes that differ by a thousand; one parameter goes without in every third step."""
+    if name == "vector" and step % 3 == 1:
+        return None
+    return (normal(*SHAPES[name], seed=100 + step) * 10.0 ** -(step % 4)).astype(np.float32)
+
+
+def initial(dtype: str) -> dict[str, np.ndarray]:
+    return {name: rounded(normal(*shape), dtype) for name, shape in SHAPES.items()}
+
+
+def ours(be: Backend, dtype: str, eps: float) -> tuple[dict[str, Parameter], AdamWState]:
+    parameters = {name: Parameter(name, be.ops.from_numpy(w, dtype)) for name, w in initial(dtype).items()}
+    groups = [
+        Group([parameters["matrix"], parameters["number"]], weight_decay=0.1),
+        Group([parameters["vector"], parameters["one"], parameters["empty"]], lr_scale=0.5),
+    ]
+    state = be.optimizer.create(groups)
+    for step in range(STEPS):
+        for name, p in parameters.items():
+            d = gradient(name, step)
+            p.main_grad = None if d is None else be.ops.from_numpy(d)
+        be.optimizer.step(state, groups, lr=LR, betas=BETAS, eps=eps, grad_scale=GRAD_SCALE)
+    return parameters, state
+
+
+def torchs(dtype: str, eps: float) -> tuple[dict[str, torch.Tensor], torch.optim.AdamW]:
+    weights = {name: torch.tensor(w, requires_grad=True) for name, w in initial(dtype).items()}
+    groups = [
+        {"params": [weights["matrix"], weights["number"]], "weight_decay": 0.1},
+        {"params": [weights["vector"], weights["one"], weights["empty"]], "weight_decay": 0.0, "lr": LR / 2},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=eps)
+    for step in range(STEPS):
+        for name, w in weights.items():
+            d = gradient(name, step)
+            w.grad = None if d is None else torch.tensor(d).double() * GRAD_SCALE
+        adamw.step()
+    return weights, adamw
+
+
+def assert_near(found: np.ndarray, exact: torch.Tensor) -> None:
+    """One part in a million of the largest: float32 roundings of 20 updates."""
+    expected = exact.detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * float(np.abs(expected).max(initial=0.0)))
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_twenty_steps_equal_torch(be: Backend, dtype: str, eps: float) -> None:
+    """Groups, lr_scale, weight decay, grad_scale, skipped gradients; half precision through its float32 master."""
+    parameters, state = ours(be, dtype, eps)
+    weights, adamw = torchs(dtype, eps)
+    half = dtype != "float32"
+    assert set(state.master) == (set(SHAPES) if half else set())
+    for name, p in parameters.items():
+        exact = adamw.state[weights[name]]
+        master = state.master[name] if half else p.tensor
+        assert_near(be.to_numpy(master), weights[name])
+        assert_near(be.to_numpy(state.exp_avg[name]), exact["exp_avg"])
+        assert_near(be.to_numpy(state.exp_avg_sq[name]), exact["exp_avg_sq"])
+        assert state.step[name] == int(exact["step"])
+        assert be.ops.dtype_of(p.tensor) == dtype
+        np.testing.assert_array_equal(be.to_numpy(p.tensor), rounded(be.to_numpy(master), dtype))
+        assert p.main_grad is None
+    assert state.step == {"matrix": 20, "number": 20, "vector": 13, "one": 20, "empty": 20}
+
+
+def test_a_step_keeps_the_storage(be: Backend) -> None:
+    """Whoever holds a weight (a tied use, a view) sees the update."""
+    p = Parameter("w", be.ops.from_numpy(normal(4, 3), "float32"))
+    view, groups = p.tensor[1:2], [Group([p])]
+    state = be.optimizer.create(groups)
+    p.main_grad = be.ops.from_numpy(np.ones((4, 3), np.float32))
+    be.optimizer.step(state, groups, lr=0.5, betas=BETAS, eps=1e-8, grad_scale=1.0)
+    np.testing.assert_allclose(be.to_numpy(view), normal(4, 3)[1:2] - 0.5, rtol=1e-6)
+
+
+def test_state_has_names_and_zero_moments(be: Backend) -> None:
+    p = Parameter("w", be.ops.from_numpy(normal(4, 3), "bfloat16"))
+    state = be.optimizer.create([Group([p])])
+    assert {kind: list(slots) for kind, slots in state.slots().items()} == {
+        "exp_avg": ["w"], "exp_avg_sq": ["w"], "master": ["w"],
+    }  # fmt: skip
+    assert state.step == {"w": 0}
+    for moment in (state.exp_avg["w"], state.exp_avg_sq["w"]):
+        assert be.ops.dtype_of(moment) == "float32"
+        assert not be.to_numpy(moment).any()
+
+
+def test_no_gradients_is_no_step(be: Backend) -> None:
+    p = Parameter("w", be.ops.from_numpy(normal(4, 3), "float32"))
+    state = be.optimizer.create([Group([p])])
+    be.optimizer.step(state, [Group([p]), Group([])], lr=1.0, betas=BETAS, eps=1e-8, grad_scale=1.0)
+    assert state.step == {"w": 0}
+    np.testing.assert_array_equal(be.to_numpy(p.tensor), normal(4, 3).astype(np.float32))
+
+
+def norm_of(be: Backend, gradients: Sequence[np.ndarray | None]) -> float:
+    parameters = [Parameter(str(i), None) for i in range(len(gradients))]
+    for p, d in zip(parameters, gradients, strict=True):
+        p.main_grad = None if d is None else be.ops.from_numpy(np.asarray(d, np.float32))
+    return be.optimizer.grad_norm(parameters)
+
+
+def test_grad_norm_is_accurate_over_ten_million_elements(be: Backend) -> None:
+    large = np.random.default_rng(0).standard_normal(10_000_000, np.float32)
+    small = normal(3, 4099).astype(np.float32)
+    exact = np.sqrt(np.square(large, dtype=np.float64).sum() + np.square(small, dtype=np.float64).sum())
+    assert norm_of(be, [large, None, small]) == pytest.approx(exact, rel=1e-6)
+
+
+def test_grad_norm_of_little(be: Backend) -> None:
+    assert norm_of(be, [np.float32(3.0), [4.0]]) == pytest.approx(5.0)
+    assert norm_of(be, [np.zeros((0, 4)), [2.0]]) == pytest.approx(2.0)
+    assert norm_of(be, [[0.0]]) == 0.0
+    assert norm_of(be, [None]) == 0.0
+    assert norm_of(be, []) == 0.0
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_grad_norm_shows_what_is_not_finite(be: Backend, bad: float) -> None:
+    found = norm_of(be, [[1.0, 2.0], np.array([1.0] * 5000 + [bad])])
+    assert np.isnan(found) if np.isnan(bad) else found == np.inf
