@@ -1,0 +1,169 @@
+"""Float32 kernels in numpy, over views of MindSpore's CPU tensors.
+
+MindSpore's CPU kernels broadcast one element at a time (x * scale of half a million numbers takes 2 to 4 ms, numpy
+0.2 ms), and its batched product wants its operands copied into place. numpy works on strided views and in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from duetvl.core.spans import Run, Spans
+
+Array = np.ndarray
+
+BLOCK_SCORES = 1 << 21  # numbers in a block of attention scores (8 MB): what two cores' caches take
+CAUSAL_ROWS = 128  # query rows in a causal block: beyond the diagonal nothing is computed
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """The two halves of each head of x (T, H, K) turned by the angles in cos and sin (T, K / 2)."""
+    half = x.shape[-1] // 2
+    a, b = x[:, :, :half], x[:, :, half:]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    y = np.empty(x.shape, np.float32)
+    first, second = y[:, :, :half], y[:, :, half:]
+    np.multiply(a, cos, out=first)
+    first -= b * sin
+    np.multiply(b, cos, out=second)
+    second += a * sin
+    return y
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+    """y (N, D), and 1 / root mean square (N, 1)."""
+    inverse = _inverse_root(x, eps)
+    y = x * inverse
+    y *= scale
+    return y, inverse
+
+
+def rms_norm_grad(d: Array, x: Array, scale: Array, inverse: Array) -> tuple[Array, Array]:
+    """Gradients to x (N, D) and scale (D,)."""
+    unit = x * inverse
+    dscale = np.einsum("nd,nd->d", d, unit)
+    g = d * scale
+    unit *= _mean_product(g, unit)
+    g -= unit
+    g *= inverse
+    return g, dscale
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
+    """y (N, D), x scaled to mean 0 and variance 1 (N, D), and 1 / standard deviation (N, 1)."""
+    unit = x - x.mean(-1, keepdims=True)
+    inverse = _inverse_root(unit, eps)
+    unit *= inverse
+    y = unit * scale
+    y += bias
+    return y, unit, inverse
+
+
+def layer_norm_grad(d: Array, unit: Array, scale: Array, inverse: Array) -> tuple[Array, Array, Array]:
+    """Gradients to x (N, D), scale (D,) and bias (D,)."""
+    dscale, dbias = np.einsum("nd,nd->d", d, unit), d.sum(0)
+    g = d * scale
+    correction = unit * _mean_product(g, unit)
+    correction += g.mean(-1, keepdims=True)
+    g -= correction
+    g *= inverse
+    return g, dscale, dbias
+
+
+def attention(q: Array, k: Array, v: Array, spans: Spans) -> tuple[Array, Array]:
+    """out (T, H, K) and lse (H, T) of softmax attention inside spans; q (T, H, K), k and v (T, G, K)."""
+    out = np.empty(q.shape, np.float32)
+    lse = np.empty((q.shape[1], q.shape[0]), np.float32)
+    scale = np.float32(q.shape[-1] ** -0.5)
+    for run in blocks_of_spans(spans, q.shape[1]):
+        qs, ks, vs, outs = (_by_head(x, run, k.shape[1]) for x in (q, k, v, out))
+        lses = _lse_by_head(lse, run, k.shape[1])
+        for a, b, end in query_rows(run, q.shape[1], spans.causal):
+            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, a, spans.causal)
+            top = p.max(-1, keepdims=True)
+            p -= top
+            np.exp(p, out=p)
+            total = p.sum(-1, keepdims=True)
+            outs[..., a:b, :] = np.matmul(p, vs[..., :end, :]) / total
+            lses[..., a:b] = (top + np.log(total))[..., 0]
+    return out, lse
+
+
+def attention_grad(
+    dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, spans: Spans
+) -> tuple[Array, Array, Array]:
+    """Gradients to q, k and v; scores are made again from lse, block by block."""
+    dq = np.empty(q.shape, np.float32)
+    dk, dv = np.zeros(k.shape, np.float32), np.zeros(v.shape, np.float32)
+    delta = np.ascontiguousarray(np.einsum("thk,thk->ht", dout, out))
+    scale = np.float32(q.shape[-1] ** -0.5)
+    groups = k.shape[1]
+    for run in blocks_of_spans(spans, q.shape[1]):
+        qs, ks, vs, douts, dqs, dks, dvs = (_by_head(x, run, groups) for x in (q, k, v, dout, dq, dk, dv))
+        lses, deltas = (_lse_by_head(x, run, groups)[..., None] for x in (lse, delta))
+        for a, b, end in query_rows(run, q.shape[1], spans.causal):
+            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, a, spans.causal)
+            p -= lses[..., a:b, :]
+            np.exp(p, out=p)
+            dvs[..., :end, :] += _sum_over_heads(p, douts[..., a:b, :])
+            ds = np.matmul(douts[..., a:b, :], vs[..., :end, :].swapaxes(-1, -2))
+            ds -= deltas[..., a:b, :]
+            ds *= p
+            ds *= scale
+            dqs[..., a:b, :] = np.matmul(ds, ks[..., :end, :])
+            dks[..., :end, :] += _sum_over_heads(ds, qs[..., a:b, :])
+    return dq, dk, dv
+
+
+def blocks_of_spans(spans: Spans, heads: int) -> Iterator[Run]:
+    """The runs of `spans`, cut so that the scores of whole spans stay within BLOCK_SCORES where they can."""
+    for run in spans.runs:
+        count = max(1, BLOCK_SCORES // (heads * run.length * run.length))
+        for first in range(0, run.count, count):
+            yield Run(run.start + first * run.length, min(count, run.count - first), run.length)
+
+
+def query_rows(run: Run, heads: int, causal: bool) -> Iterator[tuple[int, int, int]]:
+    """(first row, end row, keys seen) of blocks of query rows."""
+    size = max(16, BLOCK_SCORES // (run.count * heads * run.length))
+    size = min(size, CAUSAL_ROWS) if causal else size
+    for a in range(0, run.length, size):
+        b = min(run.length, a + size)
+        yield a, b, (b if causal else run.length)
+
+
+def _scores(q: Array, k: Array, scale: np.float32, first: int, causal: bool) -> Array:
+    """(B, G, R, rows, keys): scaled products, minus infinity where a causal row may not look."""
+    s = np.matmul(q * scale, k.swapaxes(-1, -2))
+    if causal:
+        rows = q.shape[-2]
+        hidden = np.arange(rows)[None, :] > np.arange(rows)[:, None]
+        s[..., first:][..., hidden] = -np.inf
+    return s
+
+
+def _sum_over_heads(p: Array, x: Array) -> Array:
+    """(B, G, 1, keys, K): the sum over a group's heads of p (B, G, R, rows, keys) transposed times x."""
+    return np.matmul(p.swapaxes(-1, -2), x).sum(2, keepdims=True)
+
+
+def _by_head(x: Array, run: Run, groups: int) -> Array:
+    """The rows of a run as a view (count, G, heads of a group, length, K); one head a group for keys and values."""
+    rows = x[run.start : run.stop].reshape(run.count, run.length, groups, -1, x.shape[-1])
+    return rows.transpose(0, 2, 3, 1, 4)
+
+
+def _lse_by_head(lse: Array, run: Run, groups: int) -> Array:
+    """The columns of a run of (H, T) as a view (count, G, heads of a group, length)."""
+    return lse[:, run.start : run.stop].reshape(groups, -1, run.count, run.length).transpose(2, 0, 1, 3)
+
+
+def _inverse_root(x: Array, eps: float) -> Array:
+    return 1.0 / np.sqrt(_mean_product(x, x) + np.float32(eps))
+
+
+def _mean_product(a: Array, b: Array) -> Array:
+    """(N, 1): mean over the last axis of a * b."""
+    return np.einsum("nd,nd->n", a, b)[:, None] / np.float32(a.shape[-1])
