@@ -14,6 +14,7 @@ from duetvl.data.records import Record
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model, save_model
+from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.loop import Job
 from duetvl.training.recipe import DataSection, Recipe
 
@@ -24,7 +25,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     if not backend.device.supports(dtype):
         raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
     encode = record_encoder(recipe)
-    model = load_model(recipe.model.path, backend=backend, dtype=dtype)
+    model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
     model.freeze(recipe.model.freeze)
     return Job(model, encode, partial(save_model, model, overwrite=True), model.config.to_dict())
 

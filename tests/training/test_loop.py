@@ -96,7 +96,8 @@ def assert_same_run(be, one, other):
 
 
 def test_a_run_learns_and_leaves_its_files(be, recipe, tmp_path):
-    result = run(be, recipe, f"data.val={tmp_path}/val.jsonl", "train.eval_every=10", "log.plot=true", "checkpoint.export=true")
+    evaluate = f"data.val={tmp_path}/val.jsonl", "train.eval_every=10"
+    result = run(be, recipe, *evaluate, "log.plot=true", "checkpoint.export=true")
     assert (result.step, result.stopped_by) == (20, None)
     rows = read_metrics(tmp_path / "run")
     steps = [row for row in rows if "loss" in row]
@@ -257,7 +258,7 @@ def test_another_run_never_replaces_this_one(torch_be, recipe, tmp_path):
 def test_other_data_is_refused(torch_be, recipe, tmp_path):
     run(torch_be, recipe, "train.steps=5")
     write_records(tmp_path / "train.jsonl", 31)
-    with pytest.raises(DataError, match="has 31 records, but .* was trained with 30"):
+    with pytest.raises(DataError, match=r"has 31 records, but .* was trained with 30"):
         run(torch_be, recipe)
 
 

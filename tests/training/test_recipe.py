@@ -26,7 +26,8 @@ def message(*overrides: str) -> str:
 
 
 def test_defaults_and_overrides():
-    recipe = make("optim.lr=3e-5", "model.freeze=[vision, projector]", "data.train=[a.jsonl, b.json]", "optim.clip=null")
+    lists = "model.freeze=[vision, projector]", "data.train=[a.jsonl, b.json]"
+    recipe = make("optim.lr=3e-5", *lists, "optim.clip=null")
     assert recipe.optim.lr == 3e-5
     assert recipe.optim.clip is None
     assert recipe.model.freeze == ("vision", "projector")
@@ -114,7 +115,7 @@ def test_more_than_one_process_is_refused_in_one_line():
 
 
 def test_yaml_and_json_files(tmp_path):
-    (tmp_path / "a.yaml").write_text("model: {path: m}\ndata:\n  train: d.jsonl\noptim: {lr: 1e-5, warmup: 0.1}\nlog:\n")
+    (tmp_path / "a.yaml").write_text("model: {path: m}\ndata:\n  train: d.jsonl\noptim: {lr: 1e-5}\nlog:\n")
     (tmp_path / "b.json").write_text('{\n\t"model": {"path": "m"},\n\t"data": {"train": "d.jsonl"}\n}')
     assert load_recipe(tmp_path / "a.yaml").optim.lr == 1e-5
     assert load_recipe(tmp_path / "b.json").train.output_dir == "runs/b"
@@ -153,8 +154,9 @@ def test_a_file_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-5", 1e-5), ("1E5", 1e5), (".5", 0.5), ("-3", -3), ("010", 10), ("0x10", 16), ("0o10", 8), ("1:30", "1:30"),
-        ("no", "no"), ("on", "on"), ("true", True), ("null", None), ("~", None), ("", None), ("2024-01-01", "2024-01-01"),
+        ("1e-5", 1e-5), ("1E5", 1e5), (".5", 0.5), ("-3", -3), ("010", 10), ("0x10", 16), ("0o10", 8),
+        ("1:30", "1:30"), ("no", "no"), ("on", "on"), ("true", True), ("null", None), ("~", None), ("", None),
+        ("2024-01-01", "2024-01-01"),
         ("1_000", "1_000"), ("[1, a]", [1, "a"]), ("{a: 1e3}", {"a": 1000.0}), ("'1'", "1"),
     ],
 )  # fmt: skip

@@ -28,7 +28,8 @@ def tokenizer() -> Tokenizer:
 
 def config() -> ModelConfig:
     letters = tokenizer()
-    ids = {name: letters.token_to_id(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
+    names = ("vision_start", "vision_end", "image_pad", "video_pad")
+    ids = {name: letters.token_to_id(f"<|{name}|>") for name in names}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2}
     return ModelConfig.from_dict(
         {

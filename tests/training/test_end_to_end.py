@@ -1,0 +1,95 @@
+"""The tiny Qwen2.5-VL with pictures, from a recipe to an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+
+from duetvl.core.errors import CheckpointError, ConfigError, DataError
+from duetvl.data.records import Records
+from duetvl.models.qwen_vl.loading import load_model
+from duetvl.training.check import check
+from duetvl.training.loop import train
+from duetvl.training.metrics import read_metrics
+from duetvl.training.recipe import load_recipe
+from duetvl.training.sft import record_encoder
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    return tiny_run.write_recipe(tmp_path)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]
+
+
+def test_the_curves_of_both_backends_agree_and_the_export_is_the_model(be, recipe, tmp_path):
+    result = train(recipe, ["checkpoint.export=true", "train.steps=6"], backend=be)
+    assert result.loss < losses(result.run_dir)[0]
+    assert losses(result.run_dir) == pytest.approx(EXPECTED, rel=1e-4)
+
+    def mean_loss(directory):
+        model = load_model(directory, backend=be)
+        encode = record_encoder(load_recipe(recipe, [f"model.path={directory}"]))
+        batch = model.pack([encode(record) for record in Records([tmp_path / "data.jsonl"])])
+        return float(be.to_numpy(model.eval_loss(batch))) / batch.trained_tokens
+
+    assert mean_loss(result.run_dir / "export") == pytest.approx(result.eval_loss, rel=1e-5)
+    assert mean_loss(tmp_path / "model") > result.eval_loss
+
+
+# torch on CPU; a change means that the order, the model, the step or the schedule has changed
+EXPECTED = [5.518757, 5.538012, 5.447505, 5.368707, 5.340416, 5.36897]
+
+
+def test_frozen_parts_stay(be, recipe, tmp_path):
+    train(recipe, ["checkpoint.export=true", "train.steps=2", "model.freeze=[vision, language]"], backend=be)
+    before, after = (load_model(path, backend=be) for path in (tmp_path / "model", tmp_path / "runs/tiny/export"))
+    changed = {
+        path
+        for path, parameter in before.parameters.items()
+        if (np.array(be.to_numpy(parameter.tensor)) != be.to_numpy(after.parameters[path].tensor)).any()
+    }
+    assert changed
+    assert all(path.startswith("visual.merger.") for path in changed)
+
+
+def test_resume_is_exact(be, recipe, tmp_path):
+    schedule = "optim.schedule=constant"
+    train(recipe, [schedule, f"train.output_dir={tmp_path}/whole"], backend=be)
+    train(recipe, [schedule, "train.steps=2"], backend=be)
+    train(recipe, [schedule], backend=be)
+    exact = be.capabilities.bitwise_repeatable
+    assert losses(tmp_path / "runs/tiny") == pytest.approx(losses(tmp_path / "whole"), rel=0 if exact else 1e-4, abs=0)
+
+
+def test_check_says_what_will_be_done(recipe):
+    assert next(check(recipe)) == "recipe: 4 steps of 4 samples, 1.33 epochs"
+    assert any(line.startswith("data.train: 12 records") for line in check(recipe))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "expected"),
+    [
+        (["data.pack_tokens=60"], DataError, r"sample data\.jsonl:\d+ has \d+ tokens, data\.pack_tokens is 60"),
+        (["data.max_pixels=10"], ConfigError, "give data.min_pixels and data.max_pixels together"),
+        (["model.path=nowhere"], CheckpointError, "nowhere"),
+        (["data.image_root=/nowhere"], DataError, r"data\.jsonl:2: .*green1\.png"),
+        (["data.train=nowhere.jsonl"], DataError, "no such file"),
+    ],
+)
+@pytest.mark.parametrize("what", ["train", "check"])
+def test_mistakes_are_named_before_anything_is_written(recipe, tmp_path, overrides, error, expected, what):
+    with pytest.raises(error, match=expected):
+        train(recipe, [*overrides, "data.shuffle=false"]) if what == "train" else list(check(recipe, overrides))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_without_weights_is_named(recipe, tmp_path):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model"):
+        list(check(recipe))
