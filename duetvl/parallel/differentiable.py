@@ -63,7 +63,8 @@ class Team:
 
 def copy_to(team: Team, x: Tensor) -> Tensor:
     """x replicated -> x; dx = sum over ranks of dy. Column-parallel input: each rank's columns add to dx."""
-    return _linear_map(team, lambda y: y, lambda d: team.collectives.all_reduce(d, team.group), x)
+    # As a constant over the same storage: returning the argument itself would copy it on MindSpore.
+    return _linear_map(team, team.autograd.stop_gradient, lambda d: team.collectives.all_reduce(d, team.group), x)
 
 
 def reduce_from(team: Team, x: Tensor) -> Tensor:
@@ -156,8 +157,8 @@ def _divide(team: Team, x: Tensor, axis: int, sizes: Sizes) -> list[int]:
 
 def _own(team: Team, x: Tensor, axis: int, pieces: Sequence[int]) -> Tensor:
     start = list(accumulate(pieces, initial=0))[team.index]
-    ahead = (slice(None),) * (axis % x.ndim)
-    return x[(*ahead, slice(start, start + pieces[team.index]))]
+    index = [slice(None)] * (axis % x.ndim) + [slice(start, start + pieces[team.index])]
+    return x[tuple(index)]
 
 
 def _gather(team: Team, x: Tensor, axis: int, pieces: Sequence[int]) -> Tensor:

@@ -60,4 +60,6 @@ if __name__ == "__main__":
         leave(here, f"{each}.{me.rank}", attempt(here, each, me.rank))
         if not all_passed(here, each, me.size):
             sys.exit(1)
+    rank = me.rank
     me.stop()
+    leave(here, f"finished.{rank}", "")

@@ -53,6 +53,8 @@ class World:
             self.found[name] = self._read(name, place)
             if self.found[name]:
                 return names[number + 1 :]
+        if len(_outcomes("finished", place)) < SIZE:
+            self.found[names[-1]] = f"the ranks did not leave the run\n{_tail(place / 'output')}"
         return []
 
     def _command(self, place: Path) -> list[str]:
@@ -63,16 +65,13 @@ class World:
         return [str(tools / "torchrun"), f"--nproc-per-node={SIZE}", f"--master-port={port}"]
 
     def _watch(self, launcher: subprocess.Popen[bytes], names: list[str], place: Path) -> None:
-        """Until all is done, the launcher has ended, or a rank has failed and the others had time to tell theirs."""
+        """Until all have left the run, the launcher has ended, or a rank has failed and the others could report."""
         deadline = time.monotonic() + LIMIT
         while launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-            outcomes = {name: _outcomes(name, place) for name in names}
-            if all(len(outcome) == SIZE for outcome in outcomes.values()):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    launcher.wait(GRACE)
+            if len(_outcomes("finished", place)) == SIZE:
                 return
-            if any(text for outcome in outcomes.values() for text in outcome.values()):
+            if any(text for name in names for text in _outcomes(name, place).values()):
                 deadline = min(deadline, time.monotonic() + GRACE)
 
     def _read(self, name: str, place: Path) -> str:

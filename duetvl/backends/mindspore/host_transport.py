@@ -192,6 +192,8 @@ class _Peer:
         self.out.append(data)
 
     def receive(self, array: np.ndarray) -> None:
+        if not array.flags.c_contiguous:
+            raise ValueError("a message must go into a C-contiguous array")
         self.into.append(_bytes_of(array))
 
     @property
@@ -249,7 +251,7 @@ class _Peer:
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     # By way of uint8, as the buffer protocol knows no bfloat16 and memoryview casts no empty arrays.
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _interface_towards(host: str) -> tuple[socket.AddressFamily, str]:

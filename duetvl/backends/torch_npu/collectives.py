@@ -34,6 +34,8 @@ class TorchCollectives(ComposedCollectives):
         if not dist.is_initialized():
             if _world_size() == 1:
                 return
+            if self.place.type != "cpu":
+                torch.get_device_module(self.place).set_device(self.place)  # nccl's barrier and objects go there
             _join(ENGINES[self.place.type])
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
@@ -120,10 +122,13 @@ def _join(engine: str) -> None:
     """Meet at the store, see who is there, and only then build the group, whose own limit is that of slow peers."""
     limit = time_limit("DUETVL_START_TIMEOUT")
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    slow = timedelta(seconds=time_limit("DUETVL_PEER_TIMEOUT"))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
         store.set(f"duetvl/{rank}", "here")
         store.wait([f"duetvl/{other}" for other in range(size)], timedelta(seconds=limit))
+        dist.init_process_group(engine, store=store, rank=rank, world_size=size, timeout=slow)
+        dist.barrier()  # nccl wants all ranks in the first call, and the first may be an exchange of two
     except (RuntimeError, ValueError) as error:
         raise BackendError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {address} within "
@@ -131,5 +136,3 @@ def _join(engine: str) -> None:
             f"from every node, and the other ranks' logs; DUETVL_START_TIMEOUT sets the limit "
             f"({str(error).strip().splitlines()[0]})"
         ) from None
-    slow = timedelta(seconds=time_limit("DUETVL_PEER_TIMEOUT"))
-    dist.init_process_group(engine, store=store, rank=rank, world_size=size, timeout=slow)

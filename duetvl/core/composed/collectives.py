@@ -212,6 +212,8 @@ class ComposedCollectives(Collectives):
     def _failing(self, name: str) -> Iterator[None]:
         try:
             yield
+        except BackendError as error:
+            raise BackendError(f"{name} failed on rank {self.rank} of {self.size}: {error}") from None
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]
             raise BackendError(
