@@ -85,7 +85,7 @@ class Progress:
         self.total, self.every, self.started_at = total, every, done
         self.started = time.monotonic()
         self._bar: Any = None
-        if self.stream.isatty():
+        if _has_room(self.stream):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, unit="step", file=self.stream, dynamic_ncols=True)
@@ -116,6 +116,16 @@ class Progress:
         per_step = (time.monotonic() - self.started) / max(1, step - self.started_at)
         seconds = round(per_step * (self.total - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _has_room(stream: IO[str]) -> bool:
+    """Whether a bar would be seen: pseudo-terminals of build machines often have no size."""
+    if not stream.isatty():
+        return False
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except OSError:
+        return True
 
 
 def _numbers(row: Mapping[str, Any]) -> str:
