@@ -1,0 +1,154 @@
+"""Model directories and training checkpoints, opened as logical tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from duetvl.convert.layouts import Model, Shape
+from duetvl.convert.streaming import Fragment, FragmentedTensors
+from duetvl.core.boxes import Box
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.tensor_files import TensorFile
+from duetvl.core.weights_dir import StoredWeights, open_weights
+from duetvl.models.qwen_vl.config import ModelConfig, load_config
+from duetvl.models.qwen_vl.names import canonical_name, canonical_names
+
+INDEX: Final = "model.safetensors.index.json"
+_FORMAT: Final = ("duetvl training checkpoint", 1)
+_MANIFEST: Final = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be read whole."""
+
+    config: ModelConfig
+    model: Model
+    tensors: FragmentedTensors
+
+
+def open_source(directory: Path, language: Path | None = None) -> Source:
+    """A Hugging Face directory, or a training checkpoint of ours (or the run that has it).
+
+    `language`: another directory that the language model's tensors are taken from.
+    """
+    checkpoint = _training_checkpoint(directory)
+    if checkpoint is not None:
+        return _open_checkpoint(checkpoint)
+    config = load_config(directory)
+    model = Model.of(config)
+    weights = open_weights(directory, canonical_names(config.tie_word_embeddings))
+    if language is not None:
+        weights = _with_language(weights, language, config.tie_word_embeddings)
+    weights.check(model.shapes)
+    return Source(config, model, FragmentedTensors(directory, _whole(weights, model.shapes)))
+
+
+def _whole(weights: StoredWeights, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape, Fragment]]:
+    for name, shape in shapes.items():
+        store, key = weights.places[name]
+        yield name, shape, Fragment(Box.whole(shape), store, key, 0, shape)
+
+
+def _with_language(weights: StoredWeights, directory: Path, tied: bool) -> StoredWeights:
+    other = open_weights(directory, canonical_names(tied))
+    places = {name: place for name, place in weights.places.items() if name.startswith("visual.")}
+    places |= {name: place for name, place in other.places.items() if not name.startswith("visual.")}
+    return StoredWeights(directory, places)
+
+
+def shard_map(directory: Path, shapes: Mapping[str, Shape]) -> dict[str, str] | None:
+    """Tensor -> file as the index of a directory says, in canonical names; None for one without an index."""
+    index = directory / INDEX
+    if not index.exists():
+        return None
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = {canonical_name(name, tied="lm_head.weight" not in shapes): file for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: cannot be read as an index of shards: {error!r}") from None
+    if absent := [name for name in shapes if name not in found]:
+        raise CheckpointError(f"{index}: does not name {len(absent)} tensor(s) of its model, such as {absent[0]}")
+    files = {name: found[name] for name in shapes}
+    if odd := [file for file in files.values() if not re.fullmatch(r"[^/\\]+\.safetensors", str(file))]:
+        raise CheckpointError(f"{index}: {odd[0]!r} is no name for a shard")
+    return files
+
+
+def open_adapter(directory: Path, prefix: str | None) -> tuple[dict[str, Shape], FragmentedTensors]:
+    """An adapter of peft: shapes and tensors by canonical names (`model.layers.0.self_attn.q_proj.lora_A.weight`)."""
+    found = sorted(directory.glob("adapter_*.safetensors")) or sorted(directory.glob("*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{directory}: has no adapter_model.safetensors")
+    shapes: dict[str, Shape] = {}
+    parts: list[tuple[str, Shape, Fragment]] = []
+    for file in map(TensorFile, found):
+        for key, spec in file.specs.items():
+            bare = re.sub(r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight", key.removeprefix(prefix or ""))
+            name = canonical_name(bare, tied=False) or bare
+            if not re.fullmatch(r"(visual|model|lm_head).*\.lora_[AB]\.weight", name):
+                raise CheckpointError(
+                    f"{file.path}: {key!r} is no LoRA tensor of these models; "
+                    f"cfg.common_model_config.model_prefix is {prefix!r}, peft's is 'base_model.model.'"
+                )
+            if name in shapes:
+                raise CheckpointError(f"{file.path}: {name} is stored twice")
+            shapes[name] = spec.shape
+            parts.append((name, spec.shape, Fragment(Box.whole(spec.shape), file, key, 0, spec.shape)))
+    return shapes, FragmentedTensors(directory, parts)
+
+
+# -- training checkpoints ---------------------------------------------------------------------------------------------
+# duetvl/training/checkpoint_format.py defines the format. It is above this package, so what little is needed of it to
+# read weights is said again here; a test reads what the trainer writes.
+
+
+def _training_checkpoint(directory: Path) -> Path | None:
+    if (directory / _MANIFEST).exists():
+        return directory
+    folder = directory / "checkpoints"
+    try:
+        return folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _open_checkpoint(directory: Path) -> Source:
+    manifest = _read_manifest(directory / _MANIFEST)
+    config = ModelConfig.from_dict(manifest["model_config"], source=f"{directory}: its model_config")
+    model = Model.of(config)
+    stored = manifest["tensors"].get("weights", {})
+    wrong = [name for name in model.shapes if name not in stored or tuple(stored[name]["shape"]) != model.shapes[name]]
+    if wrong or len(stored) != len(model.shapes):
+        what = wrong[0] if wrong else next(name for name in stored if name not in model.shapes)
+        raise CheckpointError(f"{directory}: its weights are not those of its model_config: see {what}")
+    files: dict[str, TensorFile] = {}
+    fragments = []
+    for name, entry in stored.items():
+        for file, offset, shape in entry["boxes"]:
+            store = files.setdefault(file, TensorFile(directory / Path(file).name))
+            key = f"{name}@{','.join(map(str, offset))}"
+            if key not in store.specs or store.specs[key].shape != tuple(shape):
+                raise CheckpointError(f"{store.path}: has no {key} of shape {shape}, as the manifest says")
+            box = Box(tuple(offset), tuple(shape))
+            fragments.append((name, model.shapes[name], Fragment(box, store, key, 0, box.shape)))
+    return Source(config, model, FragmentedTensors(directory, fragments))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"], manifest["version"]
+        entries = manifest["tensors"], manifest["model_config"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error!r}") from None
+    if found != _FORMAT or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path}: is a {found[0]!r} of version {found[1]}, expected {_FORMAT[0]!r} {_FORMAT[1]}")
+    if not manifest["model_config"]:
+        raise ConfigError(f"{path}: says nothing of its model; give the run's export directory instead")
+    return manifest
