@@ -164,6 +164,10 @@ def shapes() -> Iterator[Case]:
             lambda ops, x, s=new: ops.reshape(ops.reshape(ops.transpose(x, (1, 0, 2)), (2, 3, 4)), s),
             lambda x, s=new: x.permute(1, 0, 2).reshape(s),
         )  # fmt: skip
+    for label, new in (("no rows", (-1, 2, 2)), ("no rows wider", (-1, 8)), ("no rows flat", (-1,))):
+        yield Case(
+            "reshape", label, (normal(0, 4),), lambda ops, x, s=new: ops.reshape(x, s), lambda x, s=new: x.reshape(s)
+        )
     yield Case("reshape", "to 0-d", (normal(1, 1),), lambda ops, x: ops.reshape(x, ()), lambda x: x.reshape(()))
     for axes in ((1, 0, 2), (2, 1, 0), (0, 2, 1), (0, 1, 2), (1, 2, 0)):
         yield Case(

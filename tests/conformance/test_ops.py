@@ -13,10 +13,11 @@ from duetvl.core.backend import Backend
 from duetvl.core.composed import ComposedOps
 from duetvl.core.composed import ops as composed
 from duetvl.core.ops import Ops
+from duetvl.core.spans import Spans
 
 from .cases import Case, all_cases, normal
-from .reference import rounded
-from .tolerances import complaint
+from .reference import attention, rounded
+from .tolerances import TOLERANCES, complaint, error
 
 CASES = all_cases()
 # What ComposedOps gives every backend, and a backend may override.
@@ -45,8 +46,51 @@ def test_blocks_equal_reference(be: Backend, case: Case, monkeypatch: pytest.Mon
     monkeypatch.setattr(composed, "SCORE_BUDGET", 64)
     monkeypatch.setattr(composed, "LOGIT_BUDGET", 64)
     monkeypatch.setattr(composed, "LEAST_ROWS", 5)
+    if be.name == "mindspore":
+        monkeypatch.setattr("duetvl.backends.mindspore.numpy_kernels.BLOCK_SCORES", 64)
+        monkeypatch.setattr("duetvl.backends.mindspore.numpy_kernels.CAUSAL_ROWS", 3)
     check(be, composed_only(be), case, ("float32",))
     check(be, be.ops, case, dtypes_for(be, case))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_attention_grad_takes_out_and_lse_of_more_keys(be: Backend, causal: bool) -> None:
+    """As ring attention uses it: the keys come in two halves, the second one full, with one softmax over both."""
+    count, heads, groups, size = 21, 4, 2, 16
+    q, k_1, v_1, k_2, v_2, dout = (
+        normal(count, n, size, seed=i) for i, n in enumerate((heads, groups, groups, groups, groups, heads))
+    )
+    leaves = [torch.tensor(x).requires_grad_() for x in (q, k_1, v_1, k_2, v_2)]
+    first = attention(*leaves[:3], (count,), causal)
+    second = attention(leaves[0], *leaves[3:], (count,), False)
+    lse = torch.logaddexp(first[1], second[1])
+    parts = (out * torch.exp(m - lse).T[:, :, None] for out, m in (first, second))
+    out = sum(parts, torch.zeros(count, heads, size))
+    wanted = torch.autograd.grad((out * torch.tensor(dout)).sum(), leaves)
+    ops = be.ops
+    given = [ops.from_numpy(x.detach().numpy(), "float32") for x in (torch.tensor(dout), *leaves, out, lse)]
+    for kernel in (ops, composed_only(be)):
+        dq_1, *found_1 = kernel.attention_grad(
+            given[0], given[1], given[2], given[3], *given[6:], Spans.of_lengths([count], causal=causal)
+        )
+        dq_2, *found_2 = kernel.attention_grad(
+            given[0], given[1], given[4], given[5], *given[6:], Spans.of_lengths([count], causal=False)
+        )
+        for ours, exact in zip((dq_1 + dq_2, *found_1, *found_2), wanted, strict=True):
+            assert error(be.to_numpy(ours), exact.numpy()) < TOLERANCES["attention"].float32
+
+
+def test_gradients_of_saturated_attention_are_finite(be: Backend) -> None:
+    """Scores of ten thousand: exponentials of everything but the largest vanish, and nothing overflows."""
+    q, k, v = (be.ops.from_numpy(normal(40, 2, 16, seed=i) * 100, "float32") for i in range(3))
+    for causal in (True, False):
+        spans = Spans.of_lengths([40], causal=causal)
+        for ops in (be.ops, composed_only(be)):
+            (out, lse), tape = be.autograd.run_stage(
+                lambda q, k, v, ops=ops, spans=spans: ops.attention(q, k, v, spans), [q, k, v], []
+            )
+            found = be.autograd.backward(tape, [out * 0.0 + 1.0, None])
+            assert all(np.isfinite(be.to_numpy(x)).all() for x in (out, lse, *found))
 
 
 def dtypes_for(be: Backend, case: Case) -> tuple[str, ...]:
