@@ -283,7 +283,7 @@ def _progress(size: int) -> Any:
     if not sys.stderr.isatty():
         return None
     with suppress(ImportError):
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
         return _Bar(tqdm(total=size, unit="B", unit_scale=True, desc="writing"))
     return None

@@ -22,6 +22,8 @@ from typing import Final, Literal
 import numpy as np
 
 from duetvl.convert.layouts import (
+    EMBEDDING,
+    HEAD,
     Layers,
     Layout,
     Model,
@@ -38,8 +40,10 @@ from duetvl.convert.streaming import (
     PlannedFile,
     TensorStore,
     plan_tensor_file,
+    row_chunks,
 )
 from duetvl.convert.torch_zip import TorchFile, plan_torch_file
+from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.tensor_files import TensorFile, TensorSpec
 from duetvl.core.weights_dir import count_and_name
@@ -88,12 +92,16 @@ class MindSpeedDirectory:
         """Whether a name starts so, e.g. `text_decoder.`."""
         return any(name.startswith(prefix) for _, _, name in self.tensors)
 
+    def check_grid(self, stated: Layout, where: str) -> None:
+        """Raise ConfigError where the user states other numbers of ranks and stages than there are."""
+        if (self.pp, self.vpp, self.ranks) != (stated.pp, stated.vpp, stated.ranks):
+            there = f"tensor-parallel ranks: {self.ranks}, pipeline ranks: {self.pp}, virtual stages: {self.vpp}"
+            raise ConfigError(f"{where} says {stated.describe()}, but {self.path} has {there}")
+
     def check(self, stated: Layout, where: str) -> None:
         """Raise ConfigError where the user states another division than the files have."""
+        self.check_grid(stated, where)
         found = self.layout
-        if (self.pp, self.vpp, self.ranks) != (stated.pp, stated.vpp, stated.ranks):
-            there = f"{self.ranks} tensor-parallel ranks, {self.pp} pipeline ranks, {self.vpp} virtual stages"
-            raise ConfigError(f"{where} says {stated.describe()}, but {self.path} has {there}")
         for tower, prefix in (("text", "text_decoder."), ("vision", "image_encoder.")):
             same = found.stages(tower) == stated.stages(tower) and found.tp_of(tower) == stated.tp_of(tower)  # type: ignore[arg-type]
             if self.has(prefix) and not same:
@@ -273,6 +281,10 @@ def _tied_name() -> str:
     return tied_head().stored
 
 
+def _embedding_name() -> str:
+    return next(rule.stored for rule in rules(True, False) if rule.parts[0].name == EMBEDDING)
+
+
 def _tell(place: Place) -> str:
     rank, stage, name = place
     return f"{name} in rank {rank} stage {stage}"
@@ -296,6 +308,8 @@ def infer_model(
         shapes.get(f"model.layers.0.self_attn.{name}_proj.weight", (_HEAD_SIZE,))[0] for name in ("k", "q")
     )
     vision_width = shapes.get("visual.patch_embed.proj.weight", (_VISION_HEADS,))[0]
+    if HEAD in shapes and layout.pp > 1 and _head_is_embedding(directory):
+        del shapes[HEAD]  # with one stage a tied head is not stored, with several it is
     divisions = [layout, *others]
     heads = width // _HEAD_SIZE, kv_width // _HEAD_SIZE
     guessed = width % _HEAD_SIZE or kv_width % _HEAD_SIZE
@@ -344,6 +358,21 @@ def _part_shapes(whole: Shape, rule: Rule, widths: list[int]) -> list[Shape]:
         kv = (whole[0] - widths[0]) // 2
         return [(rows, *whole[1:]) for rows in (widths[0], kv, kv)]
     return [(whole[0] // len(rule.parts), *whole[1:])] * len(rule.parts)
+
+
+def _head_is_embedding(directory: MindSpeedDirectory) -> bool:
+    """Whether the last stage has a copy of the embedding, which only the numbers can tell."""
+    for rank in range(directory.ranks):
+        stored = {name: there for (r, _, name), there in directory.tensors.items() if r == rank}
+        (first, key), (second, head) = stored[_embedding_name()], stored[_tied_name()]
+        spec = first.specs[key]
+        for box in row_chunks(spec, Box.whole(spec.shape)):
+            equal = np.array_equal(first.view(key)[box.slices], second.view(head)[box.slices])
+            first.release(key)
+            second.release(head)
+            if not equal:
+                return False
+    return True
 
 
 def _repeats_heads(directory: MindSpeedDirectory, layout: Layout) -> bool:

@@ -321,7 +321,7 @@ def _rebuild(function: Any, arguments: Any) -> Any:
     if not isinstance(arguments, tuple):
         return OPAQUE
     if name == "collections.OrderedDict":
-        return _pairs(tuple(pair) for pair in arguments[0]) if arguments else {}  # type: ignore[misc]
+        return _pairs(tuple(pair) for pair in arguments[0]) if arguments else {}
     if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
         return _tensor(*arguments[:4])
     if name == "torch._utils._rebuild_tensor_v3":

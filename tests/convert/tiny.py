@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def expected_files(
 ) -> dict[str, Any]:
     """What the files of a division hold, made straight from sections 1.4 to 1.8 of the contract."""
     pp, vpp = len(text[0]), len(text)
-    text_flat, vision_flat = sum(text, []), sum(vision, [])
+    text_flat, vision_flat = list(chain(*text)), list(chain(*vision))
     files: dict[str, Any] = {}
     for rank in range(tp):
         for p in range(pp):

@@ -1,0 +1,404 @@
+"""The command: the grammar users know, one clear line for every mistake, nothing half-written, sources untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from duetvl.convert import streaming
+from duetvl.convert.cli import main
+from duetvl.core.tensor_files import TensorFile
+from tests.convert.test_round_trips import fingerprint
+from tests.convert.tiny import mm_files, read_hf, same, tiny_config, write_hf
+
+FAMILIES = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with `hf` (Qwen2.5-VL, 4 layers in each tower, sharded)."""
+    monkeypatch.chdir(tmp_path)
+    write_hf(Path("hf"), tiny_config(), shard_bytes=20_000)
+    return tmp_path
+
+
+def run(line: str) -> int:
+    return main(shlex.split(line))
+
+
+def fails(line: str, capsys: pytest.CaptureFixture[str], target: str = "out") -> str:
+    """The one line that is said; nothing of the target is there, nothing of the sources has changed."""
+    before = {name: fingerprint_raw(Path(name)) for name in ("hf", "mm", "other") if Path(name).is_dir()}
+    capsys.readouterr()
+    assert run(line) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1, said.err
+    assert not Path(target).exists()
+    assert not list(Path.cwd().glob(".*.saving"))
+    assert before == {name: fingerprint_raw(Path(name)) for name in before}
+    return said.err
+
+
+def fingerprint_raw(directory: Path) -> dict[str, Any]:
+    return {
+        str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in sorted(directory.rglob("*"))
+    }
+
+
+HF_TO_MM = "Qwen2_5_VLConverter hf_to_mm --cfg.mm_dir out --cfg.hf_config.hf_dir hf"
+MM_TO_HF = "Qwen2_5_VLConverter mm_to_hf --cfg.save_hf_dir out --cfg.mm_dir mm --cfg.hf_config.hf_dir hf"
+ONE = " --cfg.parallel_config.llm_pp_layers [[4]] --cfg.parallel_config.vit_pp_layers [[4]]"
+TWO = " --cfg.parallel_config.llm_pp_layers [[1,3]] --cfg.parallel_config.vit_pp_layers [[4,0]]"
+
+
+# -- grammar ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_commands_of_the_guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """As they stand in the users' guides (see docs/mm_convert.md), with layers of a small model."""
+    monkeypatch.chdir(tmp_path)
+    bits = write_hf(Path("hf"), tiny_config(family))
+    name = FAMILIES[family]
+    assert (
+        run(f"""{name} hf_to_mm
+        --cfg.mm_dir "mm" --cfg.hf_config.hf_dir "hf"
+        --cfg.parallel_config.llm_pp_layers [[0,0],[1,1],[1,1]]
+        --cfg.parallel_config.vit_pp_layers [[3,1],[0,0],[0,0]]
+        --cfg.parallel_config.tp_size 1""")
+        == 0
+    )
+    virtual = """--cfg.parallel_config.llm_pp_layers [[0,0],[1,1],[1,1]]
+        --cfg.parallel_config.vit_pp_layers [[3,1],[0,0],[0,0]]"""
+    assert (
+        run(f"""{name} mm_to_hf --cfg.save_hf_dir "back" --cfg.mm_dir "mm" --cfg.hf_config.hf_dir "hf"
+        {virtual} --cfg.parallel_config.tp_size 1""")
+        == 0
+    )
+    assert same(read_hf(Path("back")), bits)
+    source = virtual.replace("parallel", "source_parallel")
+    assert (
+        run(f"""{name} resplit --cfg.source_dir mm --cfg.target_dir re {source}
+        --cfg.target_parallel_config.llm_pp_layers [1,1,1,1] --cfg.target_parallel_config.vit_pp_layers [4,0,0,0]
+        --cfg.target_parallel_config.tp_size 2""")
+        == 0
+    )
+    assert (
+        run(f"""{name} mm_to_hf --cfg.save_hf_dir=again --cfg.mm_dir=re --cfg.hf_config.hf_dir=hf
+        --cfg.parallel_config.llm_pp_layers=[1,1,1,1] --cfg.parallel_config.vit_pp_layers=[4,0,0,0]
+        --cfg.parallel_config.tp_size=2 --cfg.trust_remote_code true""")
+        == 0
+    )
+    assert same(read_hf(Path("again")), bits)
+    assert run("verify hf re") == run("verify mm re") == 0
+
+
+def test_lists_as_any_shell_passes_them(here: Path) -> None:
+    words = [*shlex.split(HF_TO_MM), "--cfg.parallel_config.vit_pp_layers", "[[4,", "0]]",
+             "--cfg.parallel_config.llm_pp_layers", "[[1,", "3]]", "--cfg.save_vit_only", "--cfg.dry_run"]  # fmt: skip
+    assert main(words) == 0
+    script = f"mm-convert {HF_TO_MM}{TWO} --cfg.dry_run true"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not Path("out").exists()
+
+
+def test_config_file_and_what_prints_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{HF_TO_MM}{TWO} --cfg.parallel_config.tp_size 2 --print_config=comments") == 0
+    Path("run.yaml").write_text(capsys.readouterr().out)
+    assert "# ranks of tensor parallelism" in Path("run.yaml").read_text()
+    assert run("Qwen2_5_VLConverter hf_to_mm --config run.yaml --cfg.mm_dir from_file") == 0
+    assert run("Qwen2_5_VLConverter hf_to_mm --config run.yaml --cfg.mm_dir first") == 0
+    assert len(mm_files(Path("from_file"))) == 4
+    nested = {"Qwen2_5_VLConverter": {"hf_to_mm": {"cfg": {"mm_dir": "nested", "hf_config": {"hf_dir": "hf"},
+              "parallel_config": {"llm_pp_layers": [[4]], "vit_pp_layers": [[4]]}}}}}  # fmt: skip
+    Path("nested.json").write_text(json.dumps(nested))
+    assert run("--config nested.json Qwen2_5_VLConverter hf_to_mm") == 0
+    assert run("Qwen2_5_VLConverter hf_to_mm --print_config=skip_null,skip_default") == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "cfg:"
+    Path("bad.yaml").write_text("cfg: {mm_dri: x}")
+    assert "bad.yaml: there is no key cfg.mm_dri; did you mean 'mm_dir'?" in fails(
+        "Qwen2_5_VLConverter hf_to_mm --config bad.yaml", capsys
+    )
+
+
+def test_sections_as_json_and_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = json.dumps({"llm_pp_layers": [[1, 3]], "vit_pp_layers": [[4, 0]], "tp_size": 1})
+    assert run(f"{HF_TO_MM} --cfg.parallel_config '{section}'") == 0
+    prefix = "MM_CONVERT_QWEN2_5_VLCONVERTER__HF_TO_MM__CFG"
+    monkeypatch.setenv(f"{prefix}__PARALLEL_CONFIG__TP_SIZE", "2")
+    monkeypatch.setenv(f"{prefix}__MM_DIR", "from_env")
+    line = f"Qwen2_5_VLConverter hf_to_mm --cfg.hf_config.hf_dir hf{TWO}"
+    assert run(line) == 2
+    monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+    assert run(line) == 0
+    assert len(mm_files(Path("from_env"))) == 4
+
+
+@pytest.mark.parametrize("line", ["", "--help", "Qwen2VLConverter", "Qwen2VLConverter --help", "verify --help",
+                                  "--version", "Qwen2_5_VLConverter resplit --help"])  # fmt: skip
+def test_help(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line) == 0
+    assert "mm-convert" in capsys.readouterr().out
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    from duetvl.convert.options import COMMANDS
+
+    for command, (_, keys) in COMMANDS.items():
+        run(f"Qwen2_5_VLConverter {command} --help" if command != "verify" else "verify --help")
+        said = capsys.readouterr().out
+        assert all(f"--cfg.{key.name}\n" in said and key.help in said for key in keys)
+
+
+def test_dry_run_tells_files_sizes_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{HF_TO_MM}{TWO} --cfg.dry_run") == 0
+    said = capsys.readouterr().out
+    assert "pipeline rank 1: no vision layers, language layers 1 to 3" in said
+    assert "release/mp_rank_00_001/model_optim_rng.pt: " in said
+    assert "memory: about" in said
+    assert not Path("out").exists()
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("Qwen2Converter hf_to_mm", "no converter 'Qwen2Converter'; did you mean 'Qwen2VLConverter'?"),
+        ("Qwen2VLConverter hf2mm", "has no command 'hf2mm'; did you mean 'hf_to_mm'?"),
+        ("Qwen2VLConverter lora_hf_to_mm", "has no command"),
+        ("Qwen2_5_VLConverter hf_to_mm_dcp --cfg.mm_dir x", "training needs no conversion"),
+        (HF_TO_MM, "missing: --cfg.parallel_config.llm_pp_layers"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_sise 2", "did you mean 'parallel_config.tp_size'?"),
+        (HF_TO_MM + ONE + " --tp 2", "unknown option --tp"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size two", "found 'two', expected a whole number from 1"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 0", "found '0', expected a whole number from 1"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 1 2", "takes one value, found 1 2"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.ep_size 2", "no experts"),
+        (HF_TO_MM + ONE + " --cfg.save_vit_only perhaps", "expected true or false"),
+        (HF_TO_MM + ONE + " --cfg.format pth", "expected pt or safetensors"),
+        (HF_TO_MM + ONE.replace("[[4]]", "[[4,-1]]", 1), "expected a list of layers for each stage"),
+        (HF_TO_MM + ONE.replace("[[4]]", "[[4", 1), "expected a list of layers for each stage"),
+        (HF_TO_MM + ONE.replace("[[4]]", "[[5]]", 1), "places 5 layers, the model has 4"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 8", "does not divide the 4 key and value heads"),
+        (HF_TO_MM.replace("hf_dir hf", "hf_dir nowhere") + ONE, "found 'nowhere', expected an existing directory"),
+        (HF_TO_MM.replace("Qwen2_5_VL", "Qwen2VL") + ONE, "use Qwen2_5_VLConverter instead of Qwen2VLConverter"),
+        (HF_TO_MM.replace("mm_dir out", "mm_dir hf") + ONE, "is not apart from the source"),
+        (HF_TO_MM.replace("mm_dir out", "mm_dir hf/mm") + ONE + " --cfg.overwrite", "is not apart from the source"),
+        ("verify hf", "verify takes two directories, found 1"),
+        ("verify hf nowhere", "nowhere: no such directory"),
+    ],
+)  # fmt: skip
+def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    assert message in fails(line, capsys)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _name_absent(path: Path) -> None:
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda hf: next(hf.glob("model-00002*")).unlink(), "shards missing (model-00002"),
+        (lambda hf: _truncate(next(hf.glob("model-00001*"))), "is truncated"),
+        (lambda hf: _name_absent(hf / "model.safetensors.index.json"), "named that are not in their shard"),
+        (lambda hf: (hf / "config.json").unlink(), "has no config.json"),
+        (lambda hf: (hf / "config.json").write_text("{"), "cannot be read as JSON"),
+    ],
+)
+def test_damaged_sources(here: Path, capsys: pytest.CaptureFixture[str], damage: Any, message: str) -> None:
+    damage(Path("hf"))
+    assert message in fails(HF_TO_MM + ONE, capsys)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda mm: shutil.rmtree(mm / "release" / "mp_rank_00_001"), "pipeline ranks: 1, "),
+        (lambda mm: _truncate(mm / "release" / "mp_rank_00_001" / "model_optim_rng.pt"), "truncated or damaged"),
+        (lambda mm: (mm / "latest_checkpointed_iteration.txt").write_text("100"), "there is no 'iter_0000100'"),
+        (lambda mm: shutil.rmtree(mm / "release"), "says 'release', but there is no 'release' (nothing)"),
+        (lambda mm: _without_layer(mm), "absent"),
+        (lambda mm: _harmful(mm), "absent"),
+    ],
+)
+def test_damaged_checkpoints(here: Path, capsys: pytest.CaptureFixture[str], damage: Any, message: str) -> None:
+    assert run(HF_TO_MM.replace("out", "mm") + TWO) == 0
+    damage(Path("mm"))
+    said = fails(MM_TO_HF + TWO, capsys)
+    assert message in said
+    assert not Path("harmed").exists()
+
+
+def _without_layer(mm: Path) -> None:
+    path = mm / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(path)
+    del content["model"]["text_decoder.decoder.layers.1.mlp.linear_fc2.weight"]
+    torch.save(content, path)
+
+
+class _Harm:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch harmed",)
+
+
+def _harmful(mm: Path) -> None:
+    path = mm / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(path)
+    content["model"]["text_decoder.decoder.layers.1.mlp.linear_fc2.weight"] = _Harm()
+    torch.save(content, path)
+
+
+def test_existing_target_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(HF_TO_MM + ONE) == 0
+    (here / "out" / "iter_0000007").mkdir()
+    before = fingerprint_raw(here / "out")
+    assert run(HF_TO_MM + TWO) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert fingerprint_raw(here / "out") == before
+    assert run(HF_TO_MM + TWO + " --cfg.overwrite") == 0
+    assert sorted(mm_files(here / "out")) == ["mp_rank_00_000", "mp_rank_00_001"]
+    assert (here / "out" / "iter_0000007").is_dir(), "what is not replaced stays"
+
+
+# -- trouble on the way -----------------------------------------------------------------------------------------------
+
+
+def test_no_space_is_told_before_writing(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "has 1.0 kB free" in fails(HF_TO_MM + ONE, capsys)
+
+
+@pytest.mark.parametrize("command", ["hf_to_mm", "mm_to_hf"])
+def test_space_that_ends_while_writing(here: Path, command: str) -> None:
+    """As a quota would have it; here the limit on a file's size."""
+    assert run(HF_TO_MM.replace("out", "mm") + ONE) == 0
+    lines = {
+        "hf_to_mm": HF_TO_MM + ONE,
+        "mm_to_hf": MM_TO_HF + ONE,
+    }
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    before = fingerprint(here / "hf")
+    words = [sys.executable, "-B", "-m", "duetvl.convert.cli", *shlex.split(lines[command])]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "could not be written: File too large" in done.stderr
+    assert not Path("out").exists()
+    assert not list(here.glob(".*.saving"))
+    assert fingerprint(here / "hf") == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small disk")
+def test_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "disk"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        line = HF_TO_MM.replace("mm_dir out", "mm_dir disk/out") + ONE
+        assert "needs" in fails(line, capsys)
+        usage = shutil.disk_usage(here)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # another process takes the space meanwhile
+        assert "No space left on device" in fails(line, capsys)
+        assert list(Path("disk").iterdir()) == []
+    finally:
+        subprocess.run(["umount", "disk"], check=True)
+
+
+def test_target_that_may_not_be_written(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("file").write_text("")
+    assert "file is no directory that may be written to" in fails(HF_TO_MM.replace("out", "file/out") + ONE, capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert "may be written to" in fails(HF_TO_MM + ONE, capsys)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_interrupt_in_the_middle(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Ctrl-C while tensors are being written, in this thread and in others."""
+    write, count = streaming._write_at, [0]
+
+    def slow(descriptor: int, data: memoryview, position: int) -> None:
+        count[0] += 1
+        if count[0] == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        if count[0] >= 20:
+            time.sleep(0.01)
+        write(descriptor, data, position)
+
+    monkeypatch.setattr(streaming, "_write_at", slow)
+    before = fingerprint_raw(here / "hf")
+    assert run(f"{HF_TO_MM}{ONE} --cfg.workers {workers}") == 130
+    assert capsys.readouterr().err == "interrupted; nothing was left behind\n"
+    assert 20 <= count[0] < 40
+    assert not Path("out").exists()
+    assert not list(here.glob(".*.saving"))
+    assert fingerprint_raw(here / "hf") == before
+
+
+def test_kill_leaves_nothing_that_looks_complete(here: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom duetvl.convert import commands, cli\n"
+        "commands.write_text = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cli.main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *shlex.split(HF_TO_MM + ONE)])
+    assert done.returncode == -signal.SIGKILL
+    assert not Path("out").exists()
+    assert run(HF_TO_MM + ONE) == 0, "and does not stand in the way of the next run"
+    assert not list(here.glob(".*.saving"))
+
+
+def test_failing_worker_stops_the_others(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, name: str) -> Any:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(TensorFile, "view", broken)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run(f"{HF_TO_MM}{ONE} --cfg.workers 3")
+    assert not Path("out").exists()
+    assert not list(here.glob(".*.saving"))
+
+
+def test_modes_do_not_depend_on_umask(here: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        assert run(HF_TO_MM + ONE) == 0
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((here / "out").stat().st_mode) == 0o750
+    assert stat.S_IMODE((here / "out/release/mp_rank_00/model_optim_rng.pt").stat().st_mode) == 0o640

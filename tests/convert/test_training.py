@@ -1,0 +1,76 @@
+"""Between the trainer and MindSpeed-MM: its checkpoints are read, and it can save in that layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from duetvl.convert.commands import Difference, Options, export_mindspeed_mm, hf_to_mm, mm_to_hf, verify
+from duetvl.convert.layouts import Layout
+from duetvl.core.backend import Backend
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.params import Parameter
+from duetvl.core.tensor_files import TensorSpec
+from duetvl.training.checkpoint import Meta, save_checkpoint
+from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny_config, write_hf
+
+TWO = Layout(((1, 3),), ((4, 0),), 2)
+ORDERS = ("interleaved", "interleaved")
+
+
+def save_run(run: Path, be: Backend, bits: dict[str, np.ndarray], model_config: dict[str, object]) -> None:
+    parameters = [Parameter(name, be.checkpoint_io.load(array, "bfloat16", "bfloat16")) for name, array in bits.items()]
+    meta = Meta(model_config=model_config)
+    save_checkpoint(run, step=7, parameters=parameters, optimizer_state=None, meta=meta, backend=be)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_checkpoints_are_read(tmp_path: Path, be: Backend, tied: bool) -> None:
+    config = tiny_config(tied=tied)
+    bits = write_hf(tmp_path / "hf", config)
+    save_run(tmp_path / "run", be, bits, config.to_dict())
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-0000007"):
+        hf_to_mm(source, tmp_path / f"mm-{source.name}", TWO, Options(), family="qwen2_5_vl")
+        mm_to_hf(tmp_path / f"mm-{source.name}", tmp_path / "hf", tmp_path / f"back-{source.name}", TWO, Options())
+        assert same(read_hf(tmp_path / f"back-{source.name}"), bits)
+        assert not [f for f in verify(source, tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)]
+
+
+def test_damaged_training_checkpoints(tmp_path: Path, be: Backend) -> None:
+    config = tiny_config()
+    bits = write_hf(tmp_path / "hf", config)
+    save_run(tmp_path / "bare", be, bits, {})
+    with pytest.raises(ConfigError, match="says nothing of its model"):
+        hf_to_mm(tmp_path / "bare", tmp_path / "mm", TWO, Options())
+    save_run(tmp_path / "run", be, bits, tiny_config(layers=5).to_dict())
+    with pytest.raises(CheckpointError, match="its weights are not those of its model_config"):
+        hf_to_mm(tmp_path / "run", tmp_path / "mm", TWO, Options())
+    manifest = tmp_path / "run" / "checkpoints" / "step-0000007" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hf_to_mm(tmp_path / "run", tmp_path / "mm", TWO, Options())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export(tmp_path: Path, tied: bool) -> None:
+    """The same files as a conversion makes; every tensor fetched once."""
+    config = tiny_config(tied=tied)
+    bits = write_hf(tmp_path / "hf", config)
+    hf_to_mm(tmp_path / "hf", tmp_path / "mm", TWO, Options())
+    fetched: list[str] = []
+
+    def fetch(name: str) -> np.ndarray:
+        fetched.append(name)
+        return bits[name]
+
+    specs = {name: TensorSpec("bfloat16", array.shape) for name, array in bits.items()}
+    export_mindspeed_mm(tmp_path / "out", config, specs, fetch, TWO)
+    assert sorted(fetched) == sorted(bits)
+    assert_files_equal(mm_files(tmp_path / "out"), mm_files(tmp_path / "mm"))
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_mindspeed_mm(tmp_path / "out", config, specs, fetch, TWO)
+    less = {name: spec for name, spec in specs.items() if name != "model.norm.weight"}
+    with pytest.raises(ConfigError, match=r"absent or of another shape, such as model\.norm\.weight"):
+        export_mindspeed_mm(tmp_path / "no", config, less, fetch, TWO)
