@@ -89,7 +89,10 @@ class Model(QwenVL):
         Ends at a token of `stop` (default: the tokenizer's end of turn and end of text) or after `max_new_tokens`.
         `on_text` is handed the text as it grows.
         """
-        return self.generate_many([prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_text=on_text)[0]
+        answers = self.generate_many(
+            [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_text=on_text
+        )
+        return answers[0]
 
     def generate_many(
         self,

@@ -25,6 +25,7 @@ class Append:
 
     @property
     def rows(self) -> int:
+        """Packed rows of the pass."""
         return int(self.new.sum())
 
 

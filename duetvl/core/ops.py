@@ -196,9 +196,7 @@ class Ops(Protocol):
         """
         ...
 
-    def linear_cross_entropy(
-        self, h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None
-    ) -> Tensor:
+    def linear_cross_entropy(self, h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum over rows of weights * (logsumexp(h W^T) - (h W^T)[label]), a float32 0-d tensor.
 
         h (N, D), weight (V, D), labels (N,) int32 in [0, V), weights (N,) float32 (all one when None).

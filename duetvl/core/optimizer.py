@@ -33,6 +33,10 @@ class AdamWState:
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
     master: dict[str, Tensor] = field(default_factory=dict)
 
+    def weight(self, parameter: Parameter) -> Any:
+        """The float32 tensor that an update changes: the master copy where there is one."""
+        return self.master[parameter.path] if parameter.path in self.master else parameter.tensor
+
     def slots(self) -> Mapping[str, dict[str, Tensor]]:
         """The tensors by kind, as a checkpoint names them."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "master": self.master}

@@ -22,10 +22,11 @@ class Parameter:
     tensor: Tensor
     trainable: bool = True
     conditional: bool = False
-    main_grad: Tensor | None = None
+    main_grad: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
         return tuple(self.tensor.shape)
 
 

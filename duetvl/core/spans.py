@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """`count` spans of the same `length` lying end to end from row `start`: one batched kernel call."""
 
     start: int
@@ -19,6 +19,7 @@ class Run(NamedTuple):
 
     @property
     def stop(self) -> int:
+        """One past the last row."""
         return self.start + self.count * self.length
 
 
@@ -64,8 +65,7 @@ class Spans:
         first = np.concatenate([[0], np.flatnonzero(np.diff(lengths)) + 1])
         counts = np.diff(np.concatenate([first, [lengths.size]]))
         return tuple(
-            Run(int(self.cu_seqlens[at]), int(count), int(lengths[at]))
-            for at, count in zip(first, counts, strict=True)
+            Run(int(self.cu_seqlens[at]), int(count), int(lengths[at])) for at, count in zip(first, counts, strict=True)
         )
 
     def parts(self, most: int) -> Iterator[tuple[slice, Spans]]:

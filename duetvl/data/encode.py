@@ -49,16 +49,11 @@ class TextTokenizer:
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         control = {TURN_START, TURN_END, _END_OF_TEXT, *_MEDIA_TOKENS, *_PADS.values()}
-        added = {
-            item.content: (number, item.special)
-            for number, item in tokenizer.get_added_tokens_decoder().items()
-        }
+        added = {item.content: (number, item.special) for number, item in tokenizer.get_added_tokens_decoder().items()}
         self._control_ids = {number for text, (number, _) in added.items() if text in control}
         self._control = _any_of(text for text in added if text in control)
         self._markup_ids = {
-            text: number
-            for text, (number, special) in added.items()
-            if special and text not in control
+            text: number for text, (number, special) in added.items() if special and text not in control
         }
         self._markup = _any_of(self._markup_ids)
 
@@ -76,9 +71,7 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of ids."""
-        return self._tokenizer.decode(
-            [int(number) for number in ids], skip_special_tokens=skip_special_tokens
-        )
+        return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special_tokens)
 
     def _plain(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -87,11 +80,7 @@ class TextTokenizer:
         # This tokenizer does not mark its control tokens as special: cut each after a letter.
         cuts = [0, *(match.start() + 1 for match in self._control.finditer(text)), len(text)]
         parts = (text[start:stop] for start, stop in pairwise(cuts))
-        return [
-            number
-            for part in parts
-            for number in self._tokenizer.encode(part, add_special_tokens=False).ids
-        ]
+        return [number for part in parts for number in self._tokenizer.encode(part, add_special_tokens=False).ids]
 
 
 class _Encoded(NamedTuple):
@@ -141,9 +130,7 @@ class Processor:
         image, video = _read_pixel_settings(path, family.geometry)
         return cls(TextTokenizer(_read_tokenizer(path)), family, image, video)
 
-    def __call__(
-        self, messages: Any, *, add_generation_prompt: bool = False, sample_id: str = ""
-    ) -> Sample:
+    def __call__(self, messages: Any, *, add_generation_prompt: bool = False, sample_id: str = "") -> Sample:
         """Encode one conversation, see `duetvl.data.template.read_messages`.
 
         Labels cover the assistant's turns. Raises DataError.
@@ -207,9 +194,7 @@ class Processor:
         special = self.family.special
         pad = special.image if piece.kind == "image" else special.video
         count = self.family.placeholder_count(pixels.grid)
-        return _Encoded(
-            [special.vision_start, *[pad] * count, special.vision_end], piece.trained, pixels
-        )
+        return _Encoded([special.vision_start, *[pad] * count, special.vision_end], piece.trained, pixels)
 
     def _pixels(self, medium: ImagePart | VideoPart | None) -> PatchRows:
         geometry = self.family.geometry
@@ -228,17 +213,13 @@ class Processor:
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """A pattern that matches, and captures, any of the texts; without texts it matches nothing."""
     longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(
-        "(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else r"(?!)"
-    )
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else r"(?!)")
 
 
 def _control_tokens(tokenizer: TextTokenizer, family: Family) -> ControlTokens:
     start, end = tokenizer.token_id(TURN_START), tokenizer.token_id(TURN_END)
     if start is None or end is None:
-        raise ConfigError(
-            f"the tokenizer has no {TURN_START} or no {TURN_END}; it is of another model"
-        )
+        raise ConfigError(f"the tokenizer has no {TURN_START} or no {TURN_END}; it is of another model")
     expected = (
         ("<|vision_start|>", family.special.vision_start),
         ("<|vision_end|>", family.special.vision_end),
@@ -281,18 +262,14 @@ def _read_tokenizer(directory: Path) -> Tokenizer:
             raise CheckpointError(f"{directory}: has no tokenizer.json (nor vocab.json)")
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True
-        ).backend_tokenizer
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True).backend_tokenizer
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise CheckpointError(f"{directory}: the tokenizer cannot be read: {error}") from None
 
 
-def _read_pixel_settings(
-    directory: Path, geometry: PatchGeometry
-) -> tuple[PixelSettings, PixelSettings]:
+def _read_pixel_settings(directory: Path, geometry: PatchGeometry) -> tuple[PixelSettings, PixelSettings]:
     """Settings of pictures and of video frames.
 
     Directories without settings for videos, as the published ones, use those of pictures for both;

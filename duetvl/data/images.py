@@ -62,10 +62,7 @@ class PixelSettings:
             resample=int(_first(data.get("resample"), Image.Resampling.BICUBIC)),
         )
         if not 0 < settings.min_pixels <= settings.max_pixels:
-            raise ConfigError(
-                f"min_pixels {settings.min_pixels} and max_pixels {settings.max_pixels} leave "
-                f"no size"
-            )
+            raise ConfigError(f"min_pixels {settings.min_pixels} and max_pixels {settings.max_pixels} leave no size")
         return settings
 
 
@@ -88,9 +85,7 @@ class PatchRows(NamedTuple):
     grid: tuple[int, int, int]
 
 
-def smart_resize(
-    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width in multiples of `factor`, of an area in bounds, close to the given ratio.
 
     Rounds as transformers does, halves to even: 70 becomes 56 with a factor of 28. Raises DataError
@@ -100,8 +95,7 @@ def smart_resize(
         raise DataError(f"a picture of {width} x {height} pixels is empty")
     if max(height, width) / min(height, width) > _WIDEST_RATIO:
         raise DataError(
-            f"a picture of {width} x {height} pixels is too narrow: its sides may be at most "
-            f"{_WIDEST_RATIO} to 1"
+            f"a picture of {width} x {height} pixels is too narrow: its sides may be at most {_WIDEST_RATIO} to 1"
         )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
@@ -228,8 +222,7 @@ def _opened(source: ImageSource) -> Image.Image:
             raise DataError("is empty (0 bytes)")
         return Image.open(path)
     raise DataError(
-        f"a picture cannot be a {type(source).__name__}; give a path, bytes, a data URI, an array "
-        f"or a Pillow image"
+        f"a picture cannot be a {type(source).__name__}; give a path, bytes, a data URI, an array or a Pillow image"
     )
 
 
@@ -305,9 +298,7 @@ def _patch_rows(frames: np.ndarray, settings: PixelSettings, geometry: PatchGeom
     side, merge = geometry.patch, geometry.merge
     inside = min(count, geometry.temporal)
     grid = (count // inside, height // side, width // side)
-    blocks = frames.reshape(
-        grid[0], inside, grid[1] // merge, merge, side, grid[2] // merge, merge, side, channels
-    )
+    blocks = frames.reshape(grid[0], inside, grid[1] // merge, merge, side, grid[2] // merge, merge, side, channels)
     values = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, inside, side * side)
     rows = np.empty((len(values), channels, geometry.temporal, side * side), np.float32)
     table = _value_table(settings.mean, settings.std, settings.rescale)

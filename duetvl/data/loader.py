@@ -72,9 +72,7 @@ def check_length(sample: Sample, pack_tokens: int) -> None:
 class StepLoader:
     """The steps of a run, from a position on; the next one is made while the last one is used."""
 
-    def __init__(
-        self, batcher: Batcher, order: Order, global_batch: int, position: Position | None = None
-    ):
+    def __init__(self, batcher: Batcher, order: Order, global_batch: int, position: Position | None = None):
         """Start making the step at `position`, by default the first."""
         self.batcher = batcher
         self.order = order

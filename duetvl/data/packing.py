@@ -36,9 +36,7 @@ class Order:
         """The record numbers of the next `count` samples, and where the ones after them start."""
         epoch, index = position.epoch, position.index
         if not 0 <= index < self.records:
-            raise DataError(
-                f"data position {index} lies outside the {self.records} records that there are"
-            )
+            raise DataError(f"data position {index} lies outside the {self.records} records that there are")
         chosen: list[int] = []
         while len(chosen) < count:
             part = self._permutation(epoch)[index : index + count - len(chosen)]

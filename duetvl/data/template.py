@@ -89,9 +89,7 @@ def read_messages(messages: Any) -> list[Turn]:
     return turns
 
 
-def record_messages(
-    record: Mapping[str, Any], media_dir: Path | None = None
-) -> list[dict[str, Any]]:
+def record_messages(record: Mapping[str, Any], media_dir: Path | None = None) -> list[dict[str, Any]]:
     """The messages of a record {"messages": [...], "images": [...], "videos": [[frame, ...], ...]}.
 
     `<image>` and `<video>` in its texts stand for its media, in order. A record whose messages hold
@@ -139,9 +137,7 @@ def _filled(
 def render(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Iterator[Piece]:
     """The pieces of a conversation. Raises DataError when a prompt is asked for after an answer."""
     if add_generation_prompt and turns[-1].role == "assistant":
-        raise DataError(
-            "the conversation ends with an assistant message; there is nothing to generate after it"
-        )
+        raise DataError("the conversation ends with an assistant message; there is nothing to generate after it")
     system = turns[0] if turns[0].role == "system" else Turn("system", ())
     if not "".join(part for part in system.parts if isinstance(part, str)):
         system = Turn("system", (DEFAULT_SYSTEM,))
@@ -215,9 +211,7 @@ def _read_message(message: Any) -> Turn:
     if isinstance(content, str):
         return Turn(role, (content,))
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise DataError(
-            f"content must be a text or a list of parts, found {type(content).__name__}"
-        )
+        raise DataError(f"content must be a text or a list of parts, found {type(content).__name__}")
     parts = tuple(_read_part(part) for part in content)
     if role != "user" and not all(isinstance(part, str) for part in parts):
         raise DataError(f"pictures and videos belong into user messages, not into the {role}'s")
@@ -255,9 +249,7 @@ def _read_video(part: Mapping[str, Any]) -> VideoPart:
     if isinstance(frames, np.ndarray) and frames.ndim == 4:
         frames = list(frames)
     if isinstance(frames, str | Path):
-        raise DataError(
-            f"video files are not read yet; give {str(frames)!r} as a list of its frames"
-        )
+        raise DataError(f"video files are not read yet; give {str(frames)!r} as a list of its frames")
     if isinstance(frames, bytes) or not isinstance(frames, Sequence) or not frames:
         raise DataError("a video part needs its frames as a list in `video`")
     fps = part.get("fps", part.get("sample_fps"))
@@ -313,10 +305,7 @@ def _rooted_message(message: Mapping[str, Any], media_dir: Path | None) -> dict[
     content = message.get("content")
     if isinstance(content, list):
         content = [
-            {
-                key: _rooted(value, media_dir) if key in _MEDIA_KEYS else value
-                for key, value in part.items()
-            }
+            {key: _rooted(value, media_dir) if key in _MEDIA_KEYS else value for key, value in part.items()}
             if isinstance(part, Mapping) and part.get("type") != "text"
             else part
             for part in content

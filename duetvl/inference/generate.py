@@ -21,7 +21,8 @@ OnToken = Callable[[int, int], None]
 class Generator(Protocol):
     """What generation needs of a model."""
 
-    family: Family
+    @property
+    def family(self) -> Family: ...
 
     def create_cache(self, slots: int, capacity: int) -> Cache: ...
 

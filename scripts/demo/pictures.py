@@ -1,7 +1,7 @@
 """Draw small pictures of coloured shapes with questions and answers, as a chat data set.
 
 A picture shows one to four shapes of one kind and one colour, each in its own corner. The questions
-ask for the colour, the kind and the number, and for a lone shape in a small picture its corner.
+ask for the colour, the kind and the number, and for a lone shape its corner.
 Everything follows from the seed.
 
     python scripts/demo/pictures.py build/pictures --train 4000 --held-out 100
@@ -30,9 +30,8 @@ COLOURS = {
     "purple": (140, 50, 170),
     "black": (25, 25, 25),
 }
-# The ground's shades hint at where in the picture a patch lies.
-SKY = (215, 230, 255)
-MEADOW = (230, 255, 205)
+# The ground is a board of four light fields, in the order of POSITIONS: where a shape lies can be seen beside it.
+FIELDS = ((255, 160, 160), (250, 235, 130), (140, 185, 255), (150, 230, 150))
 SHAPES = ("circle", "square", "triangle", "cross")
 COUNTS = (1, 2, 3, 4)
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
@@ -53,11 +52,10 @@ FACTS = (
 CELL = 28  # one visual token: a corner of the picture that a shape may occupy
 # Width and height are multiples of CELL, so nothing is resized; 140 pixels span two windows of 112.
 SIZES = ((56, 56), (140, 56))
-# No wide pictures yet: with a share of them the position was learnt more slowly.
-SIZE_SHARES = (1.0, 0.0)
-# Half of the training pictures hold one shape: only those have a position to ask for, and it is the
+SIZE_SHARES = (0.85, 0.15)
+# Most training pictures hold one shape: only those have a position to ask for, and it is the
 # slowest of the four to learn.
-COUNT_SHARES = (0.49, 0.17, 0.17, 0.17)
+COUNT_SHARES = (0.61, 0.13, 0.13, 0.13)
 TEXT_SHARE = 0.02
 
 Box = tuple[int, int, int, int]
@@ -77,8 +75,8 @@ class Scene:
 
 
 def has_position(scene: Scene) -> bool:
-    """Whether the position may be asked: one shape, in a picture of the small size."""
-    return len(scene.corners) == 1 and scene.size == SIZES[0]
+    """Whether the position may be asked: there is one shape."""
+    return len(scene.corners) == 1
 
 
 def random_scene(rng: np.random.Generator, count: int, size: tuple[int, int] | None = None) -> Scene:
@@ -96,8 +94,8 @@ def random_scene(rng: np.random.Generator, count: int, size: tuple[int, int] | N
 
 
 def _random_box(rng: np.random.Generator, size: tuple[int, int], corner: int) -> Box:
-    """A box of 20 to 26 pixels a side somewhere inside the corner's cell."""
-    side = int(rng.integers(20, 27))
+    """A box of 20 to 24 pixels a side somewhere inside the corner's cell."""
+    side = int(rng.integers(20, 25))
     left = (corner % 2) * (size[0] - CELL) + int(rng.integers(1, CELL - side))
     top = (corner // 2) * (size[1] - CELL) + int(rng.integers(1, CELL - side))
     return left, top, left + side, top + side
@@ -113,12 +111,10 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _ground(scene: Scene) -> np.ndarray:
-    """Sky above and meadow below, lit from the left: uint8 of (height, width, 3)."""
+    """Four light fields: uint8 of (height, width, 3)."""
     width, height = scene.size
-    down = np.linspace(0.0, 1.0, height)[:, None, None]
-    light = np.linspace(1.0, 0.8, width)[None, :, None] * scene.brightness
-    colour = (1 - down) * np.array(SKY) + down * np.array(MEADOW)
-    return (colour * light).astype(np.uint8)
+    board = np.array(FIELDS).reshape(2, 2, 3).repeat(height // 2, axis=0).repeat(width // 2, axis=1)
+    return (board * scene.brightness).astype(np.uint8)
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, kind: str, colour: tuple[int, int, int], box: Box) -> None:
@@ -166,7 +162,7 @@ def held_out_records(rng: np.random.Generator, per_task: int) -> Iterator[tuple[
     for number in range(per_task):
         for task in TASKS:
             count = 1 if task == "position" else COUNTS[number % len(COUNTS)]
-            scene = random_scene(rng, count, SIZES[0] if task == "position" else None)
+            scene = random_scene(rng, count)
             image = f"held_out/{task}_{number:04d}.png"
             yield conversation(rng, scene, (task,), image), draw(scene)
 

@@ -156,9 +156,7 @@ def reductions() -> Iterator[Case]:
 def shapes() -> Iterator[Case]:
     for label, new in (("merge", (6, 4)), ("infer", (2, -1)), ("split", (2, 3, 2, 2)), ("flat", (-1,))):
         x = normal(2, 3, 4)
-        yield Case(
-            "reshape", label, (x,), lambda ops, x, s=new: ops.reshape(x, s), lambda x, s=new: x.reshape(s)
-        )
+        yield Case("reshape", label, (x,), lambda ops, x, s=new: ops.reshape(x, s), lambda x, s=new: x.reshape(s))
         yield Case(
             "reshape", f"{label} of a view", (x,),
             lambda ops, x, s=new: ops.reshape(ops.reshape(ops.transpose(x, (1, 0, 2)), (2, 3, 4)), s),
@@ -366,7 +364,7 @@ def frozen_argument(
     op: str, label: str, h: np.ndarray, w: np.ndarray, labels: np.ndarray, position: int, pulled: tuple[bool, ...]
 ) -> Case:
     """h or the weight is a constant; float32 only, as the constant does not follow the dtype under test."""
-    constant, other = ((h, w) if position == 0 else (w, h))
+    constant, other = (h, w) if position == 0 else (w, h)
     constant = constant.astype(np.float32)
 
     def run(ops: Ops, x: Any, y: Any) -> Any:

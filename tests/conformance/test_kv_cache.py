@@ -66,9 +66,7 @@ def test_cached_attention_equals_full(be: Backend, dtype: str, heads: int, group
 
 
 def check(be: Backend, kv: KVCache, dtype: str, heads: int, groups: int, size: int) -> None:
-    cache = kv.cache_create(
-        layers=LAYERS, slots=SLOTS, capacity=CAPACITY, kv_heads=groups, head_size=size, dtype=dtype
-    )
+    cache = kv.cache_create(layers=LAYERS, slots=SLOTS, capacity=CAPACITY, kv_heads=groups, head_size=size, dtype=dtype)
     history = [Sequences(groups, size) for _ in range(LAYERS)]
     for step, passes in enumerate(PASSES):
         for layer in range(LAYERS):

@@ -32,10 +32,7 @@ def build_tokenizer(*, marked_special: bool = True) -> Any:
     )
     corpus = ["system\n user\n assistant\n helpful \n\n im_start im_end image_pad"] * 4
     tokenizer.train_from_iterator(corpus, trainer)
-    added = [
-        tokenizers.AddedToken(token, special=marked_special, normalized=False)
-        for token in SPECIAL_TOKENS
-    ]
+    added = [tokenizers.AddedToken(token, special=marked_special, normalized=False) for token in SPECIAL_TOKENS]
     if marked_special:
         tokenizer.add_special_tokens(added)
     else:

@@ -60,9 +60,7 @@ def special(processor: Processor, token: str) -> int:
 
 
 def test_layout(processor: Processor) -> None:
-    sample = processor(
-        [user(image(), "What?"), assistant("A box."), user("And?"), assistant("No.")]
-    )
+    sample = processor([user(image(), "What?"), assistant("A box."), user("And?"), assistant("No.")])
     assert shown(processor, sample) == (
         SYSTEM
         + f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>What?<|im_end|>\n"
@@ -71,9 +69,7 @@ def test_layout(processor: Processor) -> None:
     )
 
 
-def test_layout_equals_the_published_chat_template(
-    processor: Processor, tokenizer_factory: Factory
-) -> None:
+def test_layout_equals_the_published_chat_template(processor: Processor, tokenizer_factory: Factory) -> None:
     """Whole-string tokenisation of the same text, where no answer starts with a line end."""
     sample = processor([user("Hi, you. "), assistant(" Yes?"), user("\n\nNo.")])
     text = shown(processor, sample)
@@ -253,9 +249,7 @@ def record(first: str, **media: Any) -> dict[str, Any]:
 
 def test_records(processor: Processor, tmp_path: Path) -> None:
     Image.fromarray(PICTURE).save(tmp_path / "a.png")
-    values = record(
-        "<image>\nIs <video> or <image>?", images=["a.png", "a.png"], videos=[["a.png"]]
-    )
+    values = record("<image>\nIs <video> or <image>?", images=["a.png", "a.png"], videos=[["a.png"]])
     sample = processor.encode_record(values, media_dir=tmp_path, sample_id="chat.jsonl:3")
     block = "<|vision_start|>{}<|vision_end|>".format
     picture, video = block("<|image_pad|>" * 6), block("<|video_pad|>" * 6)
@@ -305,9 +299,7 @@ def test_records_with_a_system_text_and_absolute_paths(tmp_path: Path) -> None:
         ({"messages": ["hi"]}, "must be objects with role and content"),
     ],
 )
-def test_records_that_do_not_add_up(
-    processor: Processor, values: dict[str, Any], message: str
-) -> None:
+def test_records_that_do_not_add_up(processor: Processor, values: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         processor.encode_record(values)
     assert message in str(caught.value)
@@ -342,9 +334,7 @@ def test_settings_of_transformers_5(processor_dir: Path, tmp_path: Path) -> None
     assert processor.video_settings.max_pixels == 1568
 
 
-def test_a_tokenizer_without_tokenizer_json(
-    processor_dir: Path, tmp_path: Path, tokenizer_factory: Factory
-) -> None:
+def test_a_tokenizer_without_tokenizer_json(processor_dir: Path, tmp_path: Path, tokenizer_factory: Factory) -> None:
     pytest.importorskip("transformers")
     directory = copy(processor_dir, tmp_path, tokenizer=None)
     model = json.loads(tokenizer_factory().to_str())["model"]

@@ -52,9 +52,7 @@ def png(image: Image.Image, **options: Any) -> bytes:
         ((42, 126), SMALL, (56, 112)),
     ],
 )
-def test_smart_resize_literals(
-    size: tuple[int, int], max_pixels: int, expected: tuple[int, int]
-) -> None:
+def test_smart_resize_literals(size: tuple[int, int], max_pixels: int, expected: tuple[int, int]) -> None:
     assert smart_resize(*size, factor=28, min_pixels=3136, max_pixels=max_pixels) == expected
 
 
@@ -105,9 +103,7 @@ def test_a_still_image_is_two_equal_frames() -> None:
     image = noise(56, 56)
     rows = image_patches(image, SETTINGS, GEOMETRY).rows.reshape(-1, 3, 2, 196)
     assert np.array_equal(rows[:, :, 0], rows[:, :, 1])
-    assert np.array_equal(
-        video_patches([image, image], SETTINGS, GEOMETRY).rows, rows.reshape(-1, 1176)
-    )
+    assert np.array_equal(video_patches([image, image], SETTINGS, GEOMETRY).rows, rows.reshape(-1, 1176))
 
 
 def test_rows_lie_in_merge_blocks() -> None:

@@ -120,9 +120,7 @@ def test_names_and_shapes_equal_transformers(model_type: str, tied: bool) -> Non
 def test_saved_by_transformers_loads_equal(model_type: str, tied: bool, tmp_path: Path) -> None:
     hf_config(model_type, tie_word_embeddings=tied, dtype="bfloat16").save_pretrained(tmp_path)
     assert "text_config" in json.loads((tmp_path / "config.json").read_text())
-    expected = ModelConfig.from_dict(
-        flat(model_type, tie_word_embeddings=tied, torch_dtype="bfloat16")
-    )
+    expected = ModelConfig.from_dict(flat(model_type, tie_word_embeddings=tied, torch_dtype="bfloat16"))
     assert load_config(tmp_path) == expected
 
 

@@ -45,9 +45,7 @@ def video_times(family: QwenVLFamily, seconds: float, grids: int = 4) -> tuple[l
     ("seconds", "times", "after"),
     [(1.0, [3, 5, 7, 9], 10), (0.5, [3, 4, 5, 6], 7), (0.75, [3, 4, 6, 7], 8), (0.0, [3] * 4, 5)],
 )
-def test_video_time_is_float_and_text_resumes_past_the_maximum(
-    seconds: float, times: list[int], after: int
-) -> None:
+def test_video_time_is_float_and_text_resumes_past_the_maximum(seconds: float, times: list[int], after: int) -> None:
     assert video_times(QWEN25, seconds) == (times, after)
 
 
@@ -57,9 +55,7 @@ def test_qwen2_counts_frames(seconds: float) -> None:
 
 
 def test_qwen2_video_literal() -> None:
-    index, following = QWEN2.position_index(
-        np.array([1, 2, START, *[VIDEO] * 8, END]), NO_GRIDS, np.array([[4, 4, 2]])
-    )
+    index, following = QWEN2.position_index(np.array([1, 2, START, *[VIDEO] * 8, END]), NO_GRIDS, np.array([[4, 4, 2]]))
     assert index[:, -1].tolist() == [7, 7, 7] and following == 8
 
 
@@ -105,12 +101,8 @@ def test_window_order_literals() -> None:
 def test_windows_are_those_of_transformers(grid: tuple[int, int, int]) -> None:
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
-    tower = SimpleNamespace(
-        window_size=112, spatial_merge_size=2, patch_size=14, spatial_merge_unit=4
-    )
-    index, bounds = hf.Qwen2_5_VisionTransformerPretrainedModel.get_window_index(
-        tower, torch.tensor([GRIDS[3], grid])
-    )
+    tower = SimpleNamespace(window_size=112, spatial_merge_size=2, patch_size=14, spatial_merge_unit=4)
+    index, bounds = hf.Qwen2_5_VisionTransformerPretrainedModel.get_window_index(tower, torch.tensor([GRIDS[3], grid]))
     bounds = np.unique(bounds) // 4
     theirs = {tuple(w.tolist()) for w in np.split(index.numpy(), bounds[1:-1])}
     order, lengths = window_order([GRIDS[3], grid], 2, 4)
@@ -156,9 +148,7 @@ def test_no_media() -> None:
 def test_vision_rotary_tables_are_those_of_transformers(family: QwenVLFamily) -> None:
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
-    tower = SimpleNamespace(
-        spatial_merge_size=2, rotary_pos_emb=hf.Qwen2_5_VisionRotaryEmbedding(40)
-    )
+    tower = SimpleNamespace(spatial_merge_size=2, rotary_pos_emb=hf.Qwen2_5_VisionRotaryEmbedding(40))
     angles = hf.Qwen2_5_VisionTransformerPretrainedModel.rot_pos_emb(tower, torch.tensor(GRIDS))
     tables = family.vision_tables(np.array(GRIDS))
     order = np.arange(len(angles)) if tables.order is None else tables.order

@@ -12,7 +12,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from duetvl.core.autograd import Arrivals, Backward, Forward
 from duetvl.core.errors import BackendError
@@ -23,8 +23,6 @@ try:
     from mindspore.graph.api import _pynative_executor as engine
 except ImportError as missing:
     raise BackendError(f"duetvl needs mindspore>=2.10,<2.11, found {ms.__version__} ({missing})") from None
-
-Tensor = ms.Tensor
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import mindspore as ms
 import mindspore.communication as comm
 import numpy as np
-from mindspore import mint, ops
+from mindspore import Tensor, mint, ops
 from mindspore.mint import distributed as dist
 
 from duetvl.backends.mindspore.host_transport import Address, HostTransport, Incoming, Outgoing
@@ -19,7 +19,6 @@ from duetvl.core.composed import ComposedCollectives
 from duetvl.core.composed.collectives import time_limit
 from duetvl.core.errors import BackendError
 
-Tensor = ms.Tensor
 NEEDED = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT")
 
 

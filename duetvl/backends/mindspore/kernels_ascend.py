@@ -12,6 +12,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 from mindspore.ops import speed_fusion_attention
 from mindspore.ops.auto_generate import (
     RmsNorm,
@@ -24,8 +25,6 @@ from mindspore.ops.auto_generate import (
 
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.core.spans import Spans
-
-Tensor = ms.Tensor
 
 MASK_SIDE = 2048  # of the compressed causal mask that sparse modes 2 and 3 take, whatever the lengths
 SPANS_A_CALL = 1024  # the TND layout takes no more
@@ -70,7 +69,7 @@ class AscendOps(MindSporeOps):
         if not _takes(q):
             return super().attention_grad(dout, q, k, v, out, lse, spans)
         found = [
-            self._fused_grad(*(x[rows] for x in (dout, q, k, v, out)), lse[:, rows], part)
+            self._fused_grad(dout[rows], q[rows], k[rows], v[rows], out[rows], lse[:, rows], part)
             for rows, part in spans.parts(SPANS_A_CALL)
         ]
         dq, dk, dv = (self.concat(pieces, 0) for pieces in zip(*found, strict=True))

@@ -12,14 +12,13 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
+from mindspore import Tensor, ops
 from mindspore.common.np_dtype import bfloat16
 
 from duetvl.backends.mindspore import numpy_kernels as kernels
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.core.spans import Spans
 
-Tensor = ms.Tensor
 NUMPY_DTYPES = {name: name for name in ("float32", "float16", "int32", "int64", "bool")} | {"bfloat16": bfloat16}
 
 
@@ -146,14 +145,14 @@ class CpuOps(MindSporeOps):
         return self.autograd.custom_vjp(forward, backward)(x, scale, bias)
 
     def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        out, lse = kernels.attention(*(self._wide(x) for x in (q, k, v)), spans)
+        out, lse = kernels.attention(self._wide(q), self._wide(k), self._wide(v), spans)
         return self._like(out, q), ms.Tensor.from_numpy(lse)
 
     def attention_grad(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arrays = (self._wide(x) for x in (dout, q, k, v, out, lse))
-        dq, dk, dv = kernels.attention_grad(*arrays, spans)
+        wide = self._wide
+        dq, dk, dv = kernels.attention_grad(wide(dout), wide(q), wide(k), wide(v), wide(out), wide(lse), spans)
         return self._like(dq, q), self._like(dk, k), self._like(dv, v)
 
     def _wide(self, x: Tensor) -> np.ndarray:

@@ -7,12 +7,10 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import mint, ops
+from mindspore import Tensor, mint, ops
 
 from duetvl.backends.mindspore.autograd import MindSporeAutograd
 from duetvl.core.composed import ComposedOps
-
-Tensor = ms.Tensor
 
 DTYPES = {
     "float32": ms.float32,

@@ -44,7 +44,7 @@ class MindSporeOptimizer:
         for group in groups:
             rate = lr * group.lr_scale
             for p in (p for p in group.parameters if p.main_grad is not None):
-                weight = state.master.get(p.path, p.tensor)
+                weight = state.weight(p)
                 if group.weight_decay:
                     self.ops.assign(weight, weight * (1.0 - rate * group.weight_decay))
                 state.step[p.path] += 1

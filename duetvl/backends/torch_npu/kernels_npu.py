@@ -44,7 +44,7 @@ def why_missing() -> str | None:
         importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
         return f"torch_npu does not load ({error}); is CANN there, and its set_env.sh sourced?"
-    return None if torch.npu.is_available() else "torch_npu sees no device; try npu-smi info"
+    return None if torch.get_device_module("npu").is_available() else "torch_npu sees no device; try npu-smi info"
 
 
 class NpuOps(TorchOps):
@@ -80,7 +80,7 @@ class NpuOps(TorchOps):
         if spans.rows == 0:
             return super().attention_grad(dout, q, k, v, out, lse, spans)
         found = [
-            self._fused_grad(*(x[rows] for x in (dout, q, k, v, out)), lse[:, rows], part)
+            self._fused_grad(dout[rows], q[rows], k[rows], v[rows], out[rows], lse[:, rows], part)
             for rows, part in spans.parts(SPANS_A_CALL)
         ]
         dq, dk, dv = (self.concat(pieces, 0) for pieces in zip(*found, strict=True))

@@ -18,8 +18,8 @@ class TorchKVCache(ComposedKVCache):
         visible = None
         if 1 < new < rows:
             visible = torch.ones(new, rows, dtype=torch.bool, device=q.device).tril(rows - new)
-        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=visible, is_causal=new == rows and new > 1, enable_gqa=True
+            q, k, v, attn_mask=visible, is_causal=new == rows and new > 1, enable_gqa=True
         )
         return out[0].transpose(0, 1)

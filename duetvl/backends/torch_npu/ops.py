@@ -174,15 +174,15 @@ class TorchOps(ComposedOps):
     def _attention_grad_cpu(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for run in spans.runs:
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(_by_span(x, run) for x in (dout, q, k, v, out)), _lse_by_span(lse, run).contiguous(), 0.0,
                 spans.causal,
             )  # fmt: skip
-            for whole, part in zip(grads, found, strict=True):
+            for whole, part in zip((dq, dk, dv), found, strict=True):
                 _by_span(whole, run).copy_(part)
-        return grads
+        return dq, dk, dv
 
     # -- the vocabulary: blocks of logits are made, used and turned into gradients in one buffer --------------------
 

@@ -41,7 +41,7 @@ class TorchOptimizer:
             chosen = [p for p in group.parameters if p.main_grad is not None]
             if not chosen:
                 continue
-            weights = [state.master.get(p.path, p.tensor) for p in chosen]
+            weights = [state.weight(p) for p in chosen]
             adamw(
                 weights,
                 [p.main_grad for p in chosen],

@@ -117,7 +117,8 @@ class ComposedOps(Ops):
             return (out, lse), (q, k, v, out, lse)
 
         def backward(needs: Any, residuals: Any, dout: Tensor, dlse: Tensor) -> Any:
-            return self.attention_grad(dout, *residuals, spans)
+            q, k, v, out, lse = residuals
+            return self.attention_grad(dout, q, k, v, out, lse, spans)
 
         return self.autograd.custom_vjp(forward, backward)(q, k, v)
 

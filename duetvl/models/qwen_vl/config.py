@@ -56,9 +56,7 @@ class VisionConfig:
     tokens_per_second: float | None = None
 
     def __post_init__(self) -> None:
-        _check_divides(
-            "vision_config", "hidden_size", self.hidden_size, "num_heads", self.num_heads
-        )
+        _check_divides("vision_config", "hidden_size", self.hidden_size, "num_heads", self.num_heads)
         if self.head_dim % 4:
             raise ConfigError(
                 f"vision_config: a head of {self.head_dim} numbers (hidden_size "
@@ -73,6 +71,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Numbers in one head."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -112,9 +111,7 @@ class TextConfig:
     max_positions: int = 32768
 
     def __post_init__(self) -> None:
-        _check_divides(
-            "config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_heads
-        )
+        _check_divides("config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_heads)
         _check_divides(
             "config",
             "num_attention_heads",
@@ -131,6 +128,7 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """Numbers in one head."""
         return self.hidden_size // self.num_heads
 
 
@@ -168,8 +166,7 @@ class ModelConfig:
         model_type = data.get("model_type")
         if model_type not in _FAMILIES:
             raise ConfigError(
-                f"{source}: model_type is {model_type!r}; duetvl implements "
-                f"{', '.join(map(repr, _FAMILIES))}"
+                f"{source}: model_type is {model_type!r}; duetvl implements {', '.join(map(repr, _FAMILIES))}"
             )
         text = _Section(_text_section(data, source), source)
         _refuse_unimplemented(text)
@@ -191,9 +188,7 @@ class ModelConfig:
             )
         except ConfigError as error:
             message = str(error)
-            raise ConfigError(
-                message if message.startswith(source) else f"{source}: {message}"
-            ) from None
+            raise ConfigError(message if message.startswith(source) else f"{source}: {message}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The published flat layout, which every version of transformers reads."""
@@ -225,9 +220,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     """
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
-        raise CheckpointError(
-            f"{directory}: no such directory; give a local model directory with a config.json"
-        )
+        raise CheckpointError(f"{directory}: no such directory; give a local model directory with a config.json")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -246,9 +239,7 @@ def published_config(name: str) -> ModelConfig:
     """The configuration of a published model: `Qwen2.5-VL-7B`, `Qwen/Qwen2.5-VL-7B-Instruct`."""
     short = name.rsplit("/", 1)[-1].removesuffix("-Instruct")
     if short not in published_names():
-        raise ConfigError(
-            f"no published configuration {name!r}{did_you_mean(short, published_names())}"
-        )
+        raise ConfigError(f"no published configuration {name!r}{did_you_mean(short, published_names())}")
     path = _PUBLISHED / f"{short}.json"
     return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")), source=str(path))
 
@@ -302,9 +293,7 @@ def _norm_shapes(name: str, vision: VisionConfig) -> Iterator[tuple[str, Shape]]
         yield f"{name}.bias", (vision.hidden_size,)
 
 
-def _linear_shapes(
-    name: str, rows: int, columns: int, bias: bool = True
-) -> Iterator[tuple[str, Shape]]:
+def _linear_shapes(name: str, rows: int, columns: int, bias: bool = True) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (rows, columns)
     if bias:
         yield f"{name}.bias", (rows,)
@@ -356,9 +345,7 @@ class _Section:
     def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 0) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ConfigError(
-                f"{self.where}: {key} is {value!r}, expected an integer from {minimum} up"
-            )
+            raise ConfigError(f"{self.where}: {key} is {value!r}, expected an integer from {minimum} up")
         return value
 
     def size(self, key: str, default: Any = _REQUIRED) -> int:
@@ -379,9 +366,7 @@ class _Section:
     def choice(self, key: str, default: Any, known: Sequence[str]) -> str:
         value = self._get(key, default)
         if value not in known:
-            raise ConfigError(
-                f"{self.where}: {key} {value!r} is not implemented; known: {', '.join(known)}"
-            )
+            raise ConfigError(f"{self.where}: {key} {value!r} is not implemented; known: {', '.join(known)}")
         return str(value)
 
 
@@ -417,18 +402,12 @@ def _refuse_unimplemented(text: _Section) -> None:
     """One clear line for each thing a config may ask for that this code would silently not do."""
     layer_types = text.values.get("layer_types") or ()
     if text.values.get("use_sliding_window") or "sliding_attention" in layer_types:
-        raise ConfigError(
-            f"{text.where}: use_sliding_window is not implemented; no published model uses it"
-        )
+        raise ConfigError(f"{text.where}: use_sliding_window is not implemented; no published model uses it")
     if text.values.get("quantization_config"):
-        raise ConfigError(
-            f"{text.where}: quantized weights (quantization_config) are not implemented"
-        )
+        raise ConfigError(f"{text.where}: quantized weights (quantization_config) are not implemented")
     for key, neutral in (("attention_dropout", 0), ("partial_rotary_factor", 1)):
         if (text.values.get(key) or neutral) != neutral:
-            raise ConfigError(
-                f"{text.where}: {key} {text.values[key]} is not implemented; only {neutral} is"
-            )
+            raise ConfigError(f"{text.where}: {key} {text.values[key]} is not implemented; only {neutral} is")
 
 
 def _read_text(text: _Section) -> TextConfig:
@@ -468,14 +447,10 @@ def _read_rope(text: _Section) -> tuple[float, tuple[int, int, int]]:
     rope = _Section(text.values[key], f"{text.where}: {key}")
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind not in ("mrope", "default"):
-        raise ConfigError(
-            f"{rope.where}: rope type {kind!r} is not implemented; known: mrope, default"
-        )
+        raise ConfigError(f"{rope.where}: rope type {kind!r} is not implemented; known: mrope, default")
     sections = rope.integers("mrope_section")
     if len(sections) != 3:
-        raise ConfigError(
-            f"{rope.where}: mrope_section {list(sections)} needs three numbers: time, height, width"
-        )
+        raise ConfigError(f"{rope.where}: mrope_section {list(sections)} needs three numbers: time, height, width")
     theta = rope.number("rope_theta", text.number("rope_theta", 1e6))
     return theta, (sections[0], sections[1], sections[2])
 
@@ -499,9 +474,7 @@ def _write_text(text: TextConfig) -> dict[str, Any]:
 def _read_tie(data: Mapping[str, Any]) -> bool:
     """Which of two flags counts: in transformers 4 the language model's, in 5 the outer one."""
     nested = data.get("text_config") or {}
-    found = [
-        place["tie_word_embeddings"] for place in (nested, data) if "tie_word_embeddings" in place
-    ]
+    found = [place["tie_word_embeddings"] for place in (nested, data) if "tie_word_embeddings" in place]
     major = str(data.get("transformers_version", "4")).split(".")[0]
     return bool(found[-1 if major.isdigit() and int(major) >= 5 else 0]) if found else False
 
@@ -511,9 +484,7 @@ def _read_dtype(text: _Section) -> str | None:
     return None if value is None else str(value).removeprefix("torch.")
 
 
-def _extra(
-    text: Mapping[str, Any], vision: Mapping[str, Any], vision_keys: frozenset[str]
-) -> dict[str, Any]:
+def _extra(text: Mapping[str, Any], vision: Mapping[str, Any], vision_keys: frozenset[str]) -> dict[str, Any]:
     extra = {key: value for key, value in text.items() if key not in _TEXT_KEYS}
     rest = {key: value for key, value in vision.items() if key not in vision_keys}
     return extra | ({"vision_config": rest} if rest else {})

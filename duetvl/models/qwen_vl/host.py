@@ -154,10 +154,7 @@ class QwenVLFamily:
         edges = [0, *np.cumsum(text.mrope_section).tolist()]
         cos, sin = (
             np.concatenate(
-                [
-                    table[axis, start:stop]
-                    for axis, (start, stop) in zip(positions, pairwise(edges), strict=True)
-                ],
+                [table[axis, start:stop] for axis, (start, stop) in zip(positions, pairwise(edges), strict=True)],
                 axis=1,
             )
             for table in tables
@@ -185,9 +182,7 @@ class QwenVLFamily:
         vision = self.config.vision
         places = [_patch_places(grid, vision.merge, vision.window_merged) for grid in grids]
         rows = np.concatenate([np.zeros((0, 2), np.int32), *places])
-        tables = _rotary_table(
-            _table_length(int(rows.max(initial=0)) + 1), vision.head_dim // 2, vision.rope_theta
-        )
+        tables = _rotary_table(_table_length(int(rows.max(initial=0)) + 1), vision.head_dim // 2, vision.rope_theta)
         cos, sin = (table[rows].reshape(len(rows), vision.head_dim // 2) for table in tables)
         return cos, sin
 
@@ -198,9 +193,7 @@ class QwenVLFamily:
             return 1.0, 1.0
         return (float(seconds[block.index]), ticks) if block.is_video else (0.0, ticks)
 
-    def _blocks(
-        self, ids: np.ndarray, image_grids: np.ndarray, video_grids: np.ndarray
-    ) -> list[_Block]:
+    def _blocks(self, ids: np.ndarray, image_grids: np.ndarray, video_grids: np.ndarray) -> list[_Block]:
         """The vision blocks of a sample in the order of its tokens, each with its grid.
 
         Raises DataError when a block has more or fewer tokens than its grid makes features.
@@ -233,9 +226,7 @@ class QwenVLFamily:
             self._check_tokens(sample)
             media = [
                 _checked_rows("image", sample.pixel_values, sample.image_grid_thw, self.geometry),
-                _checked_rows(
-                    "video", sample.pixel_values_videos, sample.video_grid_thw, self.geometry
-                ),
+                _checked_rows("video", sample.pixel_values_videos, sample.video_grid_thw, self.geometry),
             ]
             return self._part(sample, [rows for rows in media if rows is not None])
         except DataError as error:
@@ -304,22 +295,17 @@ class _Medium:
     def take(self, tokens: int) -> tuple[int, Grid]:
         if self.taken == len(self.grids):
             raise DataError(
-                f"{tokens} {self.name} placeholder tokens are left over after {len(self.grids)} "
-                f"{self.name} grids"
+                f"{tokens} {self.name} placeholder tokens are left over after {len(self.grids)} {self.name} grids"
             )
         self.taken += 1
         return self.taken - 1, self.grids[self.taken - 1]
 
     def check_all_taken(self) -> None:
         if self.taken < len(self.grids):
-            raise DataError(
-                f"has {len(self.grids)} {self.name} grids, but placeholder tokens for {self.taken}"
-            )
+            raise DataError(f"has {len(self.grids)} {self.name} grids, but placeholder tokens for {self.taken}")
 
 
-def window_order(
-    grids: Iterable[Sequence[int]], merge: int, window: int
-) -> tuple[np.ndarray, np.ndarray]:
+def window_order(grids: Iterable[Sequence[int]], merge: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     """The order of merged patches that keeps windows of `window` x `window` of them together.
 
     grids (N, 3) in patches. Returns the merged patch of each row (M,) int64, counted over all
@@ -358,9 +344,7 @@ def _patch_places(grid: Grid, merge: int, window: int) -> np.ndarray:
     frames, height, width = grid
     row, column = np.divmod(np.arange(height * width), width)
     block = (height // merge, merge, width // merge, merge)
-    places = [
-        axis.reshape(block).transpose(0, 2, 1, 3).reshape(-1, merge**2) for axis in (row, column)
-    ]
+    places = [axis.reshape(block).transpose(0, 2, 1, 3).reshape(-1, merge**2) for axis in (row, column)]
     order, _ = _frame_windows(height // merge, width // merge, window)
     in_order = np.stack([place[order].reshape(-1) for place in places], axis=1)
     return np.tile(in_order, (frames, 1)).astype(np.int32)
@@ -409,9 +393,7 @@ def _table_length(longest: int) -> int:
 
 def _frame_lengths(grids: Sequence[Grid]) -> np.ndarray:
     """Patches of each frame: attention never crosses temporal patches."""
-    return np.array(
-        [height * width for frames, height, width in grids for _ in range(frames)], np.int64
-    )
+    return np.array([height * width for frames, height, width in grids for _ in range(frames)], np.int64)
 
 
 def _placeholder_runs(ids: np.ndarray, tokens: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -421,18 +403,14 @@ def _placeholder_runs(ids: np.ndarray, tokens: tuple[int, ...]) -> list[tuple[in
     starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
     stops = np.append(starts[1:], len(ids))
     chosen = np.isin(ids[starts], tokens)
-    return [
-        (int(ids[start]), int(start), int(stop))
-        for start, stop in zip(starts[chosen], stops[chosen], strict=True)
-    ]
+    return [(int(ids[start]), int(start), int(stop)) for start, stop in zip(starts[chosen], stops[chosen], strict=True)]
 
 
 def _as_grid(grid: np.ndarray | Sequence[int], merge: int) -> Grid:
     frames, height, width = (int(number) for number in grid)
     if min(frames, height, width) < 1 or height % merge or width % merge:
         raise DataError(
-            f"grid ({frames}, {height}, {width}) needs positive numbers, height and width in "
-            f"multiples of {merge}"
+            f"grid ({frames}, {height}, {width}) needs positive numbers, height and width in multiples of {merge}"
         )
     return frames, height, width
 
@@ -465,13 +443,9 @@ def _checked_rows(
         return None
     rows = np.asarray(pixels)
     if rows.ndim != 2 or rows.shape[1] != geometry.row:
-        raise DataError(
-            f"{name} pixels have shape {rows.shape}, expected (patches, {geometry.row})"
-        )
+        raise DataError(f"{name} pixels have shape {rows.shape}, expected (patches, {geometry.row})")
     if len(rows) != expected:
-        raise DataError(
-            f"has {len(rows)} {name} pixel rows, its grids {grids.tolist()} need {expected}"
-        )
+        raise DataError(f"has {len(rows)} {name} pixel rows, its grids {grids.tolist()} need {expected}")
     return rows
 
 
@@ -481,9 +455,7 @@ def _check_ids(name: str, ids: np.ndarray, exempt: np.ndarray, vocab: int) -> No
     wrong = np.flatnonzero(~exempt & ((ids < 0) | (ids >= vocab)))
     if len(wrong):
         at = int(wrong[0])
-        raise DataError(
-            f"{name} {int(ids[at])} at position {at} is outside the vocabulary of {vocab}"
-        )
+        raise DataError(f"{name} {int(ids[at])} at position {at} is outside the vocabulary of {vocab}")
 
 
 def _targets(sample: Sample) -> np.ndarray:

@@ -55,9 +55,7 @@ def vision_tower(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput)
     return linear(ops, w.merger.mlp[2], ops.gelu(linear(ops, w.merger.mlp[0], merged)))
 
 
-def vision_block(
-    ops: Ops, config: VisionConfig, w: Weights, x_PD: Tensor, given: VisionInput, spans: Spans
-) -> Tensor:
+def vision_block(ops: Ops, config: VisionConfig, w: Weights, x_PD: Tensor, given: VisionInput, spans: Spans) -> Tensor:
     """Pre-norm attention and MLP; `spans` bounds who may attend to whom."""
     x_PD = x_PD + attend(ops, config, w.attn, norm(ops, config, w.norm1, x_PD), given, spans)
     return x_PD + mlp(ops, config, w.mlp, norm(ops, config, w.norm2, x_PD))
