@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, Final
@@ -51,10 +51,9 @@ _NEEDLESS: Final = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, 1 where `verify` finds differences, 2 for a mistake of the user, 130 after an interrupt."""
-    if current_thread() is main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        with _tidy_when_terminated():
+            return _run(sys.argv[1:] if argv is None else list(argv))
     except DuetvlError as error:
         if os.environ.get("DUETVL_DEBUG") == "1":
             raise
@@ -67,6 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; nothing was left behind", sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """SIGTERM as Ctrl-C."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: Any) -> None:

@@ -139,6 +139,8 @@ def resplit(
         _check_found_family(directory.layout, directory.has(_VISION_BIAS), family, source_dir)
         exact = source.replicate_kv or target.replicate_kv or source.vision_qkv != target.vision_qkv
         model = infer_model(directory, source, [target], exact=exact)
+        if model.tied and directory.has("text_decoder.output_layer."):
+            options.say("the head has the numbers of the embedding, so the model is taken as tied")
     vision_only = not directory.has("text_decoder.")
     if vision_only:
         model = model.only("visual.")

@@ -62,7 +62,7 @@ _COMMON: Final = (
     Key("common_model_config.new_transformers_weight_key", "switch",
         "LoRA: adapters are named as in transformers >= 4.52 (both are read; this says which to write)", False),
     Key("common_model_config.model_prefix", "text", "LoRA: what peft puts before names, base_model.model.", None),
-    Key("common_model_config.llm_hf_dir", "directory", "take the language model's tensors from this directory", None),
+    Key("common_model_config.llm_hf_dir", "directory", "as llm_hf_config.hf_dir", None),
     *(Key(f"common_model_config.{name}", "natural", _IGNORED, 0)
       for name in ("num_experts", "num_key_value_heads", "llm_num_layers", "vit_num_layers")),
     Key("common_model_config.audio_num_layers", "natural", _IGNORED, None),
@@ -72,6 +72,7 @@ _HF: Final = Key("hf_config.hf_dir", "directory", "model directory in the Huggin
 _TRUST: Final = Key("trust_remote_code", "switch", "accepted for compatibility; no code of a model is ever run", False)
 _FROM: Final = "take the language model's tensors from this directory"
 _LANGUAGE: Final = Key("llm_hf_config.hf_dir", "directory", _FROM, None)
+_NO_LANGUAGE: Final = Key("llm_hf_config.hf_dir", "directory", "accepted for compatibility; has no effect here", None)
 _OURS: Final = (
     Key("overwrite", "switch", "replace what is there; without it an existing target is refused", False),
     Key("dry_run", "switch", "print files, sizes and stages, and write nothing", False),
@@ -104,7 +105,7 @@ COMMANDS: Final[Mapping[str, tuple[str, tuple[Key, ...]]]] = {
     "mm_to_hf": (
         "Convert MindSpeed-MM weights to Hugging Face",
         (*_MM_TO_HF, _HF, *_parallel("parallel_config", "of the checkpoint"),
-         *_COMMON, _LANGUAGE, _TRUST, _order(), _REPLICATE, *_OURS),
+         *_COMMON, _NO_LANGUAGE, _TRUST, _order(), _REPLICATE, *_OURS),
     ),
     "resplit": (
         "Divide MindSpeed-MM weights over other stages and ranks",
@@ -119,12 +120,12 @@ COMMANDS: Final[Mapping[str, tuple[str, tuple[Key, ...]]]] = {
         (*_HF_TO_MM, Key("hf_config.hf_dir", "directory", "directory of the adapter (safetensors)"),
          *_parallel("parallel_config", "of training"),
          Key("save_vit_only", "switch", "has no effect on adapters", False),
-         *_COMMON, _LANGUAGE, _TRUST, _FORMAT, *_OURS),
+         *_COMMON, _NO_LANGUAGE, _TRUST, _FORMAT, *_OURS),
     ),
     "lora_mm_to_hf": (
         "Convert a LoRA adapter of MindSpeed-MM to one adapter_model.safetensors",
         (*_MM_TO_HF, *_parallel("parallel_config", "of the checkpoint"),
-         Key("hf_config.hf_dir", "directory", "not needed", None), *_COMMON, _LANGUAGE, _TRUST, *_OURS),
+         Key("hf_config.hf_dir", "directory", "not needed", None), *_COMMON, _NO_LANGUAGE, _TRUST, *_OURS),
     ),
     "verify": (
         "Compare two checkpoints of any layouts tensor by tensor",

@@ -84,7 +84,8 @@ class TorchFile:
         try:
             records = _read_directory(self.path)
             with open(self.path, "rb") as handle:
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+                # Read-only: a private writable mapping larger than memory and swap is refused by the kernel.
+                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
             self._records = {name: _locate(self.path, self._map, info) for name, info in records.items()}
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
 import resource
@@ -285,6 +287,62 @@ def test_existing_target_is_refused(here: Path, capsys: pytest.CaptureFixture[st
     assert (here / "out" / "iter_0000007").is_dir(), "what is not replaced stays"
 
 
+def test_model_directory_of_another_size(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(HF_TO_MM.replace("out", "mm") + TWO) == 0
+    write_hf(Path("other"), tiny_config(layers=5))
+    said = fails(MM_TO_HF.replace("hf_dir hf", "hf_dir other") + TWO, capsys)
+    assert "places 4 text layers, the model has 5" in said
+
+
+def test_trained_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An iteration that Megatron saved: arguments, optimizer and random state beside the tensors."""
+    assert run(HF_TO_MM.replace("out", "mm") + TWO) == 0
+    for name, content in mm_files(Path("mm")).items():
+        folder = Path("mm/iter_0000100") / name
+        folder.mkdir(parents=True)
+        model = {key: tensor.clone() for key, tensor in content["model"].items()}
+        model["text_decoder.decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
+        model["text_decoder.rotary_pos_emb.inv_freq"] = torch.ones(3)
+        model["image_encoder.encoder.blocks.layers.0.mlp.linear_fc1._extra_state"] = torch.ones(2, dtype=torch.uint8)
+        rest = {"args": argparse.Namespace(tp=2), "iteration": 100, "optimizer": {"state": {0: torch.ones(3)}},
+                "rng_state": [_Harm()], "opt_param_scheduler": {"lr": 1e-5}}  # fmt: skip
+        torch.save({"model": model, "checkpoint_version": 3.0, **rest}, folder / "model_optim_rng.pt")
+    shutil.rmtree("mm/release")
+    Path("mm/latest_checkpointed_iteration.txt").write_text("100")
+    assert run(MM_TO_HF + TWO) == 0
+    assert same(read_hf(Path("out")), read_hf(Path("hf")))
+    assert run("verify mm/iter_0000100 out") == 0
+    assert not Path("harmed").exists()
+    path = Path("mm/iter_0000100/mp_rank_00_001/model_optim_rng.pt")
+    content = torch.load(path, weights_only=False) | {"rng_state": None}
+    content["model"]["text_decoder.decoder.layers.0.self_attention.q_layernorm.weight"] = torch.ones(8)
+    torch.save(content, path)
+    shutil.rmtree("out")
+    assert "1 not part of the model (text_decoder.decoder.layers.0" in fails(MM_TO_HF + TWO, capsys)
+
+
+def test_verify_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(HF_TO_MM + TWO + " --cfg.format safetensors --cfg.parallel_config.tp_size 2") == 0
+    assert list(Path("out").rglob("*.pt")) == []
+    assert run("verify hf out") == 0
+    write_hf(Path("other"), tiny_config(), seed=1)
+    capsys.readouterr()
+    assert run("verify out other") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("0 tensor(s) equal, ")
+    assert "numbers differ, by up to" in said[0]
+
+
+def test_progress_in_bytes_where_someone_looks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run(HF_TO_MM + ONE) == 0
+    assert "writing: " in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
 # -- trouble on the way -----------------------------------------------------------------------------------------------
 
 
@@ -345,9 +403,9 @@ def test_target_that_may_not_be_written(
     assert "may be written to" in fails(HF_TO_MM + ONE, capsys)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGINT), (3, signal.SIGINT), (3, signal.SIGTERM)])
 def test_interrupt_in_the_middle(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: int
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: int, number: int
 ) -> None:
     """Ctrl-C while tensors are being written, in this thread and in others."""
     write, count = streaming._write_at, [0]
@@ -355,7 +413,7 @@ def test_interrupt_in_the_middle(
     def slow(descriptor: int, data: memoryview, position: int) -> None:
         count[0] += 1
         if count[0] == 20:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         if count[0] >= 20:
             time.sleep(0.01)
         write(descriptor, data, position)

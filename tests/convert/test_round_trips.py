@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from duetvl.convert.commands import Difference, Options, hf_to_mm, mm_to_hf, resplit, verify
 from duetvl.convert.layouts import Layers, Layout
+from duetvl.convert.names import VisionOrder
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.tensor_files import TensorFile
 from tests.convert.tiny import mm_files, random_bits, read_hf, same, tiny_config, write_hf
 
 QUIET = Options()
-ORDERS = ("interleaved", "interleaved")
+ORDERS: tuple[VisionOrder, VisionOrder] = ("interleaved", "interleaved")
 DIVISIONS: list[tuple[Layers, Layers]] = [
     (((4,),), ((4,),)),
     (((1, 3),), ((4, 0),)),
@@ -53,7 +54,7 @@ def test_grid(tmp_path: Path, family: str, tied: bool, canonical: bool) -> None:
         shutil.copytree(tmp_path / "hf", folder / "hf")
         round_trip(folder, first, second, kind="safetensors" if number == 3 else "pt")
         assert same(read_hf(folder / "back"), bits)
-        found = [f for f in verify(folder / "a", folder / "b", orders=ORDERS) if isinstance(f, Difference)]  # type: ignore[arg-type]
+        found = [f for f in verify(folder / "a", folder / "b", orders=ORDERS) if isinstance(f, Difference)]
         assert not found
 
 
@@ -110,6 +111,7 @@ def test_replicated_heads_round_trip(tmp_path: Path) -> None:
         resplit(folder / "a", folder / "b", wide, narrow, QUIET, hf_dir=tmp_path / "hf")
         mm_to_hf(folder / "b", tmp_path / "hf", folder / "back", narrow, QUIET)
         assert same(read_hf(folder / "back"), bits)
+        assert not [f for f in verify(folder / "a", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)]
 
 
 def test_vision_order_of_old_releases(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_vision_order_of_old_releases(tmp_path: Path) -> None:
     resplit(tmp_path / "old", tmp_path / "mended", old, new, QUIET, hf_dir=tmp_path / "hf")
     assert not same(read_hf(tmp_path / "wrong"), bits)
     assert same(read_hf(tmp_path / "right"), bits)
-    assert not [f for f in verify(tmp_path / "mended", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)]  # type: ignore[arg-type]
+    assert not [f for f in verify(tmp_path / "mended", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)]
     assert not [f for f in verify(tmp_path / "old", tmp_path / "hf", orders=("hf", "hf")) if isinstance(f, Difference)]
 
 
@@ -165,7 +167,7 @@ def test_vision_only(tmp_path: Path) -> None:
     names = {name for content in files.values() for name in content["model"]}
     assert names
     assert all(name.startswith("image_encoder.") for name in names)
-    told = {f.name for f in verify(tmp_path / "re", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)}  # type: ignore[arg-type]
+    told = {f.name for f in verify(tmp_path / "re", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)}
     assert told
     assert not any(name.startswith("visual.") for name in told)
 
@@ -203,7 +205,7 @@ def test_verify_says_where_and_by_how_much(tmp_path: Path) -> None:
         handle.write(np.float32(bits[name].flat[0] + 0.5).tobytes())
     hf_to_mm(tmp_path / "b", tmp_path / "mm", Layout(*DIVISIONS[3], 2), QUIET)
     for other in ("b", "mm"):
-        found = list(verify(tmp_path / "a", tmp_path / other, orders=ORDERS))  # type: ignore[arg-type]
+        found = list(verify(tmp_path / "a", tmp_path / other, orders=ORDERS))
         (difference,) = [f for f in found if isinstance(f, Difference)]
         assert difference.name == name
         assert difference.text == "1 of 2048 numbers differ, by up to 0.5"
@@ -240,7 +242,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], t
     return made
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_division(
     models: dict[tuple[str, bool], tuple[Path, dict[str, np.ndarray]]],
