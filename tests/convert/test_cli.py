@@ -338,9 +338,10 @@ def test_progress_in_bytes_where_someone_looks(here: Path, monkeypatch: pytest.M
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     assert run(HF_TO_MM + ONE) == 0
-    assert "writing: " in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "writing: " in terminal.getvalue()
 
 
 # -- trouble on the way -----------------------------------------------------------------------------------------------

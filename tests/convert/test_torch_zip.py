@@ -111,7 +111,7 @@ class _Harm:
 
 def test_harm_does_nothing(tmp_path: Path) -> None:
     for where in ("model", "args"):
-        content = {"model": {"w": torch.ones(2)}, "args": None, where: _Harm(tmp_path / "harmed")}
+        content: dict[str, Any] = {"model": {"w": torch.ones(2)}, "args": None, where: _Harm(tmp_path / "harmed")}
         if where == "model":
             content["model"] = {"w": torch.ones(2), "x": _Harm(tmp_path / "harmed")}
         torch.save(content, tmp_path / "x.pt")

@@ -9,6 +9,7 @@ import pytest
 
 from duetvl.convert.commands import Difference, Options, export_mindspeed_mm, hf_to_mm, mm_to_hf, verify
 from duetvl.convert.layouts import Layout
+from duetvl.convert.names import VisionOrder
 from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.params import Parameter
@@ -17,7 +18,7 @@ from duetvl.training.checkpoint import Meta, save_checkpoint
 from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny_config, write_hf
 
 TWO = Layout(((1, 3),), ((4, 0),), 2)
-ORDERS = ("interleaved", "interleaved")
+ORDERS: tuple[VisionOrder, VisionOrder] = ("interleaved", "interleaved")
 
 
 def save_run(run: Path, be: Backend, bits: dict[str, np.ndarray], model_config: dict[str, object]) -> None:
