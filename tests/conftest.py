@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import oracle
 import pytest
 
 from duetvl.core.backend import Backend, load_backend
+from duetvl.core.batch import Sample
 
 FRAMEWORKS = {"torch_npu": "torch", "mindspore": "mindspore"}
 
@@ -17,3 +23,48 @@ def be(request: pytest.FixtureRequest) -> Backend:
     if find_spec(FRAMEWORKS[request.param]) is None:
         pytest.skip(f"{FRAMEWORKS[request.param]} is not installed")
     return load_backend(request.param, device="cpu")
+
+
+class TinyModels:
+    """The models of `oracle.MODELS` by name: made and saved by transformers once, then read by whoever asks.
+
+    What `ours` answers is shared between tests: leave its weights and flags as they are, or load one of your own.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.ours = cache(self._ours)
+        self.theirs = cache(lambda name: oracle.load(self.directory(name)))
+        self._logits: dict[tuple[str, str], np.ndarray] = {}
+
+    def directory(self, name: str) -> Path:
+        """A model directory that transformers wrote."""
+        path = self.root / name
+        if not path.exists():
+            oracle.make(name).save_pretrained(path)
+        return path
+
+    def logits(self, name: str, kind: str) -> np.ndarray:
+        """Transformers' logits (T, vocabulary) of a sample of `oracle.SAMPLES`."""
+        if (name, kind) not in self._logits:
+            self._logits[name, kind] = oracle.logits(self.theirs(name), oracle.SAMPLES[kind])
+        return self._logits[name, kind]
+
+    def _ours(self, name: str, backend: Backend, dtype: str = "float32") -> Any:
+        import duetvl
+
+        return duetvl.load_model(self.directory(name), backend=backend, dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Tiny random models of both families."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def samples() -> dict[str, Sample]:
+    """Text, one image, three images of odd sizes, a video, an image and a video."""
+    return oracle.SAMPLES
