@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import duetvl
 from duetvl.convert import commands
-from duetvl.convert.commands import Difference, Options
 from duetvl.convert.layouts import Layout
 from duetvl.convert.options import (
     COMMANDS,
@@ -31,6 +30,8 @@ from duetvl.convert.options import (
     from_environment,
     parse_flags,
 )
+from duetvl.convert.plans import Options
+from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import ConfigError, DuetvlError, did_you_mean
 
 DIFFERENT: Final = 1
@@ -261,7 +262,7 @@ def _verify(argv: list[str]) -> int:
             raise ConfigError(f"{path}: no such directory")
     orders = values["a_vit_qkv_layout"], values["b_vit_qkv_layout"]
     equal, different = 0, 0
-    for found in commands.verify(paths[0], paths[1], orders=orders, hf_dir=values["hf_config.hf_dir"]):
+    for found in verify(paths[0], paths[1], orders=orders, hf_dir=values["hf_config.hf_dir"]):
         if isinstance(found, Difference):
             _say(f"{found.name}: {found.text}")
         different += isinstance(found, Difference)

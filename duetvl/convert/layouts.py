@@ -75,6 +75,11 @@ class Layout:
     vision_qkv: VisionOrder = INTERLEAVED
     replicate_kv: bool = False
 
+    @classmethod
+    def one_stage(cls, config: ModelConfig, tp: int = 1) -> Layout:
+        """All layers together."""
+        return cls(((config.text.num_layers,),), ((config.vision.depth,),), tp)
+
     @property
     def pp(self) -> int:
         """Ranks of the pipeline."""

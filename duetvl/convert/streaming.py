@@ -29,6 +29,7 @@ from duetvl.core.tensor_files import NUMPY_DTYPES, TensorSpec
 from duetvl.core.weights_dir import count_and_name
 
 CHUNK: Final = 1 << 24
+_PATIENCE: Final = 0.1  # seconds
 _CODES: Final = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
@@ -270,7 +271,10 @@ class _Writer:
         with ThreadPoolExecutor(workers) as pool:
             try:
                 futures: list[Future[None]] = [pool.submit(self._copy, job) for job in jobs]
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                done, waiting = wait(futures, _PATIENCE, FIRST_EXCEPTION)
+                # A signal that another thread was given is seen here only between two waits.
+                while waiting and not any(future.exception() for future in done):
+                    done, waiting = wait(futures, _PATIENCE, FIRST_EXCEPTION)
             finally:
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)

@@ -14,11 +14,14 @@ import stat
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from duetvl.convert import streaming
 from duetvl.convert.cli import main
@@ -175,6 +178,44 @@ def test_dry_run_tells_files_sizes_stages(here: Path, capsys: pytest.CaptureFixt
     assert "release/mp_rank_00_001/model_optim_rng.pt: " in said
     assert "memory: about" in said
     assert not Path("out").exists()
+
+
+def test_works_without_any_framework(here: Path) -> None:
+    """As in an environment that has none, or only the other one."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'mindspore', 'safetensors', 'transformers', 'tqdm', 'yaml', 'pydantic'):\n"
+        "    sys.modules[name] = None\n"
+        "from duetvl.convert.cli import main\n"
+        f"assert main({shlex.split(HF_TO_MM.replace('out', 'mm') + TWO)!r}) == 0\n"
+        f"assert main({shlex.split(MM_TO_HF + TWO)!r}) == 0\n"
+        "assert main(['verify', 'mm', 'out']) == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert same(read_hf(Path("out")), read_hf(Path("hf")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frameworks_read_the_safetensors_edition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_hf(Path("hf"), tiny_config(), dtype)
+    assert run(HF_TO_MM + ONE + " --cfg.format safetensors") == 0
+    assert run(HF_TO_MM.replace("out", "pt") + ONE) == 0
+    wanted = mm_files(Path("pt"))["mp_rank_00"]["model"]
+    path = "out/release/mp_rank_00/model_optim_rng.safetensors"
+    by_torch = load_file(path)
+    assert by_torch.keys() == {f"model.{name}" for name in wanted}
+    assert all(torch.equal(by_torch[f"model.{name}"], tensor) for name, tensor in wanted.items())
+    if find_spec("mindspore") is None:
+        pytest.skip("mindspore is not installed")
+    np.savez("wanted.npz", **{f"model.{name}": tensor.float().numpy() for name, tensor in wanted.items()})
+    code = (  # in a process of its own: loading starts a runtime that later tests want to start themselves
+        "import mindspore, numpy\n"
+        f"found, wanted = mindspore.load_checkpoint({path!r}, format='safetensors'), numpy.load('wanted.npz')\n"
+        "assert set(found) == set(wanted)\n"
+        "assert all((found[n].astype(mindspore.float32).asnumpy() == wanted[n]).all() for n in wanted)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
@@ -416,14 +457,14 @@ def test_interrupt_in_the_middle(
         if count[0] == 20:
             os.kill(os.getpid(), number)
         if count[0] >= 20:
-            time.sleep(0.01)
+            time.sleep(0.02)
         write(descriptor, data, position)
 
     monkeypatch.setattr(streaming, "_write_at", slow)
     before = fingerprint_raw(here / "hf")
     assert run(f"{HF_TO_MM}{ONE} --cfg.workers {workers}") == 130
     assert capsys.readouterr().err == "interrupted; nothing was left behind\n"
-    assert 20 <= count[0] < 40
+    assert 20 <= count[0] < 150, "of more than 300"
     assert not Path("out").exists()
     assert not list(here.glob(".*.saving"))
     assert fingerprint_raw(here / "hf") == before
@@ -431,8 +472,8 @@ def test_interrupt_in_the_middle(
 
 def test_kill_leaves_nothing_that_looks_complete(here: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom duetvl.convert import commands, cli\n"
-        "commands.write_text = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom duetvl.convert import plans, cli\n"
+        "plans.write_text = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "cli.main(sys.argv[1:])"
     )
     done = subprocess.run([sys.executable, "-c", code, *shlex.split(HF_TO_MM + ONE)])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from duetvl.convert.commands import Options, hf_to_mm
+from duetvl.convert.commands import hf_to_mm
 from duetvl.convert.layouts import Layout, Model, check_layout, stored_tensors
+from duetvl.convert.plans import Options
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import published_config
 from tests.convert.tiny import as_torch, assert_files_equal, expected_files, mm_files, tiny_config, write_hf

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from duetvl.convert import commands
+from duetvl.convert import plans
 from duetvl.convert.cli import main
 from duetvl.convert.names import lora_rules
 from duetvl.convert.streaming import Output, PlannedFile, plan_tensor_file
@@ -78,8 +78,8 @@ def test_commands_of_the_guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for output in outputs:
             put_sparse(folder / output.path, output.file)
 
-    monkeypatch.setattr(commands, "write_files", sparse)
-    monkeypatch.setattr(commands, "_check_space", lambda plan: None)
+    monkeypatch.setattr(plans, "write_files", sparse)
+    monkeypatch.setattr(plans, "_check_space", lambda plan: None)
     lines = documented()
     assert len(lines) == 16
     for line in lines:

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from duetvl.convert.commands import Difference, Options, hf_to_mm, mm_to_hf, resplit, verify
+from duetvl.convert.commands import hf_to_mm, mm_to_hf, resplit
 from duetvl.convert.layouts import Layers, Layout
 from duetvl.convert.names import VisionOrder
+from duetvl.convert.plans import Options
+from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.tensor_files import TensorFile
 from tests.convert.tiny import mm_files, random_bits, read_hf, same, tiny_config, write_hf

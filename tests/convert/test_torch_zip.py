@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import pickle
 import pickletools
@@ -22,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duetvl.convert import torch_zip
 from duetvl.convert.streaming import PlannedFile
 from duetvl.convert.torch_zip import OPAQUE, TorchFile, plan_torch_file
 from duetvl.core.errors import CheckpointError
@@ -168,8 +170,6 @@ def test_damaged_pickles_are_refused_or_read(tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_instruction_of_pickle_is_known() -> None:
-    from duetvl.convert import torch_zip
-
     handled = set(torch_zip._HANDLERS) | torch_zip._LITERALS | torch_zip._MEMO_GET | torch_zip._MEMO_PUT
     handled |= {"GLOBAL", "INST", "PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "PROTO", "FRAME", "READONLY_BUFFER"}
     assert handled | {"STOP"} == {opcode.name for opcode in pickletools.opcodes}
@@ -288,6 +288,16 @@ def test_no_framework_is_imported() -> None:
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_convert_imports() -> None:
+    """Itself, core, and the configuration and names of the model: nothing that could need a framework."""
+    folder = Path(torch_zip.__file__).parent
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")]
+    found = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {name for name in found if name and name.startswith("duetvl.")}
+    allowed = ("duetvl.convert", "duetvl.core.", "duetvl.models.qwen_vl.config", "duetvl.models.qwen_vl.names")
+    assert not [name for name in ours if not name.startswith(allowed)]
 
 
 def test_dtypes_of_both_sides_agree() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duetvl.convert.commands import Difference, Options, export_mindspeed_mm, hf_to_mm, mm_to_hf, verify
+from duetvl.convert.commands import export_mindspeed_mm, hf_to_mm, mm_to_hf
 from duetvl.convert.layouts import Layout
 from duetvl.convert.names import VisionOrder
+from duetvl.convert.plans import Options
+from duetvl.convert.verify import Difference, verify
 from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.params import Parameter
