@@ -117,6 +117,8 @@ class Model(QwenVL):
             sampling=sampling,
             on_token=told,
         )
+        if told is not None:
+            told.finish()
         return [Generation(tokens, processor.decode(tokens) if processor else None) for tokens in found]
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -142,6 +144,14 @@ class _Teller:
         self.tokens.append(token)
         text = self.processor.decode(self.tokens)
         if not text.endswith("�"):
+            self._tell(text)
+
+    def finish(self) -> None:
+        """Hand on what is still held back: nothing more will complete it."""
+        self._tell(self.processor.decode(self.tokens))
+
+    def _tell(self, text: str) -> None:
+        if len(text) > self.told:
             self.on_text(text[self.told :])
             self.told = len(text)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from duetvl.core.batch import Batch, Sample
-from duetvl.core.errors import ConfigError, DataError
+from duetvl.core.errors import ConfigError, DataError, DuetvlError
 from duetvl.core.family import Family
 from duetvl.core.kv_cache import Append, Cache
 from duetvl.inference.sampling import Sampling, choose
@@ -80,7 +80,7 @@ def generate(
     running = sequences
     while running:
         for sequence, row in zip(running, logits, strict=True):
-            token = choose(row, sequence.seen, sampling, sequence.name, len(sequence.tokens))
+            token = _next_token(sequence, row, sampling)
             sequence.tokens.append(token)
             if on_token is not None:
                 on_token(sequence.slot, token)
@@ -95,6 +95,15 @@ def _begin(slot: int, sample: Sample, family: Family) -> _Sequence:
         sample.input_ids, sample.image_grid_thw, sample.video_grid_thw, sample.second_per_grid_ts
     )
     return _Sequence(slot, f"sequence {slot}", np.asarray(sample.input_ids), following, [])
+
+
+def _next_token(sequence: _Sequence, logits: np.ndarray, sampling: Sampling) -> int:
+    if not np.isfinite(logits).all():  # the argmax of NaN is token 0: "!!!!" for ever
+        raise DuetvlError(
+            f"prompt {sequence.slot}: the logits after {len(sequence.tokens)} new tokens are not finite; the weights "
+            f"are damaged, or too large for float16: use bfloat16 or float32"
+        )
+    return choose(logits, sequence.seen, sampling, sequence.name, len(sequence.tokens))
 
 
 def _decode(model: Generator, running: Sequence[_Sequence], cache: Cache) -> Tensor:

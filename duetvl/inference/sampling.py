@@ -24,9 +24,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        positive = 0 <= self.temperature < np.inf and 0 < self.repetition_penalty < np.inf  # both false for NaN
+        if not positive or self.top_k < 0 or not 0 < self.top_p <= 1 or self.seed < 0:
             raise ConfigError(
-                f"{self}: temperature and top_k are at least 0, top_p in (0, 1], repetition_penalty above 0"
+                f"{self}: temperature, top_k and seed are at least 0, top_p in (0, 1], repetition_penalty above 0"
             )
 
 
