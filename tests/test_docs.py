@@ -1,0 +1,145 @@
+"""The documents agree with each other and with the code: links, commands, recipes, examples."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from duetvl.cli import _parser
+from duetvl.training.recipe import make_recipe
+from duetvl.training.yaml_values import parse_yaml
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+import tiny_run
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+SEPARATORS = {"&&", "||", ";", "|", "&"}
+
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks."""
+    return BLOCK.findall(path.read_text(encoding="utf-8"))
+
+
+def heading_levels(path: Path) -> list[int]:
+    prose = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    return [len(marks) for marks in re.findall(r"^(#+) ", prose, re.MULTILINE)]
+
+
+def test_both_readmes_have_the_same_shape() -> None:
+    english, chinese = READMES
+    assert heading_levels(english) == heading_levels(chinese)
+    assert blocks(english) == blocks(chinese)
+    assert links(english)[1:] == links(chinese)[1:]  # the first leads to the other language
+
+
+def links(path: Path) -> list[str]:
+    return LINK.findall(BLOCK.sub("", path.read_text(encoding="utf-8")))
+
+
+@every_document
+def test_links_lead_somewhere(path: Path) -> None:
+    local = (link.partition("#")[0] for link in links(path) if "://" not in link)
+    missing = [link for link in local if link and not (path.parent / link).exists()]
+    assert not missing
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The words of each simple command in the shell blocks."""
+    for language, text in blocks(path):
+        if language not in ("bash", "sh", "console"):
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            words: list[str] = []
+            for word in [*shlex.split(line.removeprefix("$ "), comments=True), ";"]:
+                if word in SEPARATORS:
+                    if words:
+                        yield words
+                    words = []
+                elif words or not re.fullmatch(r"\w+=.*", word):  # NAME=value before a command
+                    words.append(word)
+
+
+def complaints(words: list[str]) -> list[str]:
+    """What is wrong with `duetvl ...` or `bash script ...`; nothing about other programs."""
+    if words[0] == "bash":
+        return [] if (ROOT / words[1]).is_file() else [f"{words[1]}: no such script"]
+    if words[0] != "duetvl":
+        return []
+    subparsers = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    chosen = [word for word in words[1:] if not word.startswith("-")][:1]
+    parser = subparsers.choices.get(chosen[0]) if chosen else _parser()
+    if parser is None:
+        return [f"duetvl has no command {chosen[0]}"]
+    known = {option for action in parser._actions for option in action.option_strings}
+    given = [word.partition("=")[0] for word in words if word.startswith("-")]
+    return [f"{words[1]} has no option {option}" for option in given if option not in known]
+
+
+@every_document
+def test_commands_and_options_exist(path: Path) -> None:
+    assert [(shlex.join(words), wrong) for words in commands(path) if (wrong := complaints(words))] == []
+
+
+@pytest.mark.parametrize("line", ["duetvl trian run.yaml", "duetvl train run.yaml --bakend ms", "bash scripts/no.sh"])
+def test_the_check_sees(line: str) -> None:
+    assert complaints(shlex.split(line))
+
+
+@every_document
+def test_overrides_name_fields(path: Path) -> None:
+    overrides = [
+        word
+        for words in commands(path)
+        if words[0] in ("duetvl", "bash")
+        for word in words
+        if re.match(r"[a-z]+\.\w+=", word)
+    ]
+    for override in overrides:
+        make_recipe({"model": {"path": "-"}, "data": {"train": "-"}}, [override])
+
+
+# -- examples --------------------------------------------------------------------------------------------------------
+
+
+@every_document
+def test_recipes_are_valid(path: Path) -> None:
+    for language, text in blocks(path):
+        if language == "yaml":
+            make_recipe(parse_yaml(text, path.name))
+
+
+@pytest.mark.parametrize("backend", ["torch", "mindspore"])
+def test_python_examples_run(tmp_path: Path, backend: str) -> None:
+    """Blocks after `<!-- runs -->`, in a directory with a tiny model; on MindSpore with the name replaced."""
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    tiny_run.write_model(tmp_path / "tiny")
+    programs = re.findall(r"^<!-- runs -->\n```python\n(.*?)^```$", READMES[0].read_text(), re.MULTILINE | re.DOTALL)
+    assert programs
+    for program in programs:
+        text = program.replace('load_backend("torch"', f'load_backend("{backend}"')
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "(3, " in done.stdout
