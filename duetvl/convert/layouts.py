@@ -21,6 +21,7 @@ Layers = tuple[tuple[int, ...], ...]
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
+LIST_KEYS: Final[Mapping[Tower, str]] = {"vision": "vit_pp_layers", "text": "llm_pp_layers"}
 _LAYER: Final = re.compile(r"(?:visual\.blocks|model\.layers)\.(\d+)\.")
 
 
@@ -197,8 +198,8 @@ def _chunk(part: Part, shape: Shape, axis: int, index: int, count: int) -> Piece
 def check_layout(model: Model, layout: Layout, where: str = "parallel_config") -> list[str]:
     """Raise ConfigError for a division that does not fit the model; return warnings."""
     _check_lists(layout, where)
-    for tower, key in (("vision", "vit_pp_layers"), ("text", "llm_pp_layers")):
-        placed, there = sum(layout.stages(tower)), model.layers(tower)  # type: ignore[arg-type]
+    for tower, key in LIST_KEYS.items():
+        placed, there = sum(layout.stages(tower)), model.layers(tower)
         if there and placed != there:
             even = even_split(there, layout.pp * layout.vpp)
             raise ConfigError(

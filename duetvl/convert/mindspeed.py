@@ -56,6 +56,7 @@ VERSION: Final = 3.0
 _RANK: Final = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(_\d{3})?")
 _STEP: Final = re.compile(r"release|iter_\d{7,}")
 _SECTION: Final = re.compile(r"model(\d*)\.(.+)", re.DOTALL)
+_PREFIXES: Final[Mapping[Tower, str]] = {"text": "text_decoder.", "vision": "image_encoder."}
 _TEXT_LAYER: Final = re.compile(r"text_decoder\.decoder\.layers\.(\d+)\.")
 _VISION_LAYER: Final = re.compile(r"image_encoder\.encoder\.blocks\.layers\.(\d+)\.")
 _NOT_WEIGHTS: Final = ("_extra_state", ".inv_freq")  # of Transformer Engine and of rotary tables
@@ -102,8 +103,8 @@ class MindSpeedDirectory:
         """Raise ConfigError where the user states another division than the files have."""
         self.check_grid(stated, where)
         found = self.layout
-        for tower, prefix in (("text", "text_decoder."), ("vision", "image_encoder.")):
-            same = found.stages(tower) == stated.stages(tower) and found.tp_of(tower) == stated.tp_of(tower)  # type: ignore[arg-type]
+        for tower, prefix in _PREFIXES.items():
+            same = found.stages(tower) == stated.stages(tower) and found.tp_of(tower) == stated.tp_of(tower)
             if self.has(prefix) and not same:
                 raise ConfigError(f"{where} says {stated.describe()}, but {self.path} has {found.describe()}")
         if stated.canonical and not found.canonical:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from duetvl.convert.layouts import Layout
+from duetvl.convert.names import Tower
 from duetvl.convert.streaming import CHUNK, LogicalTensors, Output, Progress, row_chunks, write_files
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
@@ -109,7 +110,8 @@ def _set_modes(staging: Path) -> None:
 
 
 def _describe(plan: Plan, options: Options) -> Iterator[str]:
-    yield f"{plan.target} would be written; nothing is"
+    refused = not options.overwrite and plan.target.is_dir() and any(plan.target.iterdir())
+    yield f"{plan.target} would be {'refused, as it exists already' if refused else 'written'}; nothing is"
     if plan.layout is not None:
         yield from _describe_stages(plan.layout)
     for output in plan.outputs:
@@ -124,11 +126,12 @@ def _describe(plan: Plan, options: Options) -> Iterator[str]:
 
 
 def _describe_stages(layout: Layout) -> Iterator[str]:
-    firsts = {"vision": 0, "text": 0}
+    titles: Mapping[Tower, str] = {"vision": "vision", "text": "language"}
+    firsts = dict.fromkeys(titles, 0)
     for stage in range(layout.pp * layout.vpp):
         parts = []
-        for tower, title in (("vision", "vision"), ("text", "language")):
-            count = layout.stages(tower)[stage]  # type: ignore[arg-type]
+        for tower, title in titles.items():
+            count = layout.stages(tower)[stage]
             span = f"{title} layers {firsts[tower]} to {firsts[tower] + count - 1}"
             parts.append(span if count else f"no {title} layers")
             firsts[tower] += count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,28 +128,33 @@ def _open_checkpoint(directory: Path) -> Source:
     if wrong or len(stored) != len(model.shapes):
         what = wrong[0] if wrong else next(name for name in stored if name not in model.shapes)
         raise CheckpointError(f"{directory}: its weights are not those of its model_config: see {what}")
+    return Source(config, model, FragmentedTensors(directory, _boxes(directory, stored, model)))
+
+
+def _boxes(directory: Path, stored: Mapping[str, Any], model: Model) -> Iterator[tuple[str, Shape, Fragment]]:
     files: dict[str, TensorFile] = {}
-    fragments = []
     for name, entry in stored.items():
         for file, offset, shape in entry["boxes"]:
-            store = files.setdefault(file, TensorFile(directory / Path(file).name))
+            store = files[file] = files.get(file) or TensorFile(directory / Path(file).name)
             key = f"{name}@{','.join(map(str, offset))}"
             if key not in store.specs or store.specs[key].shape != tuple(shape):
                 raise CheckpointError(f"{store.path}: has no {key} of shape {shape}, as the manifest says")
             box = Box(tuple(offset), tuple(shape))
-            fragments.append((name, model.shapes[name], Fragment(box, store, key, 0, box.shape)))
-    return Source(config, model, FragmentedTensors(directory, fragments))
+            yield name, model.shapes[name], Fragment(box, store, key, 0, box.shape)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        checksum = manifest.pop("checksum")
+        intact = checksum == zlib.crc32(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
         found = manifest["format"], manifest["version"]
-        entries = manifest["tensors"], manifest["model_config"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error!r}") from None
-    if found != _FORMAT or not all(isinstance(entry, dict) for entry in entries):
+    if found != _FORMAT:
         raise CheckpointError(f"{path}: is a {found[0]!r} of version {found[1]}, expected {_FORMAT[0]!r} {_FORMAT[1]}")
+    if not intact:
+        raise CheckpointError(f"{path}: does not match its own checksum")
     if not manifest["model_config"]:
         raise ConfigError(f"{path}: says nothing of its model; give the run's export directory instead")
     return manifest

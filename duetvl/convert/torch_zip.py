@@ -42,6 +42,9 @@ _STORAGES: Final = {
 }  # fmt: skip
 _STORAGE_OF: Final = {dtype: name for name, dtype in _STORAGES.items()}
 _LEGACY: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_UNREADABLE: Final = (
+    ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError, struct.error
+)  # fmt: skip
 _LIMIT32: Final = 0xFFFFFFFF
 _AGAIN: Final = "copy or download it again"
 
@@ -132,7 +135,7 @@ class TorchFile:
         start, size = self._records["data.pkl"]
         try:
             return _Machine().run(self._map[start : start + size])
-        except (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError) as error:
+        except _UNREADABLE as error:
             cause = str(error) or type(error).__name__
             raise CheckpointError(f"{self.path}: is damaged: its data.pkl cannot be read ({cause}); {_AGAIN}") from None
 

@@ -323,6 +323,8 @@ def test_existing_target_is_refused(here: Path, capsys: pytest.CaptureFixture[st
     assert run(HF_TO_MM + TWO) == 2
     assert "exists already" in capsys.readouterr().err
     assert fingerprint_raw(here / "out") == before
+    assert run(HF_TO_MM + TWO + " --cfg.dry_run") == 0
+    assert "would be refused, as it exists already" in capsys.readouterr().out
     assert run(HF_TO_MM + TWO + " --cfg.overwrite") == 0
     assert sorted(mm_files(here / "out")) == ["mp_rank_00_000", "mp_rank_00_001"]
     assert (here / "out" / "iter_0000007").is_dir(), "what is not replaced stays"
@@ -372,6 +374,18 @@ def test_verify_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("0 tensor(s) equal, ")
     assert "numbers differ, by up to" in said[0]
+
+
+def test_verify_tells_copies_that_differ(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(HF_TO_MM + TWO + " --cfg.parallel_config.tp_size 2") == 0
+    path = Path("out/release/mp_rank_01_001/model_optim_rng.pt")
+    content = torch.load(path)
+    content["model"]["text_decoder.decoder.final_layernorm.weight"] += 1
+    torch.save(content, path)
+    assert run("verify out hf") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "model.norm.weight: differs between its copies in out" in said[-2]
+    assert said[-1].endswith("1 difference(s)")
 
 
 def test_progress_in_bytes_where_someone_looks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

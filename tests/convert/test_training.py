@@ -51,7 +51,11 @@ def test_damaged_training_checkpoints(tmp_path: Path, be: Backend) -> None:
     with pytest.raises(CheckpointError, match="its weights are not those of its model_config"):
         hf_to_mm(tmp_path / "run", tmp_path / "mm", TWO, Options())
     manifest = tmp_path / "run" / "checkpoints" / "step-0000007" / "manifest.json"
-    manifest.write_text(manifest.read_text()[:-20])
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"step": 7', '"step": 8'))
+    with pytest.raises(CheckpointError, match="does not match its own checksum"):
+        hf_to_mm(tmp_path / "run", tmp_path / "mm", TWO, Options())
+    manifest.write_text(text[:-20])
     with pytest.raises(CheckpointError, match="cannot be read"):
         hf_to_mm(tmp_path / "run", tmp_path / "mm", TWO, Options())
 
