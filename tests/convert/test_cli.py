@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import io
 import json
 import os
@@ -495,6 +496,16 @@ def test_kill_leaves_nothing_that_looks_complete(here: Path) -> None:
     assert not Path("out").exists()
     assert run(HF_TO_MM + ONE) == 0, "and does not stand in the way of the next run"
     assert not list(here.glob(".*.saving"))
+
+
+def test_two_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is refused, and leaves the first alone."""
+    with open(".out.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert "another mm-convert is writing it" in fails(HF_TO_MM + ONE, capsys)
+        assert Path(".out.lock").exists()
+    assert run(HF_TO_MM + ONE) == 0, "a lock that nobody holds is no obstacle"
+    assert not list(here.glob(".*"))
 
 
 def test_failing_worker_stops_the_others(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

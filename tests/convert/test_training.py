@@ -81,3 +81,18 @@ def test_export(tmp_path: Path, tied: bool) -> None:
     less = {name: spec for name, spec in specs.items() if name != "model.norm.weight"}
     with pytest.raises(ConfigError, match=r"absent or of another shape, such as model\.norm\.weight"):
         export_mindspeed_mm(tmp_path / "no", config, less, fetch, TWO)
+
+
+def test_export_from_a_backend(tmp_path: Path, be: Backend) -> None:
+    """As a trainer calls it: tensors of a device, fetched one by one."""
+    config = tiny_config(tied=True)
+    bits = write_hf(tmp_path / "hf", config)
+    tensors = {name: be.checkpoint_io.load(array, "bfloat16", "bfloat16") for name, array in bits.items()}
+    specs = {name: TensorSpec(be.ops.dtype_of(tensor), bits[name].shape) for name, tensor in tensors.items()}
+
+    def fetch(name: str) -> np.ndarray:
+        return be.checkpoint_io.save(tensors[name])[0].reshape(specs[name].shape)
+
+    layout = Layout.one_stage(config, tp=2)
+    export_mindspeed_mm(tmp_path / "out", config, specs, fetch, layout, kind="safetensors")
+    assert not [f for f in verify(tmp_path / "out", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)]
