@@ -30,21 +30,24 @@ def create(device: str = "auto") -> Backend:
     autograd = MindSporeAutograd()
     on_cpu = target == "CPU"
     ops: MindSporeOps
+    optimizer: MindSporeOptimizer
     if on_cpu:
-        from duetvl.backends.mindspore.kernels_cpu import CpuOps
+        from duetvl.backends.mindspore.kernels_cpu import CpuOps, CpuOptimizer
 
         ops = CpuOps(autograd)
+        optimizer = CpuOptimizer(ops)
     else:
         from duetvl.backends.mindspore.kernels_ascend import AscendOps
 
         ops = AscendOps(autograd)
+        optimizer = MindSporeOptimizer(ops)
     return Backend(
         name="mindspore",
         ops=ops,
         autograd=autograd,
         collectives=MindSporeCpuCollectives(ops) if on_cpu else MindSporeCollectives(ops),
         kv_cache=MindSporeKVCache(ops),
-        optimizer=MindSporeOptimizer(ops),
+        optimizer=optimizer,
         checkpoint_io=MindSporeCheckpointIO(),
         device=MindSporeDevice(target),
         capabilities=Capabilities(

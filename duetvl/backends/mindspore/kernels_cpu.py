@@ -17,6 +17,7 @@ from mindspore.common.np_dtype import bfloat16
 
 from duetvl.backends.mindspore import numpy_kernels as kernels
 from duetvl.backends.mindspore.ops import MindSporeOps
+from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
 from duetvl.core.spans import Spans
 
 NUMPY_DTYPES = {name: name for name in ("float32", "float16", "int32", "int64", "bool")} | {"bfloat16": bfloat16}
@@ -68,8 +69,6 @@ class CpuOps(MindSporeOps):
     argmax = in_float32(MindSporeOps.argmax)
     broadcast_to = in_float32(MindSporeOps.broadcast_to)
     split = in_float32(MindSporeOps.split)
-    matmul = in_float32(MindSporeOps.matmul)
-    linear = in_float32(MindSporeOps.linear)
     take_rows = in_float32(MindSporeOps.take_rows)
     scatter_rows = in_float32(MindSporeOps.scatter_rows)
     gather_last = in_float32(MindSporeOps.gather_last)
@@ -117,6 +116,42 @@ class CpuOps(MindSporeOps):
 
     # -- coarse operations in numpy ---------------------------------------------------------------------------------
 
+    def matmul(self, a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+        def laid_out(x: Tensor, transposed: bool) -> np.ndarray:
+            return self._wide(x).swapaxes(-1, -2) if transposed else self._wide(x)
+
+        def forward(needs: Any, a: Tensor, b: Tensor) -> Any:
+            product = np.matmul(laid_out(a, transpose_a), laid_out(b, transpose_b))
+            return self._like(product, a, product.shape), (a, b)
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            a, b = residuals
+            wide = self._wide(d)
+            da = np.matmul(wide, laid_out(b, not transpose_b))
+            db = np.matmul(laid_out(a, not transpose_a), wide)
+            return (
+                self._like(np.ascontiguousarray(da.swapaxes(-1, -2)) if transpose_a else da, a),
+                self._like(np.ascontiguousarray(db.swapaxes(-1, -2)) if transpose_b else db, b),
+            )
+
+        return self.autograd.custom_vjp(forward, backward)(a, b)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        def forward(needs: Any, x: Tensor, weight: Tensor, *bias: Tensor) -> Any:
+            y = np.matmul(self._rows(x), self._wide(weight).T)
+            for b in bias:
+                y += self._wide(b)
+            return self._like(y, x, (*x.shape[:-1], weight.shape[0])), (x, weight, *bias)
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            x, weight, *bias = residuals
+            found = kernels.linear_grad(self._rows(d), self._rows(x), self._wide(weight), needs)
+            pairs = zip(found, (x, weight, *bias), strict=True)
+            return tuple(None if g is None else self._like(g, given) for g, given in pairs)
+
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        return self.autograd.custom_vjp(forward, backward)(*tensors)
+
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self._like(kernels.rotate(self._wide(x), cos.asnumpy(), sin.asnumpy()), x)
 
@@ -163,7 +198,18 @@ class CpuOps(MindSporeOps):
         """The values as float32 rows (N, D)."""
         return self._wide(x).reshape(-1, x.shape[-1])
 
-    def _like(self, values: np.ndarray, x: Tensor) -> Tensor:
-        """A tensor over `values` with x's shape and dtype."""
-        tensor = ms.Tensor.from_numpy(values.reshape(x.shape))
+    def _like(self, values: np.ndarray, x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor over `values` with x's dtype, and x's shape unless another is given."""
+        tensor = ms.Tensor.from_numpy(values.reshape(x.shape if shape is None else shape))
         return tensor if x.dtype == ms.float32 else converted(tensor, self.dtype_of(x))
+
+
+class CpuOptimizer(MindSporeOptimizer):
+    """See core/optimizer.py. A primitive's call costs more than the update of a small tensor, and needs a scaled copy."""
+
+    def update(
+        self, weight: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, *, scale: float, rate: float,
+        decay: float, betas: tuple[float, float], eps: float, step: int,
+    ) -> None:  # fmt: skip
+        arrays = (x.asnumpy().reshape(-1) for x in (weight, *moments, gradient))
+        kernels.adamw(*arrays, scale=scale, rate=rate, decay=decay, betas=betas, eps=eps, step=step)

@@ -1,7 +1,9 @@
 """Float32 kernels in numpy, over views of MindSpore's CPU tensors.
 
 MindSpore's CPU kernels broadcast one element at a time (x * scale of half a million numbers takes 2 to 4 ms, numpy
-0.2 ms), and its batched product wants its operands copied into place. numpy works on strided views and in place.
+0.2 ms), its batched product wants its operands copied into place, and its matrix product keeps a kernel of 0.3 MB for
+every shape it has met, which lengths that vary from step to step turn into a leak. numpy works on strided views, in
+place, and remembers nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +17,40 @@ from duetvl.core.spans import Run, Spans
 Array = np.ndarray
 
 BLOCK_SCORES = 1 << 21  # numbers in a block of attention scores (8 MB): what two cores' caches take
+ADAM_BLOCK = 1 << 15  # numbers of each array in an update's block: 128 KB, so that four of them stay in the cache
 CAUSAL_ROWS = 128  # query rows in a causal block: beyond the diagonal nothing is computed
+
+
+def linear_grad(d: Array, x: Array, weight: Array, needs: tuple[bool, ...]) -> tuple[Array | None, ...]:
+    """Gradients of x W^T + b to x (N, I), weight (O, I) and, where `needs` has a third entry, bias (O,)."""
+    dx = np.matmul(d, weight) if needs[0] else None
+    dweight = np.matmul(d.T, x) if needs[1] else None
+    dbias = tuple(d.sum(0) if needed else None for needed in needs[2:])
+    return (dx, dweight, *dbias)
+
+
+def adamw(
+    weight: Array, m: Array, v: Array, gradient: Array, *, scale: float, rate: float, decay: float,
+    betas: tuple[float, float], eps: float, step: int,
+) -> None:  # fmt: skip
+    """One AdamW update in place, torch's formula; flat arrays, a cache's worth at a time."""
+    correction1, correction2 = 1.0 - betas[0] ** step, 1.0 - betas[1] ** step
+    for start in range(0, weight.size, ADAM_BLOCK):
+        w, first, second, g = (x[start : start + ADAM_BLOCK] for x in (weight, m, v, gradient))
+        g = g * np.float32(scale)
+        w *= np.float32(1.0 - rate * decay)
+        first *= np.float32(betas[0])
+        first += np.float32(1.0 - betas[0]) * g
+        second *= np.float32(betas[1])
+        g *= g
+        g *= np.float32(1.0 - betas[1])
+        second += g
+        np.sqrt(second, out=g)
+        g *= np.float32(correction2**-0.5)
+        g += np.float32(eps)
+        np.divide(first, g, out=g)
+        g *= np.float32(rate / correction1)
+        w -= g
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.core.optimizer import AdamWState, Group
@@ -42,21 +42,35 @@ class MindSporeOptimizer:
         grad_scale: float,
     ) -> None:
         for group in groups:
-            rate = lr * group.lr_scale
             for p in (p for p in group.parameters if p.main_grad is not None):
-                weight = state.weight(p)
-                if group.weight_decay:
-                    self.ops.assign(weight, weight * (1.0 - rate * group.weight_decay))
                 state.step[p.path] += 1
-                decay1, decay2 = (beta ** state.step[p.path] for beta in betas)
-                # The primitive adds eps to sqrt(v), not to sqrt(v / (1 - beta2^t)): scale it to be the same number.
-                own_eps = eps * math.sqrt(1.0 - decay2)
-                moments = state.exp_avg[p.path], state.exp_avg_sq[p.path]
-                numbers = (ms.Tensor(x, ms.float32) for x in (decay1, decay2, rate, *betas, own_eps))
-                _adam(weight, *moments, *numbers, p.main_grad * grad_scale)
+                self.update(
+                    state.weight(p),
+                    (state.exp_avg[p.path], state.exp_avg_sq[p.path]),
+                    p.main_grad,
+                    scale=grad_scale,
+                    rate=lr * group.lr_scale,
+                    decay=group.weight_decay,
+                    betas=betas,
+                    eps=eps,
+                    step=state.step[p.path],
+                )
                 if p.path in state.master:
-                    self.ops.assign(p.tensor, weight)
+                    self.ops.assign(p.tensor, state.master[p.path])
                 p.main_grad = None
+
+    def update(
+        self, weight: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, *, scale: float, rate: float,
+        decay: float, betas: tuple[float, float], eps: float, step: int,
+    ) -> None:  # fmt: skip
+        """One parameter's update, in place."""
+        if decay:
+            self.ops.assign(weight, weight * (1.0 - rate * decay))
+        decay1, decay2 = (beta**step for beta in betas)
+        # The primitive adds eps to sqrt(v), not to sqrt(v / (1 - beta2^t)): scale it to be the same number.
+        own_eps = eps * math.sqrt(1.0 - decay2)
+        numbers = (ms.Tensor(x, ms.float32) for x in (decay1, decay2, rate, *betas, own_eps))
+        _adam(weight, *moments, *numbers, gradient * scale)
 
     def grad_norm(self, parameters: Sequence[Parameter]) -> float:
         # Without empty ones: MindSpore leaves the sum of no elements unwritten.
