@@ -1,4 +1,4 @@
-"""duetvl: fine-tune, run and serve Qwen2-VL and Qwen2.5-VL on PyTorch and on MindSpore with one code."""
+"""duetvl: fine-tune and run Qwen2-VL and Qwen2.5-VL on PyTorch and on MindSpore with one code."""
 
 from __future__ import annotations
 

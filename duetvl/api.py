@@ -103,7 +103,11 @@ class Model(QwenVL):
         stop: Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Generation]:
-        """`generate` for several prompts at once; answers do not depend on their neighbours."""
+        """`generate` for several prompts at once, in one packed pass.
+
+        Greedy answers do not depend on their neighbours; with sampling, a prompt's place in the list names its random
+        stream.
+        """
         samples = [p if isinstance(p, Sample) else self.processor(p, add_generation_prompt=True) for p in prompts]
         processor = self._processor_if_any()
         ends = stop if stop is not None else (processor.stop_token_ids if processor else ())

@@ -82,7 +82,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", help="torch_npu (or torch) or mindspore; default: DUETVL_BACKEND, the recipe's, torch_npu"
     )
-    parser.add_argument("--device", help="cpu, cuda, npu or auto; default: the recipe's")
+    parser.add_argument("--device", help="cpu, cuda, npu (ascend) or auto; default: the recipe's")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -19,8 +19,8 @@ from duetvl.core.errors import ConfigError, did_you_mean
 Kind = Literal["path", "directory", "layers", "count", "natural", "switch", "text"]
 REQUIRED: Final = object()
 _WORDS: Final = {
-    "path": "a path", "directory": "an existing directory", "layers": "a list of layers for each stage, "
-    "[1,10,10,7], or with virtual stages a list of such lists, [[0,0,0,1],[4,4,4,4]]", "count": "a whole number from 1",
+    "path": "a path", "directory": "an existing directory", "count": "a whole number from 1",
+    "layers": "a list of layers for each stage: [1,10,10,7], or a row for each virtual stage: [[1,10],[10,7]]",
     "natural": "a whole number from 0", "switch": "true or false", "text": "text",
 }  # fmt: skip
 _TRUE: Final = ("true", "yes", "on", "1", "y", "t")

@@ -64,7 +64,8 @@ def load_backend(name: str = "torch_npu", device: str = "auto") -> Backend:
     """Import a framework and make its backend for one device.
 
     `name` is torch_npu (or torch), mindspore, or one registered under the entry-point group `duetvl.backends`.
-    `device` is cpu, cuda or npu, or auto for the best that is there. Raises BackendError.
+    `device` is cpu, cuda, npu (ascend on mindspore; npu is understood too), or auto for the best that is there.
+    Raises BackendError.
     """
     known = known_backends()
     chosen = _ALIASES.get(name, name)

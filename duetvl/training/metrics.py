@@ -100,12 +100,15 @@ class Progress:
             self.say(f"step {step}/{self.total}  {_numbers(row)}  left {self._left(step)}")
 
     def say(self, text: str) -> None:
-        """Show a line without disturbing the bar."""
+        """Show a line without disturbing the bar. A run does not end because nobody reads it any more."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
-        else:
+            return
+        try:
             self.stream.write(text + "\n")
             self.stream.flush()
+        except BrokenPipeError:  # `duetvl train ... | head`
+            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
 
     def close(self) -> None:
         """Leave the bar as it stands."""

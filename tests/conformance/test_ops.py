@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from duetvl.core.backend import Backend
+from duetvl.core.backend import Backend, load_backend
 from duetvl.core.composed import ComposedOps
 from duetvl.core.composed import ops as composed
 from duetvl.core.ops import Ops
@@ -17,6 +17,7 @@ from duetvl.core.spans import Spans
 
 from .cases import Case, all_cases, normal
 from .reference import attention, rounded
+from .test_signatures import operations
 from .tolerances import TOLERANCES, complaint, error
 
 CASES = all_cases()
@@ -38,6 +39,22 @@ def test_op_equals_reference(be: Backend, case: Case) -> None:
 def test_composed_default_equals_reference(be: Backend, case: Case) -> None:
     """A backend's kernels and the defaults that they replace agree, as both agree with the reference."""
     check(be, composed_only(be), case, ("float32",))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ident)
+def test_mindspore_functions_of_every_device_equal_reference(case: Case) -> None:
+    """What Ascend inherits: MindSpore's own kernels, most of which the CPU has too, though numpy's are faster there."""
+    pytest.importorskip("mindspore")
+    be = load_backend("mindspore", device="cpu")
+    from duetvl.backends.mindspore.ops import MindSporeOps
+
+    check(be, MindSporeOps(be.autograd), case, ("float32",))
+
+
+def test_every_operation_has_a_case() -> None:
+    in_test_conversion = {"from_numpy", "to_numpy", "dtype_of", "cast", "zeros", "assign", "write_slice", "write_rows"}
+    elsewhere = in_test_conversion | {"attention_grad"}  # the gradient of every case of attention
+    assert not set(operations(Ops)) - {case.op for case in CASES} - elsewhere
 
 
 @pytest.mark.parametrize("case", BLOCKED, ids=ident)

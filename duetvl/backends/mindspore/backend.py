@@ -71,7 +71,8 @@ def _start(device: str) -> str:
     try:
         ms.set_device(target)
     except (RuntimeError, ValueError) as error:
-        raise BackendError(f"mindspore {ms.__version__} cannot use device {target}: {error}") from None
+        reason = str(error).split(". ")[0]
+        raise BackendError(f"mindspore {ms.__version__} cannot use device {target}: {reason}") from None
     if target == "CPU":
         # Asynchronous dispatch stalls on few cores (5 to 90 times slower backward) and blames errors on later calls.
         ms.runtime.launch_blocking()

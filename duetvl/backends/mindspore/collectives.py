@@ -190,7 +190,7 @@ def _worker_count() -> int:
     if "MS_WORKER_NUM" not in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise BackendError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, but the backend is mindspore, which msrun "
-            "starts: use `duetvl launch --backend mindspore --nproc N -- ...`, or choose --backend torch_npu"
+            "starts: start with msrun, or choose --backend torch_npu"
         )
     count = os.environ.get("MS_WORKER_NUM", "1")
     if count == "1":
@@ -200,7 +200,7 @@ def _worker_count() -> int:
     wrong += [name for name in numbers if not os.environ[name].isdigit()]
     if wrong:
         found = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
-        raise BackendError(f"the environment of msrun is not whole: {found}; start with msrun or `duetvl launch`")
+        raise BackendError(f"the environment of msrun is not whole: {found}; start with msrun")
     return int(count)
 
 

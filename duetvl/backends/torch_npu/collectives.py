@@ -104,7 +104,7 @@ def _world_size() -> int:
     if "WORLD_SIZE" not in os.environ and os.environ.get("MS_WORKER_NUM", "1") != "1":
         raise BackendError(
             f"msrun started {os.environ['MS_WORKER_NUM']} processes, but the backend is torch_npu, which torchrun "
-            "starts: use `duetvl launch --backend torch_npu --nproc N -- ...`, or choose --backend mindspore"
+            "starts: start with torchrun, or choose --backend mindspore"
         )
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
@@ -114,7 +114,7 @@ def _world_size() -> int:
     wrong += [name for name in numbers if not os.environ[name].isdigit()]
     if wrong or int(os.environ["RANK"]) >= int(size):
         found = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
-        raise BackendError(f"the environment of torchrun is not whole: {found}; start with torchrun or `duetvl launch`")
+        raise BackendError(f"the environment of torchrun is not whole: {found}; start with torchrun")
     return int(size)
 
 
