@@ -21,12 +21,11 @@ from duetvl.data.packing import Position
 from duetvl.training.recipe import OptimSection
 from duetvl.training.step import Trainer
 
-LOGITS = 6e-5  # measured: 1.1e-5 on torch, 1.4e-5 on MindSpore
-FEATURES = 1.7e-5  # 3.7e-6, 4.1e-6
-GRADIENTS = 3e-5  # relative to the norm of each tensor; all samples and shared pictures: 6.9e-6, 5.4e-6
-GRADIENTS_OF_FEW = 6.5e-5  # of one sample with a handful of trained tokens: 1.3e-5, 1.7e-5
-LOSS = 1.4e-6  # relative; 1.4e-7, 3.3e-7
-REORDERED = 5e-6  # relative: the same sums in another order; 9e-7, 1.2e-6
+LOGITS = 7e-5  # measured: 1.5e-5 on torch, 1.7e-5 on MindSpore
+FEATURES = 3e-5  # 6.5e-6, 7.6e-6
+GRADIENTS = 3.2e-5  # relative to the norm of each tensor; 7.9e-6, 5.4e-6
+LOSS = 1.7e-6  # relative; 2.5e-7, 4.2e-7
+REORDERED = 5e-6  # relative: the same sums in another order; 1.3e-6, 1.1e-6
 
 KINDS = list(oracle.SAMPLES)
 every_model = pytest.mark.parametrize("name", list(oracle.MODELS))
@@ -92,7 +91,7 @@ def test_half_precision_is_close(tiny, be, samples, name, dtype):
     assert np.linalg.norm(found - expected) <= limit * np.linalg.norm(expected)
     loss, gradients = model.loss_and_grads(batch)
     expected_loss, expected_gradients = oracle.loss_and_grads(tiny.theirs(name), list(samples.values()))
-    assert loss == pytest.approx(expected_loss, rel=1e-3)
+    assert loss == pytest.approx(expected_loss, rel=4e-3)
     assert gradients.keys() == expected_gradients.keys()
     assert {be.ops.dtype_of(gradient) for gradient in gradients.values()} == {"float32"}
     for path in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight", "visual.patch_embed.proj.weight"):
@@ -123,7 +122,7 @@ def test_gradients_of_single_samples(tiny, be, samples, name, kind):
     loss, gradients = model.loss_and_grads(model.pack([samples[kind]]))
     expected_loss, expected = oracle.loss_and_grads(tiny.theirs(name), [samples[kind]])
     assert loss == pytest.approx(expected_loss, rel=LOSS)
-    assert_same_gradients(be, gradients, expected, GRADIENTS_OF_FEW)
+    assert_same_gradients(be, gradients, expected, GRADIENTS)
 
 
 @families

@@ -138,7 +138,7 @@ def test_every_layout_is_the_same_model(tiny, be, samples, tmp_path, name, names
         np.testing.assert_array_equal(be.to_numpy(model.parameters[path].tensor), be.to_numpy(parameter.tensor))
     batch = model.pack([samples["three images"]])
     found = np.array(be.to_numpy(model.logits(batch)))
-    np.testing.assert_allclose(found, tiny.logits(name, "three images"), rtol=0, atol=6e-5)
+    np.testing.assert_allclose(found, tiny.logits(name, "three images"), rtol=0, atol=7e-5)
     model.save_pretrained(tmp_path / "saved")
     assert_same_weights(tiny.theirs(name), theirs_again(tmp_path / "saved"))
 
