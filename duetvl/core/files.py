@@ -64,8 +64,8 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
         raise CheckpointError(f"{target}: exists already; choose another directory, or ask for overwrite")
     staging = target.with_name(f".{target.name}.saving")
     shutil.rmtree(staging, ignore_errors=True)  # a killed run's
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         yield staging
         sync_files(staging)
         _swap(staging, target)

@@ -199,8 +199,10 @@ class CheckpointSection(Section):
     keep_last: int | None = Field(
         default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."
     )
-    export: bool = Field(
-        default=False, description="At the end, write the model to `export/` in the Hugging Face layout."
+    export: bool | Literal["mindspeed_mm"] = Field(
+        default=False,
+        description="At the end, write the model to `export/`: `true` in the Hugging Face layout, `mindspeed_mm` as a "
+        "MindSpeed-MM release of one stage and rank (`mm-convert ... resplit` divides it further).",
     )
 
 

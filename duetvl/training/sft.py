@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+
+from duetvl.convert.commands import export_mindspeed_mm
+from duetvl.convert.layouts import Layout
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.core.tensor_files import TensorSpec
 from duetvl.data.encode import Processor
 from duetvl.data.loader import Encode
 from duetvl.data.records import Record
@@ -27,7 +33,20 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     encode = record_encoder(recipe)
     model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
     model.freeze(recipe.model.freeze)
-    return Job(model, encode, partial(save_model, model, overwrite=True), model.config.to_dict())
+    export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else save_model
+    return Job(model, encode, partial(export, model, overwrite=True), model.config.to_dict())
+
+
+def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -> None:
+    """Write a model as a MindSpeed-MM release of one stage and rank."""
+    ops, tensors = model.backend.ops, {name: p.tensor for name, p in model.parameters.items()}
+    specs = {name: TensorSpec(ops.dtype_of(x), tuple(x.shape)) for name, x in tensors.items()}
+
+    def fetch(name: str) -> np.ndarray:
+        return model.backend.checkpoint_io.save(tensors[name])[0].reshape(specs[name].shape)
+
+    layout = Layout.one_stage(model.config)
+    export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
 def record_encoder(recipe: Recipe) -> Encode:

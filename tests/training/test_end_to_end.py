@@ -93,3 +93,12 @@ def test_a_model_without_weights_is_named(recipe, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model"):
         list(check(recipe))
+
+
+def test_export_for_mindspeed_mm_holds_the_trained_weights(be, recipe, tmp_path, capsys):
+    from duetvl.convert.cli import main
+
+    result = train(recipe, ["checkpoint.export=mindspeed_mm", "train.steps=1"], backend=be)
+    assert (result.run_dir / "export" / "release" / "mp_rank_00" / "model_optim_rng.pt").is_file()
+    command = ["verify", str(result.run_dir), str(result.run_dir / "export"), "--cfg.hf_config.hf_dir"]
+    assert main([*command, str(tmp_path / "model")]) == 0, capsys.readouterr()
