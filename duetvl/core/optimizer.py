@@ -35,7 +35,8 @@ class AdamWState:
 
     def weight(self, parameter: Parameter) -> Any:
         """The float32 tensor that an update changes: the master copy where there is one."""
-        return self.master[parameter.path] if parameter.path in self.master else parameter.tensor
+        master = self.master.get(parameter.path)
+        return parameter.tensor if master is None else master
 
     def slots(self) -> Mapping[str, dict[str, Tensor]]:
         """The tensors by kind, as a checkpoint names them."""

@@ -220,7 +220,9 @@ class BackendSection(Section):
     name: str = Field(
         default="torch_npu", min_length=1, description="torch_npu (or torch), mindspore, or a registered one."
     )
-    device: str = Field(default="auto", min_length=1, description="cpu, cuda, npu (ascend), or auto for the best that is there.")
+    device: str = Field(
+        default="auto", min_length=1, description="cpu, cuda, npu (ascend), or auto for the best that is there."
+    )
 
 
 class Recipe(Section):

@@ -52,7 +52,7 @@ def test_an_incomplete_environment_is_told(be: Backend, environment: pytest.Monk
 
 def test_the_other_launcher_is_told(be: Backend, environment: pytest.MonkeyPatch) -> None:
     set_all(environment, TORCH if be.name == "mindspore" else MINDSPORE)
-    with pytest.raises(BackendError, match="start with (torchrun|msrun), or choose"):
+    with pytest.raises(BackendError, match=r"start with (torchrun|msrun), or choose"):
         be.collectives.start()
 
 

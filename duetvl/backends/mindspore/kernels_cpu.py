@@ -205,7 +205,7 @@ class CpuOps(MindSporeOps):
 
 
 class CpuOptimizer(MindSporeOptimizer):
-    """See core/optimizer.py. A primitive's call costs more than the update of a small tensor, and needs a scaled copy."""
+    """See core/optimizer.py. The primitive's call costs more than a small tensor's update, and needs a scaled copy."""
 
     def update(
         self, weight: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, *, scale: float, rate: float,
