@@ -138,7 +138,7 @@ class TorchOps(ComposedOps):
     def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         if self.place.type == "cpu":
             return self._attention_cpu(q, k, v, spans)
-        if self.place.type == "cuda" and q.dtype != torch.float32:
+        if self._has_flash(q, spans):
             offsets = self.from_numpy(spans.cu_seqlens)
             out, lse, *_ = torch.ops.aten._flash_attention_forward(
                 q, k, v, offsets, offsets, spans.longest, spans.longest, 0.0, spans.causal, False
@@ -151,7 +151,7 @@ class TorchOps(ComposedOps):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.place.type == "cpu":
             return self._attention_grad_cpu(dout, q, k, v, out, lse, spans)
-        if self.place.type == "cuda" and q.dtype != torch.float32:
+        if self._has_flash(q, spans):
             offsets = self.from_numpy(spans.cu_seqlens)
             unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off
             return torch.ops.aten._flash_attention_backward(
@@ -159,6 +159,10 @@ class TorchOps(ComposedOps):
                 unused, unused[:0],
             )  # fmt: skip
         return super().attention_grad(dout, q, k, v, out, lse, spans)
+
+    def _has_flash(self, q: Tensor, spans: Spans) -> bool:
+        """Whether torch's flash kernels take this: they know half precision only, and want rows."""
+        return self.place.type == "cuda" and q.dtype != torch.float32 and spans.rows > 0
 
     def _attention_cpu(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
