@@ -24,10 +24,10 @@ from mindspore.ops.auto_generate import (
 )
 
 from duetvl.backends.mindspore.ops import MindSporeOps
+from duetvl.core.composed import FusedAttention
 from duetvl.core.spans import Spans
 
 MASK_SIDE = 2048  # of the compressed causal mask that sparse modes 2 and 3 take, whatever the lengths
-SPANS_A_CALL = 1024  # the TND layout takes no more
 STATISTIC_WIDTH = 8  # softmax_max and softmax_sum repeat each number this often
 LARGEST_HEAD = 512
 FULL, LEFT_UP_CAUSAL = 0, 2  # sparse_mode
@@ -41,8 +41,10 @@ swiglu = Swiglu()
 swiglu_grad = SwigluGrad()
 
 
-class AscendOps(MindSporeOps):
+class AscendOps(FusedAttention, MindSporeOps):
     """See core/ops.py."""
+
+    spans_a_call = 1024  # the TND layout takes no more
 
     @cached_property
     def hidden_later(self) -> Tensor:
@@ -51,29 +53,14 @@ class AscendOps(MindSporeOps):
 
     # -- attention -------------------------------------------------------------------------------------------------
 
-    def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        if not _takes(q):
-            return super().attention_forward(q, k, v, spans)
-        found = [self._fused(q[rows], k[rows], v[rows], part) for rows, part in spans.parts(SPANS_A_CALL)]
-        return self.concat([out for out, _ in found], 0), self.concat([lse for _, lse in found], 1)
+    def _takes(self, q: Tensor, spans: Spans) -> bool:
+        return q.dtype in HALF and q.shape[-1] % 16 == 0 and q.shape[-1] <= LARGEST_HEAD and spans.rows > 0
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, top, total, *_ = speed_fusion_attention(
             q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self._layout(spans)
         )
         return out, self.lse_of(top, total, spans)
-
-    def attention_grad(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not _takes(q):
-            return super().attention_grad(dout, q, k, v, out, lse, spans)
-        found = [
-            self._fused_grad(dout[rows], q[rows], k[rows], v[rows], out[rows], lse[:, rows], part)
-            for rows, part in spans.parts(SPANS_A_CALL)
-        ]
-        dq, dk, dv = (self.concat(pieces, 0) for pieces in zip(*found, strict=True))
-        return dq, dk, dv
 
     def _fused_grad(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
@@ -158,8 +145,3 @@ def statistic_places(spans: Spans, heads: int) -> np.ndarray:
     lengths = np.repeat(spans.lengths, spans.lengths)
     inside = np.arange(spans.rows) - starts
     return (starts * heads + np.arange(heads)[:, None] * lengths + inside).astype(np.int32)
-
-
-def _takes(q: Tensor) -> bool:
-    """Whether the attention kernel takes these queries."""
-    return q.dtype in HALF and q.shape[-1] % 16 == 0 and q.shape[-1] <= LARGEST_HEAD and q.shape[0] > 0

@@ -19,6 +19,7 @@ from duetvl.backends.torch_npu.autograd import TorchAutograd
 from duetvl.backends.torch_npu.kv_cache import TorchKVCache
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer
+from duetvl.core.composed import FusedAttention
 from duetvl.core.composed.kv_cache import RowCache
 from duetvl.core.kv_cache import Append
 from duetvl.core.optimizer import AdamWState, Group
@@ -27,7 +28,6 @@ from duetvl.core.spans import Spans
 Tensor = torch.Tensor
 
 MASK_SIDE = 2048  # of the compressed causal mask that sparse modes 2 and 3 take, whatever the lengths
-SPANS_A_CALL = 1024  # the TND layout takes no more
 STATISTIC_WIDTH = 8  # softmax_max and softmax_sum repeat each number this often
 BLOCK = 128  # rows of a cache block; the paged kernel takes multiples of 16 up to 512 and recommends this
 CACHE_LIMIT = 2**31  # elements of one paged tensor
@@ -47,8 +47,10 @@ def why_missing() -> str | None:
     return None if torch.get_device_module("npu").is_available() else "torch_npu sees no device; try npu-smi info"
 
 
-class NpuOps(TorchOps):
+class NpuOps(FusedAttention, TorchOps):
     """See core/ops.py. On any other device than npu the operators must have been registered, as tests/npu does."""
+
+    spans_a_call = 1024  # the TND layout takes no more
 
     def __init__(self, autograd: TorchAutograd, place: torch.device):
         super().__init__(autograd, place)
@@ -62,29 +64,14 @@ class NpuOps(TorchOps):
 
     # -- attention -------------------------------------------------------------------------------------------------
 
-    def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        if spans.rows == 0:
-            return super().attention_forward(q, k, v, spans)
-        found = [self._fused(q[rows], k[rows], v[rows], part) for rows, part in spans.parts(SPANS_A_CALL)]
-        return self.concat([out for out, _ in found], 0), self.concat([lse for _, lse in found], 1)
+    def _takes(self, q: Tensor, spans: Spans) -> bool:
+        return spans.rows > 0
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, top, total, *_ = torch.ops.npu.npu_fusion_attention(
             q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self._layout(spans)
         )
         return out, (top[:, :, 0] + total[:, :, 0].log()).T.contiguous()
-
-    def attention_grad(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if spans.rows == 0:
-            return super().attention_grad(dout, q, k, v, out, lse, spans)
-        found = [
-            self._fused_grad(dout[rows], q[rows], k[rows], v[rows], out[rows], lse[:, rows], part)
-            for rows, part in spans.parts(SPANS_A_CALL)
-        ]
-        dq, dk, dv = (self.concat(pieces, 0) for pieces in zip(*found, strict=True))
-        return dq, dk, dv
 
     def _fused_grad(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
