@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from duetvl.convert.layouts import Model, Shape
 from duetvl.convert.streaming import Fragment, FragmentedTensors
 from duetvl.core.boxes import Box
+from duetvl.core.checkpoint_format import MANIFEST, Manifest, StoredTensor, box_name
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.tensor_files import TensorFile
 from duetvl.core.weights_dir import StoredWeights, open_weights
@@ -20,8 +20,6 @@ from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names
 
 INDEX: Final = "model.safetensors.index.json"
-_FORMAT: Final = ("duetvl training checkpoint", 1)
-_MANIFEST: Final = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,10 @@ def open_adapter(directory: Path, prefix: str | None) -> tuple[dict[str, Shape],
 
 
 # -- training checkpoints ---------------------------------------------------------------------------------------------
-# duetvl/training/checkpoint_format.py defines the format. It is above this package, so what little is needed of it to
-# read weights is said again here; a test reads what the trainer writes.
 
 
 def _training_checkpoint(directory: Path) -> Path | None:
-    if (directory / _MANIFEST).exists():
+    if (directory / MANIFEST).exists():
         return directory
     folder = directory / "checkpoints"
     try:
@@ -120,41 +116,33 @@ def _training_checkpoint(directory: Path) -> Path | None:
 
 
 def _open_checkpoint(directory: Path) -> Source:
-    manifest = _read_manifest(directory / _MANIFEST)
-    config = ModelConfig.from_dict(manifest["model_config"], source=f"{directory}: its model_config")
+    manifest = _read_manifest(directory / MANIFEST)
+    config = ModelConfig.from_dict(manifest.meta.model_config, source=f"{directory}: its model_config")
     model = Model.of(config)
-    stored = manifest["tensors"].get("weights", {})
-    wrong = [name for name in model.shapes if name not in stored or tuple(stored[name]["shape"]) != model.shapes[name]]
+    stored = manifest.tensors.get("weights", {})
+    wrong = [name for name in model.shapes if name not in stored or stored[name].shape != model.shapes[name]]
     if wrong or len(stored) != len(model.shapes):
         what = wrong[0] if wrong else next(name for name in stored if name not in model.shapes)
         raise CheckpointError(f"{directory}: its weights are not those of its model_config: see {what}")
     return Source(config, model, FragmentedTensors(directory, _boxes(directory, stored, model)))
 
 
-def _boxes(directory: Path, stored: Mapping[str, Any], model: Model) -> Iterator[tuple[str, Shape, Fragment]]:
+def _boxes(directory: Path, stored: Mapping[str, StoredTensor], model: Model) -> Iterator[tuple[str, Shape, Fragment]]:
     files: dict[str, TensorFile] = {}
-    for name, entry in stored.items():
-        for file, offset, shape in entry["boxes"]:
-            store = files[file] = files.get(file) or TensorFile(directory / Path(file).name)
-            key = f"{name}@{','.join(map(str, offset))}"
-            if key not in store.specs or store.specs[key].shape != tuple(shape):
+    for name, tensor in stored.items():
+        for part in tensor.boxes:
+            store = files[part.file] = files.get(part.file) or TensorFile(directory / Path(part.file).name)
+            key, shape = box_name(name, part.box), part.box.shape
+            if key not in store.specs or store.specs[key].shape != shape:
                 raise CheckpointError(f"{store.path}: has no {key} of shape {shape}, as the manifest says")
-            box = Box(tuple(offset), tuple(shape))
-            yield name, model.shapes[name], Fragment(box, store, key, 0, box.shape)
+            yield name, model.shapes[name], Fragment(part.box, store, key, 0, shape)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> Manifest:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        checksum = manifest.pop("checksum")
-        intact = checksum == zlib.crc32(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
-        found = manifest["format"], manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error!r}") from None
-    if found != _FORMAT:
-        raise CheckpointError(f"{path}: is a {found[0]!r} of version {found[1]}, expected {_FORMAT[0]!r} {_FORMAT[1]}")
-    if not intact:
-        raise CheckpointError(f"{path}: does not match its own checksum")
-    if not manifest["model_config"]:
+        manifest = Manifest.from_text(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: is damaged or unknown: {error}") from None
+    if not manifest.meta.model_config:
         raise ConfigError(f"{path}: says nothing of its model; give the run's export directory instead")
     return manifest

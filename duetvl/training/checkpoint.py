@@ -19,13 +19,7 @@ from typing import Any, Final
 import duetvl
 from duetvl.core.backend import Backend
 from duetvl.core.boxes import Box
-from duetvl.core.errors import CheckpointError
-from duetvl.core.files import remove_directory, sync_directory, write_text
-from duetvl.core.optimizer import AdamWState
-from duetvl.core.params import Parameter
-from duetvl.core.tensor_files import FileRecord, TensorSpec, file_record, write_tensor_file
-from duetvl.core.weights_dir import count_and_name
-from duetvl.training.checkpoint_format import (
+from duetvl.core.checkpoint_format import (
     KINDS,
     MANIFEST,
     Manifest,
@@ -36,6 +30,12 @@ from duetvl.training.checkpoint_format import (
     box_name,
     file_name,
 )
+from duetvl.core.errors import CheckpointError
+from duetvl.core.files import remove_directory, sync_directory, write_text
+from duetvl.core.optimizer import AdamWState
+from duetvl.core.params import Parameter
+from duetvl.core.tensor_files import FileRecord, TensorSpec, file_record, write_tensor_file
+from duetvl.core.weights_dir import count_and_name
 
 Tensor = Any
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.backend import Backend, load_backend
+from duetvl.core.checkpoint_format import Meta
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loader import Batcher, Encode, Step, StepLoader, passes
 from duetvl.data.packing import Order, Position
 from duetvl.data.records import Records
 from duetvl.training.checkpoint import CheckpointRef, load_checkpoint, save_checkpoint
-from duetvl.training.checkpoint_format import Meta
 from duetvl.training.metrics import MetricsLog, Progress, plot_runs, read_metrics
 from duetvl.training.recipe import Recipe, check_world, load_recipe, make_recipe
 from duetvl.training.run_directory import Start, find_start, locked, write_recipe

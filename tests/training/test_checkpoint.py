@@ -14,12 +14,12 @@ from numpy_backend import SHAPES, numpy_backend, optimizer_state, parameters
 
 import duetvl
 from duetvl.core.boxes import Box
+from duetvl.core.checkpoint_format import Manifest, Meta, StoredCheckpoint
 from duetvl.core.errors import CheckpointError
 from duetvl.core.optimizer import Group
 from duetvl.core.params import Parameter
 from duetvl.core.tensor_files import TensorFile
 from duetvl.training import checkpoint as ck
-from duetvl.training.checkpoint_format import Manifest, Meta, StoredCheckpoint
 
 META = Meta(
     recipe={"optim": {"lr": 1e-5}},
