@@ -12,8 +12,9 @@ from duetvl.data.records import Records
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
 from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.training.loop import read_recipe, total_steps, world_size
-from duetvl.training.recipe import Recipe, check_world
+from duetvl.training.recipe import check_world
 from duetvl.training.run_directory import find_start
+from duetvl.training.sections import Recipe
 from duetvl.training.sft import record_encoder
 
 FIRST = 16  # records of each file set that are encoded

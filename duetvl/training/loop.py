@@ -19,9 +19,10 @@ from duetvl.data.packing import Order, Position
 from duetvl.data.records import Records
 from duetvl.training.checkpoint import CheckpointRef, load_checkpoint, save_checkpoint
 from duetvl.training.metrics import MetricsLog, Progress, plot_runs, read_metrics
-from duetvl.training.recipe import Recipe, check_world, load_recipe, make_recipe
+from duetvl.training.recipe import check_world, load_recipe, make_recipe
 from duetvl.training.run_directory import Start, find_start, locked, write_recipe
 from duetvl.training.schedule import learning_rate
+from duetvl.training.sections import Recipe
 from duetvl.training.signals import StopSignals
 from duetvl.training.step import TrainableModel, Trainer
 

@@ -15,7 +15,7 @@ from typing import Any
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.files import write_text
 from duetvl.training.checkpoint import CheckpointRef, find_checkpoint, has_checkpoint
-from duetvl.training.recipe import Recipe
+from duetvl.training.sections import Recipe
 from duetvl.training.yaml_values import write_yaml
 
 # What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from duetvl.training.recipe import OptimSection
+from duetvl.training.sections import OptimSection
 
 
 def warmup_steps(warmup: float, total: int) -> int:

@@ -22,7 +22,7 @@ from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model, save_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.loop import Job
-from duetvl.training.recipe import DataSection, Recipe
+from duetvl.training.sections import DataSection, Recipe
 
 
 def prepare(recipe: Recipe, backend: Backend) -> Job:

@@ -16,7 +16,7 @@ from duetvl.core.errors import DuetvlError
 from duetvl.core.optimizer import AdamWState, Group
 from duetvl.core.params import Parameter
 from duetvl.data.loader import Step
-from duetvl.training.recipe import OptimSection
+from duetvl.training.sections import OptimSection
 
 Tensor = Any
 

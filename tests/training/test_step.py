@@ -12,7 +12,7 @@ from duetvl.core.batch import IGNORE, Sample
 from duetvl.data.loader import Batcher, Step
 from duetvl.data.packing import Position
 from duetvl.data.records import Records
-from duetvl.training.recipe import OptimSection
+from duetvl.training.sections import OptimSection
 from duetvl.training.step import NonFiniteError, Trainer, decay_groups
 
 OPTIM = OptimSection(lr=0.05, weight_decay=0.1, clip=0.5, betas=(0.9, 0.95))

@@ -1,0 +1,235 @@
+"""The sections of a recipe: every field with its type, its bounds and what it means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from duetvl.core.mesh import AXES, Mesh
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists are what YAML has."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_or_more(value: Any) -> Any:
+    """`x` stands for `[x]`, and null for `[]`."""
+    return () if value is None else (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Part = Literal["vision", "projector", "language"]
+
+
+def _contradiction(message: str) -> PydanticCustomError:
+    """An error about several fields together, which names them itself."""
+    return PydanticCustomError("contradiction", "{message}", {"message": message})
+
+
+class Section(BaseModel):
+    """A part of a recipe: typed strictly, without other fields, unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model is trained, and which of its parts."""
+
+    path: str = Field(min_length=1, description="Directory of the model in the Hugging Face layout.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Storage dtype of the weights. With bfloat16 the optimizer keeps float32 master weights. "
+        "float16 is for inference: training in it needs loss scaling, which is not there yet.",
+    )
+    freeze: Annotated[tuple[Part, ...], BeforeValidator(_one_or_more)] = Field(
+        default=(),
+        description="Parts that are not trained: the vision tower, the projector (merger), the language model.",
+    )
+
+    @model_validator(mode="after")
+    def _trainable(self) -> ModelSection:
+        if self.dtype == "float16":
+            raise _contradiction(
+                "model.dtype float16 cannot be trained without loss scaling, which this release does not have; "
+                "use bfloat16 or float32"
+            )
+        if set(self.freeze) == set(get_args(Part)):
+            raise _contradiction(
+                f"model.freeze names every part ({', '.join(get_args(Part))}): nothing would be trained"
+            )
+        return self
+
+
+class DataSection(Section):
+    """Records, and how they are laid into micro-batches."""
+
+    train: Paths = Field(
+        min_length=1, description="JSON or JSONL file of records with `messages`, or a list of such files."
+    )
+    val: Paths = Field(default=(), description="The same for evaluation; none by default.")
+    image_root: str | None = Field(
+        default=None, description="Directory that relative paths of images start from; by default the data file's own."
+    )
+    min_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Images with fewer pixels are enlarged; by default what the model directory says.",
+    )
+    max_pixels: int | None = Field(
+        default=None, ge=1, description="Images with more pixels are reduced; by default what the model directory says."
+    )
+    pack_tokens: int = Field(
+        default=4096,
+        ge=1,
+        description="Most tokens in one micro-batch: the bound on activation memory. It does not change the loss.",
+    )
+    too_long: Literal["error", "alone"] = Field(
+        default="error",
+        description="What happens to a sample of more than `pack_tokens` tokens: an error that names it, or a "
+        "micro-batch of its own.",
+    )
+    shuffle: bool = Field(default=True, description="A new order in every epoch, fixed by `seed`; off: file order.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the order of samples.")
+
+
+class TrainSection(Section):
+    """How long a run is, and where it is kept."""
+
+    output_dir: str = Field(
+        default="runs/{recipe}",
+        min_length=1,
+        description="Run directory: recipe, checkpoints, metrics, plot. `{recipe}` stands for the recipe's file name.",
+    )
+    global_batch: int = Field(
+        default=8, ge=1, description="Samples in one optimizer step, whatever the split into micro-batches."
+    )
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; instead of `epochs`.")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Passes over the data; 1 where `steps` is not given either. Rounded up to whole steps: the last "
+        "step is filled from the next epoch's order.",
+    )
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Evaluate `data.val` every so many steps; it is always evaluated at the end."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.steps is not None and self.epochs is not None:
+            raise _contradiction(
+                f"train.steps {self.steps} and train.epochs {self.epochs:g} both say how long to train; keep one"
+            )
+        return self
+
+
+class OptimSection(Section):
+    """AdamW, its learning-rate schedule, and clipping."""
+
+    lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)
+    ] = Field(default=(0.9, 0.999), description="Decay of AdamW's first and second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Decoupled weight decay of matrices; norms and biases (one axis) are not decayed.",
+    )
+    clip: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="Largest norm of all gradients together, of the mean over tokens; null: no clipping.",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate falls after the warm-up; the formulas are transformers'."
+    )
+    warmup: int | float = Field(
+        default=0, ge=0, description="Warm-up: a fraction of all steps when below 1, a number of steps otherwise."
+    )
+    min_lr_ratio: Fraction = Field(default=0.0, description="Learning rate at the end, as a fraction of `lr`.")
+
+    @model_validator(mode="after")
+    def _whole_warmup(self) -> OptimSection:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise _contradiction(
+                f"optim.warmup: found {self.warmup}, allowed: a fraction of all steps below 1, or whole steps"
+            )
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise _contradiction("optim.min_lr_ratio has no meaning with optim.schedule constant; remove it")
+        return self
+
+
+class ParallelSection(Section):
+    """Degrees of parallelism; their product is the number of processes."""
+
+    pp: int = Field(default=1, ge=1, description="Pipeline stages.")
+    dp: int = Field(default=1, ge=1, description="Data-parallel replicas.")
+    cp: int = Field(default=1, ge=1, description="Context parallelism: pieces of a sequence.")
+    tp: int = Field(default=1, ge=1, description="Tensor parallelism: pieces of a layer.")
+
+    @property
+    def mesh(self) -> Mesh:
+        """The grid of ranks."""
+        return Mesh(**{axis: getattr(self, axis) for axis in AXES})
+
+
+class CheckpointSection(Section):
+    """What is saved, and when. The last step is always saved."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="Save a checkpoint every so many steps; null: at the end only."
+    )
+    keep_last: int | None = Field(
+        default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."
+    )
+    export: bool | Literal["mindspeed_mm"] = Field(
+        default=False,
+        description="At the end, write the model to `export/`: `true` in the Hugging Face layout, `mindspeed_mm` as a "
+        "MindSpeed-MM release of one stage and rank (`mm-convert ... resplit` divides it further).",
+    )
+
+
+class LogSection(Section):
+    """What is shown. `metrics.jsonl` gets every step in any case."""
+
+    every: int = Field(default=1, ge=1, description="Print a line every so many steps, where no progress bar is shown.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events to `tensorboard/`.")
+    plot: bool = Field(default=True, description="Draw `loss.png` at every checkpoint and evaluation, and at the end.")
+
+
+class BackendSection(Section):
+    """The framework and the device. `--backend`, `--device` and DUETVL_BACKEND on the command line come first."""
+
+    name: str = Field(
+        default="torch_npu", min_length=1, description="torch_npu (or torch), mindspore, or a registered one."
+    )
+    device: str = Field(
+        default="auto", min_length=1, description="cpu, cuda, npu (ascend), or auto for the best that is there."
+    )
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    backend: BackendSection = BackendSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.train.eval_every is not None and not self.data.val:
+            raise _contradiction(f"train.eval_every {self.train.eval_every} needs data.val, which is not given")
+        low, high = self.data.min_pixels, self.data.max_pixels
+        if low is not None and high is not None and low > high:
+            raise _contradiction(f"data.min_pixels {low} is more than data.max_pixels {high}")
+        return self
