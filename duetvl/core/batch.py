@@ -48,8 +48,24 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
+class Pair:
+    """Two answers to one prompt. `rejected` has the grids of `chosen` and no pixels: they share their pictures."""
+
+    chosen: Sample
+    rejected: Sample
+
+    @property
+    def id(self) -> str:
+        """Names the pair in messages."""
+        return self.chosen.id
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples laid end to end: a micro-batch.
+    """Samples laid end to end: a micro-batch. A pair is two sequences, the chosen one first.
 
     input_ids (T,) int32. position_ids (3, T) int32: time, height, width. cu_seqlens (S + 1,) int32 with the
     leading zero. targets (T,) int32: the label of the *next* token of the same sample, or -100.

@@ -15,13 +15,12 @@ import numpy as np
 from duetvl.core.batch import IGNORE, Batch, Sample
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.family import Family, PatchGeometry
+from duetvl.data.conversation import DEFAULT_FPS, ImagePart, VideoPart
 from duetvl.data.images import PatchRows, PixelSettings, image_patches, video_patches
 from duetvl.data.template import (
     TURN_END,
     TURN_START,
-    ImagePart,
     Piece,
-    VideoPart,
     read_messages,
     record_messages,
     render,
@@ -201,13 +200,16 @@ class Processor:
         if isinstance(medium, ImagePart):
             return image_patches(medium.source, self.image_settings, geometry, medium.wish)
         assert isinstance(medium, VideoPart)
-        return video_patches(medium.frames, self.video_settings, geometry, medium.wish)
+        assert isinstance(medium.source, Sequence) and not isinstance(medium.source, str | bytes), (
+            "files are refused when they are read"
+        )
+        return video_patches(medium.source, self.video_settings, geometry, medium.wish)
 
     def _second_per_grid(self, medium: ImagePart | VideoPart | None) -> float:
         assert isinstance(medium, VideoPart)
         if medium.second_per_grid is not None:
             return medium.second_per_grid
-        return self.family.geometry.temporal / medium.fps
+        return self.family.geometry.temporal / (medium.fps or DEFAULT_FPS)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -47,25 +47,25 @@ class Batcher:
     encode: Encode
     pack: Pack
     pack_tokens: int
-    too_long_alone: bool = False
+    longest: int
 
     def batches(self, chosen: Sequence[int]) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
         """Micro-batches of the chosen records, and the names of all their samples in order."""
         samples = [self.encode(self.records[number]) for number in chosen]
-        if not self.too_long_alone:
-            for sample in samples:
-                check_length(sample, self.pack_tokens)
+        for sample in samples:
+            check_length(sample, self.longest)
         packs = pack([len(sample) for sample in samples], self.pack_tokens)
         made = tuple(self.pack([samples[i] for i in members]) for members in packs)
         return made, tuple(sample.id for sample in samples)
 
 
-def check_length(sample: Sample, pack_tokens: int) -> None:
-    """Raise DataError for a sample that no micro-batch can hold."""
-    if len(sample) > pack_tokens:
+def check_length(sample: Sample, longest: int) -> None:
+    """Raise DataError for a sample of more tokens than are allowed."""
+    if len(sample) > longest:
         raise DataError(
-            f"sample {sample.id} has {len(sample)} tokens, data.pack_tokens is {pack_tokens}; raise it, or let such "
-            f"samples be micro-batches of their own: data.too_long=alone"
+            f"sample {sample.id} has {len(sample)} tokens, the longest may have {longest}; raise data.cutoff_len (such "
+            f"a sample is a micro-batch of its own where it exceeds data.pack_tokens), or say with data.too_long what "
+            f"becomes of it"
         )
 
 

@@ -10,53 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
 from duetvl.core.errors import DataError, did_you_mean
-from duetvl.data.images import NO_WISH, ImageSource, Resize
+from duetvl.data.conversation import ImagePart, Part, Turn, VideoPart
+from duetvl.data.images import Resize
 
 DEFAULT_SYSTEM: Final = "You are a helpful assistant."
 TURN_START: Final = "<|im_start|>"
 TURN_END: Final = "<|im_end|>"
-DEFAULT_FPS: Final = 2.0  # of a video that does not say, as in transformers
 _ROLES: Final = ("system", "user", "assistant")
 _MEDIA_KEYS: Final = ("image", "image_url", "url", "path", "value", "video")
 _MARKER: Final = re.compile("(<image>|<video>)")
-
-
-@dataclass(frozen=True, eq=False)
-class ImagePart:
-    """A picture in a message."""
-
-    source: ImageSource
-    wish: Resize = NO_WISH
-
-
-@dataclass(frozen=True, eq=False)
-class VideoPart:
-    """A video in a message: its frames, and how many of them were taken per second.
-
-    `second_per_grid`, the seconds that one temporal patch spans, replaces `fps` where it is given.
-    """
-
-    frames: Sequence[ImageSource]
-    fps: float = DEFAULT_FPS
-    second_per_grid: float | None = None
-    wish: Resize = NO_WISH
-
-
-Part = str | ImagePart | VideoPart
-
-
-class Turn(NamedTuple):
-    """One message, read and checked."""
-
-    role: str
-    parts: tuple[Part, ...]
 
 
 class Piece(NamedTuple):
@@ -182,6 +150,7 @@ def _content(parts: Sequence[Part]) -> Iterator[Piece]:
         if text:
             yield Piece("text", text)
         text = ""
+        assert isinstance(part, ImagePart | VideoPart), "boxes are written out before"
         yield Piece("image" if isinstance(part, ImagePart) else "video", medium=part)
     if text:
         yield Piece("text", text)
@@ -256,7 +225,7 @@ def _read_video(part: Mapping[str, Any]) -> VideoPart:
     seconds = part.get("second_per_grid", part.get("second_per_grid_ts"))
     return VideoPart(
         frames,
-        fps=DEFAULT_FPS if fps is None else _positive("fps", fps),
+        fps=None if fps is None else _positive("fps", fps),
         second_per_grid=None if seconds is None else _positive("second_per_grid", seconds),
         wish=_read_wish(part),
     )

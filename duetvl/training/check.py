@@ -24,7 +24,7 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
     """What the recipe will do, line by line. Raises whatever training would meet at its start."""
     given = read_recipe(recipe, overrides)
     check_world(given, world_size())
-    records = Records(given.data.train)
+    records = Records([source.path for source in given.data.train])
     steps = total_steps(given, len(records))
     seen = steps * given.train.global_batch
     yield f"recipe: {steps} steps of {given.train.global_batch} samples, {seen / len(records):.2f} epochs"
@@ -34,7 +34,7 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
     encode = record_encoder(given)
     yield _records_line("data.train", records, encode, given)
     if given.data.val:
-        yield _records_line("data.val", Records(given.data.val), encode, given)
+        yield _records_line("data.val", Records([source.path for source in given.data.val]), encode, given)
 
 
 def _model_line(recipe: Recipe) -> str:
@@ -56,8 +56,8 @@ def _volume(shape: Sequence[int]) -> int:
 
 def _records_line(name: str, records: Records, encode: Encode, recipe: Recipe) -> str:
     samples = [encode(records[number]) for number in range(min(FIRST, len(records)))]
-    for sample in samples if recipe.data.too_long == "error" else ():
-        check_length(sample, recipe.data.pack_tokens)
+    for sample in samples:
+        check_length(sample, recipe.data.longest)
     lengths = [len(sample) for sample in samples]
     return (
         f"{name}: {len(records)} records; of the first {len(samples)}: {sum(lengths) / len(lengths):.0f} tokens on "

@@ -69,8 +69,8 @@ def train(
         # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
         raise SystemExit(0)
     start = find_start(given, resume)
-    records = Records(given.data.train)
-    val = Records(given.data.val) if given.data.val else None
+    records = Records([source.path for source in given.data.train])
+    val = Records([source.path for source in given.data.val]) if given.data.val else None
     backend = backend or load_backend(given.backend.name, given.backend.device)
     job = (prepare or _sft)(given, backend)
     return Run(given, job, backend, start, records, val).run()
@@ -218,7 +218,7 @@ class Run:
 
     def _batcher(self, records: Records) -> Batcher:
         data = self.recipe.data
-        return Batcher(records, self.job.encode, self.job.model.pack, data.pack_tokens, data.too_long == "alone")
+        return Batcher(records, self.job.encode, self.job.model.pack, data.pack_tokens, data.longest)
 
     def _evaluate(self) -> None:
         if self.val is None:
@@ -256,8 +256,9 @@ class Run:
         stored = dict(ref.meta.data_position)
         records = stored.pop("records")
         if records != len(self.records):
+            files = ", ".join(source.path for source in self.recipe.data.train)
             raise DataError(
-                f"{', '.join(self.recipe.data.train)}: has {len(self.records)} records, but {ref.path} was trained "
+                f"{files}: has {len(self.records)} records, but {ref.path} was trained "
                 f"with {records}; restore the data, or begin a new run: train.output_dir=..."
             )
         load_checkpoint(

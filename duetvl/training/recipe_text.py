@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from duetvl.core.errors import did_you_mean
-from duetvl.training.sections import Recipe, Section
+from duetvl.training.sections import DataSource, Recipe, Section
 
 
 def one_line(error: ValidationError) -> str:
@@ -139,7 +139,7 @@ def _type_words(kind: Any) -> str:
             return "a number"
         return " or ".join(_type_words(part) for part in parts)
     if origin is tuple and parts[-1] is Ellipsis:
-        return "a path or a list of paths" if parts[0] is str else f"one or a list of {_type_words(parts[0])}"
+        return "a path or a list of sources" if parts[0] is DataSource else f"one or a list of {_type_words(parts[0])}"
     if origin is tuple:
         return f"{len(parts)} numbers, each: {_type_words(parts[0])}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
@@ -149,6 +149,8 @@ def _type_words(kind: Any) -> str:
 def _yaml_form(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_yaml_form(item)}' for key, item in value.items())}}}"
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(_yaml_form(item) for item in value)}]"
     if isinstance(value, float) and value and not math.isclose(value, round(value, 3)):

@@ -27,8 +27,13 @@ HARMLESS = frozenset(
         "train.eval_every",
         "train.output_dir",
         "data.val",
+        "data.val_max_samples",
+        "data.pack",
         "data.pack_tokens",
-        "data.too_long",
+        "data.pack_patches",
+        "data.workers",
+        "data.prefetch",
+        "data.cache",
     }
 )
 HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log"})

@@ -28,10 +28,10 @@ def lay(samples) -> Batch:
     return Batch(ids, none, none, np.full(len(ids), IGNORE), none, none, none, none, tuple(s.id for s in samples))
 
 
-def batcher(tmp_path, lengths, pack_tokens=10, **options) -> Batcher:
+def batcher(tmp_path, lengths, pack_tokens=10, longest=10) -> Batcher:
     lines = [json.dumps({"messages": [{"role": "user", "content": str(length)}]}) for length in lengths]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    return Batcher(Records([tmp_path / "a.jsonl"]), encode, lay, pack_tokens, **options)
+    return Batcher(Records([tmp_path / "a.jsonl"]), encode, lay, pack_tokens, longest)
 
 
 def ids(steps) -> list[str]:
@@ -61,10 +61,10 @@ def test_a_step_is_packed(tmp_path):
 
 def test_a_sample_that_is_too_long_is_named(tmp_path):
     loader = StepLoader(batcher(tmp_path, [3, 12]), Order(2, seed=0), 2)
-    with pytest.raises(DataError, match=r"sample a\.jsonl:2 has 12 tokens, data\.pack_tokens is 10"):
+    with pytest.raises(DataError, match=r"sample a\.jsonl:2 has 12 tokens, the longest may have 10"):
         loader.wait()
     loader.close()
-    loader = StepLoader(batcher(tmp_path, [3, 12], too_long_alone=True), Order(2, seed=0), 2)
+    loader = StepLoader(batcher(tmp_path, [3, 12], longest=12), Order(2, seed=0), 2)
     assert sorted(len(batch.input_ids) for batch in loader.next_step().batches) == [3, 12]
     loader.close()
 

@@ -33,7 +33,7 @@ def test_defaults_and_overrides():
     assert recipe.optim.lr == 3e-5
     assert recipe.optim.clip is None
     assert recipe.model.freeze == ("vision", "projector")
-    assert recipe.data.train == ("a.jsonl", "b.json")
+    assert [source.path for source in recipe.data.train] == ["a.jsonl", "b.json"]
     assert recipe.train.output_dir == "runs/chat"
     assert make("model.freeze=vision").model.freeze == ("vision",)
 
@@ -64,10 +64,10 @@ def test_the_last_override_wins():
         ("train.steps=1.5", "train.steps: found 1.5, allowed: a whole number or null, >= 1"),
         ("train.steps=true", "train.steps: found true, allowed: a whole number or null, >= 1"),
         ("data.shuffle=no", "data.shuffle: found 'no', allowed: true or false"),
-        ("data.train=[]", "data.train: found [], allowed: a path or a list of paths, not empty"),
+        ("data.train=[]", "data.train: found [], allowed: a path or a list of sources, not empty"),
         ("model.freeze=[visio]", "model.freeze: found 'visio', allowed: one or a list of vision, projector, language"),
         ("optim.warmup=1.5", "optim.warmup: found 1.5, allowed: a fraction of all steps below 1, or whole steps"),
-        ("train.eval_every=3", "train.eval_every 3 needs data.val, which is not given"),
+        ("train.eval_every=3", "train.eval_every 3 needs data.val or data.val_rate, and neither is given"),
         ("lr=3", "override 'lr=3' is not of the form section.key=value"),
         ("optim.lr", "override 'optim.lr' is not of the form section.key=value"),
         ("optim.lr=[", "override optim.lr: not valid YAML: expected the node content, but found '<stream end>'"),
@@ -129,7 +129,7 @@ def test_paths_are_left_as_they_are_given(tmp_path, monkeypatch):
     (tmp_path / "recipes" / "a.yaml").write_text("model: {path: ckpt}\ndata: {train: data/a.jsonl}\n")
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("recipes/a.yaml")
-    assert (recipe.model.path, recipe.data.train) == ("ckpt", ("data/a.jsonl",))
+    assert (recipe.model.path, recipe.data.train[0].path) == ("ckpt", "data/a.jsonl")
 
 
 @pytest.mark.parametrize(

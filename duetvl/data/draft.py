@@ -1,0 +1,77 @@
+"""A sample before its pixels are there: what planning, checking and caching work on.
+
+Encoding has two halves. `Encoder.draft` reads a record, tokenises it and takes the sizes of its pictures and videos
+from their headers, which is cheap and tells everything that a plan needs. `Encoder.load` decodes and resizes the
+pixels, which is the expensive part and is done where they are used. The tokens of a draft are final: pixels are
+brought to the size that the draft says, so that features and tokens cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from duetvl.core.batch import IGNORE, Batch, Pair, Sample
+from duetvl.core.errors import DataError
+from duetvl.data.records import Record
+
+
+class Dropped(DataError):
+    """A sample that the recipe's own rules leave out, such as one that is too long. Never an error of a run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A sample without its pixels, small and picklable.
+
+    input_ids and labels are those of the sample; `rejected` those of the second answer of a preference pair, prompt
+    included, for which `input_ids` is the chosen one. `media` says what is to be decoded, at which size, in the order
+    of the grids: images, then videos. `where` is file and place for messages. `notes` name what was done to make it
+    fit: "truncated", "shrunk".
+    """
+
+    id: str
+    where: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    image_grid_thw: np.ndarray
+    video_grid_thw: np.ndarray
+    second_per_grid_ts: np.ndarray | None = None
+    rejected: tuple[np.ndarray, np.ndarray] | None = None
+    media: tuple[Any, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its sequences."""
+        return len(self.input_ids) + (len(self.rejected[0]) if self.rejected else 0)
+
+    @property
+    def patches(self) -> int:
+        """Patch rows of all its media."""
+        return int(sum(grids.prod(axis=1).sum() for grids in (self.image_grid_thw, self.video_grid_thw)))
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that a loss is summed over."""
+        labels = [self.labels, *([self.rejected[1]] if self.rejected else [])]
+        return int(sum(np.count_nonzero(row != IGNORE) for row in labels))
+
+
+class Encoder(Protocol):
+    """From records to samples. Picklable: worker processes get a copy."""
+
+    def draft(self, record: Record) -> Draft:
+        """Everything but the pixels. Raises Dropped where a rule leaves the record out, DataError where it is bad."""
+        ...
+
+    def load(self, draft: Draft) -> Sample | Pair:
+        """The sample with its pixels. Raises DataError naming file, line and cause."""
+        ...
+
+    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
+        """Lay samples end to end."""
+        ...
