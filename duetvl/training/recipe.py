@@ -38,7 +38,9 @@ def make_recipe(
     for override in overrides:
         _apply_override(sections, override)
     try:
-        recipe = Recipe.model_validate({key: {} if value is None else value for key, value in sections.items()})
+        recipe = Recipe.model_validate(
+            {key: _empty(key) if value is None else value for key, value in sections.items()}
+        )
     except ValidationError as error:
         raise ConfigError(one_line(error)) from None
     train = recipe.train.model_copy(update={"output_dir": recipe.train.output_dir.replace("{recipe}", name)})
@@ -75,3 +77,9 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
             f"{section}: found {show(inner)}, allowed: a section with fields ({', '.join(fields(section))})"
         )
     inner[key] = parse_yaml(text, f"override {target}")
+
+
+def _empty(section: str) -> dict[str, Any] | None:
+    """What `section:` with nothing after it means: its defaults, or its absence where it may be absent."""
+    field = Recipe.model_fields.get(section)
+    return None if field is not None and field.default is None and not field.is_required() else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 from collections.abc import Mapping
@@ -53,10 +54,14 @@ def no_field(section: str, key: str) -> str:
 
 def fields(section: str) -> Mapping[str, Any]:
     """The fields of a section by name."""
-    kind = Recipe.model_fields[section].annotation
-    assert isinstance(kind, type)
-    assert issubclass(kind, Section)
-    return kind.model_fields
+    return section_type(section).model_fields
+
+
+def section_type(section: str) -> type[Section]:
+    """The class of a section, whether it may be absent or not."""
+    annotation = Recipe.model_fields[section].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next(kind for kind in kinds if issubclass(kind, Section))
 
 
 def _meaning(section: str, key: str) -> str:
@@ -78,13 +83,12 @@ def show(value: Any) -> str:
 def recipe_reference() -> str:
     """All fields of a recipe as markdown tables; docs/recipe.md holds exactly this."""
     lines = ["# Recipe", "", _PREFACE.strip(), ""]
-    for section, field in Recipe.model_fields.items():
-        kind = field.annotation
-        assert kind is not None
+    for section in Recipe.model_fields:
+        kind = section_type(section)
         lines += [
             f"## {section}",
             "",
-            (kind.__doc__ or "").strip(),
+            inspect.cleandoc(kind.__doc__ or ""),
             "",
             "| field | allowed | default | |",
             "|---|---|---|---|",

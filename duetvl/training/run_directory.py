@@ -144,7 +144,9 @@ def _harmless(key: str) -> bool:
 
 def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section, fields in recipe.items():
-        for key, value in fields.items():
+        if fields is None:
+            yield section, None
+        for key, value in (fields or {}).items():
             yield f"{section}.{key}", value
 
 

@@ -279,6 +279,60 @@ class ParallelSection(Section):
         return Mesh(**{axis: getattr(self, axis) for axis in AXES})
 
 
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al., arXiv:2106.09685) in the place of training the weights themselves.
+
+    The section's presence is the switch; `lora: {}` takes all defaults.
+    """
+
+    rank: int = Field(default=8, ge=1, description="Rank of every adapter.")
+    alpha: float = Field(default=16.0, gt=0, description="An adapter's output is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout of an adapter's input.")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        default=("language",),
+        min_length=1,
+        description="Which linear layers get one: vision, projector, language (all of that part), a module's last name "
+        "such as q_proj, or a pattern of full names such as `model.layers.*.mlp.*`.",
+    )
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732).")
+    dora: bool = Field(default=False, description="Train magnitudes beside directions (arXiv:2402.09353).")
+    adapter: str | None = Field(default=None, description="Directory of an adapter (PEFT's layout) to start from.")
+
+
+class DpoSection(Section):
+    """Direct preference optimisation (Rafailov et al., arXiv:2305.18290) of pairs of answers.
+
+    The section's presence is the switch; `dpo: {}` takes all defaults.
+    """
+
+    loss: Literal["sigmoid", "hinge", "ipo", "ipo_sum"] = Field(
+        default="sigmoid",
+        description="`ipo` takes the mean log-probability of an answer's tokens, as TRL and LLaMA-Factory do; "
+        "`ipo_sum` their sum, as in the paper.",
+    )
+    beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="Share of pairs taken to be labelled wrongly (conservative DPO)."
+    )
+    pref_ftx: float = Field(default=0.0, ge=0, description="Weight of the chosen answer's cross-entropy.")
+    reference: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Directory of the reference model; by default `model.path`, with LoRA the model without adapter.",
+    )
+    cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Directory that keeps the reference's log-probabilities: computed once, the reference is not held.",
+    )
+
+    @model_validator(mode="after")
+    def _smoothable(self) -> DpoSection:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise _contradiction(f"dpo.label_smoothing has a meaning with dpo.loss sigmoid only, not {self.loss}")
+        return self
+
+
 class CheckpointSection(Section):
     """What is saved, and when. The last step is always saved."""
 
@@ -322,6 +376,8 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     parallel: ParallelSection = ParallelSection()
+    lora: LoraSection | None = None
+    dpo: DpoSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     backend: BackendSection = BackendSection()
