@@ -53,7 +53,7 @@ def test_the_last_override_wins():
         (
             "optm.lr=1",
             "a recipe has no section 'optm'; did you mean 'optim'? "
-            "(backend, checkpoint, data, log, model, optim, parallel, train)",
+            "(backend, checkpoint, data, dpo, log, lora, model, optim, parallel, train)",
         ),
         ("optim.lr=fast", "optim.lr: found 'fast', allowed: a number, > 0"),
         ("optim.lr=0", "optim.lr: found 0, allowed: a number, > 0"),
