@@ -61,6 +61,9 @@ class Draft:
         return int(sum(np.count_nonzero(row != IGNORE) for row in labels))
 
 
+Outcome = Draft | DataError  # what becomes of a record
+
+
 class Encoder(Protocol):
     """From records to samples. Picklable: worker processes get a copy."""
 

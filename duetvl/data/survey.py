@@ -1,0 +1,131 @@
+"""What a walk over all records finds: how many are good, how long they are, what is left out and why."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from duetvl.data.draft import Draft, Dropped, Outcome
+
+_BINS = 12
+_BAR = 40  # characters of the longest bar
+_EXAMPLES = 5  # records named for each kind of finding
+
+
+@dataclass
+class Survey:
+    """Sums over drafts; memory is four bytes a record and a few examples."""
+
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    trained_tokens: int = 0
+    image_tokens: int = 0
+    video_tokens: int = 0
+    images: int = 0
+    videos: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
+    bad: int = 0
+    examples: dict[str, list[str]] = field(default_factory=lambda: {"dropped": [], "bad": []})
+
+    def add(self, outcome: Outcome, merge: int) -> None:
+        """Take in one record: its draft, or why there is none. `merge` patches along a side make a token."""
+        if not isinstance(outcome, Draft):
+            kind = "dropped" if isinstance(outcome, Dropped) else "bad"
+            setattr(self, kind, getattr(self, kind) + 1)
+            if len(self.examples[kind]) < _EXAMPLES:
+                self.examples[kind].append(str(outcome))
+            return
+        self.lengths.append(outcome.tokens)
+        self.trained_tokens += outcome.trained_tokens
+        sequences = 2 if outcome.rejected else 1  # the two answers of a pair have the prompt's media each
+        self.images += len(outcome.image_grid_thw)
+        self.videos += len(outcome.video_grid_thw)
+        self.image_tokens += sequences * int(outcome.image_grid_thw.prod(axis=1).sum()) // merge**2
+        self.video_tokens += sequences * int(outcome.video_grid_thw.prod(axis=1).sum()) // merge**2
+        self.notes.update(outcome.notes)
+
+    @property
+    def records(self) -> int:
+        """Records seen, good or not."""
+        return len(self.lengths) + self.dropped + self.bad
+
+    def lines(self) -> Iterator[str]:
+        """The findings, for a terminal."""
+        yield f"{self.records} records: {len(self.lengths)} good, {self.dropped} left out, {self.bad} bad"
+        if self.lengths:
+            yield from self._lengths()
+        for note, count in sorted(self.notes.items()):
+            yield f"{note}: {count} samples"
+        for kind, title in (("dropped", "left out"), ("bad", "bad")):
+            yield from (f"  {title}: {text}" for text in self.examples[kind])
+            more = getattr(self, kind) - len(self.examples[kind])
+            if more > 0:
+                yield f"  {title}: and {more} more"
+
+    def _lengths(self) -> Iterator[str]:
+        lengths = np.frombuffer(self.lengths, np.int32)
+        total = int(lengths.sum(dtype=np.int64))
+        middle, high = np.percentile(lengths, [50, 95])
+        yield (
+            f"tokens: {total} in all, {total / len(lengths):.0f} on average, {middle:.0f} in the middle, {high:.0f} at "
+            f"95 %, {lengths.max()} in the longest"
+        )
+        yield (
+            f"shares: images {self.image_tokens / total:.1%} ({self.images} of them), videos "
+            f"{self.video_tokens / total:.1%} ({self.videos}), text {self._text_share(total):.1%}; "
+            f"trained {self.trained_tokens / total:.1%}"
+        )
+        yield from histogram(lengths)
+
+    def _text_share(self, total: int) -> float:
+        return (total - self.image_tokens - self.video_tokens) / total
+
+    def draw(self, target: Path) -> None:
+        """A PNG of the lengths, which appears whole or not at all."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.hist(np.frombuffer(self.lengths, np.int32), bins=60)
+        axes.set_xlabel("tokens of a sample")
+        axes.set_ylabel("samples")
+        axes.grid(alpha=0.3)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        FigureCanvasAgg(figure).print_png(temporary)
+        os.replace(temporary, target)
+
+
+def survey(outcomes: Iterable[Outcome], merge: int) -> Survey:
+    """Sum up what became of every record."""
+    found = Survey()
+    for outcome in outcomes:
+        found.add(outcome, merge)
+    return found
+
+
+def histogram(lengths: Sequence[int] | np.ndarray) -> Iterator[str]:
+    """Bars of text, at most a dozen, over bins with round edges."""
+    step = _round_step(int(np.max(lengths)) / _BINS)
+    counts = np.bincount(np.asarray(lengths) // step)
+    edge = len(str(len(counts) * step))
+    for number, count in enumerate(counts):
+        bar = "#" * max(round(_BAR * count / counts.max()), int(count > 0))
+        yield f"  {number * step:>{edge}} to {(number + 1) * step - 1:>{edge}} tokens  {bar} {count}"
+
+
+def _round_step(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is not less."""
+    power = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * power >= least:
+                return factor * power
+        power *= 10
