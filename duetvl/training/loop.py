@@ -19,6 +19,7 @@ from duetvl.data.packing import Order, Position
 from duetvl.data.records import Records
 from duetvl.training.checkpoint import CheckpointRef, load_checkpoint, save_checkpoint
 from duetvl.training.metrics import MetricsLog, Progress, plot_runs, read_metrics
+from duetvl.training.objective import Objective
 from duetvl.training.recipe import check_world, load_recipe, make_recipe
 from duetvl.training.run_directory import Start, find_start, locked, write_recipe
 from duetvl.training.schedule import learning_rate
@@ -29,9 +30,10 @@ from duetvl.training.step import TrainableModel, Trainer
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: a model, how a record becomes a sample of it, and how it is written for others."""
+    """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others."""
 
     model: TrainableModel
+    objective: Objective
     encode: Encode
     export: Callable[[Path], None]
     model_config: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +121,7 @@ class Run:
         self.records, self.val = records, val
         self.run_dir = start.run_dir
         self.total = total_steps(recipe, len(records))
-        self.trainer = Trainer(job.model, backend, recipe.optim)
+        self.trainer = Trainer(job.model, job.objective, backend, recipe.optim, seed=recipe.data.seed)
         self.step, self.position = 0, Position()
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
@@ -179,7 +181,7 @@ class Run:
         begun = time.perf_counter()
         work = loader.next_step(last=self.step + 1 >= self.total)
         lr = learning_rate(self.step, self.total, self.recipe.optim)
-        result = self.trainer.step(work, lr)
+        result = self.trainer.step(work, lr, self.step)
         self.backend.device.synchronize()
         self.step, self.position = self.step + 1, work.end
         if result is None:
@@ -191,6 +193,7 @@ class Run:
             "loss": result.loss if result else None,
             "grad_norm": result.grad_norm if result else None,
             "lr": lr,
+            **(result.values if result else {}),
             **_costs(work, seconds, self.backend),
         }
         self.log.write(row)
@@ -223,9 +226,10 @@ class Run:
     def _evaluate(self) -> None:
         if self.val is None:
             return
-        loss, tokens = self.trainer.evaluate(passes(self._batcher(self.val), self.recipe.train.global_batch))
-        self.log.write({"step": self.step, "eval_loss": loss, "eval_tokens": tokens})
-        self.progress.say(f"step {self.step}/{self.total}  eval_loss {loss:.4f}  over {tokens} tokens")
+        found = self.trainer.evaluate(passes(self._batcher(self.val), self.recipe.train.global_batch))
+        values = {f"eval_{name}": value for name, value in found.values.items()}
+        self.log.write({"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values})
+        self.progress.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  over {found.tokens} tokens")
 
     def _save_and_go_on(self) -> None:
         """A checkpoint that cannot be written does not end a run that may yet write a later one."""

@@ -22,6 +22,7 @@ from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model, save_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.loop import Job
+from duetvl.training.objective import TokenLoss
 from duetvl.training.sections import DataSection, Recipe
 
 
@@ -34,7 +35,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
     model.freeze(recipe.model.freeze)
     export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else save_model
-    return Job(model, encode, partial(export, model, overwrite=True), model.config.to_dict())
+    return Job(model, TokenLoss(model), encode, partial(export, model, overwrite=True), model.config.to_dict())
 
 
 def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -> None:

@@ -17,6 +17,7 @@ from duetvl.core.params import Parameter, split_trainable
 from duetvl.core.random import philox
 from duetvl.data.records import Record
 from duetvl.training.loop import Job
+from duetvl.training.objective import TokenLoss
 
 VOCABULARY, WIDTH = 11, 8
 
@@ -54,7 +55,7 @@ class BagModel:
             sample_ids=tuple(sample.id for sample in samples),
         )
 
-    def forward_loss(self, batch):
+    def forward_loss(self, batch, *, key=()):
         trainable, frozen = split_trainable(self.parameters.values())
         paths = [p.path for p in (*trainable, *frozen)]
 
@@ -95,7 +96,7 @@ def encode(record: Record) -> Sample:
 
 def prepare(recipe, backend) -> Job:
     model = BagModel(backend, recipe.model.dtype)
-    return Job(model, encode, export=lambda target: target.mkdir())
+    return Job(model, TokenLoss(model), encode, export=lambda target: target.mkdir())
 
 
 def write_records(path: Path, count: int, seed: int = 0) -> Path:

@@ -59,11 +59,11 @@ def run(be, recipe, *overrides, at=None, what=None, **options):
 def _happen(model, at, what):
     plain, seen = model.forward_loss, []
 
-    def forward_loss(batch):
+    def forward_loss(batch, **options):
         seen.append(batch)
         if len(seen) == at:
             what()
-        return plain(batch)
+        return plain(batch, **options)
 
     model.forward_loss = forward_loss
 

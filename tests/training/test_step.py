@@ -12,6 +12,7 @@ from duetvl.core.batch import IGNORE, Sample
 from duetvl.data.loader import Batcher, Step
 from duetvl.data.packing import Position
 from duetvl.data.records import Records
+from duetvl.training.objective import Evaluated, Forward, TokenLoss
 from duetvl.training.sections import OptimSection
 from duetvl.training.step import NonFiniteError, Trainer, decay_groups
 
@@ -20,7 +21,7 @@ OPTIM = OptimSection(lr=0.05, weight_decay=0.1, clip=0.5, betas=(0.9, 0.95))
 
 def step_of(model, tmp_path, pack_tokens: int) -> Step:
     records = Records([write_records(tmp_path / "a.jsonl", 12)])
-    batches, ids = Batcher(records, encode, model.pack, pack_tokens).batches(range(12))
+    batches, ids = Batcher(records, encode, model.pack, pack_tokens, 1000).batches(range(12))
     return Step(batches, ids, Position())
 
 
@@ -32,7 +33,7 @@ def test_the_split_into_micro_batches_changes_nothing(be, tmp_path):
     found = []
     for pack_tokens in (12, 50, 1000):
         model = BagModel(be)
-        trainer, work = Trainer(model, be, OPTIM), step_of(model, tmp_path, pack_tokens)
+        trainer, work = Trainer(model, TokenLoss(model), be, OPTIM), step_of(model, tmp_path, pack_tokens)
         results = [trainer.step(work, 0.05) for _ in range(3)]
         found.append((len(work.batches), results, weights(model)))
     assert [count for count, _, _ in found][-1] == 1 < found[1][0] < found[0][0]
@@ -56,7 +57,7 @@ def test_same_as_plain_torch(be, tmp_path):
         {"params": [start["norm.weight"]], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95))
-    trainer = Trainer(model, be, OPTIM)
+    trainer = Trainer(model, TokenLoss(model), be, OPTIM)
     for _ in range(4):
         optimizer.zero_grad()
         losses = [token for sample in samples for token in plain_losses(torch, start, sample)]
@@ -84,7 +85,7 @@ def test_frozen_parameters_stay(be, tmp_path):
     model = BagModel(be)
     model.parameters["embed.weight"].trainable = False
     before = weights(model)
-    Trainer(model, be, OPTIM).step(step_of(model, tmp_path, 100), 0.05)
+    Trainer(model, TokenLoss(model), be, OPTIM).step(step_of(model, tmp_path, 100), 0.05)
     after = weights(model)
     assert (before["embed.weight"] == after["embed.weight"]).all()
     assert (before["head.weight"] != after["head.weight"]).any()
@@ -92,20 +93,20 @@ def test_frozen_parameters_stay(be, tmp_path):
 
 def test_evaluation_is_the_mean_over_tokens(be, tmp_path):
     model = BagModel(be)
-    trainer = Trainer(model, be, OPTIM)
+    trainer = Trainer(model, TokenLoss(model), be, OPTIM)
     small, large = step_of(model, tmp_path, 12), step_of(model, tmp_path, 1000)
-    loss, tokens = trainer.evaluate(small.batches)
-    assert tokens == large.trained_tokens
-    assert loss == pytest.approx(trainer.evaluate(large.batches)[0], rel=1e-6)
-    assert loss == pytest.approx(trainer.step(large, 0.0).loss, rel=1e-6)
-    assert math.isnan(trainer.evaluate([])[0])
+    found = trainer.evaluate(small.batches)
+    assert found.tokens == large.trained_tokens
+    assert found.loss == pytest.approx(trainer.evaluate(large.batches).loss, rel=1e-6)
+    assert found.loss == pytest.approx(trainer.step(large, 0.0).loss, rel=1e-6)
+    assert math.isnan(trainer.evaluate([]).loss)
 
 
 def test_a_step_without_a_trained_token_changes_nothing(be):
     model = BagModel(be)
     before = weights(model)
     batch = model.pack([Sample(np.array([1, 2]), np.array([IGNORE, IGNORE]), id="s")])
-    trainer = Trainer(model, be, OPTIM)
+    trainer = Trainer(model, TokenLoss(model), be, OPTIM)
     assert trainer.step(Step((batch,), ("s",), Position()), 0.1) is None
     assert all((before[path] == values).all() for path, values in weights(model).items())
     assert trainer.state.step["head.weight"] == 0
@@ -118,11 +119,52 @@ def test_what_is_not_finite_is_named_and_leaves_the_weights(be):
     be.ops.assign(model.parameters["embed.weight"].tensor, be.ops.from_numpy(bad))
     samples = [Sample(np.full(3, token), np.full(3, token), id=f"s{token}") for token in (3, 7)]
     batches = tuple(model.pack([sample]) for sample in samples)
-    trainer, before = Trainer(model, be, OPTIM), weights(model)
+    trainer, before = Trainer(model, TokenLoss(model), be, OPTIM), weights(model)
     with pytest.raises(NonFiniteError, match=r"the loss is not finite; samples of the step: s7$"):
         trainer.step(Step(batches, ("s3", "s7"), Position()), 0.1)
     assert (before["head.weight"] == weights(model)["head.weight"]).all()
     assert all(p.main_grad is None for p in model.parameters.values())
+
+
+class Doubled:
+    """Any objective: the loss of each token twice, weighed by samples, with values and the key to be seen."""
+
+    def __init__(self, model):
+        self.model, self.keys = model, []
+
+    def forward(self, batch, key=()):
+        self.keys.append(key)
+        trainable = list(self.model.parameters.values())
+        paths = [p.path for p in trainable]
+
+        def stage(*tensors):
+            loss = self.model._loss(dict(zip(paths, tensors, strict=True)), batch)
+            return loss + loss, loss, loss * 3.0
+
+        (loss, single, triple), tape = self.model.backend.autograd.run_stage(stage, (), trainable)
+        return Forward(loss, tape, {"single": single, "triple": triple})
+
+    def evaluate(self, batch):
+        loss = self.model.eval_loss(batch)
+        return Evaluated(loss + loss, {"single": loss})
+
+    def weight(self, batch):
+        return len(batch.sample_ids)
+
+
+def test_an_objective_says_what_is_minimised_and_logged(be, tmp_path):
+    ours, plain = BagModel(be), BagModel(be)
+    work = step_of(ours, tmp_path, 50)
+    trainer = Trainer(ours, Doubled(ours), be, OPTIM, seed=5)
+    evaluated = trainer.evaluate(work.batches)
+    found = trainer.step(work, 0.05, 7)
+    expected = Trainer(plain, TokenLoss(plain), be, OPTIM).step(work, 0.05)
+    ratio = work.trained_tokens / 12
+    assert found.loss == pytest.approx(2 * ratio * expected.loss, rel=1e-6)
+    assert found.grad_norm == pytest.approx(2 * ratio * expected.grad_norm, rel=1e-5)
+    assert found.values == pytest.approx({"single": found.loss / 2, "triple": found.loss * 1.5}, rel=1e-6)
+    assert (evaluated.loss, evaluated.values["single"]) == pytest.approx((found.loss, found.loss / 2), rel=1e-6)
+    assert trainer.objective.keys == [(5, 7, index) for index in range(len(work.batches))]
 
 
 def test_decay_groups(be):

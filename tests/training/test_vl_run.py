@@ -26,6 +26,7 @@ from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.checkpoint import find_checkpoint, load_checkpoint
 from duetvl.training.loop import train
 from duetvl.training.metrics import read_metrics
+from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe import load_recipe
 from duetvl.training.step import Trainer
 
@@ -170,7 +171,7 @@ def stored_tensors(run: Path) -> dict[str, bytes]:
 def test_the_restored_state_is_what_was_in_memory(killed, recipe):
     """Bit for bit, on both backends."""
     model = load_model(load_recipe(recipe).model.path, backend=killed.be)
-    trainer = Trainer(model, killed.be, load_recipe(recipe).optim)
+    trainer = Trainer(model, TokenLoss(model), killed.be, load_recipe(recipe).optim)
     ref = find_checkpoint(killed.run)
     assert ref.step == 10
     options = {"parameters": model.parameters.values(), "optimizer_state": trainer.state, "backend": killed.be}

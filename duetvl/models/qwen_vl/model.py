@@ -89,8 +89,11 @@ class QwenVL:
         with self.backend.autograd.no_grad():
             return self._loss(self._weights, self._input(batch), *self._targets(batch))
 
-    def forward_loss(self, batch: Batch) -> tuple[Tensor, Tape]:
-        """Sum of the trained tokens' cross-entropies, float32, and the tape that leads back to the parameters."""
+    def forward_loss(self, batch: Batch, *, key: tuple[int, ...] = ()) -> tuple[Tensor, Tape]:
+        """Sum of the trained tokens' cross-entropies, float32, and the tape that leads back to the parameters.
+
+        `key` names the random numbers of this pass; nothing in the model draws any yet.
+        """
         trainable, frozen = split_trainable(self.parameters.values())
         given, targets = self._input(batch), self._targets(batch)
         paths = [p.path for p in (*trainable, *frozen)]
