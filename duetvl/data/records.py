@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,20 @@ _SEARCH = 1 << 24  # bytes looked through for line ends at a time
 
 
 @dataclass(frozen=True)
+class RecordForm:
+    """How the records of one data set are read, see `duetvl.data.formats.read_record`.
+
+    media_dir is where relative paths of media start; None: the directory of the record's file.
+    """
+
+    form: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    media_dir: Path | None = None
+    boxes: str = "as_written"
+
+
+@dataclass(frozen=True)
 class Record:
     """One conversation as it stands in its file."""
 
@@ -24,6 +38,7 @@ class Record:
     number: int  # the line of a JSONL file, the place in the list of a JSON file; both from 1
     where: str  # file and place for an error message
     values: dict[str, Any]
+    form: RecordForm = field(default_factory=RecordForm)
 
     @property
     def id(self) -> str:
