@@ -6,13 +6,13 @@ Not a test: imported by the tests that compare duetvl with transformers (4.57.6 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duetvl.core.batch import IGNORE, Sample
+from duetvl.core.batch import IGNORE, Pair, Sample
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.names import canonical_name
@@ -179,6 +179,34 @@ SAMPLES = {
     "video": sample(4, Video((3, 10, 12), seconds=0.75), 5, seed=4, name="video"),
     "image and video": sample(
         2, Video((2, 8, 8), seconds=0.5), 3, Image((1, 6, 10)), 2, Video((1, 4, 4)), 4, seed=5, name="image and video"
+    ),
+}
+
+
+def pair(*prompt: int | Image | Video, answers: tuple[int, int] = (5, 9), seed: int = 0, name: str = "") -> Pair:
+    """A prompt of these parts, none of it trained, and two random answers of so many tokens, all of them trained."""
+    base = sample(*prompt, seed=seed, name=name)
+    rng = np.random.default_rng([seed, 11])
+    chosen, rejected = (_answered(base, rng.integers(0, TEXT, count)) for count in answers)
+    return Pair(chosen, replace(rejected, pixel_values=None, pixel_values_videos=None))
+
+
+def _answered(base: Sample, answer: np.ndarray) -> Sample:
+    labels = np.concatenate([np.full(len(base), IGNORE), answer])
+    return replace(base, input_ids=np.concatenate([base.input_ids, answer]), labels=labels)
+
+
+def copies(given: Pair) -> list[Sample]:
+    """Both answers of a pair as samples, each with its pictures."""
+    pixels = {key: getattr(given.chosen, key) for key in ("pixel_values", "pixel_values_videos")}
+    return [given.chosen, replace(given.rejected, **pixels)]
+
+
+PAIRS = {
+    "text pair": pair(7, seed=21, name="text pair"),
+    "pictures pair": pair(2, Image((1, 10, 12)), 3, Image((1, 4, 6)), 2, seed=22, name="pictures pair"),
+    "video pair": pair(
+        2, Video((2, 8, 8), seconds=0.5), 3, Image((1, 6, 10)), 2, answers=(8, 4), seed=23, name="video pair"
     ),
 }
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from duetvl.core.batch import Batch, Sample
+from duetvl.core.batch import Batch, Pair, Sample
 
 
 class PatchGeometry(NamedTuple):
@@ -61,8 +61,11 @@ class Family(Protocol):
         """
         ...
 
-    def pack(self, samples: Sequence[Sample]) -> Batch:
-        """Lay samples end to end. Raises DataError naming the sample whose tokens and media disagree."""
+    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
+        """Lay samples end to end; a pair is two sequences, the chosen one first, over one copy of its pictures.
+
+        Raises DataError naming the sample whose tokens and media disagree.
+        """
         ...
 
     def prepare(self, batch: Batch) -> Any:

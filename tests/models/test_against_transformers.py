@@ -18,6 +18,7 @@ from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.errors import ConfigError
 from duetvl.data.loader import Step
 from duetvl.data.packing import Position
+from duetvl.training.objective import TokenLoss
 from duetvl.training.sections import OptimSection
 from duetvl.training.step import Trainer
 
@@ -197,7 +198,7 @@ def test_text_alone_leaves_the_vision_tower(tiny, be, samples, name):
         return {path: array(be, parameter.tensor) for path, parameter in model.parameters.items()}
 
     before = weights()
-    trainer = Trainer(model, be, OptimSection(lr=1e-2, weight_decay=0.1))
+    trainer = Trainer(model, TokenLoss(model), be, OptimSection(lr=1e-2, weight_decay=0.1))
     assert trainer.step(Step([batch], ("text",), Position()), 1e-2).loss == pytest.approx(loss, rel=LOSS)
     after = weights()
     moved = {path for path in before if not np.array_equal(before[path], after[path])}

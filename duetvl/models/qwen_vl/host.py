@@ -9,13 +9,13 @@ where text resumes; neither is followed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
-from duetvl.core.batch import IGNORE, Batch, Sample
+from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.errors import DataError
 from duetvl.core.family import PatchGeometry, SpecialTokens
 from duetvl.core.spans import Spans
@@ -107,28 +107,27 @@ class QwenVLFamily:
         positions[:, done:] = np.arange(free, free + len(ids) - done, dtype=np.int32)
         return positions, free + len(ids) - done
 
-    def pack(self, samples: Sequence[Sample]) -> Batch:
-        """Lay samples end to end.
+    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
+        """Lay samples end to end; a pair is two sequences, the chosen one first, over one copy of its pictures.
 
         Raises DataError naming the sample whose tokens and media disagree.
         """
         if not samples:
             raise DataError("cannot pack an empty list of samples")
-        parts = [self._checked(sample, index) for index, sample in enumerate(samples)]
-        lengths = [len(sample) for sample in samples]
+        parts = [part for index, given in enumerate(samples) for part in self._checked(given, index)]
         media = [pixels for part in parts for pixels in part.media]
         merged = np.cumsum([0, *(part.features for part in parts)])
-        starts = np.cumsum([0, *lengths])
+        starts = np.cumsum([0, *(len(part.sample) for part in parts)])
         return Batch(
-            input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int32),
+            input_ids=np.concatenate([part.sample.input_ids for part in parts]).astype(np.int32),
             position_ids=np.concatenate([part.positions for part in parts], axis=1),
             cu_seqlens=starts.astype(np.int32),
-            targets=np.concatenate([_targets(sample) for sample in samples]),
+            targets=np.concatenate([_targets(part.sample) for part in parts]),
             pixel_rows=_stack_rows(media, self.geometry.row),
             grids=np.concatenate([part.grids for part in parts]),
             visual_dst=_offset([part.dst for part in parts], starts),
             visual_src=_offset([part.src for part in parts], merged),
-            sample_ids=tuple(sample.id for sample in samples),
+            sample_ids=tuple(given.id for given in samples),
         )
 
     def prepare(self, batch: Batch) -> HostTables:
@@ -220,18 +219,30 @@ class QwenVLFamily:
             medium.check_all_taken()
         return blocks
 
-    def _checked(self, sample: Sample, index: int) -> _Part:
-        """One sample's share of a batch, or a DataError that names the sample."""
+    def _checked(self, given: Sample | Pair, index: int) -> list[_Part]:
+        """One sample's share of a batch, or both of a pair, or a DataError that names the sample."""
         try:
-            self._check_tokens(sample)
-            media = [
-                _checked_rows("image", sample.pixel_values, sample.image_grid_thw, self.geometry),
-                _checked_rows("video", sample.pixel_values_videos, sample.video_grid_thw, self.geometry),
-            ]
-            return self._part(sample, [rows for rows in media if rows is not None])
+            return self._of_pair(given) if isinstance(given, Pair) else [self._of_sample(given)]
         except DataError as error:
-            name = f"sample {sample.id!r}" if sample.id else f"sample {index}"
+            name = f"sample {given.id!r}" if given.id else f"sample {index}"
             raise DataError(f"{name}: {error}") from None
+
+    def _of_sample(self, sample: Sample) -> _Part:
+        self._check_tokens(sample)
+        media = [
+            _checked_rows("image", sample.pixel_values, sample.image_grid_thw, self.geometry),
+            _checked_rows("video", sample.pixel_values_videos, sample.video_grid_thw, self.geometry),
+        ]
+        return self._part(sample, [rows for rows in media if rows is not None])
+
+    def _of_pair(self, pair: Pair) -> list[_Part]:
+        """The rejected answer has no pictures of its own: its features are those just before, the chosen one's."""
+        chosen = self._of_sample(pair.chosen)
+        _check_shares(pair)
+        self._check_tokens(pair.rejected)
+        rejected = self._part(pair.rejected, [])
+        shared = replace(rejected, grids=rejected.grids[:0], src=rejected.src - chosen.features, features=0)
+        return [chosen, shared]
 
     def _check_tokens(self, sample: Sample) -> None:
         if len(sample) == 0:
@@ -259,13 +270,15 @@ class QwenVLFamily:
         dst = np.flatnonzero(is_image | is_video)
         # Placeholders of one kind lie in the order of their grids: count features off per kind.
         src = np.where(is_image, np.cumsum(is_image) - 1, images + np.cumsum(is_video) - 1)[dst]
-        return _Part(positions, media, grids, dst, src, int(counts.sum()))
+        return _Part(sample, positions, media, grids, dst, src, int(counts.sum()))
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One sample's share of a batch; dst and src count from the sample's own first row."""
+    """One sequence's share of a batch; dst counts from its own first row, src from its first feature (which for the
+    rejected answer of a pair lies behind the features that it uses)."""
 
+    sample: Sample
     positions: np.ndarray
     media: list[np.ndarray]
     grids: np.ndarray
@@ -430,6 +443,16 @@ def _seconds(second_per_grid_ts: np.ndarray | None, videos: int) -> np.ndarray:
     if not (np.isfinite(seconds).all() and (seconds >= 0).all()):
         raise DataError(f"second_per_grid_ts {seconds.tolist()} must be finite and not negative")
     return seconds
+
+
+def _check_shares(pair: Pair) -> None:
+    """Raise DataError where the answers of a pair are about different pictures."""
+    for name in ("image_grid_thw", "video_grid_thw"):
+        one, other = getattr(pair.chosen, name), getattr(pair.rejected, name)
+        if not np.array_equal(one, other):
+            raise DataError(f"{name} of the chosen answer is {one.tolist()}, of the rejected one {other.tolist()}")
+    if pair.rejected.pixel_values is not None or pair.rejected.pixel_values_videos is not None:
+        raise DataError("the rejected answer has pixels of its own; a pair shares those of the chosen one")
 
 
 def _checked_rows(

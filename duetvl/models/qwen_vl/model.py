@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
-from duetvl.core.batch import IGNORE, Batch, Sample
+from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.kv_cache import Append, Cache
 from duetvl.core.params import Parameter, Weights, split_trainable
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -64,7 +64,7 @@ class QwenVL:
         for path, parameter in self.parameters.items():
             parameter.trainable = not path.startswith(prefixes)
 
-    def pack(self, samples: Sequence[Sample]) -> Batch:
+    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end. Raises DataError naming a sample whose tokens and media disagree."""
         return self.family.pack(samples)
 
@@ -94,15 +94,30 @@ class QwenVL:
 
         `key` names the random numbers of this pass; nothing in the model draws any yet.
         """
+        (loss,), tape = self._record(batch, self._loss)
+        return loss, tape
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities (N,) float32 of the N tokens in `batch.targets` that are trained, without a tape."""
+        with self.backend.autograd.no_grad():
+            return self._logprobs(self._weights, self._input(batch), *self._targets(batch))
+
+    def forward_logprobs(
+        self, batch: Batch, objective: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        """What `objective` makes of the log-probabilities (N,) of the trained tokens, and the tape of both."""
+        return self._record(batch, lambda *given: objective(self._logprobs(*given)))
+
+    def _record(self, batch: Batch, fn: Callable[..., Any]) -> tuple[tuple[Tensor, ...], Tape]:
+        """`fn(weights, input, trained rows, their tokens)` on a tape."""
         trainable, frozen = split_trainable(self.parameters.values())
         given, targets = self._input(batch), self._targets(batch)
         paths = [p.path for p in (*trainable, *frozen)]
 
-        def stage(*tensors: Tensor) -> Tensor:
-            return self._loss(Weights(dict(zip(paths, tensors, strict=True))), given, *targets)
+        def stage(*tensors: Tensor) -> Any:
+            return fn(Weights(dict(zip(paths, tensors, strict=True))), given, *targets)
 
-        (loss,), tape = self.backend.autograd.run_stage(stage, (), trainable, frozen)
-        return loss, tape
+        return self.backend.autograd.run_stage(stage, (), trainable, frozen)
 
     # -- generation -------------------------------------------------------------------------------------------------
 
@@ -153,10 +168,16 @@ class QwenVL:
     # -- the model as a function of its weights ---------------------------------------------------------------------
 
     def _loss(self, w: Weights, given: ModelInput, rows: Tensor, labels: Tensor) -> Tensor:
+        hidden = self._trained_rows(w, given, rows)
+        return self.backend.ops.linear_cross_entropy(hidden, self._vocabulary(w), labels)
+
+    def _logprobs(self, w: Weights, given: ModelInput, rows: Tensor, labels: Tensor) -> Tensor:
+        hidden = self._trained_rows(w, given, rows)
+        return self.backend.ops.linear_logprobs(hidden, self._vocabulary(w), labels)[0]
+
+    def _trained_rows(self, w: Weights, given: ModelInput, rows: Tensor) -> Tensor:
         """Only the rows that are trained meet the final norm and the vocabulary."""
-        ops = self.backend.ops
-        hidden = self._norm(w, ops.take_rows(self._hidden(w, given), rows))
-        return ops.linear_cross_entropy(hidden, self._vocabulary(w), labels)
+        return self._norm(w, self.backend.ops.take_rows(self._hidden(w, given), rows))
 
     def _hidden(self, w: Weights, given: ModelInput) -> Tensor:
         """Hidden states (T, D) before the final norm."""
