@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from duetvl.core.batch import Batch, Pair, Sample
+
+Grounding = Literal["relative", "absolute"]
 
 
 class PatchGeometry(NamedTuple):
@@ -43,6 +45,7 @@ class Family(Protocol):
 
     geometry: PatchGeometry
     special: SpecialTokens
+    grounding: Grounding  # coordinates in text: thousandths of a picture's sides, or pixels of it as resized
 
     def placeholder_count(self, grid_thw: np.ndarray | Sequence[int]) -> int:
         """Tokens that a picture or video of this grid (time, height, width in patches) takes."""

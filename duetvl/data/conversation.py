@@ -48,11 +48,13 @@ class BoxPart:
 
     It is written into the text once the size at which the picture enters the model is known. `unit` says what the
     numbers are: pixels of the picture as it is in its file, parts of its sides (0 to 1), or thousandths of them.
+    `listed` boxes stand in JSON and stay a list of numbers in every family.
     """
 
     image: int
     values: tuple[float, ...]
     unit: Literal["pixels", "norm1", "norm1000"] = "pixels"
+    listed: bool = False
 
 
 @dataclass(frozen=True)

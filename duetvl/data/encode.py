@@ -13,18 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Sample
-from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError, DataError
 from duetvl.core.family import Family, PatchGeometry
-from duetvl.data.conversation import DEFAULT_FPS, ImagePart, VideoPart
+from duetvl.data.conversation import DEFAULT_FPS, Conversation, ImagePart, VideoPart
+from duetvl.data.formats import read_record
 from duetvl.data.images import PatchRows, PixelSettings, image_patches, video_patches
-from duetvl.data.template import (
-    TURN_END,
-    TURN_START,
-    Piece,
-    read_messages,
-    record_messages,
-    render,
-)
+from duetvl.data.messages import read_messages
+from duetvl.data.template import TURN_END, TURN_START, Piece, render
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -130,7 +125,7 @@ class Processor:
         return cls(TextTokenizer(_read_tokenizer(path)), family, image, video)
 
     def __call__(self, messages: Any, *, add_generation_prompt: bool = False, sample_id: str = "") -> Sample:
-        """Encode one conversation, see `duetvl.data.template.read_messages`.
+        """Encode one conversation, see `duetvl.data.messages.read_messages`.
 
         Labels cover the assistant's turns. Raises DataError.
         """
@@ -140,9 +135,11 @@ class Processor:
     def encode_record(
         self, record: Mapping[str, Any], *, media_dir: str | Path | None = None, sample_id: str = ""
     ) -> Sample:
-        """Encode one record of messages with `<image>` and `<video>` markers. Raises DataError."""
-        root = None if media_dir is None else Path(media_dir)
-        return self(record_messages(record, root), sample_id=sample_id)
+        """Encode one record of any layout, see `duetvl.data.formats.read_record`. Raises DataError."""
+        conversation = read_record(record, media_dir=None if media_dir is None else Path(media_dir))
+        if not isinstance(conversation, Conversation):
+            raise DataError("the record is a pair of answers, which is not trained here")
+        return self._sample(list(render(conversation)), sample_id)
 
     def pack(self, samples: Sequence[Sample]) -> Batch:
         """Lay samples end to end, see `Family.pack`. Raises DataError naming a wrong sample."""
@@ -200,9 +197,8 @@ class Processor:
         if isinstance(medium, ImagePart):
             return image_patches(medium.source, self.image_settings, geometry, medium.wish)
         assert isinstance(medium, VideoPart)
-        assert isinstance(medium.source, Sequence) and not isinstance(medium.source, str | bytes), (
-            "files are refused when they are read"
-        )
+        if isinstance(medium.source, str | bytes | Path):
+            raise DataError(f"video files are not read yet; give {str(medium.source)!r:.80} as a list of its frames")
         return video_patches(medium.source, self.video_settings, geometry, medium.wish)
 
     def _second_per_grid(self, medium: ImagePart | VideoPart | None) -> float:

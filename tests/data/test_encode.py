@@ -13,8 +13,9 @@ from PIL import Image
 from duetvl.api import load_processor
 from duetvl.core.batch import IGNORE, Sample
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
+from duetvl.data.conversation import Conversation, ImagePart
 from duetvl.data.encode import Processor, TextTokenizer
-from duetvl.data.template import record_messages
+from duetvl.data.formats import read_record
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -230,7 +231,7 @@ def test_decode_hides_special_tokens(processor: Processor) -> None:
         ([user({"type": "text"})], "a text part needs a text, found None"),
         ([user({"type": "image", "src": "a"})], "an image part needs one of image"),
         ([user({"type": "video", "video": "a.mp4"})], "video files are not read yet"),
-        ([user({"type": "video", "video": []})], "a video part needs its frames"),
+        ([user({"type": "video", "video": []})], "a video part needs its file or its frames"),
         ([user({"type": "video", "video": [PICTURE], "fps": 0})], "fps is 0, expected a positive"),
         ([user(image(max_pixels=1.5))], "max_pixels is 1.5, expected an integer"),
         ([user("a"), {"role": "assistant", "content": [image()]}], "not into the assistant's"),
@@ -278,9 +279,10 @@ def test_records_of_parts(processor: Processor, tmp_path: Path) -> None:
 
 def test_records_with_a_system_text_and_absolute_paths(tmp_path: Path) -> None:
     absolute = str(tmp_path / "b.png")
-    messages = record_messages(record("<image>", images=[absolute], system="S"), Path("/elsewhere"))
-    assert messages[0] == {"role": "system", "content": "S"}
-    assert str(messages[1]["content"][0]["image"]) == absolute
+    found = read_record(record("<image>", images=[absolute], system="S"), media_dir=Path("/elsewhere"))
+    assert isinstance(found, Conversation) and found.turns[0].parts == ("S",)
+    picture = found.turns[1].parts[0]
+    assert isinstance(picture, ImagePart) and str(picture.source) == absolute
 
 
 @pytest.mark.parametrize(
@@ -289,14 +291,14 @@ def test_records_with_a_system_text_and_absolute_paths(tmp_path: Path) -> None:
         (record("<image><image>", images=["a"]), "hold 2 <image> markers, but images lists 1"),
         (record("none", images=["a"]), "hold 0 <image> markers, but images lists 1"),
         (record("<video>"), "hold 1 <video> markers, but videos lists 0"),
-        (record("<image>", images="a.png"), "images must be a list, found str"),
-        ({"images": []}, "the record has no messages"),
-        ({"messages": [{"role": "user", "content": 1}]}, "needs a text as content"),
+        ({"images": []}, "the record is of no known layout"),
+        ({"messages": [{"role": "user", "content": 1}]}, "content must be a text or a list of parts, found int"),
         (
             {"messages": [{"role": "user", "content": []}], "images": ["a"]},
-            "needs a text as content",
+            "images lists 1, of which 1 belong to no message",
         ),
-        ({"messages": ["hi"]}, "must be objects with role and content"),
+        ({"messages": ["hi"]}, "message 1: expected an object with role and content"),
+        ({"messages": [user("a")]}, "ends with the user's message, so there is no answer"),
     ],
 )
 def test_records_that_do_not_add_up(processor: Processor, values: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.core.family import PatchGeometry, SpecialTokens
+from duetvl.core.family import Grounding, PatchGeometry, SpecialTokens
 from duetvl.core.spans import Spans
 from duetvl.models.qwen_vl.config import ModelConfig
 
@@ -74,6 +74,7 @@ class QwenVLFamily:
             image=config.image_token_id,
             video=config.video_token_id,
         )
+        self.grounding: Grounding = "relative" if config.model_type == "qwen2_vl" else "absolute"
 
     def placeholder_count(self, grid_thw: np.ndarray | Sequence[int]) -> int:
         """Tokens that a picture or video of this grid takes: time x height x width / merge^2."""
