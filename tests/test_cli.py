@@ -55,7 +55,7 @@ def test_mistakes_are_one_line_and_status_2(capsys, recipe, monkeypatch):
         "error: optim has no field 'rl'; did you mean 'lr'? (betas,"
     )
     assert error_of(capsys, "train", "none.yaml") == "error: none.yaml: no such file"
-    assert error_of(capsys, "check", str(recipe), "parallel.tp=2").endswith("this release trains on one process")
+    assert error_of(capsys, "train", str(recipe), "parallel.tp=2").endswith("this release trains on one process")
     assert "no backend 'tourch'; did you mean 'torch'?" in error_of(capsys, "train", str(recipe), "--backend", "tourch")
     assert "has no metrics.jsonl" in error_of(capsys, "plot", str(recipe.parent))
     monkeypatch.setenv("DUETVL_BACKEND", "nothing")
@@ -97,6 +97,13 @@ def test_overrides_stand_anywhere_and_options_win(monkeypatch):
 def test_resume(argv, resume, overrides):
     args = _parse(["train", "r.yaml", *argv])
     assert (args.resume, args.overrides) == (resume, overrides)
+
+
+def test_check_looks_at_a_layout_for_many_processes_before_it_refuses_it(capsys, recipe):
+    assert main(["check", str(recipe), "parallel.tp=2"]) == 2
+    told = capsys.readouterr()
+    assert "data.train: 12 records" in told.out
+    assert told.err.endswith("pp 1 x dp 1 x cp 1 x tp 2 needs 2 processes; this release trains on one process\n")
 
 
 def test_train_check_and_plot(capsys, recipe):

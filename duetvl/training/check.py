@@ -12,7 +12,7 @@ from duetvl.data.records import Records
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
 from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.training.loop import read_recipe, total_steps, world_size
-from duetvl.training.recipe import check_world
+from duetvl.training.recipe import check_layers, check_world
 from duetvl.training.run_directory import find_start
 from duetvl.training.sections import Recipe
 from duetvl.training.sft import record_encoder
@@ -23,7 +23,6 @@ FIRST = 16  # records of each file set that are encoded
 def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Iterator[str]:
     """What the recipe will do, line by line. Raises whatever training would meet at its start."""
     given = read_recipe(recipe, overrides)
-    check_world(given, world_size())
     records = Records([source.path for source in given.data.train])
     steps = total_steps(given, len(records))
     seen = steps * given.train.global_batch
@@ -35,12 +34,14 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
     yield _records_line("data.train", records, encode, given)
     if given.data.val:
         yield _records_line("data.val", Records([source.path for source in given.data.val]), encode, given)
+    check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
 
 
 def _model_line(recipe: Recipe) -> str:
     """Configuration and the headers of the weights."""
     path = recipe.model.path
     config = load_config(path)
+    check_layers(recipe.parallel, config)
     shapes = parameter_shapes(config)
     open_weights(path, canonical_names(config.tie_word_embeddings)).check(shapes)
     numbers = sum(_volume(shape) for shape in shapes.values())

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import AXES
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.training.recipe_text import fields, no_field, no_section, one_line, show
-from duetvl.training.sections import Recipe
+from duetvl.training.sections import ParallelSection, Recipe
 from duetvl.training.yaml_values import parse_yaml, read_yaml
 
 
@@ -58,6 +59,22 @@ def check_world(recipe: Recipe, processes: int) -> None:
             f"parallel: {degrees} is {mesh.size} process, but {processes} were started; "
             f"this release trains on one process"
         )
+
+
+def check_layers(parallel: ParallelSection, config: ModelConfig) -> None:
+    """Raise ConfigError unless the stages' layers add up to the model's."""
+    placed = (
+        ("vision_layers", parallel.vision_layers, config.vision.depth, "vision tower"),
+        ("language_layers", parallel.language_layers, config.text.num_layers, "language model"),
+    )
+    for name, rows, layers, part in placed:
+        if rows is not None and (total := sum(map(sum, rows))) != layers:
+            stages = parallel.pp * len(rows)
+            even = [layers * (k + 1) // stages - layers * k // stages for k in range(stages)]
+            raise ConfigError(
+                f"parallel.{name} {show(rows)} places {total} layers, the {part} has {layers}; "
+                f"evenly over {stages} stages they would be {even}"
+            )
 
 
 def _apply_override(sections: dict[str, Any], override: str) -> None:

@@ -142,12 +142,19 @@ def _type_words(kind: Any) -> str:
         if set(parts) == {int, float}:
             return "a number"
         return " or ".join(_type_words(part) for part in parts)
+    if origin is tuple and parts[-1] is Ellipsis and get_origin(_plain(parts[0])) is tuple:
+        return "numbers of layers, one for each stage, or a list of them for each virtual stage"
     if origin is tuple and parts[-1] is Ellipsis:
         return "a path or a list of sources" if parts[0] is DataSource else f"one or a list of {_type_words(parts[0])}"
     if origin is tuple:
         return f"{len(parts)} numbers, each: {_type_words(parts[0])}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names[kind]
+
+
+def _plain(kind: Any) -> Any:
+    """The type itself, without bounds."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _yaml_form(value: Any) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from duetvl.core.errors import ConfigError
-from duetvl.training.recipe import check_world, load_recipe, make_recipe
+from duetvl.models.qwen_vl.config import published_config
+from duetvl.training.recipe import check_layers, check_world, load_recipe, make_recipe
 from duetvl.training.recipe_text import recipe_reference
 from duetvl.training.sections import Recipe
 from duetvl.training.yaml_values import parse_yaml, write_yaml
@@ -114,6 +115,61 @@ def test_more_than_one_process_is_refused_in_one_line():
     with pytest.raises(ConfigError, match="is 1 process, but 2 were started"):
         check_world(make(), 2)
     check_world(make(), 1)
+
+
+def test_layers_of_stages_are_flat_or_a_row_for_each_virtual_stage():
+    flat = make("parallel.pp=2", "parallel.vision_layers=[32, 0]", "parallel.language_layers=[12, 16]").parallel
+    assert flat.language_layers == ((12, 16),) and flat.virtual == 1
+    rows = make("parallel.pp=2", "parallel.vision_layers=[[8,0],[0,0]]", "parallel.language_layers=[[0,1],[2,3]]")
+    assert rows.parallel.language_layers == ((0, 1), (2, 3)) and rows.parallel.virtual == 2
+    # The documented example of four ranks and three virtual stages, where both towers meet on stage 3.
+    make(
+        "parallel.pp=4",
+        "parallel.vision_layers=[[10,10,10,2],[0,0,0,0],[0,0,0,0]]",
+        "parallel.language_layers=[[0,0,0,1],[4,4,4,4],[4,3,2,2]]",
+    )
+    assert make("parallel.language_layers=null").parallel.virtual == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("parallel.vision_layers=[32, 0]",), "parallel.vision_layers [32, 0] has 2 stages, parallel.pp is 1; give"),
+        (("parallel.pp=2", "parallel.language_layers=[[7, 7], [14]]"), "language_layers [14] has 1 stages"),
+        (("parallel.language_layers=[0]",), "parallel.language_layers places no layer at all"),
+        (
+            ("parallel.pp=4", "parallel.vision_layers=[30,2,0,0]", "parallel.language_layers=[1,10,10,7]"),
+            "puts vision layers on stage 1, after parallel.language_layers has begun on stage 0",
+        ),
+        (
+            ("parallel.vision_layers=[[1],[1]]", "parallel.language_layers=[2]"),
+            "parallel.vision_layers has 2 virtual stages, parallel.language_layers 1; give both as many rows",
+        ),
+        (
+            ("parallel.vision_layers=[-1]",),
+            "parallel.vision_layers: found -1, allowed: numbers of layers, one for each stage, or a list of them for "
+            "each virtual stage, not empty or null",
+        ),
+        (("parallel.vision_layers=[[1], 2]",), "parallel.vision_layers: found 2, allowed: numbers of layers"),
+        (("parallel.vision_layers=[]",), "parallel.vision_layers: found [], allowed: numbers of layers"),
+        (("parallel.cp_algorithm=ulises",), "parallel.cp_algorithm: found 'ulises', allowed: ulysses, ring"),
+    ],
+)
+def test_layers_that_cannot_be_placed(overrides, expected):
+    assert expected in message(*overrides)
+
+
+def test_layers_add_up_to_the_model():
+    model = published_config("Qwen2.5-VL-7B")
+    check_layers(make("parallel.pp=2", "parallel.language_layers=[12, 16]").parallel, model)
+    with pytest.raises(ConfigError) as caught:
+        check_layers(make("parallel.pp=2", "parallel.language_layers=[12, 15]").parallel, model)
+    assert str(caught.value) == (
+        "parallel.language_layers [[12, 15]] places 27 layers, the language model has 28; "
+        "evenly over 2 stages they would be [14, 14]"
+    )
+    with pytest.raises(ConfigError, match="places 31 layers, the vision tower has 32"):
+        check_layers(make("parallel.vision_layers=[31]").parallel, model)
 
 
 def test_yaml_and_json_files(tmp_path):

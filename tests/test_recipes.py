@@ -1,0 +1,146 @@
+"""The recipes that come with duetvl: each is valid for both backends, places its model's layers, and runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from duetvl.cli import _overrides, _parse
+from duetvl.core.errors import ConfigError
+from duetvl.models.qwen_vl.config import published_config, published_names
+from duetvl.training.loop import train
+from duetvl.training.metrics import read_metrics
+from duetvl.training.recipe import check_layers, check_world, load_recipe
+from duetvl.training.sections import Recipe
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+import tiny_run
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FILES = sorted(RECIPES.glob("*.yaml"))
+NAME = re.compile(r"qwen2(_5)?_vl_(\d+b)_(sft_full|sft_lora|sft_video|dpo_full|dpo_lora)")
+ONE_PROCESS = ("parallel.pp=1", "parallel.dp=1", "parallel.tp=1", "parallel.vision_layers=null",
+               "parallel.language_layers=null")  # fmt: skip
+
+every_recipe = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def file_of(published: str) -> str:
+    return published.replace(".", "_").replace("Qwen2-VL-", "qwen2_vl_").replace("Qwen2_5-VL-", "qwen2_5_vl_").lower()
+
+
+def test_every_size_has_its_tasks():
+    names = {path.stem for path in FILES}
+    for published in published_names():
+        assert {f"{file_of(published)}_{task}" for task in ("sft_full", "sft_lora", "dpo_lora")} <= names
+    assert {f"{model}_dpo_full" for model in ("qwen2_vl_2b", "qwen2_vl_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b")} <= names
+    assert {
+        f"{model}_sft_video" for model in ("qwen2_vl_2b", "qwen2_vl_72b", "qwen2_5_vl_3b", "qwen2_5_vl_72b")
+    } <= names
+    assert all(NAME.fullmatch(name) for name in names)
+
+
+@every_recipe
+@pytest.mark.parametrize("backend", ["torch", "mindspore"])
+def test_it_is_valid_for_its_model_on_both_backends(path: Path, backend: str, monkeypatch):
+    monkeypatch.delenv("DUETVL_BACKEND", raising=False)
+    recipe = load_recipe(path, _overrides(_parse(["train", str(path), "--backend", backend])))
+    assert recipe.backend.name == backend
+    assert recipe.train.output_dir == f"runs/{path.stem}"
+    published = recipe.model.path.removeprefix("Qwen/").removesuffix("-Instruct")
+    assert path.stem.startswith(f"{file_of(published)}_")
+    config = published_config(recipe.model.path)
+    check_layers(recipe.parallel, config)
+    assert config.text.num_heads % recipe.parallel.tp == 0 == config.text.num_kv_heads % recipe.parallel.tp
+    assert recipe.train.global_batch % recipe.parallel.dp == 0
+
+
+@every_recipe
+def test_its_name_says_what_it_does(path: Path):
+    recipe = load_recipe(path)
+    found = NAME.fullmatch(path.stem)
+    assert found
+    task = found[3]
+    assert (recipe.lora is not None) == task.endswith("lora")
+    assert (recipe.dpo is not None) == task.startswith("dpo")
+    assert (recipe.data.video_max_pixels is not None) == (task == "sft_video")
+    assert recipe.model.freeze == (() if recipe.lora else ("vision", "projector"))
+    assert path.stem in path.read_text(encoding="utf-8").split("\nmodel:")[0]
+
+
+@every_recipe
+def test_a_layout_for_several_devices_is_refused_on_one(path: Path):
+    recipe = load_recipe(path)
+    mesh = recipe.parallel.mesh
+    if mesh.size == 1:
+        check_world(recipe, 1)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_world(recipe, 1)
+    assert str(caught.value) == (
+        f"parallel: pp {mesh.pp} x dp {mesh.dp} x cp {mesh.cp} x tp {mesh.tp} needs {mesh.size} processes; "
+        f"this release trains on one process"
+    )
+    check_world(load_recipe(path, ONE_PROCESS), 1)
+
+
+@every_recipe
+def test_every_value_says_where_it_comes_from(path: Path):
+    body = path.read_text(encoding="utf-8").split("\nmodel:")[1]
+    bare = [line for line in body.splitlines() if re.match(r"  \w+: ", line) and "  # " not in line]
+    assert not bare
+
+
+def test_the_table_is_that_of_the_files():
+    rows = {}
+    for line in (RECIPES / "README.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"\| \[(\S+)\.yaml\]", line):
+            rows[found[1]] = [cell.strip() for cell in line.strip("| ").split("|")]
+    assert sorted(rows) == [path.stem for path in FILES]
+    for path in FILES:
+        recipe, row = load_recipe(path), rows[path.stem]
+        mesh = recipe.parallel.mesh
+        assert row[1] == recipe.model.path.removeprefix("Qwen/").removesuffix("-Instruct")
+        assert row[3:6] == [
+            str(mesh.size),
+            f"{mesh.pp} x {mesh.dp} x {mesh.cp} x {mesh.tp}",
+            str(recipe.train.global_batch),
+        ]
+        assert float(row[6]) == recipe.optim.lr
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def overrides(directory: Path, data: str) -> list[str]:
+    """The tiny model and data in the place of a recipe's, and two short steps."""
+    return [
+        f"model.path={directory / 'model'}",
+        "model.dtype=float32",
+        f"data.train={directory / data}",
+        "data.image_root=null",
+        "data.max_pixels=12544",
+        "train.steps=2",
+        "train.global_batch=4",
+        f"train.output_dir={directory / 'run'}",
+        "log.tensorboard=false",
+        "log.plot=false",
+        *ONE_PROCESS,
+    ]
+
+
+def losses(recipe: Recipe, be) -> list[float]:
+    result = train(recipe, backend=be)
+    assert result.step == 2
+    assert (result.run_dir / "export").is_dir()
+    return [row["loss"] for row in read_metrics(result.run_dir)]
+
+
+def test_a_recipe_for_supervised_fine_tuning_runs(be, tmp_path):
+    tiny_run.write_recipe(tmp_path)
+    recipe = load_recipe(RECIPES / "qwen2_5_vl_7b_sft_full.yaml", overrides(tmp_path, "data.jsonl"))
+    first, second = losses(recipe, be)
+    assert 4 < first < 7 and 4 < second < 7  # about the logarithm of the vocabulary's size
