@@ -217,6 +217,12 @@ class TrainSection(Section):
         description="Passes over the data; 1 where `steps` is not given either. Rounded up to whole steps: the last "
         "step is filled from the next epoch's order.",
     )
+    loss: Literal["token", "micro_batch", "sample"] = Field(
+        default="token",
+        description="What the tokens' losses are averaged over: all trained tokens of the step, the tokens of each "
+        "micro-batch and then the micro-batches (as transformers does), or the tokens of each sample and then the "
+        "samples.",
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="Evaluate `data.val` every so many steps; it is always evaluated at the end."
     )

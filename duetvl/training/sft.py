@@ -35,7 +35,13 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
     model.freeze(recipe.model.freeze)
     export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else save_model
-    return Job(model, TokenLoss(model), encode, partial(export, model, overwrite=True), model.config.to_dict())
+    return Job(
+        model,
+        TokenLoss(model, recipe.train.loss),
+        encode,
+        partial(export, model, overwrite=True),
+        model.config.to_dict(),
+    )
 
 
 def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -> None:

@@ -55,21 +55,21 @@ class BagModel:
             sample_ids=tuple(sample.id for sample in samples),
         )
 
-    def forward_loss(self, batch, *, key=()):
+    def forward_loss(self, batch, *, weights=None, key=()):
         trainable, frozen = split_trainable(self.parameters.values())
         paths = [p.path for p in (*trainable, *frozen)]
 
         def stage(*tensors):
-            return self._loss(dict(zip(paths, tensors, strict=True)), batch)
+            return self._loss(dict(zip(paths, tensors, strict=True)), batch, weights)
 
         (loss,), tape = self.backend.autograd.run_stage(stage, (), trainable, frozen)
         return loss, tape
 
-    def eval_loss(self, batch):
+    def eval_loss(self, batch, *, weights=None):
         with self.backend.autograd.no_grad():
-            return self._loss({path: p.tensor for path, p in self.parameters.items()}, batch)
+            return self._loss({path: p.tensor for path, p in self.parameters.items()}, batch, weights)
 
-    def _loss(self, w, batch):
+    def _loss(self, w, batch, weights=None):
         ops = self.backend.ops
         rows = np.flatnonzero(batch.targets != IGNORE).astype(np.int32)
         word = ops.take_rows(w["embed.weight"], ops.from_numpy(batch.input_ids))
@@ -79,7 +79,8 @@ class BagModel:
         whole = ops.matmul(ops.from_numpy(mean), ops.cast(word, "float32"))
         hidden = ops.rms_norm(word + ops.cast(whole, ops.dtype_of(word)), w["norm.weight"], eps=1e-6)
         hidden = ops.take_rows(hidden, ops.from_numpy(rows))
-        return ops.linear_cross_entropy(hidden, w["head.weight"], ops.from_numpy(batch.targets[rows]))
+        counted = None if weights is None else ops.from_numpy(weights)
+        return ops.linear_cross_entropy(hidden, w["head.weight"], ops.from_numpy(batch.targets[rows]), counted)
 
 
 def encode(record: Record) -> Sample:

@@ -45,6 +45,19 @@ class ModelInput:
     visual_src: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Rows (N,) of a batch whose next token is trained, those tokens (N,), and what their losses count for.
+
+    The weight of each is `weights` (N,) float32, or 1 where it is None, times `scale`.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    scale: float
+
+
 class QwenVL:
     """A model on one backend. `parameters` maps the Hugging Face name of each weight to it."""
 
@@ -84,23 +97,26 @@ class QwenVL:
             hidden = self._hidden(self._weights, self._input(batch))
             return self._head(self._weights, hidden)
 
-    def eval_loss(self, batch: Batch) -> Tensor:
-        """Sum of the trained tokens' cross-entropies, float32, without a tape."""
+    def eval_loss(self, batch: Batch, *, weights: np.ndarray | None = None) -> Tensor:
+        """Sum of the trained tokens' cross-entropies, float32, without a tape; see `forward_loss`."""
         with self.backend.autograd.no_grad():
-            return self._loss(self._weights, self._input(batch), *self._targets(batch))
+            return self._loss(self._weights, self._input(batch), self._targets(batch, weights))
 
-    def forward_loss(self, batch: Batch, *, key: tuple[int, ...] = ()) -> tuple[Tensor, Tape]:
+    def forward_loss(
+        self, batch: Batch, *, weights: np.ndarray | None = None, key: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tape]:
         """Sum of the trained tokens' cross-entropies, float32, and the tape that leads back to the parameters.
 
-        `key` names the random numbers of this pass; nothing in the model draws any yet.
+        `weights` (N,) float32 multiplies those of the N trained positions, in their order. `key` names the random
+        numbers of this pass; nothing in the model draws any yet.
         """
-        (loss,), tape = self._record(batch, self._loss)
+        (loss,), tape = self._record(batch, self._loss, weights)
         return loss, tape
 
     def logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities (N,) float32 of the N tokens in `batch.targets` that are trained, without a tape."""
         with self.backend.autograd.no_grad():
-            return self._logprobs(self._weights, self._input(batch), *self._targets(batch))
+            return self._logprobs(self._weights, self._input(batch), self._targets(batch))
 
     def forward_logprobs(
         self, batch: Batch, objective: Callable[[Tensor], tuple[Tensor, ...]]
@@ -108,14 +124,16 @@ class QwenVL:
         """What `objective` makes of the log-probabilities (N,) of the trained tokens, and the tape of both."""
         return self._record(batch, lambda *given: objective(self._logprobs(*given)))
 
-    def _record(self, batch: Batch, fn: Callable[..., Any]) -> tuple[tuple[Tensor, ...], Tape]:
-        """`fn(weights, input, trained rows, their tokens)` on a tape."""
+    def _record(
+        self, batch: Batch, fn: Callable[..., Any], weights: np.ndarray | None = None
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        """`fn(weights, input, targets)` on a tape."""
         trainable, frozen = split_trainable(self.parameters.values())
-        given, targets = self._input(batch), self._targets(batch)
+        given, targets = self._input(batch), self._targets(batch, weights)
         paths = [p.path for p in (*trainable, *frozen)]
 
         def stage(*tensors: Tensor) -> Any:
-            return fn(Weights(dict(zip(paths, tensors, strict=True))), given, *targets)
+            return fn(Weights(dict(zip(paths, tensors, strict=True))), given, targets)
 
         return self.backend.autograd.run_stage(stage, (), trainable, frozen)
 
@@ -167,17 +185,18 @@ class QwenVL:
 
     # -- the model as a function of its weights ---------------------------------------------------------------------
 
-    def _loss(self, w: Weights, given: ModelInput, rows: Tensor, labels: Tensor) -> Tensor:
-        hidden = self._trained_rows(w, given, rows)
-        return self.backend.ops.linear_cross_entropy(hidden, self._vocabulary(w), labels)
+    def _loss(self, w: Weights, given: ModelInput, targets: Targets) -> Tensor:
+        hidden, vocabulary = self._trained_rows(w, given, targets), self._vocabulary(w)
+        loss = self.backend.ops.linear_cross_entropy(hidden, vocabulary, targets.labels, targets.weights)
+        return loss * targets.scale
 
-    def _logprobs(self, w: Weights, given: ModelInput, rows: Tensor, labels: Tensor) -> Tensor:
-        hidden = self._trained_rows(w, given, rows)
-        return self.backend.ops.linear_logprobs(hidden, self._vocabulary(w), labels)[0]
+    def _logprobs(self, w: Weights, given: ModelInput, targets: Targets) -> Tensor:
+        hidden = self._trained_rows(w, given, targets)
+        return self.backend.ops.linear_logprobs(hidden, self._vocabulary(w), targets.labels)[0]
 
-    def _trained_rows(self, w: Weights, given: ModelInput, rows: Tensor) -> Tensor:
+    def _trained_rows(self, w: Weights, given: ModelInput, targets: Targets) -> Tensor:
         """Only the rows that are trained meet the final norm and the vocabulary."""
-        return self._norm(w, self.backend.ops.take_rows(self._hidden(w, given), rows))
+        return self._norm(w, self.backend.ops.take_rows(self._hidden(w, given), targets.rows))
 
     def _hidden(self, w: Weights, given: ModelInput) -> Tensor:
         """Hidden states (T, D) before the final norm."""
@@ -233,10 +252,13 @@ class QwenVL:
     def _vision_input(self, batch: Batch, tables: Any) -> VisionInput:
         return vision_input(self.backend.ops, batch.pixel_rows, tables, self.dtype)
 
-    def _targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Rows (N,) whose next token is trained, and those tokens (N,)."""
+    def _targets(self, batch: Batch, weights: np.ndarray | None = None) -> Targets:
+        make = self.backend.ops.from_numpy
         rows = np.flatnonzero(batch.targets != IGNORE).astype(np.int32)
-        return self.backend.ops.from_numpy(rows), self.backend.ops.from_numpy(batch.targets[rows])
+        scale = 1.0 if weights is None else float(weights.max(initial=0.0))
+        # The largest weight is taken out, to be applied in float32: the gradients of logits may be float16 numbers.
+        relative = None if weights is None or (weights == scale).all() else make(weights / np.float32(scale))
+        return Targets(make(rows), make(batch.targets[rows]), relative, scale)
 
 
 def _routes(batch: Batch, inverse: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
