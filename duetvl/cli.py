@@ -115,7 +115,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from duetvl.training.metrics import plot_runs, read_metrics
+    from duetvl.training.metrics import read_metrics
+    from duetvl.training.plots import plot_runs
 
     for run in args.runs:
         if not read_metrics(run):

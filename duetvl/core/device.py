@@ -11,6 +11,7 @@ class Device(Protocol):
     """One device of one process."""
 
     name: str  # "cpu", "cuda:0", "npu:0"
+    product: str  # what its maker calls it, "NVIDIA H100 80GB HBM3"; empty for a CPU
 
     def synchronize(self) -> None:
         """Wait until everything that was started on the device has ended."""

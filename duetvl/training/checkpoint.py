@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 import duetvl
 from duetvl.core.backend import Backend
@@ -86,6 +89,78 @@ class CheckpointRef:
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class HostPiece:
+    """A piece as it goes into a file: what it is called there, and a function that gives its bits once, in its turn."""
+
+    kind: str
+    path: str
+    shape: tuple[int, ...]
+    box: Box
+    dtype: str
+    fetch: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole checkpoint before it is written."""
+
+    step: int
+    meta: Meta
+    optimizer_steps: Mapping[str, int]
+    pieces: tuple[HostPiece, ...]
+    written_by: Mapping[str, str]
+
+
+def take_snapshot(
+    *,
+    step: int,
+    parameters: Iterable[Parameter],
+    optimizer_state: AdamWState | None,
+    meta: Meta,
+    backend: Backend,
+    copy: bool = False,
+) -> Snapshot:
+    """What a checkpoint of this moment has. `parameters` are those that are stored, frozen ones as well if given.
+
+    With `copy` every tensor is copied to host memory now; writing then needs no framework and may happen in a thread
+    while training goes on, and gives each copy's memory back once it is written. Without it a tensor is fetched
+    when its turn comes, and must not change before.
+    """
+    pieces = whole_pieces(parameters, optimizer_state)
+    return Snapshot(
+        step=step,
+        meta=meta,
+        optimizer_steps=dict(optimizer_state.step) if optimizer_state else {},
+        pieces=tuple(on_host(pieces, backend, copy=copy)),
+        written_by=writer_names(backend),
+    )
+
+
+def write_snapshot(run_dir: str | Path, taken: Snapshot, keep_last: int | None = None) -> Path:
+    """Write `run_dir/checkpoints/step-NNNNNNN`, make it the latest, remove all but the `keep_last` newest.
+
+    On an error (a full disk) CheckpointError is raised, nothing of it is left, and earlier checkpoints are as before.
+    """
+    folder = checkpoints_dir(run_dir)
+    staging = folder / f".{step_name(taken.step)}.saving"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
+        staging.mkdir()
+        written = write_pieces(staging, taken.pieces)
+        manifest = make_manifest(taken.step, taken.meta, taken.optimizer_steps, [written], taken.written_by)
+        return commit(staging, manifest, keep_last)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{folder}: the checkpoint of step {taken.step} could not be written: {error.strerror or error}; "
+                f"earlier ones are untouched"
+            ) from error
+        raise
+
+
 def save_checkpoint(
     run_dir: str | Path,
     *,
@@ -96,27 +171,12 @@ def save_checkpoint(
     backend: Backend,
     keep_last: int | None = None,
 ) -> Path:
-    """Write `run_dir/checkpoints/step-NNNNNNN`, make it the latest, remove all but the `keep_last` newest.
+    """Write a checkpoint of this moment; see `take_snapshot` and `write_snapshot`.
 
-    Frozen parameters are stored too: a checkpoint is complete. Beyond what `backend.checkpoint_io.save` needs for one
-    tensor no memory is used. On an error (a full disk) CheckpointError is raised and earlier checkpoints are as before.
+    Beyond what `backend.checkpoint_io.save` needs for one tensor no memory is used.
     """
-    folder = checkpoints_dir(run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(run_dir)
-        staging = folder / f".{step_name(step)}.saving"
-        staging.mkdir()
-        written = write_pieces(staging, whole_pieces(parameters, optimizer_state), backend)
-        steps = optimizer_state.step if optimizer_state else {}
-        manifest = make_manifest(step, meta, steps, [written], backend)
-        return commit(staging, manifest, keep_last)
-    except OSError as error:
-        shutil.rmtree(folder / f".{step_name(step)}.saving", ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: the checkpoint of step {step} could not be written: {error.strerror or error}; "
-            f"earlier ones are untouched"
-        ) from error
+    taken = take_snapshot(step=step, parameters=parameters, optimizer_state=optimizer_state, meta=meta, backend=backend)
+    return write_snapshot(run_dir, taken, keep_last)
 
 
 def whole_pieces(parameters: Iterable[Parameter], optimizer_state: AdamWState | None) -> list[Piece]:
@@ -127,6 +187,37 @@ def whole_pieces(parameters: Iterable[Parameter], optimizer_state: AdamWState | 
     return pieces
 
 
+def on_host(pieces: Iterable[Piece], backend: Backend, *, copy: bool = False) -> Iterator[HostPiece]:
+    """The pieces as files take them: copied to host memory now, or each when its turn comes."""
+    for piece in pieces:
+        fetch: Callable[[], np.ndarray] = partial(_bits, backend, piece)
+        if copy:
+            fetch = _Held(np.array(fetch(), copy=True)).take  # on a CPU the bits are the tensor's own memory
+        yield HostPiece(piece.kind, piece.path, piece.shape, piece.box, backend.ops.dtype_of(piece.tensor), fetch)
+
+
+def _bits(backend: Backend, piece: Piece) -> np.ndarray:
+    return backend.checkpoint_io.save(piece.tensor)[0].reshape(piece.box.shape)
+
+
+class _Held:
+    """An array that is handed over, and so freed by whoever took it."""
+
+    def __init__(self, array: np.ndarray):
+        self.array: np.ndarray | None = array
+
+    def take(self) -> np.ndarray:
+        array, self.array = self.array, None
+        assert array is not None, "a snapshot is written once"
+        return array
+
+
+def writer_names(backend: Backend) -> dict[str, str]:
+    """Who writes a checkpoint, for its manifest."""
+    framework = backend.capabilities.framework
+    return {"duetvl": duetvl.__version__, "backend": backend.name, "framework": framework}
+
+
 @dataclass(frozen=True)
 class WrittenPieces:
     """What one process has written: enough, from all of them, to make the manifest."""
@@ -135,9 +226,7 @@ class WrittenPieces:
     boxes: tuple[tuple[str, str, StoredTensor], ...]  # kind, path, and the tensor as far as it is in this box
 
 
-def write_pieces(
-    staging: Path, pieces: Sequence[Piece], backend: Backend, *, rank: int = 0, ranks: int = 1
-) -> WrittenPieces:
+def write_pieces(staging: Path, pieces: Sequence[HostPiece], *, rank: int = 0, ranks: int = 1) -> WrittenPieces:
     """Write this process's pieces, one file of each kind, and wait until they are on disk.
 
     A piece that several processes hold must be handed in by one of them only.
@@ -149,18 +238,22 @@ def write_pieces(
         if not chosen:
             continue
         name = file_name(kind, rank, ranks)
-        specs = {key: TensorSpec(backend.ops.dtype_of(p.tensor), p.box.shape) for key, p in chosen.items()}
-        fetch = _fetcher(backend, chosen)
-        files.append(write_tensor_file(staging / name, specs, fetch, {"format": "pt"}))
-        boxes += [
-            (kind, p.path, StoredTensor(specs[key].dtype, p.shape, (StoredBox(name, p.box),)))
-            for key, p in chosen.items()
-        ]
+        specs = {key: TensorSpec(p.dtype, p.box.shape) for key, p in chosen.items()}
+        files.append(write_tensor_file(staging / name, specs, _fetcher(chosen), {"format": "pt"}))
+        boxes += [(kind, p.path, StoredTensor(p.dtype, p.shape, (StoredBox(name, p.box),))) for p in chosen.values()]
     return WrittenPieces(tuple(files), tuple(boxes))
 
 
+def _fetcher(pieces: Mapping[str, HostPiece]) -> Callable[[str], np.ndarray]:
+    return lambda key: pieces[key].fetch()
+
+
 def make_manifest(
-    step: int, meta: Meta, optimizer_steps: Mapping[str, int], written: Sequence[WrittenPieces], backend: Backend
+    step: int,
+    meta: Meta,
+    optimizer_steps: Mapping[str, int],
+    written: Sequence[WrittenPieces],
+    written_by: Mapping[str, str],
 ) -> Manifest:
     """Join what all processes have written."""
     tensors: dict[str, dict[str, StoredTensor]] = {kind: {} for kind in KINDS}
@@ -176,11 +269,7 @@ def make_manifest(
         optimizer_steps=dict(optimizer_steps),
         files=tuple(record for part in written for record in part.files),
         tensors=tensors,
-        written_by={
-            "duetvl": duetvl.__version__,
-            "backend": backend.name,
-            "framework": backend.capabilities.framework,
-        },
+        written_by=dict(written_by),
     )
 
 
@@ -221,10 +310,6 @@ def checkpoints_dir(run_dir: str | Path) -> Path:
 def step_name(step: int) -> str:
     """Directory name of the checkpoint of a step."""
     return f"step-{step:07}"
-
-
-def _fetcher(backend: Backend, pieces: Mapping[str, Piece]) -> Any:
-    return lambda key: backend.checkpoint_io.save(pieces[key].tensor)[0].reshape(pieces[key].box.shape)
 
 
 def _rotate(folder: Path, newest: Path, keep_last: int | None) -> None:

@@ -6,37 +6,55 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from duetvl.core.backend import Backend, load_backend
+from duetvl.core.batch import Sample
 from duetvl.core.checkpoint_format import Meta
-from duetvl.core.errors import CheckpointError, DataError
+from duetvl.core.errors import DataError
+from duetvl.core.params import Parameter
 from duetvl.data.loader import Batcher, Encode, Step, StepLoader, passes
 from duetvl.data.packing import Order, Position
 from duetvl.data.records import Records
-from duetvl.training.checkpoint import CheckpointRef, load_checkpoint, save_checkpoint
-from duetvl.training.metrics import MetricsLog, Progress, plot_runs, read_metrics
+from duetvl.training.callbacks import Callback
+from duetvl.training.checkpoint import CheckpointRef, Snapshot, load_checkpoint, take_snapshot
+from duetvl.training.costs import Flops, Meter
+from duetvl.training.metrics import MetricsLog, Progress, read_metrics
 from duetvl.training.objective import Objective
+from duetvl.training.plots import plot_runs
 from duetvl.training.recipe import check_world, load_recipe, make_recipe
 from duetvl.training.run_directory import Start, find_start, locked, write_recipe
+from duetvl.training.saving import Saver
 from duetvl.training.schedule import learning_rate
 from duetvl.training.sections import Recipe
 from duetvl.training.signals import StopSignals
-from duetvl.training.step import TrainableModel, Trainer
+from duetvl.training.step import StepGivenUp, StepResult, TrainableModel, Trainer
+from duetvl.training.trackers import check_trackers, open_trackers
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others."""
+    """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others.
+
+    `stored`: the parameters that a checkpoint keeps, those of `model` by default. `flops` counts the operations that a
+    micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it.
+    """
 
     model: TrainableModel
     objective: Objective
     encode: Encode
     export: Callable[[Path], None]
     model_config: Mapping[str, Any] = field(default_factory=dict)
+    stored: Sequence[Parameter] | None = None
+    flops: Flops | None = None
+
+    def checkpointed(self) -> Sequence[Parameter]:
+        """The parameters that a checkpoint keeps."""
+        return tuple(self.model.parameters.values()) if self.stored is None else self.stored
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,7 @@ class TrainResult:
     eval_loss: float | None
     checkpoint: Path | None
     stopped_by: int | None = None  # the number of the signal that ended it before its time
+    stop_reason: str | None = None  # what a callback said that did so
 
 
 def train(
@@ -58,14 +77,17 @@ def train(
     backend: Backend | None = None,
     resume: str | None = None,
     prepare: Callable[[Recipe, Backend], Job] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Run a recipe: a file, a mapping of its sections, or a `Recipe`.
 
     `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
     checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step.
-    `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model.
+    `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. `callbacks` are called
+    as the run goes along. However it ends, no file is left half-written.
     """
     given = read_recipe(recipe, overrides)
+    check_trackers(given.log)
     check_world(given, world_size())
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
@@ -75,7 +97,7 @@ def train(
     val = Records([source.path for source in given.data.val]) if given.data.val else None
     backend = backend or load_backend(given.backend.name, given.backend.device)
     job = (prepare or _sft)(given, backend)
-    return Run(given, job, backend, start, records, val).run()
+    return Run(given, job, backend, start, records, val, callbacks).run()
 
 
 def _sft(recipe: Recipe, backend: Backend) -> Job:
@@ -105,7 +127,7 @@ def total_steps(recipe: Recipe, records: int) -> int:
 
 
 class Run:
-    """One start of a run, up to its end or a signal."""
+    """One start of a run, up to its end or a signal. Callbacks see it as `callbacks.Running`."""
 
     def __init__(
         self,
@@ -115,39 +137,36 @@ class Run:
         start: Start,
         records: Records,
         val: Records | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         """Put the parts together and go to the start; nothing is written yet."""
-        self.recipe, self.job, self.backend = recipe, job, backend
+        self.recipe, self.job, self.backend, self.callbacks = recipe, job, backend, callbacks
         self.records, self.val = records, val
-        self.run_dir = start.run_dir
+        self.start, self.run_dir = start, start.run_dir
         self.total = total_steps(recipe, len(records))
         self.trainer = Trainer(job.model, job.objective, backend, recipe.optim, seed=recipe.data.seed)
+        self.meter = Meter(recipe, backend, job.flops)
         self.step, self.position = 0, Position()
+        self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0}
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
         self.first_step = self.step
         self.saved: Path | None = start.checkpoint.path if start.checkpoint and not start.history else None
         self.saved_step = self.step if self.saved else -1
-        self.start = start
+        self.stop_reason: str | None = None
 
     def run(self) -> TrainResult:
-        """Train to the end, or until a signal asks to stop."""
+        """Train to the end, or until a signal or a callback asks to stop."""
         with self._loader() as loader, locked(self.run_dir):
             write_recipe(self.recipe, self.run_dir)
-            log = self.recipe.log
-            history = self.start.history
-            self.log = MetricsLog(self.run_dir, after=self.step, history=history, tensorboard=log.tensorboard)
-            self.progress = Progress(self.total, done=self.step, every=log.every)
-            try:
+            with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
                 for note in self.start.notes:
-                    self.progress.say(note)
-                with StopSignals(self._announce_stop) as stop:
-                    self._steps(loader, stop)
-                    self._finish(stop)
-            finally:
-                self.progress.close()
-                self.log.close()
-        return self._result(stop)
+                    self.say(note)
+                self._steps(loader)
+                self._finish()
+        return self._result()
+
+    # -- what is open while it runs, closed however it ends ----------------------------------------------------------
 
     @contextmanager
     def _loader(self) -> Iterator[StepLoader]:
@@ -161,60 +180,150 @@ class Run:
         finally:
             loader.close()
 
-    def _announce_stop(self, signal_name: str) -> None:
-        self.progress.say(f"{signal_name}: finishing this step, then saving; once more stops at once")
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """The terminal, the logs and the saver, which tells what it has done."""
+        section = self.recipe.checkpoint
+        with ExitStack() as open_things:
+            self.progress = Progress(self.total, done=self.step, every=self.recipe.log.every)
+            open_things.callback(self.progress.close)
+            trackers = open_trackers(self.recipe, self.run_dir, self.step)
+            self.log_file = MetricsLog(
+                self.run_dir, after=self.step, history=self.start.history, trackers=trackers, say=self.say
+            )
+            open_things.callback(self.log_file.close)
+            self.signals = StopSignals(self._announce_stop, section.grace)
+            self.trainer.give_up = self.signals.pressing
+            self.saver = Saver(
+                self.run_dir,
+                on_saved=self._saved,
+                warn=self.say,
+                background=section.background,
+                keep_last=section.keep_last,
+            )
+            yield
 
-    def _steps(self, loader: StepLoader, stop: StopSignals) -> None:
+    @contextmanager
+    def _called_back(self) -> Iterator[None]:
+        with ExitStack() as ends:
+            for callback in self.callbacks:
+                callback.on_start(self)
+                ends.push(_ending(callback, self))
+            yield
+
+    @contextmanager
+    def _profiled(self) -> Iterator[ExitStack]:
+        """Holds the trace that `log.profile` asks for, which a run may end in the middle of."""
+        with ExitStack() as trace:
+            yield trace
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _steps(self, loader: StepLoader) -> None:
         if self.step >= self.total:
-            self.progress.say(f"{self.run_dir}: all {self.total} steps are done already")
-        while self.step < self.total and stop.caught is None:
-            self._one_step(loader)
+            self.say(f"{self.run_dir}: all {self.total} steps are done already")
+        while self.step < self.total and self.stop_reason is None and self.signals.caught is None:
+            try:
+                self._one_step(loader)
+            except StepGivenUp:
+                self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
+                return
+            self.saver.poll()
             evaluate, save = self._due(self.recipe.train.eval_every), self._due(self.recipe.checkpoint.every)
             if evaluate:
                 self._evaluate()
             if save:
-                self._save_and_go_on()
+                self.saver.save(self._snapshot)
             if evaluate or save:
                 self._plot()
 
     def _one_step(self, loader: StepLoader) -> None:
+        self._profile_from_here()
         begun = time.perf_counter()
         work = loader.next_step(last=self.step + 1 >= self.total)
+        waited = time.perf_counter() - begun
         lr = learning_rate(self.step, self.total, self.recipe.optim)
         result = self.trainer.step(work, lr, self.step)
         self.backend.device.synchronize()
+        seconds = time.perf_counter() - begun
         self.step, self.position = self.step + 1, work.end
+        self._profile_up_to_here()
         if result is None:
             names = ", ".join(work.sample_ids)
-            self.progress.say(f"warning: step {self.step} has no trained token and is skipped; samples: {names}")
-        seconds = time.perf_counter() - begun
+            self.say(f"warning: step {self.step} has no trained token and is skipped; samples: {names}")
+        self._tell_step(work, result, lr, self.meter.row(work, seconds, waited))
+
+    def _tell_step(self, work: Step, result: StepResult | None, lr: float, costs: Mapping[str, Any]) -> None:
+        self.totals["tokens"] += work.tokens
+        self.totals["trained_tokens"] += work.trained_tokens
+        self.totals["seconds"] += costs["step_s"]
         row = {
             "step": self.step,
             "loss": result.loss if result else None,
             "grad_norm": result.grad_norm if result else None,
             "lr": lr,
             **(result.values if result else {}),
-            **_costs(work, seconds, self.backend),
+            **costs,
+            "total_tokens": self.totals["tokens"],
         }
-        self.log.write(row)
+        self.log_file.write(row)
         self.progress.step(row)
+        self._call("on_step", row)
 
-    def _finish(self, stop: StopSignals) -> None:
+    def _finish(self) -> None:
         """The last evaluation, checkpoint, plot and export; after a signal the checkpoint alone."""
-        if stop.caught is None and self.step > self.first_step and not self._due(self.recipe.train.eval_every):
+        if self.signals.caught is None and self.step > self.first_step and not self._due(self.recipe.train.eval_every):
             self._evaluate()
+        self.saver.wait()
         if self.saved_step != self.step:
-            self._save()
-        if stop.caught is not None:
-            self.progress.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
+            self.saver.save_last(self._snapshot)
+        if self.signals.caught is not None:
+            self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
             return
+        if self.stop_reason is not None:
+            self.say(f"stopped at step {self.step} of {self.total}: {self.stop_reason}")
         self._plot()
         target = self.run_dir / "export"
         if self.recipe.checkpoint.export and (self.step > self.first_step or not target.exists()):
             self.job.export(target)
-            self.progress.say(f"exported {target}")
+            self.say(f"exported {target}")
+
+    # -- what callbacks use ------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        """The model in training."""
+        return self.job.model
+
+    def say(self, text: str) -> None:
+        """Show a line to whoever watches."""
+        self.progress.say(text)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add numbers to metrics.jsonl and every tracker."""
+        self.log_file.write({"step": self.step, **row})
+
+    def log_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add texts to samples.jsonl and every tracker."""
+        self.log_file.write_answers(self.step, rows)
+
+    def validation_samples(self, count: int) -> list[Sample]:
+        """The first so many samples of the validation data."""
+        numbers = range(min(count, len(self.val) if self.val else 0))
+        return [self.job.encode(self.val[number]) for number in numbers] if self.val else []
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step as if it were the last one."""
+        self.stop_reason = reason
 
     # -- parts ------------------------------------------------------------------------------------------------------
+
+    def _announce_stop(self, signal_name: str) -> None:
+        self.say(f"{signal_name}: finishing this step, then saving; once more stops at once")
+
+    def _call(self, event: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -226,35 +335,37 @@ class Run:
     def _evaluate(self) -> None:
         if self.val is None:
             return
-        found = self.trainer.evaluate(passes(self._batcher(self.val), self.recipe.train.global_batch))
+        batches = passes(self._batcher(self.val), self.recipe.train.global_batch)
+        found = self.trainer.evaluate(takewhile(lambda _: self.signals.caught is None, batches))
+        if self.signals.caught is not None:
+            self.say(f"the evaluation after step {self.step} is given up")
+            return
         values = {f"eval_{name}": value for name, value in found.values.items()}
-        self.log.write({"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values})
-        self.progress.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  over {found.tokens} tokens")
+        row = {"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values}
+        self.log_file.write(row)
+        self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  over {found.tokens} tokens")
+        self._call("on_eval", row)
 
-    def _save_and_go_on(self) -> None:
-        """A checkpoint that cannot be written does not end a run that may yet write a later one."""
-        try:
-            self._save()
-        except CheckpointError as error:
-            self.progress.say(f"warning: {error}")
-
-    def _save(self) -> None:
-        self.saved = save_checkpoint(
-            self.run_dir,
+    def _snapshot(self, *, copy: bool) -> Snapshot:
+        return take_snapshot(
             step=self.step,
-            parameters=self.job.model.parameters.values(),
+            parameters=self.job.checkpointed(),
             optimizer_state=self.trainer.state,
             meta=Meta(
                 recipe=self.recipe.model_dump(mode="json"),
                 model_config=self.job.model_config,
                 data_position={**asdict(self.position), "records": len(self.records)},
-                random_state={"seed": self.recipe.data.seed},
+                random_state={"seed": self.recipe.data.seed, "step": self.step},
+                extra={"totals": dict(self.totals)},
             ),
             backend=self.backend,
-            keep_last=self.recipe.checkpoint.keep_last,
+            copy=copy,
         )
-        self.saved_step = self.step
-        self.progress.say(f"saved {self.saved}")
+
+    def _saved(self, path: Path, step: int) -> None:
+        self.saved, self.saved_step = path, step
+        self.say(f"saved {path}")
+        self._call("on_save", path)
 
     def _restore(self, ref: CheckpointRef) -> None:
         stored = dict(ref.meta.data_position)
@@ -267,17 +378,30 @@ class Run:
             )
         load_checkpoint(
             ref,
-            parameters=self.job.model.parameters.values(),
+            parameters=self.job.checkpointed(),
             optimizer_state=self.trainer.state,
             backend=self.backend,
         )
         self.step, self.position = ref.step, Position(**stored)
+        self.totals |= ref.meta.extra.get("totals", {})
+
+    def _profile_from_here(self) -> None:
+        if self.recipe.log.profile is not None and self.step + 1 == self.recipe.log.profile[0]:
+            self._profile.enter_context(self.backend.device.profile(self.run_dir / "profile"))
+
+    def _profile_up_to_here(self) -> None:
+        if self.recipe.log.profile is not None and self.step == self.recipe.log.profile[1]:
+            self._profile.close()
+            self.say(f"the trace of steps {list(self.recipe.log.profile)} is in {self.run_dir / 'profile'}")
 
     def _plot(self) -> None:
         if self.recipe.log.plot:
-            plot_runs([self.run_dir], self.run_dir / "loss.png")
+            try:
+                plot_runs([self.run_dir], self.run_dir / "loss.png")
+            except OSError as error:
+                self.say(f"warning: {self.run_dir / 'loss.png'} cannot be drawn: {error.strerror or error}")
 
-    def _result(self, stop: StopSignals) -> TrainResult:
+    def _result(self) -> TrainResult:
         rows = read_metrics(self.run_dir)
         return TrainResult(
             run_dir=self.run_dir,
@@ -285,19 +409,18 @@ class Run:
             loss=_last(rows, "loss"),
             eval_loss=_last(rows, "eval_loss"),
             checkpoint=self.saved,
-            stopped_by=int(stop.caught) if stop.caught else None,
+            stopped_by=int(self.signals.caught) if self.signals.caught else None,
+            stop_reason=self.stop_reason,
         )
 
 
-def _costs(work: Step, seconds: float, backend: Backend) -> dict[str, Any]:
-    return {
-        "tokens": work.tokens,
-        "trained_tokens": work.trained_tokens,
-        "micro_batches": len(work.batches),
-        "tokens_per_s": work.tokens / seconds,
-        "step_s": seconds,
-        "peak_memory": backend.device.peak_memory(),
-    }
+def _ending(callback: Callback, run: Run) -> Callable[..., None]:
+    """What a `with` calls at its end."""
+
+    def end(kind: Any, error: BaseException | None, trace: Any) -> None:
+        callback.on_end(run, error)
+
+    return end
 
 
 def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, a plot, and lines or a progress bar on the terminal."""
+"""What a run tells: metrics.jsonl, trackers, and lines or a progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from duetvl.core.files import write_text
+from duetvl.training.trackers import Guarded, Tracker
 
 Row = dict[str, Any]
-FILE = "metrics.jsonl"
-_IN_LINES = ("loss", "grad_norm", "lr", "tokens_per_s", "eval_loss")
+METRICS = "metrics.jsonl"
+ANSWERS = "samples.jsonl"
 
 
 def read_metrics(run: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl; a last line that a kill has cut off is left out."""
-    file = run / FILE
+    return read_rows(run / METRICS)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file of JSON lines, up to one that is cut off."""
     if not file.is_file():
         return []
     rows: list[Row] = []
@@ -31,49 +36,99 @@ def read_metrics(run: Path) -> list[Row]:
     return rows
 
 
+class JsonLines:
+    """A file of rows, one JSON object a line, that outlives kills and full disks.
+
+    What cannot be written is kept, and written before the next row.
+    """
+
+    def __init__(self, file: Path, *, after: int = 0, history: Path | None = None):
+        """Start after step `after`: rows of later steps, from a run that was killed, are removed.
+
+        `history` is the file whose rows up to there are taken over, where it is not this one.
+        """
+        self.path = file
+        kept = [row for row in read_rows(history or file) if row["step"] <= after]
+        write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(file, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+        self._waiting = b""
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, on disk as soon as the system writes. OSError where they have to wait."""
+        self._waiting += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        while self._waiting:  # a disk that fills up takes a part
+            count = self._file.write(self._waiting)
+            self._waiting = self._waiting[count:]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class MetricsLog:
     """Writes the rows of a run to all its places. A row is a mapping with `step`, the number of updates done."""
 
-    def __init__(self, run: Path, *, after: int = 0, history: Path | None = None, tensorboard: bool = False):
-        """Start after step `after`: rows of later steps, from a run that was killed, are removed.
+    def __init__(
+        self,
+        run: Path,
+        *,
+        after: int = 0,
+        history: Path | None = None,
+        trackers: Sequence[Tracker] = (),
+        say: Callable[[str], None] = print,
+    ):
+        """Start after step `after`, see `JsonLines`; `history` is the run whose rows are taken over.
 
-        `history` is the run whose rows up to there are taken over, where it is not this one.
+        `trackers` get the rows as well; `say` is told what cannot be written, once for each place.
         """
-        self.run = run
-        kept = [row for row in read_metrics(history or run) if row["step"] <= after]
-        write_text(run / FILE, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(run / FILE, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
-        self._board = _summary_writer(run / "tensorboard", after) if tensorboard else None
+        self.run, self._after, self._history, self._say = run, after, history, say
+        self._files = {METRICS: self._open(METRICS)}
+        if (history or run).joinpath(ANSWERS).exists():
+            self._files[ANSWERS] = self._open(ANSWERS)
+        self._failing: set[str] = set()
+        self._trackers = [Guarded(tracker, say) for tracker in trackers]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row, on disk as soon as the system writes; numbers that are not finite become null."""
+        """Append one row; numbers that are not finite become null."""
         clean = {key: _finite(value) for key, value in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for key, value in clean.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(_tag(key), value, row["step"])
+        self._append(METRICS, [clean])
+        numbers = {key: value for key, value in clean.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.call("write", numbers)
+
+    def write_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append generated answers to samples.jsonl."""
+        if ANSWERS not in self._files:
+            self._files[ANSWERS] = self._open(ANSWERS)
+        self._append(ANSWERS, [{"step": step, **row} for row in rows])
+        for tracker in self._trackers:
+            tracker.call("write_texts", step, rows)
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Close the files and the trackers."""
+        for file in self._files.values():
+            file.close()
+        for tracker in self._trackers:
+            tracker.call("close")
+
+    def _open(self, name: str) -> JsonLines:
+        history = None if self._history is None else self._history / name
+        return JsonLines(self.run / name, after=self._after, history=history)
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A full disk does not end a run: what was computed is worth more than what is told of it."""
+        try:
+            self._files[name].write(rows)
+            self._failing.discard(name)
+        except OSError as error:
+            if name not in self._failing:
+                self._failing.add(name)
+                reason = error.strerror or error
+                self._say(f"warning: {self.run / name} cannot be written: {reason}; its rows are kept for later")
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
-
-
-def _tag(key: str) -> str:
-    return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
-
-
-def _summary_writer(directory: Path, after: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(directory), purge_step=after + 1 if after else None)
 
 
 class Progress:
@@ -84,6 +139,7 @@ class Progress:
         self.stream = stream or sys.stdout
         self.total, self.every, self.started_at = total, every, done
         self.started = time.monotonic()
+        self.lost = 0  # lines that could not be shown
         self._bar: Any = None
         if _has_room(self.stream):
             from tqdm import tqdm
@@ -109,6 +165,8 @@ class Progress:
             self.stream.flush()
         except BrokenPipeError:  # `duetvl train ... | head`
             self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+        except OSError:  # `duetvl train ... > file` on a full disk
+            self.lost += 1
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -131,60 +189,18 @@ def _has_room(stream: IO[str]) -> bool:
         return True
 
 
+# What a line shows, in this order: loss to so many places that a small improvement shows, the rest short.
+_FORMS: dict[str, Callable[[Any], str]] = {
+    "loss": "loss {:.4f}".format,
+    "grad_norm": "grad_norm {:.3g}".format,
+    "lr": "lr {:.3g}".format,
+    "tokens_per_s": "{:.0f} tokens/s".format,
+    "mfu": "mfu {:.1%}".format,
+    "step_s": "{:.3g} s".format,
+    "data_wait": "data wait {:.0%}".format,
+    "peak_memory": lambda count: f"{count / 2**30:.2f} GiB",
+}
+
+
 def _numbers(row: Mapping[str, Any]) -> str:
-    """Loss to so many places that a small improvement shows, the rest short."""
-    forms = {"loss": ".4f", "eval_loss": ".4f", "grad_norm": ".3g", "lr": ".3g", "tokens_per_s": ".0f"}
-    return "  ".join(f"{key} {row[key]:{forms[key]}}" for key in _IN_LINES if row.get(key) is not None)
-
-
-# -- plots -------------------------------------------------------------------------------------------------------------
-
-
-def plot_runs(runs: Sequence[Path], target: Path) -> None:
-    """Draw the losses and learning rates of runs into a PNG, which appears whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    for run, name in zip(runs, _names(runs), strict=True):
-        _draw_run(loss, rate, read_metrics(run), "" if len(runs) == 1 else f"{name}: ")
-    loss.set_ylabel("loss per trained token")
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel("step")
-    for axes in (loss, rate):
-        axes.grid(alpha=0.3)
-    if loss.get_legend_handles_labels()[1]:
-        loss.legend()
-    temporary = target.with_name(f".{target.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, target)
-
-
-def _draw_run(loss: Any, rate: Any, rows: Sequence[Row], label: str) -> None:
-    train = [(row["step"], row["loss"], row["lr"]) for row in rows if row.get("loss") is not None]
-    held = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-    if train:
-        steps, losses, rates = zip(*train, strict=True)
-        (raw,) = loss.plot(steps, losses, alpha=0.35, linewidth=1)
-        loss.plot(steps, _smoothed(losses), color=raw.get_color(), label=f"{label}train, smoothed")
-        rate.plot(steps, rates, color=raw.get_color())
-    if held:
-        loss.plot(*zip(*held, strict=True), marker="o", linestyle="--", label=f"{label}evaluation")
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """A running mean that forgets over about a fortieth of the run; its start is not biased towards zero."""
-    keep = 1.0 - 1.0 / max(1.0, len(values) / 40)
-    mean = weight = 0.0
-    smooth = []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight)
-    return smooth
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Directory names, with the path where two are equal."""
-    names = [run.resolve().name for run in runs]
-    return [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
+    return "  ".join(form(row[key]) for key, form in _FORMS.items() if row.get(key) is not None)

@@ -421,6 +421,16 @@ class CheckpointSection(Section):
     keep_last: int | None = Field(
         default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."
     )
+    background: bool = Field(
+        default=False,
+        description="Write in a thread while training goes on. Takes host memory of one checkpoint's size meanwhile.",
+    )
+    grace: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds between a scheduler's SIGTERM and its SIGKILL. A step that has not ended after half of "
+        "them is given up between two micro-batches, so that there is time to save; null: it is always finished.",
+    )
     export: bool | Literal["mindspeed_mm"] = Field(
         default=False,
         description="At the end, write the model to `export/`: `true` in the Hugging Face layout, `mindspeed_mm` as a "
@@ -433,7 +443,36 @@ class LogSection(Section):
 
     every: int = Field(default=1, ge=1, description="Print a line every so many steps, where no progress bar is shown.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events to `tensorboard/`.")
+    wandb: str | None = Field(
+        default=None, min_length=1, description="Project of Weights & Biases that gets the run (the extra `wandb`)."
+    )
+    swanlab: str | None = Field(
+        default=None, min_length=1, description="Project of SwanLab that gets the run (the extra `swanlab`)."
+    )
+    generate: int = Field(
+        default=0,
+        ge=0,
+        description="At every evaluation, answer so many validation samples; see `samples.jsonl` and TensorBoard.",
+    )
+    generate_tokens: int = Field(default=64, ge=1, description="Most tokens of such an answer.")
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="What the device can do, in 1e12 operations a second, for the utilisation `mfu`; by default what "
+        "is known of it, and no `mfu` where nothing is.",
+    )
+    profile: Annotated[tuple[int, int] | None, BeforeValidator(_as_tuple)] = Field(
+        default=None, description="First and last step to record; the trace goes to `profile/`."
+    )
     plot: bool = Field(default=True, description="Draw `loss.png` at every checkpoint and evaluation, and at the end.")
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> LogSection:
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise _contradiction(
+                f"log.profile: found {list(self.profile)}, allowed: [first, last], two steps counted from 1"
+            )
+        return self
 
 
 class BackendSection(Section):
@@ -468,5 +507,13 @@ class Recipe(Section):
         if self.train.eval_every is not None and not (self.data.val or self.data.val_rate):
             raise _contradiction(
                 f"train.eval_every {self.train.eval_every} needs data.val or data.val_rate, and neither is given"
+            )
+        if self.log.generate and not (self.data.val or self.data.val_rate):
+            raise _contradiction(
+                f"log.generate {self.log.generate} needs data.val or data.val_rate, and neither is given"
+            )
+        if self.log.generate and self.data.train_on_prompt:
+            raise _contradiction(
+                "log.generate cannot tell where an answer begins with data.train_on_prompt; keep one of them"
             )
         return self

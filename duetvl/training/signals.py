@@ -1,9 +1,12 @@
-"""Stopping a run politely."""
+"""Stopping a run politely, within the time that a scheduler grants."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,21 +15,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM only sets `caught`; a second one acts as it did before.
+    """While entered, the first SIGINT or SIGTERM only sets `caught`; a second one ends the program.
 
-    Signals reach the main thread alone: elsewhere this does nothing.
+    The second raises KeyboardInterrupt or SystemExit(128 + number) in the main thread, so that everything is tidied
+    up on the way out; a third acts as it did before. Signals reach the main thread alone: elsewhere this does nothing.
     """
 
-    def __init__(self, announce: Callable[[str], None]):
-        """`announce` is told the name of the signal."""
+    def __init__(self, announce: Callable[[str], None], grace: float | None = None):
+        """`announce` is told the name of the signal. `grace`: seconds from it until the process will be killed."""
         self.caught: signal.Signals | None = None
+        self.grace = grace
+        self._caught_at = 0.0
         self._announce = announce
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._first) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -35,10 +41,26 @@ class StopSignals:
         """Give them back."""
         self._restore()
 
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number)
+    def pressing(self) -> bool:
+        """Whether half of the grace has passed: what is left is needed for saving."""
+        if self.caught is None or self.grace is None:
+            return False
+        return time.monotonic() - self._caught_at >= self.grace / 2
+
+    def _first(self, number: int, frame: FrameType | None) -> None:
+        self.caught, self._caught_at = signal.Signals(number), time.monotonic()
+        for each in self._before:
+            signal.signal(each, self._second)
+        try:
+            self._announce(self.caught.name)
+        except RuntimeError:  # it came in the middle of a line being printed, and a stream cannot be entered twice
+            os.write(sys.stderr.fileno(), f"{self.caught.name}: stopping after this step\n".encode())
+
+    def _second(self, number: int, frame: FrameType | None) -> None:
         self._restore()
-        self._announce(self.caught.name)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +33,10 @@ class TrainableModel(Protocol):
 
 class NonFiniteError(DuetvlError):
     """A loss or a gradient is not a finite number. The weights are as they were before the step."""
+
+
+class StepGivenUp(Exception):
+    """`Trainer.give_up` said so between two micro-batches. The weights are as they were before the step."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Trainer:
         self.groups = decay_groups(model.parameters, optim.weight_decay)
         self.trained = [p for group in self.groups for p in group.parameters]
         self.state: AdamWState = backend.optimizer.create(self.groups)
+        self.give_up: Callable[[], bool] = lambda: False  # asked before every micro-batch
 
     def step(self, work: Step, lr: float, number: int = 0) -> StepResult | None:
         """Forward, backward and update. None, and no update, where nothing in the step is trained.
@@ -110,6 +115,9 @@ class Trainer:
         one = self.backend.ops.from_numpy(np.ones((), np.float32))
         losses, values = [], []
         for index, batch in enumerate(batches):
+            if self.give_up():
+                self._drop_gradients()
+                raise StepGivenUp
             found = self.objective.forward(batch, (self.seed, number, index))
             cotangents = [one, *[None] * len(found.values)]
             self.backend.autograd.backward(found.tape, cotangents, last=index == len(batches) - 1)
@@ -127,12 +135,15 @@ class Trainer:
     def _check_finite(self, sums: Sequence[float], norm: float, batches: Sequence[Batch]) -> None:
         if all(map(math.isfinite, (*sums, norm))):
             return
-        for p in self.trained:
-            p.main_grad = None
+        self._drop_gradients()
         broken = [batch for batch, loss in zip(batches, sums, strict=True) if not math.isfinite(loss)]
         what = "the loss" if broken else "the gradient"
         ids = [name for batch in broken or batches for name in batch.sample_ids]
         raise NonFiniteError(f"{what} is not finite; samples of the step: {', '.join(ids)}")
+
+    def _drop_gradients(self) -> None:
+        for p in self.trained:
+            p.main_grad = None
 
     def _number(self, scalar: Tensor) -> float:
         return float(self.backend.to_numpy(scalar))

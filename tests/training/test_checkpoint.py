@@ -318,8 +318,8 @@ def test_several_writers_and_any_reader(tmp_path):
             ck.Piece(kind, "w", (6, 8), box, {"weights": weight, "exp_avg": moment}[kind][box.slices].copy())
             for kind, box in boxes.items()
         ]
-        written.append(ck.write_pieces(staging, pieces, numpy_backend(), rank=rank, ranks=2))
-    ck.commit(staging, ck.make_manifest(3, META, {"w": 3}, written, numpy_backend()))
+        written.append(ck.write_pieces(staging, list(ck.on_host(pieces, numpy_backend())), rank=rank, ranks=2))
+    ck.commit(staging, ck.make_manifest(3, META, {"w": 3}, written, ck.writer_names(numpy_backend())))
 
     ref = ck.find_checkpoint(tmp_path)
     stored = StoredCheckpoint(ref.path, ref.manifest)
@@ -332,7 +332,7 @@ def test_several_writers_and_any_reader(tmp_path):
     assert np.array_equal(part.tensor, weight[2:4, 1:4])
 
     with pytest.raises(ValueError, match="do not make up"):
-        ck.make_manifest(3, META, {}, written[:1], numpy_backend())
+        ck.make_manifest(3, META, {}, written[:1], {})
 
 
 def test_manifest_with_missing_boxes_is_damaged(tmp_path):

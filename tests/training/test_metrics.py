@@ -8,7 +8,9 @@ import json
 import pytest
 from PIL import Image
 
-from duetvl.training.metrics import MetricsLog, Progress, plot_runs, read_metrics
+from duetvl.training.metrics import MetricsLog, Progress, read_metrics
+from duetvl.training.plots import plot_runs
+from duetvl.training.trackers import TensorBoard
 
 
 def row(step: int, loss: float = 1.0) -> dict:
@@ -62,7 +64,7 @@ def test_what_is_not_finite_is_null_as_json_has_no_other_name(tmp_path):
 
 def test_tensorboard_events(tmp_path):
     pytest.importorskip("tensorboardX")
-    write(tmp_path, [1, 2], tensorboard=True)
+    write(tmp_path, [1, 2], trackers=[TensorBoard(tmp_path / "tensorboard")])
     assert [file.stat().st_size > 100 for file in (tmp_path / "tensorboard").iterdir()] == [True]
 
 
@@ -74,7 +76,7 @@ def test_plain_lines_where_there_is_no_terminal():
     progress.say("saved")
     progress.close()
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 5/10  loss 0.2000  grad_norm 2  lr 0.1  tokens_per_s 1234  left 0:00:0")
+    assert lines[0].startswith("step 5/10  loss 0.2000  grad_norm 2  lr 0.1  1234 tokens/s  left 0:00:0")
     assert lines[1].startswith("step 10/10  loss 0.1000")
     assert lines[2] == "saved"
 

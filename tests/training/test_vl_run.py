@@ -99,25 +99,21 @@ KILLED = """
 import os, sys
 import numpy as np
 from duetvl.core.backend import load_backend
-from duetvl.training import loop
-from duetvl.training.step import Trainer
+from duetvl.training.callbacks import Callback
+from duetvl.training.loop import train
 from test_vl_run import state_of
 
 name, recipe, run, kept = sys.argv[1:]
-plain_step, plain_save, done = Trainer.step, loop.save_checkpoint, []
 
-def step(self, *args):
-    if len(done) == 13:
-        os.kill(os.getpid(), 9)
-    done.append(self)
-    return plain_step(self, *args)
+class Watch(Callback):
+    def on_save(self, run, path):
+        np.savez(kept, **state_of(run.trainer))
 
-def save(*args, **keywords):
-    np.savez(kept, **state_of(done[-1]))
-    return plain_save(*args, **keywords)
+    def on_step(self, run, row):
+        if run.step == 13:
+            os.kill(os.getpid(), 9)
 
-Trainer.step, loop.save_checkpoint = step, save
-loop.train(recipe, [f"train.output_dir={run}"], backend=load_backend(name, device="cpu"))
+train(recipe, [f"train.output_dir={run}"], backend=load_backend(name, device="cpu"), callbacks=[Watch()])
 """
 
 

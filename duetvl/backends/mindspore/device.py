@@ -17,6 +17,7 @@ class MindSporeDevice:
     def __init__(self, target: str):
         self.on_cpu = target == "CPU"
         self.name = target.lower()
+        self.product = "" if self.on_cpu else str(ms.hal.get_device_name(0))
 
     def synchronize(self) -> None:
         if not self.on_cpu:

@@ -17,6 +17,7 @@ class TorchDevice:
     def __init__(self, place: torch.device):
         self.place = place
         self.name = str(place)
+        self.product = "" if place.type == "cpu" else str(self._module.get_device_name(place))
 
     @property
     def _module(self) -> Any:

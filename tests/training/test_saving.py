@@ -1,0 +1,325 @@
+"""Saving while a run goes on: in the background, on a full disk, when the program has to end."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import bag_model
+import numpy as np
+import pytest
+from bag_model import write_records
+from numpy_backend import numpy_backend, optimizer_state, parameters
+
+from duetvl.core.backend import load_backend
+from duetvl.core.errors import CheckpointError
+from duetvl.core.tensor_files import TensorFile
+from duetvl.training import checkpoint as ck
+from duetvl.training.callbacks import Callback
+from duetvl.training.loop import train
+from duetvl.training.metrics import read_metrics
+from duetvl.training.saving import SaveGivenUp, Saver
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_records(tmp_path / "train.jsonl", 30)
+    return {
+        "model": {"path": "-"},
+        "data": {"train": str(tmp_path / "train.jsonl"), "pack_tokens": 32},
+        "train": {"steps": 12, "global_batch": 8, "output_dir": str(tmp_path / "run")},
+        "optim": {"lr": 0.05},
+        "checkpoint": {"every": 2, "keep_last": 3},
+        "log": {"tensorboard": False, "plot": False},
+    }
+
+
+@pytest.fixture
+def torch_be():
+    return load_backend("torch_npu", "cpu")
+
+
+def run(be, recipe, *overrides, **options):
+    return train(recipe, overrides, backend=be, prepare=bag_model.prepare, **options)
+
+
+def stored(run_dir: Path, step: int) -> dict[str, bytes]:
+    ref = ck.find_checkpoint(run_dir, step)
+    files = [TensorFile(path) for path in sorted(ref.path.glob("*.safetensors"))]
+    return {f"{file.path.name}:{name}": file.view(name).tobytes() for file in files for name in file.specs}
+
+
+def leftovers(run_dir: Path) -> list[str]:
+    return [str(path) for path in run_dir.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+
+
+class At(Callback):
+    """Something that happens after a step."""
+
+    def __init__(self, **what):
+        self.what = {int(name.removeprefix("step_")): action for name, action in what.items()}
+
+    def on_step(self, run, row):
+        if run.step in self.what:
+            self.what[run.step]()
+
+
+# -- in the background ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_background_writes_what_the_foreground_writes(be, recipe, tmp_path, dtype):
+    """The weights change while they are written: each checkpoint is that of its own step."""
+    for name, background in (("front", "false"), ("back", "true")):
+        place = f"train.output_dir={tmp_path}/{name}"
+        options = (place, "checkpoint.every=3", "checkpoint.keep_last=null", f"model.dtype={dtype}")
+        run(be, recipe, *options, f"checkpoint.background={background}")
+    for step in (3, 6, 9, 12):
+        front, back = stored(tmp_path / "front", step), stored(tmp_path / "back", step)
+        assert front.keys() == back.keys()
+        if be.capabilities.bitwise_repeatable:
+            assert front == back
+    assert stored(tmp_path / "back", 3) != stored(tmp_path / "back", 6)
+
+
+def test_a_snapshot_is_not_changed_by_what_comes_after(tmp_path):
+    params = parameters(1)
+    state = optimizer_state(params, 4)
+    options = {"parameters": params.values(), "optimizer_state": state, "meta": ck.Meta(), "backend": numpy_backend()}
+    taken = ck.take_snapshot(step=4, copy=True, **options)
+    for x in [p.tensor for p in params.values()] + [x for slot in state.slots().values() for x in slot.values()]:
+        x += 1
+    state.step.update(dict.fromkeys(state.step, 5))
+    ck.write_snapshot(tmp_path, taken)
+    fresh = parameters(2)
+    ref = ck.find_checkpoint(tmp_path)
+    ck.load_checkpoint(ref, parameters=fresh.values(), optimizer_state=None, backend=numpy_backend())
+    for path, p in parameters(1).items():
+        assert np.array_equal(fresh[path].tensor, p.tensor)
+    assert set(ref.manifest.optimizer_steps.values()) == {4}
+
+
+def test_one_save_is_under_way_at_most_and_all_are_told(tmp_path):
+    said = []
+    saver = Saver(tmp_path, on_saved=lambda path, step: said.append(step), warn=said.append, background=True)
+    params = parameters(1)
+
+    def take(step):
+        return lambda copy: ck.take_snapshot(
+            step=step,
+            parameters=params.values(),
+            optimizer_state=None,
+            meta=ck.Meta(),
+            backend=numpy_backend(),
+            copy=copy,
+        )
+
+    with saver:
+        for step in (1, 2, 3):
+            saver.save(take(step))
+            assert said == list(range(1, step))
+        saver.save_last(take(4))
+        assert said == [1, 2, 3, 4]
+        saver.save(take(5))
+    assert said == [1, 2, 3, 4, 5]
+
+
+def test_a_program_that_ends_at_once_leaves_nothing_half_written(tmp_path):
+    """The second piece is not fetched any more once the program is ending."""
+    params = parameters(1)
+
+    def take(copy):
+        return ck.take_snapshot(
+            step=7, parameters=params.values(), optimizer_state=None, meta=ck.Meta(), backend=numpy_backend(), copy=copy
+        )
+
+    saver = Saver(tmp_path, on_saved=lambda *_: None, warn=print, background=True)
+    saver._given_up.set()
+    with saver:
+        saver.save(take)
+        with pytest.raises(SaveGivenUp):
+            saver.wait()
+    assert leftovers(tmp_path) == []
+    assert not ck.has_checkpoint(tmp_path)
+
+
+# -- no space ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limits():
+    """The kernel's limits of this process are as before afterwards."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class NoSpace(Callback):
+    """After the steps `first` to `last - 1` no file may grow beyond `count` bytes: a write fails as on a full disk."""
+
+    def __init__(self, first, last, count):
+        self.first, self.last, self.count = first, last, count
+
+    def on_step(self, run, row):
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if run.step in (self.first, self.last):
+            run.saver.wait()  # what is under way belongs to the steps before
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.count if run.step == self.first else hard, hard))
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_full_disk_is_told_and_the_run_goes_on(limits, torch_be, recipe, tmp_path, capsys, background):
+    """Steps 4 and 6 are not saved; not even a row of metrics can be written then, and none is lost."""
+    seen = []
+
+    class Look(Callback):
+        def on_step(self, run, row):
+            if run.step == 7:
+                seen.append(ck.find_checkpoint(run.run_dir).step)
+
+    calls = [NoSpace(3, 7, 100), Look()]
+    result = run(torch_be, recipe, f"checkpoint.background={background}", callbacks=calls)
+    out = capsys.readouterr().out
+    for step in (4, 6):
+        assert f"warning: {tmp_path}/run/checkpoints: the checkpoint of step {step} could not be written" in out
+    assert out.count("metrics.jsonl cannot be written: File too large; its rows are kept for later") == 1
+    assert seen == [2]
+    assert result.step == 12
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "latest",
+        "step-0000008",
+        "step-0000010",
+        "step-0000012",
+    ]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 13))
+    assert leftovers(tmp_path / "run") == []
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(limits, torch_be, recipe, tmp_path):
+    with pytest.raises(CheckpointError, match="the checkpoint of step 12 could not be written"):
+        run(torch_be, recipe, callbacks=[NoSpace(11, 99, 1000)])
+    assert leftovers(tmp_path / "run") == []
+    assert ck.find_checkpoint(tmp_path / "run").step == 10
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+def signalled(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_second_signal_ends_at_once_and_tidily(torch_be, recipe, tmp_path, background):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def both():
+        signalled(signal.SIGTERM)()
+        signalled(signal.SIGTERM)()
+
+    with pytest.raises(SystemExit) as caught:
+        run(torch_be, recipe, f"checkpoint.background={background}", callbacks=[At(step_5=both)])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert leftovers(tmp_path / "run") == []
+    assert ck.find_checkpoint(tmp_path / "run").step in (2, 4)
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_made_again(be, recipe, tmp_path, capsys):
+    """A signal comes in the middle of step 6; half the grace is over before its next micro-batch."""
+
+    def prepare(given, backend):
+        job = bag_model.prepare(given, backend)
+        plain = job.objective.forward
+
+        def forward(batch, key=()):
+            if key[1:] == (5, 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.002)
+            return plain(batch, key)
+
+        job.objective.forward = forward
+        return job
+
+    options = {"backend": be, "prepare": prepare}
+    result = train(recipe, ["checkpoint.grace=0.002", "checkpoint.every=null"], **options)
+    assert (result.step, result.stopped_by) == (5, signal.SIGTERM)
+    assert "step 6 is given up to save in time; it will be made again" in capsys.readouterr().out
+    assert run(be, recipe, "checkpoint.every=null").step == 12
+    run(be, recipe, f"train.output_dir={tmp_path}/whole")
+    ends = [stored(place, 12) for place in (tmp_path / "run", tmp_path / "whole")]
+    assert not be.capabilities.bitwise_repeatable or ends[0] == ends[1]
+
+
+# -- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class Record(Callback):
+    def __init__(self):
+        self.events = []
+
+    def on_start(self, run):
+        self.events.append(("start", run.step))
+
+    def on_step(self, run, row):
+        self.events.append(("step", row["step"]))
+
+    def on_eval(self, run, row):
+        self.events.append(("eval", row["step"]))
+
+    def on_save(self, run, path):
+        self.events.append(("save", path.name))
+
+    def on_end(self, run, error):
+        self.events.append(("end", type(error).__name__))
+
+
+def test_callbacks_hear_of_everything_in_order(torch_be, recipe, tmp_path):
+    write_records(tmp_path / "val.jsonl", 5, seed=1)
+    seen = Record()
+    run(torch_be, recipe, "train.steps=3", f"data.val={tmp_path}/val.jsonl", "train.eval_every=2", callbacks=[seen])
+    assert seen.events == [
+        ("start", 0),
+        ("step", 1),
+        ("step", 2),
+        ("eval", 2),
+        ("save", "step-0000002"),
+        ("step", 3),
+        ("eval", 3),
+        ("save", "step-0000003"),
+        ("end", "NoneType"),
+    ]
+
+
+def test_a_callback_may_stop_a_run_which_then_ends_as_at_its_last_step(torch_be, recipe, tmp_path, capsys):
+    class Enough(Callback):
+        def on_step(self, run, row):
+            run.log({"twice": 2 * row["loss"]})
+            if run.step == 5:
+                run.stop("good enough")
+
+    result = run(torch_be, recipe, "checkpoint.export=true", callbacks=[Enough()])
+    assert (result.step, result.stop_reason, result.stopped_by) == (5, "good enough", None)
+    assert "stopped at step 5 of 12: good enough" in capsys.readouterr().out
+    assert result.checkpoint.name == "step-0000005"
+    assert (tmp_path / "run/export").is_dir()
+    rows = read_metrics(tmp_path / "run")
+    assert [row["twice"] for row in rows if "twice" in row] == [2 * row["loss"] for row in rows if "loss" in row]
+
+
+def test_an_error_of_a_callback_ends_the_run_tidily(torch_be, recipe, tmp_path):
+    class Broken(Callback):
+        def on_step(self, run, row):
+            if run.step == 5:
+                raise RuntimeError("my own mistake")
+
+    seen = Record()
+    with pytest.raises(RuntimeError, match="my own mistake"):
+        run(torch_be, recipe, "checkpoint.background=true", callbacks=[seen, Broken()])
+    assert seen.events[-1] == ("end", "RuntimeError")
+    assert ("save", "step-0000004") in seen.events
+    assert leftovers(tmp_path / "run") == []
+    assert run(torch_be, recipe).step == 12
