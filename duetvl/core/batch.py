@@ -72,6 +72,7 @@ class Batch:
     pixel_rows (P, C * temporal * patch * patch) float32 and grids (N, 3) int64: images and videos of all samples
     in one list, per sample its images, then its videos.
     visual_dst, visual_src (V,) int32: token row `visual_dst[i]` takes row `visual_src[i]` of the merged features.
+    sample_ids name the samples and pairs. digests know the pairs again; empty where nobody asks for them.
     """
 
     input_ids: np.ndarray
@@ -83,6 +84,7 @@ class Batch:
     visual_dst: np.ndarray
     visual_src: np.ndarray
     sample_ids: tuple[str, ...] = ()
+    digests: tuple[bytes, ...] = ()
 
     @property
     def tokens(self) -> int:
