@@ -22,9 +22,9 @@ import numpy as np
 
 from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
-from duetvl.core.batch import IGNORE, Batch
+from duetvl.core.batch import Batch
 from duetvl.core.ops import Ops
-from duetvl.training.objective import Evaluated, Forward, Key
+from duetvl.training.objective import Evaluated, Forward, Key, trained_samples
 from duetvl.training.sections import DpoSection
 
 Tensor = Any
@@ -98,19 +98,13 @@ def pairs(batch: Batch) -> int:
 
 def trained_counts(batch: Batch) -> np.ndarray:
     """Trained tokens of each sequence (S,) int64."""
-    return np.bincount(_owners(batch), minlength=len(batch.cu_seqlens) - 1)
+    return np.bincount(trained_samples(batch), minlength=len(batch.cu_seqlens) - 1)
 
 
 def answer_sums(ops: Ops, batch: Batch, logprobs: Tensor) -> Tensor:
     """Log-probability (S,) of each sequence's trained tokens together, from those (N,) of the tokens."""
-    owned = _owners(batch) == np.arange(len(batch.cu_seqlens) - 1)[:, None]
+    owned = trained_samples(batch) == np.arange(len(batch.cu_seqlens) - 1)[:, None]
     return ops.sum(ops.from_numpy(owned.astype(np.float32)) * logprobs[None, :], 1)
-
-
-def _owners(batch: Batch) -> np.ndarray:
-    """The sequence (N,) that each trained token belongs to."""
-    rows = np.flatnonzero(batch.targets != IGNORE)
-    return np.searchsorted(batch.cu_seqlens, rows, side="right") - 1
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
