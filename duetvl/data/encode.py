@@ -1,97 +1,50 @@
-"""The processor: conversations to samples, samples to batches, token ids to text."""
+"""The processor: conversations to samples, samples to batches, token ids to text; and what training makes of it.
+
+There is one way from a conversation to a sample, and it has two halves (`duetvl.data.draft`): the draft has all tokens
+and the sizes of all media, from headers; loading decodes the pixels at these sizes.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
 
-from duetvl.core.batch import IGNORE, Batch, Sample
-from duetvl.core.errors import CheckpointError, ConfigError, DataError
-from duetvl.core.family import Family, PatchGeometry
-from duetvl.data.conversation import DEFAULT_FPS, Conversation, ImagePart, VideoPart
+from duetvl.core.batch import IGNORE, Batch, Pair, Sample
+from duetvl.core.errors import DataError
+from duetvl.core.family import Family
+from duetvl.data.conversation import Conversation, ImagePart, Preference, VideoPart
+from duetvl.data.draft import Draft, Dropped
 from duetvl.data.formats import read_record
-from duetvl.data.images import PatchRows, PixelSettings, image_patches, video_patches
+from duetvl.data.grounding import write_boxes
+from duetvl.data.length import Segment, Segments, length, truncate, truncate_pair
+from duetvl.data.media import MediaSettings, Medium, load, measure, shrunk
 from duetvl.data.messages import read_messages
-from duetvl.data.template import TURN_END, TURN_START, Piece, render
+from duetvl.data.pixel_files import read_pixel_settings
+from duetvl.data.pixels import PatchRows, PixelSettings
+from duetvl.data.records import Record
+from duetvl.data.template import TURN_START, Piece, render
+from duetvl.data.tokenizer import TextTokenizer, control_tokens, read_tokenizer
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-_END_OF_TEXT: Final = "<|endoftext|>"
-_MEDIA_TOKENS: Final = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
-_PADS: Final = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-
-
-class TextTokenizer:
-    """A tokenizer that never makes a control token out of text.
-
-    `<|im_end|>` or `<|image_pad|>` typed by someone become ordinary tokens that spell them. Markup
-    that the models were taught to read in text (`<|box_start|>`, `<|object_ref_start|>`, ...) stays
-    the token it is. The tokenizer is used as its own from here on: its settings are changed.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        tokenizer.encode_special_tokens = True  # special tokens in text are text
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self._tokenizer = tokenizer
-        control = {TURN_START, TURN_END, _END_OF_TEXT, *_MEDIA_TOKENS, *_PADS.values()}
-        added = {item.content: (number, item.special) for number, item in tokenizer.get_added_tokens_decoder().items()}
-        self._control_ids = {number for text, (number, _) in added.items() if text in control}
-        self._control = _any_of(text for text in added if text in control)
-        self._markup_ids = {
-            text: number for text, (number, special) in added.items() if special and text not in control
-        }
-        self._markup = _any_of(self._markup_ids)
-
-    def token_id(self, token: str) -> int | None:
-        """The id of one token by its spelling."""
-        return self._tokenizer.token_to_id(token)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; none of them is a control token."""
-        ids: list[int] = []
-        for piece in self._markup.split(text):
-            known = self._markup_ids.get(piece)
-            ids.extend(self._plain(piece) if known is None else [known])
-        return ids
-
-    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
-        """The text of ids."""
-        return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special_tokens)
-
-    def _plain(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if self._control_ids.isdisjoint(ids):
-            return ids
-        # This tokenizer does not mark its control tokens as special: cut each after a letter.
-        cuts = [0, *(match.start() + 1 for match in self._control.finditer(text)), len(text)]
-        parts = (text[start:stop] for start, stop in pairwise(cuts))
-        return [number for part in parts for number in self._tokenizer.encode(part, add_special_tokens=False).ids]
-
-
-class _Encoded(NamedTuple):
-    """Ids of one piece, whether they are trained, and its pixels."""
-
-    ids: list[int]
-    trained: bool
-    pixels: PatchRows | None = None
+TooLong = Literal["error", "drop", "truncate", "shrink"]
+_Media = dict[int, Medium]  # by the identity of the part
 
 
 @dataclass(frozen=True)
-class ControlTokens:
-    """Ids of the tokens that structure a conversation."""
+class EncodeSettings:
+    """What is trained of a conversation, and what becomes of one whose sequences have more than `cutoff_len` tokens."""
 
-    turn_start: int
-    turn_end: int
-    end_of_text: int | None
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    cutoff_len: int | None = None
+    too_long: TooLong = "error"
+
+
+_PLAIN: Final = EncodeSettings()
+_NO_NOTES: Final[tuple[str, ...]] = ()
 
 
 class Processor:
@@ -110,9 +63,8 @@ class Processor:
         """
         self.tokenizer = tokenizer
         self.family = family
-        self.image_settings = image_settings
-        self.video_settings = image_settings if video_settings is None else video_settings
-        self.control = _control_tokens(tokenizer, family)
+        self.media = MediaSettings(image_settings, image_settings if video_settings is None else video_settings)
+        self.control = control_tokens(tokenizer, family)
 
     @classmethod
     def from_directory(cls, directory: str | Path, family: Family) -> Processor:
@@ -121,27 +73,79 @@ class Processor:
         Raises CheckpointError for what is missing or damaged, ConfigError for what does not fit.
         """
         path = Path(directory)
-        image, video = _read_pixel_settings(path, family.geometry)
-        return cls(TextTokenizer(_read_tokenizer(path)), family, image, video)
+        image, video = read_pixel_settings(path, family.geometry)
+        return cls(read_tokenizer(path), family, image, video)
 
     def __call__(self, messages: Any, *, add_generation_prompt: bool = False, sample_id: str = "") -> Sample:
         """Encode one conversation, see `duetvl.data.messages.read_messages`.
 
         Labels cover the assistant's turns. Raises DataError.
         """
-        pieces = render(read_messages(messages), add_generation_prompt=add_generation_prompt)
-        return self._sample(list(pieces), sample_id)
+        draft = self.draft(read_messages(messages), id=sample_id, add_generation_prompt=add_generation_prompt)
+        return _single(self.load(draft))
 
     def encode_record(
         self, record: Mapping[str, Any], *, media_dir: str | Path | None = None, sample_id: str = ""
     ) -> Sample:
         """Encode one record of any layout, see `duetvl.data.formats.read_record`. Raises DataError."""
-        conversation = read_record(record, media_dir=None if media_dir is None else Path(media_dir))
-        if not isinstance(conversation, Conversation):
-            raise DataError("the record is a pair of answers, which is not trained here")
-        return self._sample(list(render(conversation)), sample_id)
+        found = read_record(record, media_dir=None if media_dir is None else Path(media_dir))
+        return _single(self.load(self.draft(found, id=sample_id)))
 
-    def pack(self, samples: Sequence[Sample]) -> Batch:
+    def draft(
+        self,
+        found: Conversation | Preference,
+        settings: EncodeSettings = _PLAIN,
+        *,
+        id: str = "",
+        where: str = "",
+        add_generation_prompt: bool = False,
+    ) -> Draft:
+        """Tokens and sizes of a conversation or a pair of answers; no pixel is decoded.
+
+        Raises Dropped where a rule leaves it out, DataError where it is bad.
+        """
+        conversations = _both(found) if isinstance(found, Preference) else (found,)
+        media = {
+            key: measure(part, self.media, self.family.geometry) for key, part in _media_parts(conversations[0]).items()
+        }
+        writer = _Writer(self, settings, conversations, add_generation_prompt)
+        sequences, notes = writer.sequences(media), _NO_NOTES
+        if settings.cutoff_len is not None and max(map(length, sequences)) > settings.cutoff_len:
+            sequences, notes = writer.fitted(sequences, media, settings.cutoff_len)
+        return self._drafted(sequences, id=id, where=where, notes=notes)
+
+    def load(self, draft: Draft) -> Sample | Pair:
+        """The sample with its pixels, of exactly the grids of the draft. Raises DataError naming file and cause."""
+        try:
+            loaded = [load(medium, self.media, self.family.geometry) for medium in draft.media]
+        except DataError as error:
+            raise DataError(f"{draft.where}: {error}" if draft.where else str(error)) from None
+        images = len(draft.image_grid_thw)
+        sample = Sample(
+            input_ids=draft.input_ids,
+            labels=draft.labels,
+            pixel_values=_rows(loaded[:images]),
+            image_grid_thw=draft.image_grid_thw,
+            pixel_values_videos=_rows(loaded[images:]),
+            video_grid_thw=draft.video_grid_thw,
+            second_per_grid_ts=draft.second_per_grid_ts,
+            id=draft.id,
+        )
+        self._check(draft, loaded)
+        if draft.rejected is None:
+            return sample
+        ids, labels = draft.rejected
+        rejected = Sample(
+            input_ids=ids,
+            labels=labels,
+            image_grid_thw=draft.image_grid_thw,
+            video_grid_thw=draft.video_grid_thw,
+            second_per_grid_ts=draft.second_per_grid_ts,
+            id=draft.id,
+        )
+        return Pair(sample, rejected)
+
+    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end, see `Family.pack`. Raises DataError naming a wrong sample."""
         return self.family.pack(samples)
 
@@ -150,87 +154,227 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @property
+    def image_settings(self) -> PixelSettings:
+        """How pictures are brought to size."""
+        return self.media.image
+
+    @property
+    def video_settings(self) -> PixelSettings:
+        """How frames of videos are brought to size."""
+        return self.media.video
+
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         ends = (self.control.turn_end, self.control.end_of_text)
         return tuple(number for number in ends if number is not None)
 
-    def _sample(self, pieces: Sequence[Piece], sample_id: str) -> Sample:
-        encoded = [self._encode(piece) for piece in pieces]
-        ids = np.array([number for part in encoded for number in part.ids], np.int64)
-        trained = np.repeat([part.trained for part in encoded], [len(part.ids) for part in encoded])
-        media = {
-            kind: [
-                part.pixels
-                for piece, part in zip(pieces, encoded, strict=True)
-                if piece.kind == kind and part.pixels is not None
-            ]
-            for kind in ("image", "video")
-        }
-        seconds = [self._second_per_grid(piece.medium) for piece in pieces if piece.kind == "video"]
-        return Sample(
-            input_ids=ids,
-            labels=np.where(trained, ids, IGNORE),
-            pixel_values=_rows(media["image"]),
-            image_grid_thw=_grids(media["image"]),
-            pixel_values_videos=_rows(media["video"]),
-            video_grid_thw=_grids(media["video"]),
-            second_per_grid_ts=np.array(seconds, np.float32) if seconds else None,
-            id=sample_id,
+    def _drafted(self, sequences: Sequence[Segments], *, id: str, where: str, notes: tuple[str, ...]) -> Draft:
+        media = [segment.medium for segment in sequences[0] if segment.medium is not None]
+        images = [medium for medium in media if not medium.is_video]
+        videos = [medium for medium in media if medium.is_video]
+        arrays = [_arrays(segments) for segments in sequences]
+        return Draft(
+            id=id,
+            where=where,
+            input_ids=arrays[0][0],
+            labels=arrays[0][1],
+            image_grid_thw=self._grids(images),
+            video_grid_thw=self._grids(videos),
+            second_per_grid_ts=np.array([medium.seconds for medium in videos], np.float32) if videos else None,
+            rejected=arrays[1] if len(arrays) > 1 else None,
+            media=(*images, *videos),
+            notes=notes,
         )
 
-    def _encode(self, piece: Piece) -> _Encoded:
-        if piece.kind == "text":
-            return _Encoded(self.tokenizer.encode(piece.text), piece.trained)
-        if piece.kind == "control":
-            control = self.control
-            number = control.turn_start if piece.text == TURN_START else control.turn_end
-            return _Encoded([number], piece.trained)
-        pixels = self._pixels(piece.medium)
-        special = self.family.special
-        pad = special.image if piece.kind == "image" else special.video
-        count = self.family.placeholder_count(pixels.grid)
-        return _Encoded([special.vision_start, *[pad] * count, special.vision_end], piece.trained, pixels)
+    def _grids(self, media: Sequence[Medium]) -> np.ndarray:
+        return np.array([medium.grid(self.family.geometry) for medium in media], np.int64).reshape(-1, 3)
 
-    def _pixels(self, medium: ImagePart | VideoPart | None) -> PatchRows:
-        geometry = self.family.geometry
-        if isinstance(medium, ImagePart):
-            return image_patches(medium.source, self.image_settings, geometry, medium.wish)
-        assert isinstance(medium, VideoPart)
-        if isinstance(medium.source, str | bytes | Path):
-            raise DataError(f"video files are not read yet; give {str(medium.source)!r:.80} as a list of its frames")
-        return video_patches(medium.source, self.video_settings, geometry, medium.wish)
-
-    def _second_per_grid(self, medium: ImagePart | VideoPart | None) -> float:
-        assert isinstance(medium, VideoPart)
-        if medium.second_per_grid is not None:
-            return medium.second_per_grid
-        return self.family.geometry.temporal / (medium.fps or DEFAULT_FPS)
+    def _check(self, draft: Draft, loaded: Sequence[PatchRows]) -> None:
+        """Features and tokens agree, for each medium and for each sequence: the promise that drafts are made for."""
+        grids = [tuple(grid) for grid in (*draft.image_grid_thw.tolist(), *draft.video_grid_thw.tolist())]
+        assert [rows.grid for rows in loaded] == grids, f"{draft.where}: {[rows.grid for rows in loaded]}, not {grids}"
+        special, merged = self.family.special, self.family.geometry.merge**2
+        for ids in (draft.input_ids, *([draft.rejected[0]] if draft.rejected else [])):
+            for token, of in ((special.image, draft.image_grid_thw), (special.video, draft.video_grid_thw)):
+                tokens, features = np.count_nonzero(ids == token), int(of.prod(axis=1).sum()) // merged
+                assert tokens == features, f"{draft.where}: {tokens} tokens for {features} features"
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that matches, and captures, any of the texts; without texts it matches nothing."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else r"(?!)")
+@dataclass(frozen=True)
+class RecordEncoder:
+    """From records to samples, as training does it; implements `duetvl.data.draft.Encoder`. Picklable."""
 
+    processor: Processor
+    settings: EncodeSettings = _PLAIN
 
-def _control_tokens(tokenizer: TextTokenizer, family: Family) -> ControlTokens:
-    start, end = tokenizer.token_id(TURN_START), tokenizer.token_id(TURN_END)
-    if start is None or end is None:
-        raise ConfigError(f"the tokenizer has no {TURN_START} or no {TURN_END}; it is of another model")
-    expected = (
-        ("<|vision_start|>", family.special.vision_start),
-        ("<|vision_end|>", family.special.vision_end),
-        (_PADS["image"], family.special.image),
-        (_PADS["video"], family.special.video),
-    )
-    for token, number in expected:
-        if tokenizer.token_id(token) != number:
-            raise ConfigError(
-                f"the tokenizer gives {token} the id {tokenizer.token_id(token)}, the model's "
-                f"config.json {number}; they are of different models"
+    def draft(self, record: Record) -> Draft:
+        """Everything but the pixels. Raises Dropped where a rule leaves it out, DataError where it is bad."""
+        reading = record.reading
+        try:
+            found = read_record(
+                record.values,
+                form=reading.format,
+                columns=reading.columns,
+                tags=reading.tags,
+                media_dir=record.media_dir,
+                boxes=reading.boxes,
             )
-    return ControlTokens(start, end, tokenizer.token_id(_END_OF_TEXT))
+            return self.processor.draft(found, self.settings, id=record.id, where=record.where)
+        except DataError as error:
+            raise type(error)(f"{record.where}: {error}") from None
+
+    def load(self, draft: Draft) -> Sample | Pair:
+        """The sample with its pixels. Raises DataError naming file, line and cause."""
+        return self.processor.load(draft)
+
+    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
+        """Lay samples end to end."""
+        return self.processor.pack(samples)
+
+    def __call__(self, record: Record) -> Any:
+        """Both halves at once."""
+        return self.load(self.draft(record))
+
+
+class _Writer:
+    """Writes the sequences of a conversation, or of a pair, with its media at given sizes."""
+
+    def __init__(
+        self, processor: Processor, settings: EncodeSettings, conversations: Sequence[Conversation], prompt: bool
+    ) -> None:
+        self.processor, self.settings, self.conversations = processor, settings, conversations
+        self.family = processor.family
+        # Of a pair only the two answers are compared, not what was said before.
+        self.mask_history = settings.mask_history or len(conversations) > 1
+        self.add_generation_prompt = prompt
+
+    def sequences(self, media: _Media) -> list[Segments]:
+        """The segments of every conversation."""
+        sizes = [(medium.original, medium.size) for medium in media.values() if not medium.is_video]
+        written = [write_boxes(item, sizes, self.family.grounding) for item in self.conversations]
+        return [self._segments(item, media) for item in written]
+
+    def fitted(self, sequences: list[Segments], media: _Media, limit: int) -> tuple[list[Segments], tuple[str, ...]]:
+        """Sequences of at most `limit` tokens, and how that was done. Raises Dropped or DataError."""
+        policy, longest = self.settings.too_long, max(map(length, sequences))
+        if policy == "error":
+            raise DataError(
+                f"has {longest} tokens, the longest may have {limit}; raise data.cutoff_len (such a sample is a "
+                f"micro-batch of its own where it exceeds data.pack_tokens), or say with data.too_long what becomes "
+                f"of it"
+            )
+        if policy == "drop":
+            raise Dropped(f"has {longest} tokens, the longest may have {limit}")
+        if policy == "shrink":
+            return self._shrunk(sequences, media, limit), ("shrunk",)
+        if len(sequences) > 1:
+            return list(truncate_pair(sequences[0], sequences[1], limit)), ("truncated",)
+        return [truncate(sequences[0], limit, keep_last=self.settings.mask_history)], ("truncated",)
+
+    def _shrunk(self, sequences: list[Segments], media: _Media, limit: int) -> list[Segments]:
+        """The sequences with all media at one share of their area, the largest that fits."""
+        room, longest = limit, max(map(length, sequences))
+        pictures = self._tokens(media)
+        for _ in range(8):  # boxes in pixels get shorter texts, and rarely longer ones: then once more with less room
+            text = longest - pictures
+            smaller = self._scaled(media, room - text)
+            if smaller is None:
+                break
+            sequences = self.sequences(smaller)
+            longest, pictures = max(map(length, sequences)), self._tokens(smaller)
+            if longest <= limit:
+                return sequences
+            room -= longest - limit
+        raise Dropped(
+            f"has {longest} tokens, {longest - pictures} of them text; with its pictures and videos at their smallest "
+            f"it exceeds {limit}"
+        )
+
+    def _scaled(self, media: _Media, tokens: int) -> _Media | None:
+        """The media at the largest common share of their areas that makes at most so many tokens."""
+
+        def at(scale: float) -> _Media:
+            settings, geometry = self.processor.media, self.family.geometry
+            return {key: shrunk(medium, scale, settings, geometry) for key, medium in media.items()}
+
+        low, high = 0.0, 1.0
+        best = at(low)
+        if self._tokens(best) > tokens:
+            return None
+        for _ in range(20):
+            middle = (low + high) / 2
+            made = at(middle)
+            low, high, best = (middle, high, made) if self._tokens(made) <= tokens else (low, middle, best)
+        return best
+
+    def _tokens(self, media: _Media) -> int:
+        geometry = self.family.geometry
+        return sum(self.family.placeholder_count(medium.grid(geometry)) for medium in media.values())
+
+    def _segments(self, conversation: Conversation, media: _Media) -> Segments:
+        """The conversation's pieces as tokens, each with its place in its turn."""
+        pieces = render(
+            conversation,
+            train_on_prompt=self.settings.train_on_prompt and len(self.conversations) == 1,
+            mask_history=self.mask_history,
+            add_generation_prompt=self.add_generation_prompt,
+        )
+        made: Segments = []
+        role, place = "", "outside"
+        listed = list(pieces)
+        for at, piece in enumerate(listed):
+            if piece.kind == "control":
+                place = "start" if piece.text == TURN_START else "end"
+            else:
+                place = {"start": "header", "header": "body", "end": "outside"}.get(place, place)
+            if place == "start":  # the next piece begins with the line that names the role
+                role = listed[at + 1].text.partition("\n")[0]
+            made.append(self._segment(piece, role, place, media))
+        return made
+
+    def _segment(self, piece: Piece, role: str, place: str, media: _Media) -> Segment:
+        processor = self.processor
+        answer = role == "assistant" and place not in ("start", "header")
+        if piece.kind == "control":
+            control = processor.control
+            ids = [control.turn_start if place == "start" else control.turn_end]
+            return Segment(ids, piece.trained, role, answer, starts=place == "start")
+        if piece.medium is not None:
+            medium = media[id(piece.medium)]
+            special = self.family.special
+            count = self.family.placeholder_count(medium.grid(self.family.geometry))
+            pads = [special.video if medium.is_video else special.image] * count
+            ids = [special.vision_start, *pads, special.vision_end]
+            return Segment(ids, piece.trained, role, answer, medium=medium)
+        kept: int | None = None
+        if role != "system" and place == "body":
+            kept = 0
+        elif role == "user" and place == "header":
+            kept = len(processor.tokenizer.encode(f"{role}\n"))
+        return Segment(processor.tokenizer.encode(piece.text), piece.trained, role, answer, kept=kept)
+
+
+def _media_parts(conversation: Conversation) -> dict[int, ImagePart | VideoPart]:
+    """Pictures and videos in order, by their identity."""
+    parts = (part for turn in conversation.turns for part in turn.parts)
+    return {id(part): part for part in parts if isinstance(part, ImagePart | VideoPart)}
+
+
+def _both(pair: Preference) -> tuple[Conversation, Conversation]:
+    """The two conversations of a pair. Raises DataError where an answer holds a medium: they share the prompt's."""
+    for name, turn in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if any(isinstance(part, ImagePart | VideoPart) for part in turn.parts):
+            raise DataError(f"the {name} answer holds a picture or video; they belong into the prompt")
+    first, second = (replace(pair.prompt, turns=(*pair.prompt.turns, turn)) for turn in (pair.chosen, pair.rejected))
+    return first, second
+
+
+def _arrays(segments: Segments) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels (T,) int64."""
+    ids = np.array([number for segment in segments for number in segment.ids], np.int64)
+    trained = np.repeat([segment.trained for segment in segments], [len(segment) for segment in segments])
+    return ids, np.where(trained, ids, IGNORE)
 
 
 def _rows(media: Sequence[PatchRows]) -> np.ndarray | None:
@@ -240,72 +384,7 @@ def _rows(media: Sequence[PatchRows]) -> np.ndarray | None:
     return media[0].rows if len(media) == 1 else np.concatenate([medium.rows for medium in media])
 
 
-def _grids(media: Sequence[PatchRows]) -> np.ndarray:
-    return np.array([medium.grid for medium in media], np.int64).reshape(-1, 3)
-
-
-def _read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a directory, from `tokenizer.json` or else by way of transformers.
-
-    transformers is imported only for a directory without that file: it takes seconds, and brings
-    torch into processes that run on another backend.
-    """
-    file = directory / "tokenizer.json"
-    try:
-        if file.is_file():
-            from tokenizers import Tokenizer
-
-            return Tokenizer.from_file(str(file))
-        if not (directory / "vocab.json").is_file():
-            raise CheckpointError(f"{directory}: has no tokenizer.json (nor vocab.json)")
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True).backend_tokenizer
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise CheckpointError(f"{directory}: the tokenizer cannot be read: {error}") from None
-
-
-def _read_pixel_settings(directory: Path, geometry: PatchGeometry) -> tuple[PixelSettings, PixelSettings]:
-    """Settings of pictures and of video frames.
-
-    Directories without settings for videos, as the published ones, use those of pictures for both;
-    transformers 5 keeps both kinds in one file.
-    """
-    found = dict(_setting_files(directory))
-    if "image" not in found:
-        raise CheckpointError(f"{directory}: has no preprocessor_config.json")
-    settings = []
-    for kind in ("image", "video"):
-        name, data = found.get(kind, found["image"])
-        try:
-            settings.append(PixelSettings.from_dict(data, geometry))
-        except (ConfigError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{directory / name}: {error}") from None
-    return settings[0], settings[1]
-
-
-def _setting_files(directory: Path) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
-    """What each file says: (kind, (file name, content)); a later one replaces an earlier one."""
-    merged = _read_json(directory / "processor_config.json") or {}
-    for kind in ("image", "video"):
-        if merged.get(f"{kind}_processor"):
-            yield kind, ("processor_config.json", merged[f"{kind}_processor"])
-    names = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
-    for kind, name in names.items():
-        data = _read_json(directory / name)
-        if data is not None:
-            yield kind, (name, data)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}")
-    return data
+def _single(sample: Sample | Pair) -> Sample:
+    if isinstance(sample, Pair):
+        raise DataError("the record is a pair of answers; one answer is expected here")
+    return sample

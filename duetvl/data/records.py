@@ -17,16 +17,13 @@ _SEARCH = 1 << 24  # bytes looked through for line ends at a time
 
 
 @dataclass(frozen=True)
-class RecordForm:
-    """How the records of one data set are read, see `duetvl.data.formats.read_record`.
+class Reading:
+    """How the records of a source are meant: the fields of the recipe's `data.train` that encoding needs."""
 
-    media_dir is where relative paths of media start; None: the directory of the record's file.
-    """
-
-    form: str = "auto"
+    format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    media_dir: Path | None = None
+    image_root: str | None = None
     boxes: str = "as_written"
 
 
@@ -38,12 +35,17 @@ class Record:
     number: int  # the line of a JSONL file, the place in the list of a JSON file; both from 1
     where: str  # file and place for an error message
     values: dict[str, Any]
-    form: RecordForm = field(default_factory=RecordForm)
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def id(self) -> str:
         """Names the record in messages: chat.jsonl:12."""
         return f"{self.file.name}:{self.number}"
+
+    @property
+    def media_dir(self) -> Path:
+        """Where relative paths of its pictures and videos start."""
+        return self.file.parent if self.reading.image_root is None else Path(self.reading.image_root)
 
 
 class Records:

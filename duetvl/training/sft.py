@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from duetvl.convert.commands import export_mindspeed_mm
 from duetvl.convert.layouts import Layout
 from duetvl.core.backend import Backend
-from duetvl.core.batch import Sample
-from duetvl.core.errors import ConfigError, DataError
+from duetvl.core.errors import ConfigError
 from duetvl.core.tensor_files import TensorSpec
-from duetvl.data.encode import Processor
-from duetvl.data.loader import Encode
-from duetvl.data.records import Record
+from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
+from duetvl.data.media import MediaSettings
+from duetvl.data.video import FrameRule
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model, save_model
@@ -24,6 +24,10 @@ from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.loop import Job
 from duetvl.training.objective import TokenLoss
 from duetvl.training.sections import DataSection, Recipe
+
+# LLaMA-Factory's image_min_pixels and image_max_pixels, video_min_pixels and video_max_pixels.
+LF_IMAGE: Final = (32 * 32, 768 * 768)
+LF_VIDEO: Final = (16 * 16, 256 * 256)
 
 
 def prepare(recipe: Recipe, backend: Backend) -> Job:
@@ -56,33 +60,46 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
     export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
-def record_encoder(recipe: Recipe) -> Encode:
-    """A function from a record to its sample, with the processor of the recipe's model and its picture sizes."""
+def record_encoder(recipe: Recipe) -> RecordEncoder:
+    """From records to samples, with the processor of the recipe's model and what the recipe says of data."""
+    data = recipe.data
     processor = Processor.from_directory(recipe.model.path, QwenVLFamily(load_config(recipe.model.path)))
-    _set_picture_sizes(processor, recipe.data)
-    root = recipe.data.image_root
-
-    def encode(record: Record) -> Sample:
-        try:
-            return processor.encode_record(
-                record.values, media_dir=record.file.parent if root is None else root, sample_id=record.id
-            )
-        except DataError as error:
-            raise DataError(f"{record.where}: {error}") from None
-
-    return encode
+    processor.media = media_settings(processor.media, data)
+    settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
+    return RecordEncoder(processor, settings)
 
 
-def _set_picture_sizes(processor: Processor, data: DataSection) -> None:
-    own = processor.image_settings
-    settings = replace(
-        own,
-        min_pixels=own.min_pixels if data.min_pixels is None else data.min_pixels,
-        max_pixels=own.max_pixels if data.max_pixels is None else data.max_pixels,
-    )
-    if settings.min_pixels > settings.max_pixels:
-        raise ConfigError(
-            f"data: pictures of at least {settings.min_pixels} and at most {settings.max_pixels} pixels are asked for, "
-            f"one of which is the model directory's own; give data.min_pixels and data.max_pixels together"
+def media_settings(own: MediaSettings, data: DataSection) -> MediaSettings:
+    """The model directory's settings of pictures and videos with what the recipe says instead.
+
+    With `resize: llamafactory` the recipe's bounds, or LLaMA-Factory's defaults, are those of its own resize, and the
+    processor's keep what the directory says, as there.
+    """
+    if data.resize == "llamafactory":
+        image = replace(own.image, first=_bounds("pixels", data.min_pixels, data.max_pixels, LF_IMAGE))
+        video = replace(
+            own.video, first=_bounds("video_pixels", data.video_min_pixels, data.video_max_pixels, LF_VIDEO)
         )
-    processor.image_settings = settings
+    else:
+        low, high = _bounds("pixels", data.min_pixels, data.max_pixels, (own.image.min_pixels, own.image.max_pixels))
+        image = replace(own.image, min_pixels=low, max_pixels=high)
+        given = (own.video.min_pixels, own.video.max_pixels)
+        low, high = _bounds("video_pixels", data.video_min_pixels, data.video_max_pixels, given)
+        video = replace(own.video, min_pixels=low, max_pixels=high)
+    return MediaSettings(
+        image,
+        video,
+        FrameRule(data.video_frames, data.video_fps, data.video_min_frames, data.video_max_frames),
+        own.total_pixels if data.video_total_pixels is None else data.video_total_pixels,
+    )
+
+
+def _bounds(name: str, low: int | None, high: int | None, defaults: tuple[int, int]) -> tuple[int, int]:
+    bounds = defaults[0] if low is None else low, defaults[1] if high is None else high
+    if bounds[0] > bounds[1]:
+        least, most = (f"data.{name.replace('pixels', end)}" for end in ("min_pixels", "max_pixels"))
+        raise ConfigError(
+            f"data: pictures of at least {bounds[0]} and at most {bounds[1]} pixels are asked for, one of which is the "
+            f"model directory's own or a default; give {least} and {most} together"
+        )
+    return bounds

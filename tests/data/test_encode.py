@@ -230,7 +230,7 @@ def test_decode_hides_special_tokens(processor: Processor) -> None:
         ([{"role": "user", "content": ["a"]}], "expected a part with a type, found str"),
         ([user({"type": "text"})], "a text part needs a text, found None"),
         ([user({"type": "image", "src": "a"})], "an image part needs one of image"),
-        ([user({"type": "video", "video": "a.mp4"})], "video files are not read yet"),
+        ([user({"type": "video", "video": "a.mp4"})], "a.mp4: no such file"),
         ([user({"type": "video", "video": []})], "a video part needs its file or its frames"),
         ([user({"type": "video", "video": [PICTURE], "fps": 0})], "fps is 0, expected a positive"),
         ([user(image(max_pixels=1.5))], "max_pixels is 1.5, expected an integer"),

@@ -11,18 +11,32 @@ from PIL import Image
 
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.family import PatchGeometry
-from duetvl.data.images import (
-    PixelSettings,
-    Resize,
-    image_patches,
-    load_image,
-    smart_resize,
-    video_patches,
-)
+from duetvl.data.conversation import ImagePart, VideoPart
+from duetvl.data.images import NO_WISH, ImageSource, Resize, image_size, load_image
+from duetvl.data.media import MediaSettings, load, measure
+from duetvl.data.pixels import PatchRows, PixelSettings, smart_resize
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
 SETTINGS = PixelSettings()
 SMALL, LARGE = 1_003_520, 12_845_056
+
+
+def image_patches(
+    source: ImageSource, settings: PixelSettings, geometry: PatchGeometry, wish: Resize = NO_WISH
+) -> PatchRows:
+    return patches(ImagePart(source, wish), MediaSettings(image=settings), geometry)
+
+
+def video_patches(frames: list[Any], settings: PixelSettings, geometry: PatchGeometry) -> PatchRows:
+    return patches(VideoPart(frames), MediaSettings(video=settings), geometry)
+
+
+def patches(part: ImagePart | VideoPart, settings: MediaSettings, geometry: PatchGeometry) -> PatchRows:
+    """Both halves; what the first one says holds for the second."""
+    medium = measure(part, settings, geometry)
+    rows = load(medium, settings, geometry)
+    assert rows.grid == medium.grid(geometry)
+    return rows
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
