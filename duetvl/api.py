@@ -17,7 +17,7 @@ from duetvl.core.params import split_trainable
 from duetvl.data.encode import Processor
 from duetvl.inference.generate import generate
 from duetvl.inference.sampling import Sampling
-from duetvl.models.qwen_vl import loading
+from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.model import QwenVL
@@ -48,7 +48,7 @@ class Generation:
 class Model(QwenVL):
     """A model on one backend; made by `load_model`.
 
-    `pack`, `vision`, `logits`, `parameters`, `config` and `freeze` come from QwenVL.
+    `pack`, `vision`, `logits`, `parameters`, `adapters`, `config` and `freeze` come from QwenVL.
     """
 
     @cached_property
@@ -126,8 +126,23 @@ class Model(QwenVL):
         return [Generation(tokens, processor.decode(tokens) if processor else None) for tokens in found]
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write a directory that transformers loads, tokenizer and settings included."""
+        """Write a directory that transformers loads, tokenizer and settings included.
+
+        ConfigError for a model with an adapter: `merge_adapter` first, or `save_adapter`.
+        """
         loading.save_model(self, directory, overwrite=overwrite)
+
+    def merge_adapter(self) -> None:
+        """Put what the adapter does into the weights, computed in float32 and rounded once to their dtype.
+
+        The model is a plain one then, all of it trainable, and `save_pretrained` writes it. ConfigError without an
+        adapter.
+        """
+        adapters.merge_adapter(self)
+
+    def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the adapter alone, as PEFT loads it. ConfigError without an adapter."""
+        adapters.save_adapter(self, directory, overwrite=overwrite)
 
     def _processor_if_any(self) -> Processor | None:
         has_tokenizer = self.source is not None and (
@@ -160,13 +175,20 @@ class _Teller:
             self.told = len(text)
 
 
-def load_model(path: str | Path, *, backend: Backend, dtype: str = "float32") -> Model:
+def load_model(
+    path: str | Path, *, backend: Backend, dtype: str = "float32", adapter: str | Path | None = None
+) -> Model:
     """Read a Hugging Face model directory onto a backend, its weights held in `dtype`.
 
-    dtype: float32, bfloat16 or float16. Raises CheckpointError for what is missing or damaged, ConfigError for what
-    duetvl does not implement.
+    dtype: float32, bfloat16 or float16. `adapter` is a LoRA adapter's directory in PEFT's layout; it is laid beside the
+    weights, in float32, and is then all that is trained. Raises CheckpointError for what is missing, damaged or of
+    another model, ConfigError for what duetvl does not implement.
     """
-    return loading.load_model(path, backend=backend, dtype=dtype, make=Model)
+    stored = None if adapter is None else adapters.open_adapter_for(load_config(path), adapter)
+    model = loading.load_model(path, backend=backend, dtype=dtype, make=Model)
+    if stored is not None:
+        adapters.load_adapter(model, stored)
+    return model
 
 
 def load_processor(path: str | Path) -> Processor:

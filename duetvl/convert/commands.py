@@ -30,6 +30,7 @@ from duetvl.core.files import WEIGHT_FILES
 from duetvl.core.tensor_files import TensorSpec
 from duetvl.core.weights_dir import MAX_SHARD_BYTES, plan_shards
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
+from duetvl.models.qwen_vl.names import module_name
 
 FAMILIES: Final = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
 _VISION_BIAS: Final = "image_encoder.encoder.blocks.layers.0.input_layernorm.bias"
@@ -129,7 +130,7 @@ def lora_mm_to_hf(
     directory.check_grid(layout, "parallel_config")  # an adapter need not have every layer
     model = lora_model(directory, layout)
     tensors = directory.lora(model, layout)
-    names = {name: (prefix or "") + (_new_name(name) if new_names else name) for name in tensors.specs}
+    names = {name: (prefix or "") + (module_name(name) if new_names else name) for name in tensors.specs}
     specs = {names[name]: spec for name, spec in tensors.specs.items()}
     pieces = {names[name]: _whole(name, spec) for name, spec in tensors.specs.items()}
     output = Output(Path("adapter_model.safetensors"), plan_tensor_file(specs, {"format": "pt"}), pieces)
@@ -241,13 +242,6 @@ def _plan_hf(hf_dir: Path, model: Model, specs: Mapping[str, TensorSpec]) -> tup
 
 def _whole(name: str, spec: TensorSpec) -> tuple[Piece, ...]:
     return (Piece(name, Box.whole(spec.shape)),)
-
-
-def _new_name(name: str) -> str:
-    """As modules are called in transformers >= 4.52."""
-    if name.startswith("visual."):
-        return f"model.{name}"
-    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
 
 
 def _beside(directory: Path) -> dict[str, Path]:

@@ -178,6 +178,23 @@ class Ops(Protocol):
         """silu(gate) * up"""
         ...
 
+    def dropout(self, x: Tensor, p: float, key: Sequence[int], origin: tuple[int, int] = (0, 0)) -> Tensor:
+        """x (..., D) with a share `p` of its elements set to zero and the rest divided by 1 - p, 0 <= p < 1.
+
+        Which ones is a hash, specified in counter_hash.py to the bit, of the integers in `key` (what the pass is: a
+        seed, a step, a micro-batch, a place in the model) and of each element's row and column; leading axes count as
+        one. `origin` is the place of the first element in the whole tensor where x is a part of it. The mask is made
+        again for the gradient, not stored. Computed in float32, rounded once.
+        """
+        ...
+
+    def low_rank_row_norms(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """Euclidean norms of the rows of weight + scale * b a, float32 and never 0. Not differentiable.
+
+        weight (O, I), a (R, I) and b (O, R) float32 -> (O,). Computed in float32; the sum is never held whole.
+        """
+        ...
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         """Softmax attention inside each span, scores scaled by K ** -0.5.
 

@@ -33,13 +33,14 @@ class Parameter:
 class Weights:
     """A view of flat paths as a tree: `w.layers[3].self_attn.q_proj.weight`.
 
-    Leaves are tensors. `get` answers None where a leaf is optional, such as a bias.
+    Leaves are tensors, or records of what belongs to them. `get` answers None where a leaf is optional, such as a
+    bias.
     """
 
     __slots__ = ("_children",)
 
-    def __init__(self, leaves: Mapping[str, Tensor]):
-        nested: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, leaves: Mapping[str, Any]):
+        nested: dict[str, dict[str, Any]] = {}
         self._children: dict[str, Any] = {}
         for path, tensor in leaves.items():
             head, _, rest = path.partition(".")

@@ -1,7 +1,8 @@
-"""The one linear layer of every model."""
+"""The one linear layer of every model, with or without a low-rank adapter."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from duetvl.core.ops import Ops
@@ -10,6 +11,44 @@ from duetvl.core.params import Weights
 Tensor = Any
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What a pass must know of an adapter beside its tensors; the leaf `lora` of a linear layer that has one.
+
+    scale multiplies its output. dropout is of its input, drawn by `key`; without a key, as in evaluation, there is
+    none.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    key: tuple[int, ...] = ()
+
+
 def linear(ops: Ops, w: Weights, x: Tensor) -> Tensor:
-    """x (..., I) times the leaf record's weight (O, I), plus its bias (O,) where it has one -> (..., O)."""
-    return ops.linear(x, w.weight, w.get("bias"))
+    """x (..., I) times the leaf record's weight (O, I), plus its bias (O,) and its adapter's part -> (..., O)."""
+    y = ops.linear(x, w.weight, w.get("bias"))
+    adapter = w.get("lora")
+    return y if adapter is None else y + adapter_part(ops, w, adapter, x, y)
+
+
+def adapter_part(ops: Ops, w: Weights, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+    """What an adapter adds to y, the layer's own output: scale * B A x, or with magnitudes m what makes the sum DoRA's.
+
+    Adapters are float32; they are cast to x's dtype where they are used, as under autocast, and get float32 gradients.
+    DoRA (arXiv:2402.09353): m / |W + scale B A| * (W + scale B A) x, its row norms taken as constants (section 4.3).
+    With dropout, the part that depends on the magnitudes sees the thinned x, as in PEFT.
+    """
+    dtype = ops.dtype_of(x)
+    dropped = ops.dropout(x, adapter.dropout, adapter.key) if adapter.key else x
+    low = ops.linear(dropped, ops.cast(w.lora_A.weight, dtype))
+    update = ops.linear(low, ops.cast(w.lora_B.weight * adapter.scale, dtype))
+    magnitude = w.get("lora_magnitude_vector")
+    if magnitude is None:
+        return update
+    ratio = magnitude.weight / ops.low_rank_row_norms(w.weight, w.lora_A.weight, w.lora_B.weight, adapter.scale)
+    if adapter.key and adapter.dropout:
+        own = ops.cast(ops.linear(dropped, w.weight), "float32")
+    else:
+        own = ops.cast(y, "float32")
+        own = own if w.get("bias") is None else own - ops.cast(w.bias, "float32")
+    return ops.cast(own * (ratio - 1.0) + ops.cast(update, "float32") * ratio, dtype)

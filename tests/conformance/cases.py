@@ -298,6 +298,28 @@ def norms() -> Iterator[Case]:
         )  # fmt: skip
 
 
+KEY = (3, 2**40 + 5, 0, 77)
+
+
+def adapters() -> Iterator[Case]:
+    for shape, p, origin in (
+        ((5, 16), 0.5, (0, 0)), ((3, 4, 7), 0.1, (2, 9)), ((64,), 0.9, (0, 2**31)), ((0, 8), 0.5, (0, 0)),
+        ((4, 6), 0.0, (0, 0)), ((300, 40), 0.3, (2**32, 1)),
+    ):  # fmt: skip
+        factor = torch.tensor(reference.dropout_factor(shape, p, KEY, origin))
+        yield Case(
+            "dropout", f"{shape} {p} {origin}", (normal(*shape),),
+            lambda ops, x, p=p, at=origin: ops.dropout(x, p, KEY, at), lambda x, f=factor: x * f,
+        )  # fmt: skip
+    for out, width, rank in ((5, 7, 2), (1, 64, 8), (3000, 2048, 4)):
+        w, a, b = normal(out, width), normal(rank, width, seed=1), normal(out, rank, seed=2)
+        yield Case(
+            "low_rank_row_norms", f"{out} x {width}", (w, a, b),
+            lambda ops, w, a, b: ops.low_rank_row_norms(w, ops.cast(a, "float32"), ops.cast(b, "float32"), 0.5),
+            lambda w, a, b: (w + 0.5 * b @ a).norm(dim=1), differentiable=False,
+        )  # fmt: skip
+
+
 SPANS = {
     "one": (13,),
     "mixed": (5, 1, 17, 3),
@@ -380,5 +402,5 @@ def frozen_argument(
 
 
 def all_cases() -> list[Case]:
-    makers = (elementwise, arithmetic, reductions, shapes, matrices, rows, norms, attention, vocabulary)
+    makers = (elementwise, arithmetic, reductions, shapes, matrices, rows, norms, adapters, attention, vocabulary)
     return [case for maker in makers for case in maker()]

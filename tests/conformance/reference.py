@@ -59,6 +59,39 @@ def gather_last(x: Tensor, index: Tensor) -> Tensor:
     return torch.stack([flat[i, n] for i, n in enumerate(index.reshape(-1).tolist())]).reshape(index.shape)
 
 
+def dropout_factor(shape: Sequence[int], p: float, key: Sequence[int], origin: tuple[int, int]) -> np.ndarray:
+    """0 or 1 / (1 - p) for each element, by counter_hash.py's text in Python's own integers."""
+    columns = shape[-1]
+    factors = [
+        dropout_element(origin[0] + n // columns, origin[1] + n % columns, p, key) for n in range(math.prod(shape))
+    ]
+    return np.array(factors, np.float64).reshape(shape)
+
+
+def dropout_element(row: int, column: int, p: float, key: Sequence[int]) -> float:
+    word = (1 << 32) - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D & word
+        x = (x ^ x >> 15) * 0x846CA68B & word
+        return x ^ x >> 16
+
+    def fold(lane: int) -> int:
+        s = 0
+        for n in (lane, *key):
+            for part in (n & word, n >> 32):
+                s = mix((s + 0x9E3779B9 & word) ^ part)
+        return s
+
+    a, b = (mix(fold(lane) ^ row & word) for lane in (1, 2))
+    x = column ^ a
+    x = ((x ^ x >> 16) * 0x7FEB352D + b) & word
+    x = (x ^ x >> 15) * 0x846CA68B & word
+    x = x ^ x >> 16
+    signed = x - (1 << 32) if x >> 31 else x
+    return 1 / (1 - p) if signed >= round(p * 2**32) - 2**31 else 0.0
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool) -> tuple[Tensor, Tensor]:
     heads, groups = q.shape[1], k.shape[1]
     outs, lses, start = [], [], 0

@@ -65,6 +65,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "rms_norm": Tolerance(8e-7, 3, "computed in float32 and rounded once"),
     "layer_norm": Tolerance(7e-7, 6, "computed in float32 and rounded once; torch sums the scale's gradient in halves"),
     "rope": Tolerance(3e-7, 4, "computed in float32 and rounded once"),
+    "dropout": Tolerance(2e-7, 1, "one division, rounded once"),
+    "low_rank_row_norms": Tolerance(2e-6, 1, SUMS),
     "attention": Tolerance(8e-6, 9, "the gradient is built on the rounded output"),
     "linear_cross_entropy": Tolerance(4e-6, 0.5, "a share of the logits' size, which is where the rounding is"),
     "linear_logprobs": Tolerance(3.5e-6, 0.5, "a share of the logits' size, which is where the rounding is"),

@@ -7,7 +7,7 @@ a kernel library at hand, without a copy.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -18,6 +18,7 @@ from mindspore.common.np_dtype import bfloat16
 from duetvl.backends.mindspore import numpy_kernels as kernels
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
+from duetvl.core.counter_hash import kept
 from duetvl.core.spans import Spans
 
 NUMPY_DTYPES = {name: name for name in ("float32", "float16", "int32", "int64", "bool")} | {"bfloat16": bfloat16}
@@ -178,6 +179,10 @@ class CpuOps(MindSporeOps):
             return self._like(dx, d), self._like(dscale, scale), self._like(dbias, bias)
 
         return self.autograd.custom_vjp(forward, backward)(x, scale, bias)
+
+    def _dropped(self, x: Tensor, p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
+        chosen = kept(x.shape, p, key, origin)
+        return self._like(np.where(chosen, self._wide(x) / np.float32(1 - p), np.float32(0)), x)
 
     def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, lse = kernels.attention(self._wide(q), self._wide(k), self._wide(v), spans)

@@ -11,6 +11,7 @@ from mindspore import Tensor, mint, ops
 
 from duetvl.backends.mindspore.autograd import MindSporeAutograd
 from duetvl.core.composed import ComposedOps
+from duetvl.core.counter_hash import kept
 
 DTYPES = {
     "float32": ms.float32,
@@ -140,6 +141,9 @@ class MindSporeOps(ComposedOps):
             values = ops.full((index.shape[0],), values, dtype=x.dtype)
         columns, values = ops.expand_dims(index, -1), ops.expand_dims(values, -1)
         return ops.tensor_scatter_elements(x, columns, values, 1, "add")
+
+    def _kept(self, shape: Sequence[int], p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
+        return kept(shape, p, key, origin, self.from_numpy, ops.bitwise_right_shift)
 
     def assign(self, dst: Tensor, src: Tensor) -> None:
         ops.assign(dst, self.cast(src, self.dtype_of(dst)))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from duetvl.backends.torch_npu.autograd import TorchAutograd
 from duetvl.core.composed import ComposedOps
+from duetvl.core.counter_hash import kept
 from duetvl.core.spans import Run, Spans
 
 Tensor = torch.Tensor
@@ -132,6 +133,9 @@ class TorchOps(ComposedOps):
 
     def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
         dst.detach().index_copy_(0, index.long(), src.detach().to(dst.dtype))
+
+    def _kept(self, shape: Sequence[int], p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
+        return kept(shape, p, key, origin, self.from_numpy)
 
     # -- attention -------------------------------------------------------------------------------------------------
 

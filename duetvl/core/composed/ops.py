@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from duetvl.core.autograd import Autograd
+from duetvl.core.counter_hash import kept
 from duetvl.core.ops import Ops
 from duetvl.core.spans import Run, Spans
 
@@ -14,6 +15,7 @@ Tensor = Any
 
 SCORE_BUDGET = 1 << 22  # elements of one block of attention scores (16 MB in float32)
 LOGIT_BUDGET = 1 << 26  # elements of one block of logits (256 MB in float32)
+WEIGHT_BUDGET = 1 << 22  # elements of one block of a weight (16 MB in float32)
 LEAST_ROWS = 256  # in a block of logits: fewer would add up the weight's gradient too often
 
 
@@ -59,6 +61,44 @@ class ComposedOps(Ops):
         a, b = wide[:, :, :half], wide[:, :, half:]
         cos, sin = cos[:, None, :], sin[:, None, :]
         return self.cast(self.concat([a * cos - b * sin, b * cos + a * sin], -1), self.dtype_of(x))
+
+    # -- low-rank adapters -----------------------------------------------------------------------------------------
+
+    def dropout(self, x: Tensor, p: float, key: Sequence[int], origin: tuple[int, int] = (0, 0)) -> Tensor:
+        if p == 0:
+            return x
+
+        def forward(needs: Any, x: Tensor) -> Any:
+            return self._dropped(x, p, key, origin), ()
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            return (self._dropped(d, p, key, origin),)
+
+        return self.autograd.custom_vjp(forward, backward)(x)
+
+    def _dropped(self, x: Tensor, p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
+        if 0 in x.shape:
+            return x
+        wide = self.cast(x, "float32")
+        chosen = self._kept(x.shape, p, key, origin)
+        return self.cast(self.where(chosen, wide / (1 - p), self.zeros(x.shape)), self.dtype_of(x))
+
+    def _kept(self, shape: Sequence[int], p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
+        """Bools of `shape`; computed on the host where a backend has nothing better."""
+        return self.from_numpy(kept(shape, p, key, origin))
+
+    def low_rank_row_norms(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = max(1, WEIGHT_BUDGET // weight.shape[1])
+        sizes = [min(rows, weight.shape[0] - start) for start in range(0, weight.shape[0], rows)]
+        with self.autograd.no_grad():
+            parts = zip(self.split(weight, sizes, 0), self.split(b, sizes, 0), strict=True)
+            squares = [self._row_squares(part, a, factor, scale) for part, factor in parts]
+            total = self.concat(squares, 0) + 1e-30
+            return total * self.rsqrt(total)
+
+    def _row_squares(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        row = self.cast(weight, "float32") + self.matmul(b, a) * scale
+        return self.sum(row * row, 1)
 
     # -- norms -----------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,10 @@ def save_model(model: QwenVL, directory: str | Path, *, overwrite: bool = False)
     """Write a model as transformers loads it, with the tokenizer and settings of the directory it was read from.
 
     The directory appears whole or not at all. One that exists and is not empty is refused unless `overwrite`.
+    ConfigError for a model with an adapter.
     """
+    if model.adapters is not None:
+        raise ConfigError("this model has an adapter: merge it first (merge_adapter), or save it alone (save_adapter)")
     tensors = {name: parameter.tensor for name, parameter in model.parameters.items()}
     with staged_directory(directory, overwrite=overwrite) as staging:
         if model.source is not None:

@@ -15,6 +15,7 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.kv_cache import Append, Cache
 from duetvl.core.params import Parameter, Weights, split_trainable
+from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.language import Attend, Positions, decoder
@@ -59,23 +60,46 @@ class Targets:
 
 
 class QwenVL:
-    """A model on one backend. `parameters` maps the Hugging Face name of each weight to it."""
+    """A model on one backend. `parameters` maps the Hugging Face name of each weight to it.
+
+    `adapters` says which layers have a low-rank adapter; its tensors are parameters like others.
+    """
 
     def __init__(self, config: ModelConfig, backend: Backend, parameters: Mapping[str, Parameter]):
         self.config = config
         self.backend = backend
         self.parameters = dict(parameters)
         self.family = QwenVLFamily(config)
+        self.adapters: Adapters | None = None
         self.source: Path | None = None  # the directory it was read from
+        self._mark_conditional()
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Train everything but the named parts, of vision, projector and language; with adapters, those alone."""
+        prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
+        for path, parameter in self.parameters.items():
+            may = self.adapters is None or is_adapter(path)
+            parameter.trainable = may and not path.startswith(prefixes)
+
+    def put_adapters(self, adapters: Adapters | None, tensors: Mapping[str, Tensor]) -> None:
+        """Lay adapters (their tensors by path, float32) beside the weights in the place of any before, and train them
+        alone. None and no tensors: the model without adapters, all of it trained."""
+        kept = {path: parameter for path, parameter in self.parameters.items() if not is_adapter(path)}
+        self.parameters = kept | {path: Parameter(path, tensor) for path, tensor in tensors.items()}
+        self.adapters = adapters
+        self.__dict__.pop("_weights", None)
+        self._mark_conditional()
+        self.freeze(())
+
+    def without_adapters(self) -> QwenVL:
+        """The model that the adapters were laid beside, sharing its weights: a reference for preference training."""
+        base = {path: parameter for path, parameter in self.parameters.items() if not is_adapter(path)}
+        return QwenVL(self.config, self.backend, base)
+
+    def _mark_conditional(self) -> None:
         for path, parameter in self.parameters.items():
             # A step without a picture does not run the vision tower.
             parameter.conditional = path.startswith("visual.")
-
-    def freeze(self, parts: Sequence[str]) -> None:
-        """Train everything but the named parts, of vision, projector and language."""
-        prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
-        for path, parameter in self.parameters.items():
-            parameter.trainable = not path.startswith(prefixes)
 
     def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end. Raises DataError naming a sample whose tokens and media disagree."""
@@ -108,9 +132,9 @@ class QwenVL:
         """Sum of the trained tokens' cross-entropies, float32, and the tape that leads back to the parameters.
 
         `weights` (N,) float32 multiplies those of the N trained positions, in their order. `key` names the random
-        numbers of this pass; nothing in the model draws any yet.
+        numbers of this pass, for the dropout of adapters; without one there is none.
         """
-        (loss,), tape = self._record(batch, self._loss, weights)
+        (loss,), tape = self._record(batch, self._loss, weights, key)
         return loss, tape
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -125,7 +149,11 @@ class QwenVL:
         return self._record(batch, lambda *given: objective(self._logprobs(*given)))
 
     def _record(
-        self, batch: Batch, fn: Callable[..., Any], weights: np.ndarray | None = None
+        self,
+        batch: Batch,
+        fn: Callable[..., Any],
+        weights: np.ndarray | None = None,
+        key: tuple[int, ...] = (),
     ) -> tuple[tuple[Tensor, ...], Tape]:
         """`fn(weights, input, targets)` on a tape."""
         trainable, frozen = split_trainable(self.parameters.values())
@@ -133,7 +161,7 @@ class QwenVL:
         paths = [p.path for p in (*trainable, *frozen)]
 
         def stage(*tensors: Tensor) -> Any:
-            return fn(Weights(dict(zip(paths, tensors, strict=True))), given, targets)
+            return fn(self._tree(dict(zip(paths, tensors, strict=True)), key), given, targets)
 
         return self.backend.autograd.run_stage(stage, (), trainable, frozen)
 
@@ -227,7 +255,11 @@ class QwenVL:
 
     @cached_property
     def _weights(self) -> Weights:
-        return Weights({path: parameter.tensor for path, parameter in self.parameters.items()})
+        return self._tree({path: parameter.tensor for path, parameter in self.parameters.items()})
+
+    def _tree(self, tensors: Mapping[str, Tensor], key: Sequence[int] = ()) -> Weights:
+        """The tensors, and with adapters what `linear` must know of them in the pass that `key` names."""
+        return Weights({**tensors, **(self.adapters.leaves(key) if self.adapters else {})})
 
     def _input(self, batch: Batch, attend: Attend | None = None) -> ModelInput:
         ops = self.backend.ops

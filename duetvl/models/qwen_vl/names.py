@@ -35,3 +35,10 @@ def canonical_name(stored: str, *, tied: bool) -> str | None:
 def canonical_names(tied: bool) -> Callable[[str], str | None]:
     """`canonical_name` for one model, as `duetvl.core.weights_dir.open_weights` takes it."""
     return lambda stored: canonical_name(stored, tied=tied)
+
+
+def module_name(canonical: str) -> str:
+    """How transformers >= 4.52 calls a module, or a parameter, of a model with a head."""
+    if canonical.startswith("visual."):
+        return f"model.{canonical}"
+    return canonical.replace("model.", "model.language_model.", 1) if canonical.startswith("model.") else canonical

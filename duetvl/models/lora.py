@@ -1,0 +1,170 @@
+"""Low-rank adapters of a model: which linear layers have one, of what kind, and what merging gives.
+
+An adapter's tensors are parameters like others, at `PATH.lora_A.weight` (rank, in), `PATH.lora_B.weight` (out, rank)
+and with DoRA `PATH.lora_magnitude_vector.weight` (out,), beside the layer's own `PATH.weight`. The tree without them is
+the model without its adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Final
+
+import numpy as np
+
+from duetvl.core.errors import ConfigError
+from duetvl.core.random import philox
+from duetvl.models.linear import Adapter
+
+Shape = tuple[int, ...]
+
+A: Final = "lora_A.weight"
+B: Final = "lora_B.weight"
+MAGNITUDE: Final = "lora_magnitude_vector.weight"
+_LEAF: Final = re.compile(r"\.lora_(?:A|B|magnitude_vector)\.weight$")
+_WILD: Final = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rank and alpha of one layer's adapter."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a model by module path, such as `model.layers.0.self_attn.q_proj`; tensors are elsewhere.
+
+    rslora: scaled by alpha / sqrt(rank) (arXiv:2312.03732) instead of alpha / rank. dora: with magnitudes
+    (arXiv:2402.09353). dropout is of an adapter's input while training.
+    """
+
+    sizes: Mapping[str, Size]
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    def scale(self, module: str) -> float:
+        """What the product B A is multiplied by."""
+        size = self.sizes[module]
+        return size.alpha / (math.sqrt(size.rank) if self.rslora else size.rank)
+
+    def shapes(self, weights: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Path and shape of every tensor, for layers with these shapes (out, in) of `PATH.weight`."""
+        found: dict[str, Shape] = {}
+        for module, size in self.sizes.items():
+            rows, columns = weights[f"{module}.weight"]
+            found[f"{module}.{A}"] = (size.rank, columns)
+            found[f"{module}.{B}"] = (rows, size.rank)
+            if self.dora:
+                found[f"{module}.{MAGNITUDE}"] = (rows,)
+        return found
+
+    def leaves(self, key: Sequence[int] = ()) -> dict[str, Adapter]:
+        """The records that `linear` looks for, by path. `key` names a pass that trains: with it there is dropout."""
+        return {f"{module}.lora": self._leaf(module, key) for module in self.sizes}
+
+    def _leaf(self, module: str, key: Sequence[int]) -> Adapter:
+        site = (*key, zlib.crc32(module.encode())) if key else ()
+        return Adapter(self.scale(module), self.dropout, site)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return _LEAF.search(path) is not None
+
+
+def initial_values(adapters: Adapters, weights: Mapping[str, Shape], seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """First values of all A and B, float32; the magnitudes are the norms of the rows of the weights.
+
+    As in PEFT: A uniform within 1 / sqrt(in) (He et al., arXiv:1502.01852, with a = sqrt(5)), B zero. Each has a random
+    stream of its own.
+    """
+    for path, shape in adapters.shapes(weights).items():
+        if path.endswith(A):
+            bound = 1 / math.sqrt(shape[1])
+            yield path, philox(seed, path).uniform(-bound, bound, shape).astype(np.float32)
+        elif path.endswith(B):
+            yield path, np.zeros(shape, np.float32)
+
+
+def merged_weight(
+    weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, magnitude: np.ndarray | None = None
+) -> np.ndarray:
+    """The weight (out, in) of a plain layer that does what `weight` and its adapter do; everything float32."""
+    both = weight + np.float32(scale) * (b @ a)
+    if magnitude is None:
+        return both
+    norms = np.sqrt(np.square(both).sum(1) + np.float32(1e-30))
+    return both * (magnitude / norms)[:, None]
+
+
+# -- which layers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linear layers that may have an adapter.
+
+    modules: their paths. parts: what a target may name as a whole, with prefixes of paths. aliases: other names of
+    modules that a target may use, with the path of each. refused: paths of other modules, and why not.
+    """
+
+    modules: Sequence[str]
+    parts: Mapping[str, tuple[str, ...]]
+    aliases: Mapping[str, str]
+    refused: Mapping[str, str]
+
+    def choose(self, targets: Iterable[str], frozen: Sequence[str] = ()) -> list[str]:
+        """The modules that any target names, in their order, without those of frozen parts.
+
+        A target is a part, the end of a module's name after a dot (`q_proj`, `mlp.0`), or a pattern with * ? [ of full
+        names. ConfigError for one that names no layer, or only layers of frozen parts.
+        """
+        shut = tuple(prefix for part in frozen for prefix in self.parts[part])
+        chosen: set[str] = set()
+        for target in targets:
+            named = self._named(target)
+            free = {module for module in named if not module.startswith(shut)}
+            if not free:
+                raise ConfigError(
+                    f"lora.targets {target!r} names layers of a part that model.freeze names alone "
+                    f"({', '.join(frozen)}); remove one of the two"
+                )
+            chosen |= free
+        return [module for module in self.modules if module in chosen]
+
+    def _named(self, target: str) -> set[str]:
+        if target in self.parts:
+            return {module for module in self.modules if module.startswith(self.parts[target])}
+        names = {**self.aliases, **{module: module for module in self.modules}}
+        found = {module for name, module in names.items() if _matches(name, target)}
+        if not found:
+            raise ConfigError(self._unknown(target))
+        return found
+
+    def _unknown(self, target: str) -> str:
+        for name, reason in self.refused.items():
+            if _matches(name, target):
+                return f"lora.targets {target!r}: {reason}"
+        whole = "." in target or _WILD.search(target) is not None
+        known = sorted({re.sub(r"\.\d+\.", ".*.", m) if whole else m.rsplit(".", 1)[1] for m in self.modules})
+        near = get_close_matches(target, [*self.parts, *known], n=3, cutoff=0.4) or known
+        return (
+            f"lora.targets {target!r} matches no linear layer; nearest: {', '.join(near[:8])}. A target is a part "
+            f"({', '.join(self.parts)}), the end of a layer's name, or a pattern of whole names"
+        )
+
+
+def _matches(name: str, target: str) -> bool:
+    if _WILD.search(target):
+        return fnmatchcase(name, target)
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,207 @@
+"""Low-rank adapters of Qwen2-VL and Qwen2.5-VL: put on a model, read, saved and merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from duetvl.core.errors import ConfigError
+from duetvl.core.files import staged_directory
+from duetvl.core.half import narrowed, widened
+from duetvl.core.tensor_files import TensorSpec
+from duetvl.core.weights_dir import open_weights, write_shards
+from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
+from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
+from duetvl.models.qwen_vl.config import ModelConfig, Shape, load_config, parameter_shapes
+from duetvl.models.qwen_vl.loading import copy_settings, write_config
+from duetvl.models.qwen_vl.model import PARTS, QwenVL
+from duetvl.models.qwen_vl.names import canonical_name, canonical_names, module_name
+
+Tensor = Any
+Fetch = Callable[[str], np.ndarray]
+
+_NO_LINEAR: Final = {
+    "model.embed_tokens": "the embedding of the vocabulary has no adapter here, only linear layers inside the model do",
+    "lm_head": "the head has no adapter here, only linear layers inside the model do: in the small models it is tied "
+    "to the embedding",
+    "visual.patch_embed.proj": "the patch embedding is a convolution and has no adapter here, only linear layers do",
+}
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The weights (out, in) of the linear layers that may have an adapter, by path."""
+    shapes = parameter_shapes(config).items()
+    return {path: shape for path, shape in shapes if len(shape) == 2 and path.removesuffix(".weight") not in _NO_LINEAR}
+
+
+def layers(config: ModelConfig) -> Layers:
+    """What targets may name; modules also by the names that transformers >= 4.52 gives them."""
+    modules = [path.removesuffix(".weight") for path in linear_shapes(config)]
+    return Layers(modules, PARTS, {module_name(module): module for module in modules}, _NO_LINEAR)
+
+
+# -- on a model -------------------------------------------------------------------------------------------------------
+
+
+def add_adapters(model: QwenVL, adapters: Adapters, seed: int) -> None:
+    """Lay new adapters on a model, which then does what it did before: B is zero."""
+    ops, shapes = model.backend.ops, linear_shapes(model.config)
+    tensors = {path: ops.from_numpy(values) for path, values in initial_values(adapters, shapes, seed)}
+    for module in adapters.sizes if adapters.dora else ():
+        weight = model.parameters[f"{module}.weight"].tensor
+        a, b = (tensors[f"{module}.{letter}"] for letter in (A, B))
+        tensors[f"{module}.{MAGNITUDE}"] = ops.low_rank_row_norms(weight, a, b, adapters.scale(module))
+    model.put_adapters(adapters, tensors)
+
+
+def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapter:
+    """An adapter on disk, checked to fit a model; CheckpointError or ConfigError where it does not."""
+    return open_adapter(directory, linear_shapes(config), lambda name: canonical_name(name, tied=False) or name)
+
+
+def load_adapter(model: QwenVL, stored: StoredAdapter) -> None:
+    """Lay an adapter from disk on a model, in float32 and in the place of any that it has."""
+    load = model.backend.checkpoint_io.load
+    model.put_adapters(stored.adapters, {path: load(*stored.read(path), "float32") for path in stored.tensors})
+
+
+def save_adapter(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Write a model's adapter as PEFT loads it. The directory appears whole or not at all."""
+    adapters = _adapters_of(model)
+    tensors = {path: p.tensor for path, p in model.parameters.items() if is_adapter(path)}
+    specs = {path: TensorSpec("float32", tuple(x.shape)) for path, x in tensors.items()}
+    with staged_directory(directory, overwrite=overwrite) as staging:
+        write_adapter(
+            staging,
+            adapters,
+            specs,
+            lambda path: model.backend.checkpoint_io.save(tensors[path])[0].reshape(specs[path].shape),
+            rename=module_name,
+            targets=peft_targets(model.config, adapters.sizes),
+            base=None if model.source is None else str(model.source),
+        )
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def merge_adapter(model: QwenVL) -> None:
+    """Put what the adapter does into the weights, rounded once to their dtype; the model is then a plain one."""
+    ops, adapters = model.backend.ops, _adapters_of(model)
+    fetch = _merging(adapters, lambda path: _values(model, path), lambda path: _values(model, path))
+    for module in adapters.sizes:
+        ops.assign(model.parameters[f"{module}.weight"].tensor, ops.from_numpy(fetch(f"{module}.weight")))
+    model.put_adapters(None, {})
+
+
+def merged_tensors(model: QwenVL) -> tuple[dict[str, TensorSpec], Fetch]:
+    """The tensors that `merge_adapter` would leave, made when they are asked for: the model stays as it is."""
+    ops = model.backend.ops
+    weights = {path: p.tensor for path, p in model.parameters.items() if not is_adapter(path)}
+    specs = {path: TensorSpec(ops.dtype_of(x), tuple(x.shape)) for path, x in weights.items()}
+    if model.adapters is None:
+        return specs, lambda path: model.backend.checkpoint_io.save(weights[path])[0].reshape(specs[path].shape)
+    fetch = _merging(model.adapters, lambda path: _values(model, path), lambda path: _values(model, path))
+    return specs, lambda path: narrowed(fetch(path), specs[path].dtype)
+
+
+def save_merged(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Write the merged model as transformers loads it; the model itself keeps its adapter."""
+    specs, fetch = merged_tensors(model)
+    with staged_directory(directory, overwrite=overwrite) as staging:
+        if model.source is not None:
+            copy_settings(model.source, staging)
+        write_shards(staging, specs, fetch)
+        write_config(model.config, staging, model.dtype)
+
+
+def merge_directories(model: str | Path, adapter: str | Path, target: str | Path) -> int:
+    """Write the model of a directory merged with an adapter, tensor by tensor and without a framework.
+
+    Every tensor keeps its dtype. A target that exists is refused; it appears whole or not at all. Returns the number
+    of layers that were merged.
+    """
+    config = load_config(model)
+    shapes = parameter_shapes(config)
+    weights = open_weights(model, canonical_names(config.tie_word_embeddings))
+    weights.check(shapes)
+    stored = open_adapter_for(config, adapter)
+    specs = {path: TensorSpec(weights.spec(path).dtype, shape) for path, shape in shapes.items()}
+
+    def weight(path: str) -> np.ndarray:
+        return widened(np.require(weights.view(path, shapes[path]), requirements="A"), specs[path].dtype)
+
+    merged = _merging(stored.adapters, weight, lambda path: widened(*stored.read(path)))
+    touched = {f"{module}.weight" for module in stored.adapters.sizes}
+
+    def fetch(path: str) -> np.ndarray:
+        bits = narrowed(merged(path), specs[path].dtype) if path in touched else weights.view(path, shapes[path])
+        weights.release(path)
+        return bits
+
+    with staged_directory(target) as staging:
+        copy_settings(Path(model), staging)
+        write_shards(staging, specs, fetch)
+        write_config(config, staging, specs["model.embed_tokens.weight"].dtype)
+    return len(stored.adapters.sizes)
+
+
+def _merging(adapters: Adapters, weight: Fetch, leaf: Fetch) -> Fetch:
+    """A function from a weight's path to its float32 values, merged where it has an adapter."""
+
+    def fetch(path: str) -> np.ndarray:
+        module = path.removesuffix(".weight")
+        if module not in adapters.sizes:
+            return weight(path)
+        magnitude = leaf(f"{module}.{MAGNITUDE}") if adapters.dora else None
+        a, b = (leaf(f"{module}.{letter}") for letter in (A, B))
+        return merged_weight(weight(path), a, b, adapters.scale(module), magnitude)
+
+    return fetch
+
+
+def _values(model: QwenVL, path: str) -> np.ndarray:
+    return model.backend.ops.to_numpy(model.parameters[path].tensor).astype(np.float32, copy=False)
+
+
+def _adapters_of(model: QwenVL) -> Adapters:
+    if model.adapters is None:
+        raise ConfigError("this model has no adapter; load one: duetvl.load_model(path, adapter=directory)")
+    return model.adapters
+
+
+# -- PEFT's names -----------------------------------------------------------------------------------------------------
+
+
+def peft_targets(config: ModelConfig, modules: Iterable[str]) -> list[str] | str:
+    """`target_modules` that name exactly these layers: their last names where no other module has one of them, else a
+    regular expression, which holds for old and new names of transformers' modules."""
+    chosen = set(modules)
+    others = [module for module in (*layers(config).modules, *_NO_LINEAR) if module not in chosen]
+    names = {module.rsplit(".", 1)[1] for module in chosen}
+    if not any(name.isdigit() for name in names) and not names & {other.rsplit(".", 1)[-1] for other in others}:
+        return sorted(names)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for module in chosen:
+        head, layer, rest = _split(module)
+        kinds.setdefault((head, rest), []).append(layer)
+    patterns = [f"{_layers_pattern(head, layers, config)}{re.escape(rest)}" for (head, rest), layers in kinds.items()]
+    return rf"(?:.*\.)?(?:{'|'.join(sorted(patterns))})"
+
+
+def _split(module: str) -> tuple[str, str, str]:
+    """("layers", "3", ".mlp.up_proj"), ("blocks", ...), or ("", "", "merger.mlp.0")."""
+    match = re.search(r"(layers|blocks)\.(\d+)(\..+)", module)
+    return (match[1], match[2], match[3]) if match else ("", "", module.removeprefix("visual."))
+
+
+def _layers_pattern(head: str, layers: list[str], config: ModelConfig) -> str:
+    if not head:
+        return ""
+    count = config.text.num_layers if head == "layers" else config.vision.depth
+    numbers = r"\d+" if len(layers) == count else f"(?:{'|'.join(sorted(layers, key=int))})"
+    return rf"{head}\.{numbers}"
