@@ -134,17 +134,18 @@ def _finite(value: Any) -> Any:
 class Progress:
     """Shows a run: a bar with the time left on a terminal, a plain line every `every` steps elsewhere."""
 
-    def __init__(self, total: int, *, done: int = 0, every: int = 1, stream: IO[str] | None = None):
-        """`done` steps of `total` are behind."""
+    def __init__(self, total: int, *, done: int = 0, every: int = 1, unit: str = "step", stream: IO[str] | None = None):
+        """`done` steps of `total` are behind. `unit` is what is counted where it is not steps."""
         self.stream = stream or sys.stdout
-        self.total, self.every, self.started_at = total, every, done
+        self.total, self.every, self.started_at, self.unit = total, every, done, unit
+        self._told = done
         self.started = time.monotonic()
         self.lost = 0  # lines that could not be shown
         self._bar: Any = None
         if _has_room(self.stream):
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, unit="step", file=self.stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, unit=unit, file=self.stream, dynamic_ncols=True)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Show one step."""
@@ -152,8 +153,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(_numbers(row), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif step % self.every == 0 or step == self.total:
-            self.say(f"step {step}/{self.total}  {_numbers(row)}  left {self._left(step)}")
+        elif step // self.every > self._told // self.every or step == self.total:
+            self.say("  ".join(filter(None, (f"{self.unit} {step}/{self.total}", _numbers(row), self._left(step)))))
+            self._told = step
 
     def say(self, text: str) -> None:
         """Show a line without disturbing the bar. A run does not end because nobody reads it any more."""
@@ -176,7 +178,7 @@ class Progress:
     def _left(self, step: int) -> str:
         per_step = (time.monotonic() - self.started) / max(1, step - self.started_at)
         seconds = round(per_step * (self.total - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return f"left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def _has_room(stream: IO[str]) -> bool:

@@ -34,6 +34,7 @@ HARMLESS = frozenset(
         "data.workers",
         "data.prefetch",
         "data.cache",
+        "dpo.cache",
     }
 )
 HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log"})

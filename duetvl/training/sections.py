@@ -517,3 +517,22 @@ class Recipe(Section):
                 "log.generate cannot tell where an answer begins with data.train_on_prompt; keep one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _preferences(self) -> Recipe:
+        if self.dpo is None:
+            return self
+        if self.train.loss != "token":
+            raise _contradiction(
+                f"train.loss {self.train.loss} has no meaning with dpo, whose loss is a mean over pairs"
+            )
+        if self.data.train_on_prompt:
+            raise _contradiction("data.train_on_prompt has no meaning with dpo, which compares answers to one prompt")
+        if self.lora is not None and self.lora.dropout:
+            raise _contradiction(
+                f"lora.dropout {self.lora.dropout:g} with dpo would compare a thinned model with a whole reference; "
+                f"leave it at 0"
+            )
+        if self.dpo.cache is not None and self.data.streaming:
+            raise _contradiction("dpo.cache reads all pairs before the first step, data.streaming never; keep one")
+        return self

@@ -81,6 +81,15 @@ def test_plain_lines_where_there_is_no_terminal():
     assert lines[2] == "saved"
 
 
+def test_lines_of_what_is_counted_by_more_than_one():
+    out = io.StringIO()
+    progress = Progress(20, every=10, unit="reference: pair", stream=out)
+    for step in (7, 14, 19, 20):
+        progress.step({"step": step})
+    lines = out.getvalue().splitlines()
+    assert [line.partition("  left ")[0] for line in lines] == ["reference: pair 14/20", "reference: pair 20/20"]
+
+
 def test_a_bar_on_a_terminal():
     class Terminal(io.StringIO):
         def isatty(self):

@@ -86,6 +86,11 @@ def test_an_error_names_the_field_what_was_found_and_what_is_allowed(override, e
         (("model.freeze=[vision,projector,language]",), "nothing would be trained"),
         (("optim.schedule=constant", "optim.min_lr_ratio=0.1"), "has no meaning with optim.schedule constant"),
         (("data.min_pixels=100", "data.max_pixels=50"), "data.min_pixels 100 is more than data.max_pixels 50"),
+        (("dpo.loss=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing has a meaning with dpo.loss sigmoid only"),
+        (("dpo.beta=0.1", "train.loss=sample"), "train.loss sample has no meaning with dpo"),
+        (("dpo.beta=0.1", "data.train_on_prompt=true"), "data.train_on_prompt has no meaning with dpo"),
+        (("dpo.beta=0.1", "lora.dropout=0.05"), "lora.dropout 0.05 with dpo would compare"),
+        (("dpo.cache=c", "data.streaming=true", "train.steps=5"), "dpo.cache reads all pairs before the first step"),
     ],
 )
 def test_contradictions(overrides, expected):
