@@ -12,7 +12,7 @@ from PIL import Image
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
-from duetvl.data.images import NO_WISH, ImageSource, Resize, image_size, load_image
+from duetvl.data.images import NO_WISH, ImageSource, Resize, load_image
 from duetvl.data.media import MediaSettings, load, measure
 from duetvl.data.pixels import PatchRows, PixelSettings, smart_resize
 
