@@ -10,7 +10,9 @@ from duetvl.core.weights_dir import open_weights
 from duetvl.data.loader import Encode, check_length
 from duetvl.data.records import Records
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
+from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.training.groups import check_patterns
 from duetvl.training.loop import read_recipe, total_steps, world_size
 from duetvl.training.recipe import check_layers, check_world
 from duetvl.training.run_directory import find_start
@@ -43,6 +45,8 @@ def _model_line(recipe: Recipe) -> str:
     config = load_config(path)
     check_layers(recipe.parallel, config)
     shapes = parameter_shapes(config)
+    if recipe.lora is None:  # adapters have names of their own
+        check_patterns(list(shapes), recipe.model.freeze, recipe.optim, PARTS)
     open_weights(path, canonical_names(config.tie_word_embeddings)).check(shapes)
     numbers = sum(_volume(shape) for shape in shapes.values())
     return f"model: {path}, {config.model_type}, {numbers / 1e6:.1f} million parameters in {recipe.model.dtype}"

@@ -146,6 +146,8 @@ def _type_words(kind: Any) -> str:
         return "numbers of layers, one for each stage, or a list of them for each virtual stage"
     if origin is tuple and parts[-1] is Ellipsis:
         return "a path or a list of sources" if parts[0] is DataSource else f"one or a list of {_type_words(parts[0])}"
+    if origin is dict:
+        return f"a mapping of {_type_words(parts[0])} to {_type_words(parts[1])}"
     if origin is tuple:
         return f"{len(parts)} numbers, each: {_type_words(parts[0])}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

@@ -20,6 +20,7 @@ from duetvl.training.yaml_values import write_yaml
 
 # What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no
 # result beyond rounding; a new length changes the schedule from here on.
+PACKING = frozenset({"data.pack", "data.pack_tokens", "data.pack_patches"})
 HARMLESS = frozenset(
     {
         "train.steps",
@@ -28,9 +29,7 @@ HARMLESS = frozenset(
         "train.output_dir",
         "data.val",
         "data.val_max_samples",
-        "data.pack",
-        "data.pack_tokens",
-        "data.pack_patches",
+        *PACKING,
         "data.workers",
         "data.prefetch",
         "data.cache",
@@ -130,7 +129,7 @@ def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
     """The harmless differences to the recipe of a checkpoint, as text; ConfigError where there are others."""
     old, new = {**_defaults(), **dict(_flat(ref.meta.recipe))}, dict(_flat(recipe.model_dump(mode="json")))
     differences = {key: f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new[key]}
-    grave = [text for key, text in differences.items() if not _harmless(key)]
+    grave = [text for key, text in differences.items() if not _harmless(key, recipe)]
     if grave:
         raise ConfigError(
             f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore these to go on, "
@@ -139,7 +138,9 @@ def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
     return [text for key, text in differences.items() if key != "train.output_dir"]
 
 
-def _harmless(key: str) -> bool:
+def _harmless(key: str, recipe: Recipe) -> bool:
+    if key in PACKING and recipe.train.loss == "micro_batch":  # a loss that the micro-batches have a part in
+        return False
     return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
 
 

@@ -46,9 +46,10 @@ class ModelSection(Section):
         description="Storage dtype of the weights. With bfloat16 the optimizer keeps float32 master weights. "
         "float16 is for inference: training in it needs loss scaling, which is not there yet.",
     )
-    freeze: Annotated[tuple[Part, ...], BeforeValidator(_one_or_more)] = Field(
+    freeze: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
         default=(),
-        description="Parts that are not trained: the vision tower, the projector (merger), the language model.",
+        description="What is not trained: vision (the tower), projector (its merger), language, or patterns of names "
+        "such as `model.layers.0-7`, `visual.blocks.*.attn` or `*norm*`.",
     )
 
     @model_validator(mode="after")
@@ -58,7 +59,7 @@ class ModelSection(Section):
                 "model.dtype float16 cannot be trained without loss scaling, which this release does not have; "
                 "use bfloat16 or float32"
             )
-        if set(self.freeze) == set(get_args(Part)):
+        if set(self.freeze) >= set(get_args(Part)):
             raise _contradiction(
                 f"model.freeze names every part ({', '.join(get_args(Part))}): nothing would be trained"
             )
@@ -248,6 +249,14 @@ class OptimSection(Section):
         default=0.0,
         ge=0,
         description="Decoupled weight decay of matrices; norms and biases (one axis) are not decayed.",
+    )
+    no_decay: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        default=(), description="More that is not decayed: parts, or patterns of names as in `model.freeze`."
+    )
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Factors of the learning rate by part or pattern of names, such as `{vision: 0.1}`; where several "
+        "match, the last one counts.",
     )
     clip: float | None = Field(
         default=1.0,

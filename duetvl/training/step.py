@@ -12,9 +12,11 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import DuetvlError
-from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
+from duetvl.core.patterns import Parts
 from duetvl.data.loader import Step
+from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective
 from duetvl.training.sections import OptimSection
 
@@ -25,6 +27,7 @@ class TrainableModel(Protocol):
     """What training needs of a model."""
 
     parameters: dict[str, Parameter]
+    parts: Parts
 
     def pack(self, samples: Sequence[Sample]) -> Batch:
         """Lay samples end to end; numpy only, as it runs in the data thread."""
@@ -67,7 +70,7 @@ class Trainer:
         self.model, self.objective, self.seed = model, objective, seed
         self.backend = backend
         self.optim = optim
-        self.groups = decay_groups(model.parameters, optim.weight_decay)
+        self.groups = parameter_groups(model.parameters, optim, model.parts)
         self.trained = [p for group in self.groups for p in group.parameters]
         self.state: AdamWState = backend.optimizer.create(self.groups)
         self.give_up: Callable[[], bool] = lambda: False  # asked before every micro-batch
@@ -147,11 +150,3 @@ class Trainer:
 
     def _number(self, scalar: Tensor) -> float:
         return float(self.backend.to_numpy(scalar))
-
-
-def decay_groups(parameters: Mapping[str, Parameter], weight_decay: float) -> list[Group]:
-    """Trainable parameters: matrices decay, what has one axis (norms and biases) does not."""
-    trainable = [p for p in parameters.values() if p.trainable]
-    matrices = [p for p in trainable if len(p.shape) > 1]
-    vectors = [p for p in trainable if len(p.shape) <= 1]
-    return [Group(matrices, weight_decay=weight_decay), Group(vectors)]

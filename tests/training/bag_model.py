@@ -25,6 +25,7 @@ VOCABULARY, WIDTH = 11, 8
 class BagModel:
     def __init__(self, backend, dtype="float32", seed=0):
         self.backend = backend
+        self.parts = {"words": ("embed.", "head.")}
         shapes = {"embed.weight": (VOCABULARY, WIDTH), "norm.weight": (WIDTH,), "head.weight": (VOCABULARY, WIDTH)}
         self.parameters = {
             path: Parameter(path, backend.ops.from_numpy(self._initial(path, shape, seed), dtype))

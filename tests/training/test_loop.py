@@ -228,6 +228,12 @@ def test_harmless_differences_are_said(torch_be, recipe, capsys):
     assert "changed since then: data.pack_tokens 32 -> 64, train.steps 5 -> 6" in capsys.readouterr().out
 
 
+def test_other_packs_are_another_run_where_the_loss_sees_them(torch_be, recipe):
+    run(torch_be, recipe, "train.steps=5", "train.loss=micro_batch")
+    with pytest.raises(ConfigError, match=r"with another recipe: data.pack_tokens 32 -> 64; restore"):
+        run(torch_be, recipe, "train.steps=6", "train.loss=micro_batch", "data.pack_tokens=64")
+
+
 def test_resume_needs_a_checkpoint(torch_be, recipe, tmp_path):
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         run(torch_be, recipe, resume="")

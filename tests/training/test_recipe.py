@@ -49,7 +49,7 @@ def test_the_last_override_wins():
         (
             "optim.rl=3e-5",
             "optim has no field 'rl'; did you mean 'lr'? "
-            "(betas, clip, eps, lr, min_lr_ratio, schedule, warmup, weight_decay)",
+            "(betas, clip, eps, lr, lr_scale, min_lr_ratio, no_decay, schedule, warmup, weight_decay)",
         ),
         (
             "optm.lr=1",
@@ -66,7 +66,11 @@ def test_the_last_override_wins():
         ("train.steps=true", "train.steps: found true, allowed: a whole number or null, >= 1"),
         ("data.shuffle=no", "data.shuffle: found 'no', allowed: true or false"),
         ("data.train=[]", "data.train: found [], allowed: a path or a list of sources, not empty"),
-        ("model.freeze=[visio]", "model.freeze: found 'visio', allowed: one or a list of vision, projector, language"),
+        ("model.freeze=[3]", "model.freeze: found 3, allowed: one or a list of text"),
+        (
+            "optim.lr_scale={vision: 0}",
+            "optim.lr_scale: found 0, allowed: a mapping of text to a number, > 0",
+        ),
         ("optim.warmup=1.5", "optim.warmup: found 1.5, allowed: a fraction of all steps below 1, or whole steps"),
         ("train.eval_every=3", "train.eval_every 3 needs data.val or data.val_rate, and neither is given"),
         ("lr=3", "override 'lr=3' is not of the form section.key=value"),

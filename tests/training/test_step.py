@@ -14,7 +14,7 @@ from duetvl.data.packing import Position
 from duetvl.data.records import Records
 from duetvl.training.objective import Evaluated, Forward, TokenLoss
 from duetvl.training.sections import OptimSection
-from duetvl.training.step import NonFiniteError, Trainer, decay_groups
+from duetvl.training.step import NonFiniteError, Trainer
 
 OPTIM = OptimSection(lr=0.05, weight_decay=0.1, clip=0.5, betas=(0.9, 0.95))
 
@@ -165,10 +165,3 @@ def test_an_objective_says_what_is_minimised_and_logged(be, tmp_path):
     assert found.values == pytest.approx({"single": found.loss / 2, "triple": found.loss * 1.5}, rel=1e-6)
     assert (evaluated.loss, evaluated.values["single"]) == pytest.approx((found.loss, found.loss / 2), rel=1e-6)
     assert trainer.objective.keys == [(5, 7, index) for index in range(len(work.batches))]
-
-
-def test_decay_groups(be):
-    groups = decay_groups(BagModel(be).parameters, 0.3)
-    matrices, vectors = ([p.path for p in group.parameters] for group in groups)
-    assert (matrices, vectors) == (["embed.weight", "head.weight"], ["norm.weight"])
-    assert [group.weight_decay for group in groups] == [0.3, 0.0]

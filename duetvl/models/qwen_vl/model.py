@@ -15,6 +15,7 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.kv_cache import Append, Cache
 from duetvl.core.params import Parameter, Weights, split_trainable
+from duetvl.core.patterns import Parts, require_matching
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
@@ -23,7 +24,7 @@ from duetvl.models.qwen_vl.vision import VisionInput, vision_input, vision_tower
 
 Tensor = Any
 
-PARTS = {  # what `freeze` names, and the paths that belong to it
+PARTS: Parts = {  # what `freeze` names, and the paths that belong to it
     "vision": ("visual.patch_embed.", "visual.blocks."),
     "projector": ("visual.merger.",),
     "language": ("model.", "lm_head."),
@@ -65,6 +66,8 @@ class QwenVL:
     `adapters` says which layers have a low-rank adapter; its tensors are parameters like others.
     """
 
+    parts = PARTS
+
     def __init__(self, config: ModelConfig, backend: Backend, parameters: Mapping[str, Parameter]):
         self.config = config
         self.backend = backend
@@ -74,12 +77,16 @@ class QwenVL:
         self.source: Path | None = None  # the directory it was read from
         self._mark_conditional()
 
-    def freeze(self, parts: Sequence[str]) -> None:
-        """Train everything but the named parts, of vision, projector and language; with adapters, those alone."""
-        prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Train everything but what the patterns name, see `core.patterns.matching`; with adapters, those alone.
+
+        The parts are `PARTS`. Raises ConfigError where a pattern matches nothing.
+        """
+        found = require_matching("model.freeze", patterns, list(self.parameters), self.parts)
+        frozen = {path for chosen in found.values() for path in chosen}
         for path, parameter in self.parameters.items():
             may = self.adapters is None or is_adapter(path)
-            parameter.trainable = may and not path.startswith(prefixes)
+            parameter.trainable = may and path not in frozen
 
     def put_adapters(self, adapters: Adapters | None, tensors: Mapping[str, Tensor]) -> None:
         """Lay adapters (their tensors by path, float32) beside the weights in the place of any before, and train them
