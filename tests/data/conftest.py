@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qwen_tokenizer import build_qwen_tokenizer
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -76,6 +77,18 @@ def processor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory from which a processor can be loaded; it has no weights."""
     directory = tmp_path_factory.mktemp("processor")
     tokenizer = build_tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps(tiny_config(tokenizer)))
+    settings = {"min_pixels": 28 * 28, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the published tokenizer of Qwen2.5-VL, for processors; it has no weights."""
+    directory = tmp_path_factory.mktemp("qwen")
+    tokenizer = build_qwen_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "config.json").write_text(json.dumps(tiny_config(tokenizer)))
     settings = {"min_pixels": 28 * 28, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
