@@ -75,7 +75,7 @@ EMPTY, WHAT = {"type": "image"}, {"type": "text", "text": "what?"}
         ("messages", {"messages": json.dumps(MESSAGES), "images": json.dumps(["a.png"])}),
         ("messages", {"messages": MESSAGES, "images": [{"bytes": None, "path": "a.png"}]}),
         ("messages", {"messages": PARTS}),
-        ("messages", {"messages": [*PARTS[:2], {"role": "user", "content": [EMPTY, WHAT]}, PARTS[3]], "image": "a.png"}),
+        ("messages", {"messages": [*PARTS[:2], {"role": "user", "content": [EMPTY, WHAT]}, PARTS[3]], "image": A[1]}),
         ("swift", {"messages": MESSAGES, "images": ["a.png"], "channel": "x"}),
         ("llava", {"id": "7", "image": "a.png", "conversations": SHAREGPT}),
         ("qwen", {"image": ["a.png"], "conversations": SHAREGPT}),
@@ -325,17 +325,30 @@ _values = st.recursive(
     _scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_keys, inner, max_size=5), max_leaves=25
 )
 _roles = st.sampled_from(["user", "human", "assistant", "gpt", "system", "tool", "function_call"])
-_messages = st.lists(
-    st.fixed_dictionaries(
-        {"role": _roles, "content": _values},
-        optional={"tool_calls": _values, "loss": _values},
-    ),
-    max_size=4,
-)
-_records = st.dictionaries(_keys, _values, max_size=6) | st.fixed_dictionaries(
-    {"messages": _messages},
-    optional=dict.fromkeys(("images", "videos", "objects", "tools", "system", "chosen", "rejected"), _values),
-)
+_said = st.text(max_size=10) | st.sampled_from(["<image>", "a<bbox>", '"bbox_2d": [1, 2, 3, 4]', "<video>"]) | _values
+_extra = st.fixed_dictionaries({}, optional={"tool_calls": _values, "loss": _values, "role": _roles})
+_pictures = st.lists(st.sampled_from(["a.png", {"path": "b.png"}, ["c.png"]]) | _values, max_size=2)
+_objects = st.fixed_dictionaries({}, optional={"bbox": st.just([[1, 2, 3, 4]]) | _values, "ref": _values})
+_beside = st.fixed_dictionaries(
+    {},
+    optional={
+        "images": _pictures, "videos": _pictures, "objects": _objects, "tools": _values, "system": _values,
+        "chosen": _said, "rejected": _said, "rejected_response": _said, "chat_template_kwargs": _values,
+    },
+)  # fmt: skip
+
+
+@st.composite
+def _nearly_right(draw: st.DrawFn) -> dict[str, Any]:
+    """Turns that mostly alternate, with things beside them that sometimes fit."""
+    said = draw(st.lists(_said, max_size=4))
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    if turns and draw(st.booleans()):
+        turns[draw(st.integers(0, len(turns) - 1))].update(draw(_extra))
+    return {"messages": turns, **draw(_beside)}
+
+
+_records = st.dictionaries(_keys, _values, max_size=6) | _nearly_right()
 
 
 @settings(max_examples=400, deadline=None)
