@@ -25,7 +25,6 @@ _KEYS: Final[dict[str, tuple[str, ...]]] = {
     "response": ("output", "response", "completion", "answer"), "history": ("history",),
     "chosen": ("chosen",), "rejected": ("rejected", "rejected_response"),
 }  # fmt: skip
-_NOT_USED: Final = ("kto_tag",)
 
 
 def read_record(
@@ -61,14 +60,16 @@ class _Record:
         self, values: Mapping[str, Any], columns: Mapping[str, str], dialect: Dialect, media_dir: Path | None
     ) -> None:
         for name in columns:
-            if name not in _KEYS and name not in _NOT_USED:
+            if name not in _KEYS:
                 raise DataError(f"columns has no {name!r}{did_you_mean(name, _KEYS)}")
         self.values, self.dialect, self.media_dir = values, dialect, media_dir
         self._columns = columns
 
     def keys(self, column: str) -> tuple[str, ...]:
-        """The keys under which a column is looked for."""
-        return (self._columns[column],) if column in self._columns else _KEYS[column]
+        """The keys under which a column is looked for; none where `columns` gives it an empty name."""
+        if column in self._columns:
+            return (self._columns[column],) if self._columns[column] else ()
+        return _KEYS[column]
 
     def get(self, column: str) -> Any:
         """The value of a column; None when there is none."""
@@ -82,16 +83,19 @@ class _Record:
         """A text; empty when there is none. Raises DataError for anything else."""
         value = self.get(column)
         if value is not None and not isinstance(value, str):
-            raise DataError(f"{self.keys(column)[0]} must be a text, found {type(value).__name__}")
+            raise DataError(f"{self.wanted(column)} must be a text, found {type(value).__name__}")
         return value or ""
 
     def messages(self) -> list[Any]:
         """The list of messages, which a table may hold as JSON text. Raises DataError."""
         value = self.get("messages")
         if value is None:
-            wanted = " or ".join(repr(key) for key in self.keys("messages"))
-            raise DataError(f"the record has no {wanted}; found {self.found()}")
+            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}")
         return list(check_messages(parse_json("messages", value) if isinstance(value, str) else value))
+
+    def wanted(self, column: str) -> str:
+        """The keys of a column, for messages."""
+        return " or ".join(repr(key) for key in self.keys(column)) or f"key for {column}"
 
     def found(self) -> str:
         """The record's keys, for messages."""
@@ -156,7 +160,7 @@ def _read_swift(record: _Record) -> Conversation | Preference:
 
 def _read_alpaca(record: _Record) -> Conversation:
     if not record.has("response"):
-        raise DataError(f"the record has no {record.keys('response')[0]!r}; found {record.found()}")
+        raise DataError(f"the record has no {record.wanted('response')}; found {record.found()}")
     messages = [*_alpaca_prompt(record), *_as_messages(record, "response", record.get("response"))]
     return _finished(record.conversation(messages))
 

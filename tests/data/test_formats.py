@@ -252,7 +252,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"messages": [user("a"), {"role": "assistant"}]}, "message 2: content must be a text"),
         ({"messages": [user("a"), {"role": "system", "content": "S"}, GPT]}, "found the system"),
         ({"messages": [{"role": "system", "content": "S"}, user("a"), GPT], "system": "T"}, "keep one"),
-        ({"messages": [user("a"), GPT], "system": 3}, "system must be a text, found int"),
+        ({"messages": [user("a"), GPT], "system": 3}, "'system' must be a text, found int"),
         ({"messages": [user("a"), GPT], "tools": "{"}, "tools must be JSON"),
         ({"messages": [user("a"), GPT], "tools": [1]}, "tools must be a list of functions"),
         ({"messages": [user("a"), GPT], "audios": ["a.wav"]}, "audios, which these models do not hear"),
@@ -296,7 +296,7 @@ def test_contradictions(record: Any, message: str) -> None:
     ("how", "message"),
     [
         ({"form": "alpacca"}, "no format 'alpacca'; did you mean 'alpaca'?"),
-        ({"form": "alpaca"}, "the record has no 'output'; found 'messages'"),
+        ({"form": "alpaca"}, "the record has no 'output' or 'response' or"),
         ({"form": "preference"}, "needs chosen and rejected, found no chosen"),
         ({"columns": {"mesages": "m"}}, "columns has no 'mesages'; did you mean 'messages'?"),
         ({"columns": {"messages": "talk"}}, "no known layout"),
