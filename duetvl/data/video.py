@@ -95,39 +95,61 @@ class VideoPlan:
 def read_index(source: object) -> VideoIndex:
     """The frames of a video file (a path, bytes or a data URI). Raises DataError naming it."""
     with _opened(source) as (container, stream):
-        stamps, keys, length, first = _read_packets(container, stream)
+        packets = _Packets(container, stream)
+        first, stamps, keys = packets.first, packets.stamps, np.array(packets.keys, bool)
         if first is None:
             raise DataError("no frame of it can be decoded")
-        missing = stream.frames - len(stamps)
-        if missing > max(2, stream.frames // 50):
-            raise DataError(f"is cut off: its index lists {stream.frames} frames, {len(stamps)} are there")
         turned = abs(first.rotation) % 180 == 90
         size = (first.width, first.height) if turned else (first.height, first.width)
-        ticks = None if None in stamps or len(set(stamps)) < len(stamps) else np.array(stamps, np.int64)
-        if ticks is None:
-            rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
-            count = len(stamps)
-            return VideoIndex(size, np.arange(count), np.array(keys), 1 / rate, Fraction(count) / rate, timed=False)
+        if None in stamps or len(set(stamps)) < len(stamps):
+            rate, count = _rate(stream), len(stamps)
+            return VideoIndex(size, np.arange(count), keys, 1 / rate, count / rate, timed=False)
+        ticks = np.array(stamps, np.int64)
         order = np.argsort(ticks)
-        duration = _duration(ticks[order], length, stream)
-        return VideoIndex(size, ticks[order], np.array(keys)[order], stream.time_base, duration, timed=True)
+        duration = _duration(ticks[order], packets.last[1], stream)
+        return VideoIndex(size, ticks[order], keys[order], stream.time_base, duration, timed=True)
 
 
-def _read_packets(container: Any, stream: Any) -> tuple[list[int | None], list[bool], int, Any]:
-    """Time stamp of every packet, whether decoding may begin there, the length of the last shown, the first frame."""
-    stamps: list[int | None] = []
-    keys: list[bool] = []
-    first, last = None, (-(1 << 62), 0)
-    for packet in container.demux(stream):
-        if first is None:
-            first = next(_decoded(packet), None)
+class _Packets:
+    """What the packets of a video stream say: their time stamps, and whether decoding may begin there.
+
+    `last` is the time stamp and the length of the last one shown, `first` a decoded frame. Raises DataError where the
+    file ends before its header says.
+    """
+
+    def __init__(self, container: Any, stream: Any):
+        self.stamps: list[int | None] = []
+        self.keys: list[bool] = []
+        self.last = (-(1 << 62), 0)
+        self.first: Any = None
+        self.end = Fraction(0)  # seconds, of any stream
+        for packet in container.demux():
+            if packet.pts is not None:
+                self.end = max(self.end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+            if packet.stream.index == stream.index:
+                self._add(packet)
+        missing = stream.frames - len(self.stamps)
+        if missing > max(2, stream.frames // 50):
+            raise DataError(f"is cut off: its index lists {stream.frames} frames, {len(self.stamps)} are there")
+        # Matroska has no number of frames, but a duration that is exact, of the longest stream.
+        lasts = Fraction(container.duration or 0, av.time_base) if "matroska" in container.format.name else 0
+        if lasts - self.end > max(1, lasts / 20):
+            raise DataError(f"is cut off: {float(self.end):.1f} s of {float(lasts):.1f} s are there")
+
+    def _add(self, packet: Any) -> None:
+        if self.first is None:
+            self.first = next(_decoded(packet), None)
         if packet.size == 0 or packet.is_discard or packet.is_corrupt:
-            continue
-        stamps.append(packet.pts)
-        keys.append(packet.is_keyframe)
+            return
+        self.stamps.append(packet.pts)
+        self.keys.append(packet.is_keyframe)
         if packet.pts is not None:
-            last = max(last, (packet.pts, packet.duration or 0))
-    return stamps, keys, last[1], first
+            self.last = max(self.last, (packet.pts, packet.duration or 0))
+
+
+def _rate(stream: Any) -> Fraction:
+    """Frames per second by the header."""
+    return stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
 
 
 def _duration(ticks: np.ndarray, length: int, stream: Any) -> Fraction:
@@ -135,8 +157,7 @@ def _duration(ticks: np.ndarray, length: int, stream: Any) -> Fraction:
     if length <= 0 and len(ticks) > 1:
         length = int(np.median(np.diff(ticks)))
     if length <= 0:
-        rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
-        return Fraction(1) / rate
+        return 1 / _rate(stream)
     return (int(ticks[-1]) - int(ticks[0]) + length) * stream.time_base
 
 
@@ -148,9 +169,9 @@ def plan_frames(index: VideoIndex, rule: FrameRule, part: VideoPart) -> VideoPla
     fewest = rule.min_frames if part.min_frames is None else part.min_frames
     most = rule.max_frames if part.max_frames is None else part.max_frames
     if rule.rule == "qwen":
-        wanted = part.frames or float(total / (total / duration) * Fraction(fps))
+        wanted = part.frames or float(duration) * fps
         count = qwen_count(total, wanted, fewest, most, exact=part.frames is not None)
-        numbers = qwen_numbers(first, last, count)
+        numbers = np.linspace(first, last, count).round().astype(np.int64)
     else:
         wanted = part.frames or max(1, math.floor(float(duration) * fps))
         count = max(1, min(total, most, int(wanted)))
@@ -170,26 +191,16 @@ def qwen_count(total: int, wanted: float, fewest: int, most: int, *, exact: bool
 
     Raises DataError where that is less than two or more than there are.
     """
-    if exact:
-        count = round(wanted / 2) * 2
-    else:
-        low, high = math.ceil(fewest / 2) * 2, min(most, total) // 2 * 2
-        count = math.floor(min(min(max(wanted, low), high), total) / 2) * 2
-    if not 2 <= count <= total:
+    if total < 2:
         raise DataError(
-            f"has {total} frame{'s' * (total != 1)} to choose from, the rule 'qwen' would take {max(count, 2)}; give a "
-            f"video of one frame as an image, or choose data.video_frames: llamafactory"
+            "has one frame, and the rule 'qwen' takes two at least; give it as an image, or choose "
+            "data.video_frames: llamafactory"
         )
+    low, high = math.ceil(fewest / 2) * 2, min(most, total) // 2 * 2
+    count = round(wanted / 2) * 2 if exact else math.floor(min(max(wanted, low), high) / 2) * 2
+    if not 2 <= count <= total:
+        raise DataError(f"has {total} frames, {count} of them are asked for; the rule 'qwen' takes from 2 to all")
     return count
-
-
-def qwen_numbers(first: int, last: int, count: int) -> np.ndarray:
-    """`torch.linspace(first, last, count).round()`, in its float32 and from both ends, as torch computes it."""
-    step = np.float32(last - first) / np.float32(max(1, count - 1))
-    places = np.arange(count)
-    front = np.float32(first) + step * places.astype(np.float32)
-    back = np.float32(last) - step * (count - 1 - places).astype(np.float32)
-    return np.where(places < count // 2, front, back).round().astype(np.int64)
 
 
 def _stretch(index: VideoIndex, part: VideoPart) -> tuple[int, int, Fraction]:
