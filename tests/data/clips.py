@@ -1,6 +1,7 @@
-"""Tiny videos, written with PyAV. Frame i is grey of level 10 + 20 (i mod 12), so that a decoded frame tells its number.
+"""Tiny videos, written with PyAV.
 
-Its left half is darker by 8, so that a turned one shows.
+Frame i is grey of level 10 + 20 (i mod 12), so that a decoded frame tells its number. Its left half is darker by 8, so
+that a turned one shows.
 """
 
 from fractions import Fraction
