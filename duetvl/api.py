@@ -17,6 +17,7 @@ from duetvl.core.params import split_trainable
 from duetvl.data.encode import Processor
 from duetvl.inference.generate import generate
 from duetvl.inference.sampling import Sampling
+from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
@@ -178,23 +179,27 @@ class _Teller:
 def load_model(
     path: str | Path, *, backend: Backend, dtype: str = "float32", adapter: str | Path | None = None
 ) -> Model:
-    """Read a Hugging Face model directory onto a backend, its weights held in `dtype`.
+    """Read a Hugging Face model directory, or fetch a model by its id, onto a backend; weights are held in `dtype`.
+
+    `path`: a directory, `Qwen/Qwen2.5-VL-7B-Instruct` (Hugging Face), or `modelscope:Qwen/Qwen2.5-VL-7B-Instruct`.
 
     dtype: float32, bfloat16 or float16. `adapter` is a LoRA adapter's directory in PEFT's layout; it is laid beside the
     weights, in float32, and is then all that is trained. Raises CheckpointError for what is missing, damaged or of
     another model, ConfigError for what duetvl does not implement.
     """
-    stored = None if adapter is None else adapters.open_adapter_for(load_config(path), adapter)
-    model = loading.load_model(path, backend=backend, dtype=dtype, make=Model)
+    directory = model_directory(path)
+    stored = None if adapter is None else adapters.open_adapter_for(load_config(directory), adapter)
+    model = loading.load_model(directory, backend=backend, dtype=dtype, make=Model)
     if stored is not None:
         adapters.load_adapter(model, stored)
     return model
 
 
 def load_processor(path: str | Path) -> Processor:
-    """The processor of a model directory: its tokenizer, template and picture settings.
+    """The processor of a model, given as for `load_model`: its tokenizer, template and picture settings.
 
     Needs config.json, tokenizer.json and preprocessor_config.json; no weights, no framework. Raises
     CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
     """
-    return Processor.from_directory(path, QwenVLFamily(load_config(path)))
+    directory = model_directory(path, weights=False)
+    return Processor.from_directory(directory, QwenVLFamily(load_config(directory)))

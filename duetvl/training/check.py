@@ -9,6 +9,7 @@ from typing import Any
 from duetvl.core.weights_dir import open_weights
 from duetvl.data.loader import Encode, check_length
 from duetvl.data.records import Records
+from duetvl.models.hub import is_id, model_directory
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
 from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.names import canonical_names
@@ -41,15 +42,18 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
 
 def _model_line(recipe: Recipe) -> str:
     """Configuration and the headers of the weights."""
-    path = recipe.model.path
+    path = model_directory(recipe.model.path, weights=False)
     config = load_config(path)
     check_layers(recipe.parallel, config)
     shapes = parameter_shapes(config)
     if recipe.lora is None:  # adapters have names of their own
         check_patterns(list(shapes), recipe.model.freeze, recipe.optim, PARTS)
-    open_weights(path, canonical_names(config.tie_word_embeddings)).check(shapes)
+    fetched = not is_id(recipe.model.path) or any(path.glob("*.safetensors"))
+    if fetched:
+        open_weights(path, canonical_names(config.tie_word_embeddings)).check(shapes)
     numbers = sum(_volume(shape) for shape in shapes.values())
-    return f"model: {path}, {config.model_type}, {numbers / 1e6:.1f} million parameters in {recipe.model.dtype}"
+    known = f"{config.model_type}, {numbers / 1e6:.1f} million parameters in {recipe.model.dtype}"
+    return f"model: {path}, {known}{'' if fetched else '; its weights are fetched when it is trained'}"
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -40,7 +40,11 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model is trained, and which of its parts."""
 
-    path: str = Field(min_length=1, description="Directory of the model in the Hugging Face layout.")
+    path: str = Field(
+        min_length=1,
+        description="Directory of the model in the Hugging Face layout, or its id, which is fetched: "
+        "`Qwen/Qwen2.5-VL-7B-Instruct` from Hugging Face, `modelscope:Qwen/Qwen2.5-VL-7B-Instruct` from ModelScope.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Storage dtype of the weights. With bfloat16 the optimizer keeps float32 master weights. "

@@ -17,6 +17,7 @@ from duetvl.core.tensor_files import TensorSpec
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.media import MediaSettings
 from duetvl.data.video import FrameRule
+from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model, save_model
@@ -63,7 +64,8 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
 def record_encoder(recipe: Recipe) -> RecordEncoder:
     """From records to samples, with the processor of the recipe's model and what the recipe says of data."""
     data = recipe.data
-    processor = Processor.from_directory(recipe.model.path, QwenVLFamily(load_config(recipe.model.path)))
+    directory = model_directory(recipe.model.path, weights=False)
+    processor = Processor.from_directory(directory, QwenVLFamily(load_config(directory)))
     processor.media = media_settings(processor.media, data)
     settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
     return RecordEncoder(processor, settings)

@@ -16,6 +16,7 @@ from duetvl.core.files import WEIGHT_FILES, staged_directory, write_text
 from duetvl.core.params import Parameter
 from duetvl.core.tensor_files import TensorSpec
 from duetvl.core.weights_dir import load_parameters, write_shards, write_weights
+from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
 from duetvl.models.qwen_vl.init import initial_weights
 from duetvl.models.qwen_vl.model import QwenVL
@@ -34,18 +35,19 @@ def load_model(
     make: Callable[[ModelConfig, Backend, Mapping[str, Parameter]], AnyModel] = QwenVL,  # type: ignore[assignment]
     progress: Callable[[int], None] | None = None,
 ) -> AnyModel:
-    """Read a model directory slice by slice straight to the device.
+    """Read a model directory slice by slice straight to the device; an id of a hub is fetched first (models/hub.py).
 
     `dtype` is the one the weights are held in; `progress` is told the bytes of each tensor read. Raises
     CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    path = model_directory(path)
     config = load_config(path)
     rename = canonical_names(config.tie_word_embeddings)
     tensors = load_parameters(parameter_shapes(config), path, backend, dtype, rename=rename, progress=progress)
     model = make(config, backend, {name: Parameter(name, tensor) for name, tensor in tensors.items()})
-    model.source = Path(path)
+    model.source = path
     return model
 
 
