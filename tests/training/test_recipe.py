@@ -105,7 +105,7 @@ def test_contradictions(overrides, expected):
     ("values", "expected"),
     [
         ({}, "model is missing: a recipe needs the section with model.path (and 1 more field)"),
-        ({**BASE, "model": {}}, "model.path is missing: Directory of the model in the Hugging Face layout."),
+        ({**BASE, "model": {}}, "model.path is missing: Directory of the model in the Hugging Face layout, or its id"),
         ({**BASE, "model": 3}, "model: found 3, allowed: a section with fields (path, dtype, freeze)"),
         ({"model": {"pth": "m"}, "data": {}}, "model has no field 'pth'; did you mean 'path'? (dtype, freeze, path)"),
         (None, "expected sections"),
