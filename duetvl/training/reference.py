@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
@@ -20,6 +21,8 @@ from duetvl.training.dpo import Reference, reference_of
 from duetvl.training.metrics import Progress
 from duetvl.training.reference_cache import ReferenceCache, reference_name
 from duetvl.training.sections import Recipe
+
+Tensor = Any
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,35 @@ class PairData:
     batches: Callable[[], Iterator[Batch]]
 
 
-def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend, data: Callable[[], PairData]) -> Reference:
-    """The reference of a recipe with a section `dpo`.
+def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend) -> Reference:
+    """The reference of a recipe with a section `dpo`; with `dpo.cache`, a `CachedReference` that is yet to be filled.
 
-    `policy` has the weights of `model.path` here, before any checkpoint is read. `data` is asked for where there is a
-    cache to fill.
+    `policy` has the weights of `model.path` here, before any checkpoint is read.
     """
     assert recipe.dpo is not None
-    if recipe.dpo.cache is None:
-        return reference_of(_held(recipe, policy, backend), backend.ops)
-    directory = recipe.dpo.reference or recipe.model.path
-    cache = ReferenceCache(recipe.dpo.cache, reference_name(directory, recipe.model.dtype))
-    given = data()
-    if not cache.is_complete(given.name):
-        fill(cache, given, _at_start(recipe, policy, backend), backend)
-    return lambda batch: backend.ops.from_numpy(cache.sums(batch))
+    if recipe.dpo.cache is not None:
+        return CachedReference(recipe, policy, backend)
+    return reference_of(_held(recipe, policy, backend), backend.ops)
+
+
+class CachedReference:
+    """A reference that runs once, before the first step, and is looked up from then on."""
+
+    def __init__(self, recipe: Recipe, policy: QwenVL, backend: Backend):
+        """Open the cache; what it holds may be incomplete until `prepare`."""
+        assert recipe.dpo is not None and recipe.dpo.cache is not None
+        self.recipe, self.policy, self.backend = recipe, policy, backend
+        name = reference_name(recipe.dpo.reference or recipe.model.path, recipe.model.dtype)
+        self.cache = ReferenceCache(recipe.dpo.cache, name)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The log-probabilities (S,) of the batch's answers. Raises DataError naming a pair that is not known."""
+        return self.backend.ops.from_numpy(self.cache.sums(batch))
+
+    def prepare(self, data: PairData) -> None:
+        """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
+        if not self.cache.is_complete(data.name):
+            fill(self.cache, data, _at_start(self.recipe, self.policy, self.backend), self.backend)
 
 
 def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend) -> None:

@@ -83,14 +83,14 @@ def policy_of(tiny, be):
 
 def test_a_copy_of_the_starting_weights(tiny, be):
     policy = policy_of(tiny, be)
-    reference = make_reference(recipe_of(tiny), policy, be, no_data)
+    reference = make_reference(recipe_of(tiny), policy, be)
     move(policy, be)
     same(be, numbers(be, reference, policy), expected(tiny, be, NAME))
 
 
 def test_another_directory(tiny, be):
     policy = policy_of(tiny, be)
-    reference = make_reference(recipe_of(tiny, reference=str(tiny.directory(OTHER))), policy, be, no_data)
+    reference = make_reference(recipe_of(tiny, reference=str(tiny.directory(OTHER))), policy, be)
     move(policy, be)
     found = numbers(be, reference, policy)
     same(be, found, expected(tiny, be, OTHER))
@@ -101,7 +101,7 @@ def test_the_tree_without_its_adapter(tiny, be):
     """The same tensors, not a copy; what the adapter learns does not reach it."""
     policy = policy_of(tiny, be)
     add_adapters(policy, Adapters({"model.layers.0.self_attn.q_proj": Size(2, 4.0)}), seed=0)
-    reference = make_reference(recipe_of(tiny, lora={"rank": 2}), policy, be, no_data)
+    reference = make_reference(recipe_of(tiny, lora={"rank": 2}), policy, be)
     move(policy, be, "lora_B.weight")
     same(be, numbers(be, reference, policy), expected(tiny, be, NAME))
     moved = [np.array(be.to_numpy(policy.logprobs(batch))) for batch in batches(policy)]
@@ -119,11 +119,13 @@ def test_cached_numbers_are_those_of_the_reference(tiny, be, tmp_path, which):
     if which == "adapter":
         add_adapters(policy, Adapters({"model.layers.0.mlp.up_proj": Size(2, 4.0)}), seed=0)
         move(policy, be, "lora_B.weight")
-    reference = make_reference(recipe, policy, be, lambda: pair_data(policy))
+    reference = make_reference(recipe, policy, be)
+    reference.prepare(pair_data(policy))
     move(policy, be)
     truth = expected(tiny, be, OTHER if which == "other" else NAME)
     same(be, numbers(be, reference, policy), truth)
-    again = make_reference(recipe, policy, be, no_data)
+    again = make_reference(recipe, policy, be)
+    again.prepare(no_data())
     assert numbers(be, again, policy).tobytes() == numbers(be, reference, policy).tobytes()
 
 
@@ -131,11 +133,12 @@ def test_filling_goes_on_where_it_was_interrupted(tiny, be, tmp_path, capsys):
     recipe = recipe_of(tiny, cache=str(tmp_path))
     policy = policy_of(tiny, be)
     with pytest.raises(KeyboardInterrupt):
-        make_reference(recipe, policy, be, lambda: pair_data(policy, count=1))
+        make_reference(recipe, policy, be).prepare(pair_data(policy, count=1))
     (file,) = tmp_path.glob("*.logps")
     first = file.read_bytes()
     assert len(first) == 28 * 2 and not list(tmp_path.glob("*.complete"))
-    reference = make_reference(recipe, policy, be, lambda: pair_data(policy))
+    reference = make_reference(recipe, policy, be)
+    reference.prepare(pair_data(policy))
     assert file.read_bytes().startswith(first) and file.stat().st_size == 28 * 4  # nothing was computed twice
     same(be, numbers(be, reference, policy), expected(tiny, be, NAME))
     assert "reference: pair 3/3" in capsys.readouterr().out
@@ -144,4 +147,4 @@ def test_filling_goes_on_where_it_was_interrupted(tiny, be, tmp_path, capsys):
 def test_a_reference_of_another_kind_is_refused(tiny, be):
     policy, other = policy_of(tiny, be), tiny.directory("qwen2-tied")
     with pytest.raises(ConfigError, match=r"dpo.reference .*qwen2-tied has another clock for videos compared with"):
-        make_reference(recipe_of(tiny, reference=str(other)), policy, be, no_data)
+        make_reference(recipe_of(tiny, reference=str(other)), policy, be)

@@ -294,7 +294,7 @@ class QwenVL:
     def _targets(self, batch: Batch, weights: np.ndarray | None = None) -> Targets:
         make = self.backend.ops.from_numpy
         rows = np.flatnonzero(batch.targets != IGNORE).astype(np.int32)
-        scale = 1.0 if weights is None else float(weights.max(initial=0.0))
+        scale = 1.0 if weights is None else float(np.max(weights, initial=0.0))
         # The largest weight is taken out, to be applied in float32: the gradients of logits may be float16 numbers.
         relative = None if weights is None or (weights == scale).all() else make(weights / np.float32(scale))
         return Targets(make(rows), make(batch.targets[rows]), relative, scale)
