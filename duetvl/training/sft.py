@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which model is trained, and how a record becomes a sample of it."""
+"""Supervised fine-tuning and DPO: which model is trained, to which end, and how a record becomes a sample of it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.tensor_files import TensorSpec
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.media import MediaSettings
+from duetvl.data.pairs import AnswerEncoder, PairEncoder
 from duetvl.data.video import FrameRule
 from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model, save_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.training.dpo import PreferenceObjective
 from duetvl.training.loop import Job
-from duetvl.training.objective import TokenLoss
+from duetvl.training.objective import Objective, TokenLoss
+from duetvl.training.reference import make_reference
 from duetvl.training.sections import DataSection, Recipe
 
 # LLaMA-Factory's image_min_pixels and image_max_pixels, video_min_pixels and video_max_pixels.
@@ -42,11 +45,17 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else save_model
     return Job(
         model,
-        TokenLoss(model, recipe.train.loss),
+        _objective(recipe, model, backend),
         encode,
         partial(export, model, overwrite=True),
         model.config.to_dict(),
     )
+
+
+def _objective(recipe: Recipe, model: QwenVL, backend: Backend) -> Objective:
+    if recipe.dpo is None:
+        return TokenLoss(model, recipe.train.loss)
+    return PreferenceObjective(model, make_reference(recipe, model, backend), recipe.dpo, backend)
 
 
 def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -> None:
@@ -61,14 +70,16 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
     export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
-def record_encoder(recipe: Recipe) -> RecordEncoder:
-    """From records to samples, with the processor of the recipe's model and what the recipe says of data."""
+def record_encoder(recipe: Recipe) -> PairEncoder | AnswerEncoder:
+    """From records to samples, or to pairs with `dpo`, with the processor of the recipe's model and what the recipe
+    says of data."""
     data = recipe.data
     directory = model_directory(recipe.model.path, weights=False)
     processor = Processor.from_directory(directory, QwenVLFamily(load_config(directory)))
     processor.media = media_settings(processor.media, data)
     settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
-    return RecordEncoder(processor, settings)
+    encoder = RecordEncoder(processor, settings)
+    return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
 
 
 def media_settings(own: MediaSettings, data: DataSection) -> MediaSettings:
