@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from duetvl.api import (
         Batch,
+        Callback,
         Generation,
         Model,
         Sample,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Callback",
     "Generation",
     "Model",
     "Sample",

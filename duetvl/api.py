@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from duetvl.answers import SampleAnswers
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import ConfigError
@@ -22,10 +24,14 @@ from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.training.loop import TrainResult, train
+from duetvl.training import loop
+from duetvl.training.callbacks import Callback
+from duetvl.training.loop import Job, TrainResult, read_recipe
+from duetvl.training.sections import Recipe
 
 __all__ = [
     "Batch",
+    "Callback",
     "Generation",
     "Model",
     "Sample",
@@ -193,6 +199,24 @@ def load_model(
     if stored is not None:
         adapters.load_adapter(model, stored)
     return model
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    backend: Backend | None = None,
+    resume: str | None = None,
+    prepare: Callable[[Recipe, Backend], Job] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Run a recipe: a file, a mapping of its sections, or a `Recipe`; see `duetvl.training.loop.train`.
+
+    Besides, validation samples are answered where `log.generate` asks for it.
+    """
+    given = read_recipe(recipe, overrides)
+    own = [SampleAnswers()] if given.log.generate else []
+    return loop.train(given, backend=backend, resume=resume, prepare=prepare, callbacks=[*own, *callbacks])
 
 
 def load_processor(path: str | Path) -> Processor:

@@ -70,8 +70,19 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="what is installed, which backends and devices work")
 
-    plot = commands.add_parser("plot", help="draw the loss curves of runs")
+    export = commands.add_parser("export", help="write a checkpoint of a run as a model directory for transformers")
+    export.add_argument("run", metavar="RUN[@STEP]", help="run directory; by default its newest checkpoint")
+    export.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
+
+    plot = commands.add_parser("plot", help="draw the curves of runs")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    plot.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        help="a number of metrics.jsonl, such as grad_norm or eval_loss; may be given several times. By default losses "
+        "and learning rates",
+    )
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
     return parser
 
@@ -86,11 +97,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    return {"train": _train, "check": _check, "doctor": _doctor, "plot": _plot}[args.command](args)
+    return {"train": _train, "check": _check, "doctor": _doctor, "export": _export, "plot": _plot}[args.command](args)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from duetvl.training.loop import train
+    from duetvl.api import train
 
     result = train(args.recipe, _overrides(args), resume=args.resume)
     return 128 + result.stopped_by if result.stopped_by else 0
@@ -114,6 +125,13 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if works else 1
 
 
+def _export(args: argparse.Namespace) -> int:
+    from duetvl.training.export import export_run
+
+    export_run(args.run, args.output, _say)
+    return 0
+
+
 def _plot(args: argparse.Namespace) -> int:
     from duetvl.training.metrics import read_metrics
     from duetvl.training.plots import plot_runs
@@ -122,7 +140,7 @@ def _plot(args: argparse.Namespace) -> int:
         if not read_metrics(run):
             raise ConfigError(f"{run}: has no metrics.jsonl with a step in it; give the directory of a run")
     target = args.output or (args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png"))
-    plot_runs(args.runs, target)
+    plot_runs(args.runs, target, args.key)
     _say(str(target))
     return 0
 

@@ -27,7 +27,6 @@ _PEAKS: Final[tuple[tuple[str, dict[str, float]], ...]] = (
     ("A800", {"bfloat16": 312.0, "float16": 312.0, "float32": 19.5}),
     ("L40S", {"bfloat16": 362.05, "float16": 362.05, "float32": 91.6}),
     ("RTX 4090", {"bfloat16": 165.2, "float16": 165.2, "float32": 82.6}),
-    ("A10G", {"bfloat16": 70.0, "float16": 70.0, "float32": 31.5}),
     ("A10", {"bfloat16": 125.0, "float16": 125.0, "float32": 31.2}),
     ("A30", {"bfloat16": 165.0, "float16": 165.0, "float32": 10.3}),
     ("V100", {"float16": 125.0, "float32": 15.7}),

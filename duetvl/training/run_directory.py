@@ -64,7 +64,7 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
     own = Path(recipe.train.output_dir)
     if resume is None and not has_checkpoint(own):
         return Start(own, notes=_restart_notes(own))
-    source, step = _parse_resume(resume or "", own)
+    source, step = parse_run(resume or "", own)
     other = source.resolve() != own.resolve()
     if other and has_checkpoint(own):
         raise ConfigError(
@@ -103,16 +103,18 @@ def write_recipe(recipe: Recipe, run_dir: Path) -> None:
     write_text(run_dir / "recipe.yaml", write_yaml(recipe.model_dump(mode="json")))
 
 
-def _parse_resume(resume: str, own: Path) -> tuple[Path, int | None]:
-    """DIR, DIR@STEP or @STEP."""
-    name, at, step = resume.rpartition("@")
+def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
+    """A run and a step of it, from DIR or DIR@STEP; without DIR it is `own`."""
+    name, at, step = text.rpartition("@")
     if not at:
-        return Path(resume) if resume else own, None
-    if not step.isdigit():
-        if Path(resume).exists():  # a directory with an @ in its name
-            return Path(resume), None
-        raise CheckpointError(f"--resume {resume}: after @ comes the number of a step, found {step!r}")
-    return Path(name) if name else own, int(step)
+        name, step = text, ""
+    elif not step.isdigit():
+        if not Path(text).exists():  # it could be a directory with an @ in its name
+            raise CheckpointError(f"{text}: after @ comes the number of a step, found {step!r}")
+        name, step = text, ""
+    if not name and own is None:
+        raise CheckpointError(f"{text!r}: names no run directory; give DIR or DIR@STEP")
+    return Path(name) if name or own is None else own, int(step) if step else None
 
 
 def _run_of(ref: CheckpointRef) -> Path:

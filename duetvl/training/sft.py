@@ -20,6 +20,7 @@ from duetvl.data.pairs import AnswerEncoder, PairEncoder
 from duetvl.data.video import FrameRule
 from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import load_config
+from duetvl.models.qwen_vl.flops import training_flops
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model, save_model
 from duetvl.models.qwen_vl.model import QwenVL
@@ -49,6 +50,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         encode,
         partial(export, model, overwrite=True),
         model.config.to_dict(),
+        flops=partial(training_flops, model.config, model.parameters),
     )
 
 

@@ -1,0 +1,61 @@
+"""Answers to a few validation samples as a run goes along: training may not import generation, so they meet here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from duetvl.core.batch import IGNORE, Pair, Sample
+from duetvl.data.encode import Processor
+from duetvl.inference.generate import generate
+from duetvl.models.qwen_vl.config import load_config
+from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.training.callbacks import Callback, Row, Running
+
+
+class SampleAnswers(Callback):
+    """Greedy answers to the first `log.generate` validation samples after every evaluation, in samples.jsonl.
+
+    The prompt is a sample up to its last trained stretch, which is what is expected.
+    """
+
+    def on_start(self, run: Running) -> None:
+        """Read the samples and the tokenizer."""
+        path = run.recipe.model.path
+        self.processor = Processor.from_directory(path, QwenVLFamily(load_config(path)))
+        given = run.validation_samples(run.recipe.log.generate)
+        self.samples = [sample.chosen if isinstance(sample, Pair) else sample for sample in given]
+        self.prompts = [prompt_of(sample) for sample in self.samples]
+
+    def on_eval(self, run: Running, row: Row) -> None:
+        """Answer them."""
+        if not self.prompts:
+            return
+        answers = generate(
+            run.model,
+            run.backend.to_numpy,
+            self.prompts,
+            max_new_tokens=run.recipe.log.generate_tokens,
+            stop=frozenset(self.processor.stop_token_ids),
+        )
+        run.log_answers(
+            [
+                {
+                    "sample": sample.id,
+                    "prompt": self.processor.decode(prompt.input_ids),
+                    "answer": self.processor.decode(tokens),
+                    "expected": self.processor.decode(sample.input_ids[len(prompt) :]),
+                }
+                for sample, prompt, tokens in zip(self.samples, self.prompts, answers, strict=True)
+            ]
+        )
+
+
+def prompt_of(sample: Sample) -> Sample:
+    """A sample up to its last trained stretch; its media all lie before that."""
+    if sample.labels is None:
+        return sample
+    trained = np.concatenate([[False], sample.labels != IGNORE])
+    starts = np.flatnonzero(trained[1:] & ~trained[:-1])
+    return replace(sample, input_ids=sample.input_ids[: starts[-1]], labels=None) if starts.size else sample
