@@ -9,6 +9,7 @@ import numpy as np
 from duetvl.core.batch import IGNORE, Pair, Sample
 from duetvl.data.encode import Processor
 from duetvl.inference.generate import generate
+from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.training.callbacks import Callback, Row, Running
@@ -22,8 +23,8 @@ class SampleAnswers(Callback):
 
     def on_start(self, run: Running) -> None:
         """Read the samples and the tokenizer."""
-        path = run.recipe.model.path
-        self.processor = Processor.from_directory(path, QwenVLFamily(load_config(path)))
+        directory = model_directory(run.recipe.model.path, weights=False)
+        self.processor = Processor.from_directory(directory, QwenVLFamily(load_config(directory)))
         given = run.validation_samples(run.recipe.log.generate)
         self.samples = [sample.chosen if isinstance(sample, Pair) else sample for sample in given]
         self.prompts = [prompt_of(sample) for sample in self.samples]

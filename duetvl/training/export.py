@@ -13,6 +13,7 @@ from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.files import staged_directory
 from duetvl.core.tensor_files import TensorSpec
 from duetvl.core.weights_dir import count_and_name, write_shards
+from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
 from duetvl.models.qwen_vl.loading import copy_settings, write_config
 from duetvl.training.checkpoint import CheckpointRef, find_checkpoint
@@ -71,11 +72,15 @@ def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
 
 
 def _copy_settings_of(recipe: Any, staging: Path, say: Say) -> None:
-    source = Path(recipe.get("model", {}).get("path", ""))
-    if not (source / "config.json").is_file():
-        say(f"warning: {source} is no model directory here: copy the tokenizer and its settings yourself")
-        return
-    copy_settings(source, staging)
+    path = recipe.get("model", {}).get("path", "")
+    try:
+        source = model_directory(path, weights=False)
+    except CheckpointError:
+        source = Path(path)
+    if (source / "config.json").is_file():
+        copy_settings(source, staging)
+    else:
+        say(f"warning: there is no model directory {path!r} here: copy its tokenizer and settings yourself")
 
 
 # What a checkpoint holds -> how it is written to a staging directory.
