@@ -144,10 +144,17 @@ class Run:
         self.records, self.val = records, val
         self.start, self.run_dir = start, start.run_dir
         self.total = total_steps(recipe, len(records))
-        self.trainer = Trainer(job.model, job.objective, backend, recipe.optim, seed=recipe.data.seed)
+        self.trainer = Trainer(
+            job.model,
+            job.objective,
+            backend,
+            recipe.optim,
+            seed=recipe.data.seed,
+            on_nonfinite=recipe.train.on_nonfinite,
+        )
         self.meter = Meter(recipe, backend, job.flops)
         self.step, self.position = 0, Position()
-        self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0}
+        self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
         self.first_step = self.step
@@ -251,6 +258,11 @@ class Run:
         if result is None:
             names = ", ".join(work.sample_ids)
             self.say(f"warning: step {self.step} has no trained token and is skipped; samples: {names}")
+        elif result.skipped is not None:
+            self.totals["skipped"] += 1
+            self.say(
+                f"warning: step {self.step} makes no update ({self.totals['skipped']:.0f} so far): {result.skipped}"
+            )
         self._tell_step(work, result, lr, self.meter.row(work, seconds, waited))
 
     def _tell_step(self, work: Step, result: StepResult | None, lr: float, costs: Mapping[str, Any]) -> None:
@@ -265,6 +277,7 @@ class Run:
             **(result.values if result else {}),
             **costs,
             "total_tokens": self.totals["tokens"],
+            "total_skipped": self.totals["skipped"],
         }
         self.log_file.write(row)
         self.progress.step(row)
@@ -356,7 +369,7 @@ class Run:
                 model_config=self.job.model_config,
                 data_position={**asdict(self.position), "records": len(self.records)},
                 random_state={"seed": self.recipe.data.seed, "step": self.step},
-                extra={"totals": dict(self.totals)},
+                extra={"totals": dict(self.totals), "trainer": self.trainer.to_json()},
             ),
             backend=self.backend,
             copy=copy,
@@ -384,6 +397,7 @@ class Run:
         )
         self.step, self.position = ref.step, Position(**stored)
         self.totals |= ref.meta.extra.get("totals", {})
+        self.trainer.restore(ref.meta.extra.get("trainer", {}))
 
     def _profile_from_here(self) -> None:
         if self.recipe.log.profile is not None and self.step + 1 == self.recipe.log.profile[0]:

@@ -27,6 +27,7 @@ HARMLESS = frozenset(
         "train.epochs",
         "train.eval_every",
         "train.output_dir",
+        "train.on_nonfinite",
         "data.val",
         "data.val_max_samples",
         *PACKING,

@@ -47,8 +47,8 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="Storage dtype of the weights. With bfloat16 the optimizer keeps float32 master weights. "
-        "float16 is for inference: training in it needs loss scaling, which is not there yet.",
+        description="Storage dtype of the weights. With bfloat16 and float16 the optimizer keeps float32 master "
+        "weights; float16 is trained with a scaled loss (`optim.loss_scale`).",
     )
     freeze: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
         default=(),
@@ -58,11 +58,6 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _trainable(self) -> ModelSection:
-        if self.dtype == "float16":
-            raise _contradiction(
-                "model.dtype float16 cannot be trained without loss scaling, which this release does not have; "
-                "use bfloat16 or float32"
-            )
         if set(self.freeze) >= set(get_args(Part)):
             raise _contradiction(
                 f"model.freeze names every part ({', '.join(get_args(Part))}): nothing would be trained"
@@ -228,6 +223,11 @@ class TrainSection(Section):
         "micro-batch and then the micro-batches (as transformers does), or the tokens of each sample and then the "
         "samples.",
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A loss or gradient that is not a finite number ends the run, or the step makes no update and the "
+        "run goes on; the step's samples are named in both cases.",
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="Evaluate `data.val` every so many steps; it is always evaluated at the end."
     )
@@ -266,6 +266,15 @@ class OptimSection(Section):
         default=1.0,
         gt=0,
         description="Largest norm of all gradients together, of the mean over tokens; null: no clipping.",
+    )
+    loss_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="float16 alone: the first factor of the loss, 65536 by default. It halves where the gradient "
+        "overflows, and that step makes no update.",
+    )
+    loss_scale_window: int | None = Field(
+        default=None, ge=1, description="float16 alone: the factor doubles after so many updates, 2000 by default."
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate falls after the warm-up; the formulas are transformers'."
@@ -515,6 +524,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        for name in ("loss_scale", "loss_scale_window"):
+            if getattr(self.optim, name) is not None and self.model.dtype != "float16":
+                raise _contradiction(
+                    f"optim.{name} has a meaning with model.dtype float16 only, not {self.model.dtype}"
+                )
         if self.data.streaming and self.train.steps is None:
             raise _contradiction("data.streaming does not know how many records there are: give train.steps")
         if self.train.eval_every is not None and not (self.data.val or self.data.val_rate):

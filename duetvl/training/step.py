@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from duetvl.core.patterns import Parts
 from duetvl.data.loader import Step
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective
+from duetvl.training.scaling import START, WINDOW, LossScale
 from duetvl.training.sections import OptimSection
 
 Tensor = Any
@@ -44,11 +45,15 @@ class StepGivenUp(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` and `values` are the objective's means, `grad_norm` the norm of the loss' gradient before clipping."""
+    """`loss` and `values` are the objective's means, `grad_norm` the norm of the loss' gradient before clipping.
+
+    `skipped` says why there was no update, where there was none.
+    """
 
     loss: float
     grad_norm: float
     values: Mapping[str, float] = field(default_factory=dict)
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,30 @@ class Trainer:
     """A model, an objective, the optimizer's state, and the update that a step makes."""
 
     def __init__(
-        self, model: TrainableModel, objective: Objective, backend: Backend, optim: OptimSection, *, seed: int = 0
+        self,
+        model: TrainableModel,
+        objective: Objective,
+        backend: Backend,
+        optim: OptimSection,
+        *,
+        seed: int = 0,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ):
-        """The optimizer starts with zero moments. `seed` is that of the random numbers inside the model."""
-        self.model, self.objective, self.seed = model, objective, seed
+        """The optimizer starts with zero moments. `seed` is that of the random numbers inside the model.
+
+        Of a loss or a gradient that is not finite no update is made: NonFiniteError is raised, or with `skip` the
+        result says so. Where the model has float16 weights the loss is scaled, and an overflow of that makes no
+        update either, whatever `on_nonfinite` says.
+        """
+        self.model, self.objective, self.seed, self.on_nonfinite = model, objective, seed, on_nonfinite
         self.backend = backend
         self.optim = optim
         self.groups = parameter_groups(model.parameters, optim, model.parts)
         self.trained = [p for group in self.groups for p in group.parameters]
         self.state: AdamWState = backend.optimizer.create(self.groups)
+        halves = any(backend.ops.dtype_of(p.tensor) == "float16" for p in model.parameters.values())
+        start, window = optim.loss_scale or START, optim.loss_scale_window or WINDOW
+        self.loss_scale = LossScale(start, window) if halves else None
         self.give_up: Callable[[], bool] = lambda: False  # asked before every micro-batch
 
     def step(self, work: Step, lr: float, number: int = 0) -> StepResult | None:
@@ -85,10 +105,19 @@ class Trainer:
         batches = [batch for batch in work.batches if self.objective.weight(batch)]
         if not batches:
             return None
-        sums, values = self._accumulate(batches, number)
         weight = sum(self.objective.weight(batch) for batch in batches)
-        norm = self.backend.optimizer.grad_norm(self.trained) / weight
-        self._check_finite(sums, norm, batches)
+        scale = self.loss_scale.scale if self.loss_scale else weight  # of the mean loss, in the main gradients
+        sums, values = self._accumulate(batches, number, scale / weight)
+        norm = self.backend.optimizer.grad_norm(self.trained) / scale
+        means = {**self._means(values, weight), **({"loss_scale": scale} if self.loss_scale else {})}
+        skipped = self._unusable(sums, norm, batches)
+        if skipped is None:
+            self._update(lr, norm, scale)
+        else:
+            self._drop_gradients()
+        return StepResult(sum(sums) / weight, norm, means, skipped)
+
+    def _update(self, lr: float, norm: float, scale: float) -> None:
         clip = self.optim.clip
         shrink = min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0  # the 1e-6 is torch's and Megatron's
         self.backend.optimizer.step(
@@ -97,9 +126,8 @@ class Trainer:
             lr=lr,
             betas=self.optim.betas,
             eps=self.optim.eps,
-            grad_scale=shrink / weight,
+            grad_scale=shrink / scale,
         )
-        return StepResult(sum(sums) / weight, norm, self._means(values, weight))
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective's means over the batches."""
@@ -113,9 +141,11 @@ class Trainer:
                 weight, tokens = weight + part, tokens + batch.trained_tokens
         return Evaluation(total / weight if weight else math.nan, tokens, self._means(values, weight))
 
-    def _accumulate(self, batches: Sequence[Batch], number: int) -> tuple[list[float], list[Mapping[str, Tensor]]]:
-        """Gradients of all micro-batches into the main gradients; the loss sum and the values of each."""
-        one = self.backend.ops.from_numpy(np.ones((), np.float32))
+    def _accumulate(
+        self, batches: Sequence[Batch], number: int, scale: float
+    ) -> tuple[list[float], list[Mapping[str, Tensor]]]:
+        """`scale` times the gradients of all micro-batches into the main gradients; the loss and values of each."""
+        one = self.backend.ops.from_numpy(np.array(scale, np.float32))
         losses, values = [], []
         for index, batch in enumerate(batches):
             if self.give_up():
@@ -135,14 +165,30 @@ class Trainer:
             totals[name] = totals.get(name, 0.0) + self._number(value)
         return {name: total / weight for name, total in totals.items()}
 
-    def _check_finite(self, sums: Sequence[float], norm: float, batches: Sequence[Batch]) -> None:
-        if all(map(math.isfinite, (*sums, norm))):
-            return
-        self._drop_gradients()
+    def _unusable(self, sums: Sequence[float], norm: float, batches: Sequence[Batch]) -> str | None:
+        """Why there must be no update, or None. Raises NonFiniteError where that is to stop the run."""
+        whole = all(map(math.isfinite, sums))
+        if whole and self.loss_scale and (overflow := self.loss_scale.update(norm)):
+            return overflow
+        if whole and math.isfinite(norm):
+            return None
         broken = [batch for batch, loss in zip(batches, sums, strict=True) if not math.isfinite(loss)]
         what = "the loss" if broken else "the gradient"
         ids = [name for batch in broken or batches for name in batch.sample_ids]
-        raise NonFiniteError(f"{what} is not finite; samples of the step: {', '.join(ids)}")
+        text = f"{what} is not finite; samples of the step: {', '.join(ids)}"
+        if self.on_nonfinite == "skip":
+            return text
+        self._drop_gradients()
+        raise NonFiniteError(text)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside parameters and optimizer state."""
+        return {"loss_scale": self.loss_scale.to_json()} if self.loss_scale else {}
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on from `to_json`."""
+        if self.loss_scale and "loss_scale" in stored:
+            self.loss_scale.restore(stored["loss_scale"])
 
     def _drop_gradients(self) -> None:
         for p in self.trained:

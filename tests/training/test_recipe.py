@@ -49,7 +49,8 @@ def test_the_last_override_wins():
         (
             "optim.rl=3e-5",
             "optim has no field 'rl'; did you mean 'lr'? "
-            "(betas, clip, eps, lr, lr_scale, min_lr_ratio, no_decay, schedule, warmup, weight_decay)",
+            "(betas, clip, eps, loss_scale, loss_scale_window, lr, lr_scale, min_lr_ratio, no_decay, schedule, warmup, "
+            "weight_decay)",
         ),
         (
             "optm.lr=1",
@@ -86,7 +87,7 @@ def test_an_error_names_the_field_what_was_found_and_what_is_allowed(override, e
     ("overrides", "expected"),
     [
         (("train.steps=5", "train.epochs=2"), "train.steps 5 and train.epochs 2 both say how long to train; keep one"),
-        (("model.dtype=float16",), "loss scaling"),
+        (("optim.loss_scale=1024",), "optim.loss_scale has a meaning with model.dtype float16 only, not float32"),
         (("model.freeze=[vision,projector,language]",), "nothing would be trained"),
         (("optim.schedule=constant", "optim.min_lr_ratio=0.1"), "has no meaning with optim.schedule constant"),
         (("data.min_pixels=100", "data.max_pixels=50"), "data.min_pixels 100 is more than data.max_pixels 50"),
