@@ -16,6 +16,7 @@ from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.training.groups import check_patterns
 from duetvl.training.loop import read_recipe, total_steps, world_size
 from duetvl.training.recipe import check_layers, check_world
+from duetvl.training.reference import describe
 from duetvl.training.run_directory import find_start
 from duetvl.training.sections import Recipe
 from duetvl.training.sft import record_encoder
@@ -33,6 +34,8 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
     start = find_start(given)
     yield from start.notes or (f"run directory: {start.run_dir}, new",)
     yield _model_line(given)
+    if given.dpo is not None:
+        yield describe(given, load_config(model_directory(given.model.path, weights=False)))
     encode = record_encoder(given)
     yield _records_line("data.train", records, encode, given)
     if given.data.val:

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import ConfigError
+from duetvl.core.weights_dir import open_weights
+from duetvl.models.hub import is_id, model_directory
+from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
+from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.training.dpo import Reference, reference_of
 from duetvl.training.metrics import Progress
 from duetvl.training.reference_cache import ReferenceCache, reference_name
@@ -56,7 +62,7 @@ class CachedReference:
         """Open the cache; what it holds may be incomplete until `prepare`."""
         assert recipe.dpo is not None and recipe.dpo.cache is not None
         self.recipe, self.policy, self.backend = recipe, policy, backend
-        name = reference_name(recipe.dpo.reference or recipe.model.path, recipe.model.dtype)
+        name = reference_name(_directory(recipe), recipe.model.dtype)
         self.cache = ReferenceCache(recipe.dpo.cache, name)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -98,20 +104,25 @@ def _held(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
     assert recipe.dpo is not None
     if recipe.dpo.reference is None and recipe.lora is not None:
         return policy.without_adapters()
-    directory = recipe.dpo.reference or recipe.model.path
+    directory = _directory(recipe)
+    check_same_inputs(policy.config, load_config(directory), directory)
     model: QwenVL = load_model(directory, backend=backend, dtype=recipe.model.dtype)
-    check_same_inputs(policy, model, directory)
     return model
 
 
-def check_same_inputs(policy: QwenVL, reference: QwenVL, directory: str) -> None:
+def _directory(recipe: Recipe) -> Path:
+    assert recipe.dpo is not None
+    return model_directory(recipe.dpo.reference or recipe.model.path)
+
+
+def check_same_inputs(policy: ModelConfig, reference: ModelConfig, directory: str | Path) -> None:
     """Raise ConfigError where a batch for the policy is none for the reference."""
-    clocks = [model.config.vision.tokens_per_second for model in (policy, reference)]
+    one, other = QwenVLFamily(policy), QwenVLFamily(reference)
     differences = {
-        "other ids for pictures and videos": policy.family.special != reference.family.special,
-        "other patches": policy.family.geometry != reference.family.geometry,
-        "another clock for videos": clocks[0] != clocks[1],
-        "fewer tokens in its vocabulary": reference.config.text.vocab_size < policy.config.text.vocab_size,
+        "other ids for pictures and videos": one.special != other.special,
+        "other patches": one.geometry != other.geometry,
+        "another clock for videos": policy.vision.tokens_per_second != reference.vision.tokens_per_second,
+        "fewer tokens in its vocabulary": reference.text.vocab_size < policy.text.vocab_size,
     }
     found = [name for name, differs in differences.items() if differs]
     if found:
@@ -119,3 +130,19 @@ def check_same_inputs(policy: QwenVL, reference: QwenVL, directory: str) -> None
             f"dpo.reference {directory} has {' and '.join(found)} compared with model.path; give a model of the same "
             f"family"
         )
+
+
+def describe(recipe: Recipe, policy: ModelConfig) -> str:
+    """One line about the section `dpo`. Raises ConfigError or CheckpointError for a reference that cannot serve."""
+    assert recipe.dpo is not None
+    where = "a second copy of model.path" if recipe.lora is None else "the model without its adapter"
+    if recipe.dpo.reference is not None:
+        where = recipe.dpo.reference
+        directory = model_directory(where, weights=False)
+        config = load_config(directory)
+        check_same_inputs(policy, config, where)
+        if not is_id(where):
+            open_weights(directory, canonical_names(config.tie_word_embeddings)).check(parameter_shapes(config))
+    if recipe.dpo.cache is not None:
+        where = f"{where.replace('a second copy of ', '')}, run once and kept in {recipe.dpo.cache}"
+    return f"dpo: loss {recipe.dpo.loss}, beta {recipe.dpo.beta:g}; reference: {where}"

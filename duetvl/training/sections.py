@@ -419,7 +419,8 @@ class DpoSection(Section):
     reference: str | None = Field(
         default=None,
         min_length=1,
-        description="Directory of the reference model; by default `model.path`, with LoRA the model without adapter.",
+        description="Directory or id of the reference model; by default `model.path`, with LoRA the model without its "
+        "adapter.",
     )
     cache: str | None = Field(
         default=None,

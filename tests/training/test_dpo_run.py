@@ -11,7 +11,8 @@ import tiny_run
 from PIL import Image
 
 from duetvl.core.backend import load_backend
-from duetvl.core.errors import DataError
+from duetvl.core.errors import CheckpointError, ConfigError, DataError
+from duetvl.training.check import check
 from duetvl.training.dpo import LOGGED
 from duetvl.training.loop import train
 from duetvl.training.metrics import read_metrics
@@ -136,3 +137,17 @@ def test_pairs_without_the_section_are_named(recipe, be, tmp_path):
     options = ["data.val=null", f"train.output_dir={tmp_path}/run"]
     with pytest.raises(DataError, match=r"pairs\.jsonl:\d+: is a preference record .*no section dpo"):
         train(values, options, backend=be)
+
+
+def test_check_says_what_the_reference_is(recipe, tiny, tmp_path):
+    def line(*overrides):
+        (found,) = [text for text in check(recipe, overrides) if text.startswith("dpo: ")]
+        return found
+
+    assert line() == "dpo: loss sigmoid, beta 0.5; reference: a second copy of model.path"
+    assert line("dpo.loss=ipo", "lora.rank=4").endswith("loss ipo, beta 0.5; reference: the model without its adapter")
+    assert line("dpo.cache=kept").endswith("reference: model.path, run once and kept in kept")
+    with pytest.raises(ConfigError, match=r"qwen2-tied has other ids for pictures and videos and another clock"):
+        line(f"dpo.reference={tiny.directory('qwen2-tied')}")
+    with pytest.raises(CheckpointError, match=r"nowhere"):
+        line(f"dpo.reference={tmp_path}/nowhere")
