@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from duetvl.core.batch import IGNORE, Batch, Pair, Sample
+from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Sample
 from duetvl.core.errors import DataError
 from duetvl.core.family import Family
 from duetvl.data.conversation import Conversation, ImagePart, Preference, VideoPart
@@ -114,8 +114,12 @@ class Processor:
             sequences, notes = writer.fitted(sequences, media, settings.cutoff_len)
         return self._drafted(sequences, id=id, where=where, notes=notes)
 
-    def load(self, draft: Draft) -> Sample | Pair:
-        """The sample with its pixels, of exactly the grids of the draft. Raises DataError naming file and cause."""
+    def load(self, draft: Draft, *, as_bytes: bool = False) -> Sample | Pair:
+        """The sample with its pixels, of exactly the grids of the draft. Raises DataError naming file and cause.
+
+        The pixels are float32, or with `as_bytes` the bytes that packing makes them of, which are moved and kept
+        with an eighth of the memory.
+        """
         try:
             loaded = [load(medium, self.media, self.family.geometry) for medium in draft.media]
         except DataError as error:
@@ -124,9 +128,9 @@ class Processor:
         sample = Sample(
             input_ids=draft.input_ids,
             labels=draft.labels,
-            pixel_values=_rows(loaded[:images]),
+            pixel_values=_rows(loaded[:images], as_bytes),
             image_grid_thw=draft.image_grid_thw,
-            pixel_values_videos=_rows(loaded[images:]),
+            pixel_values_videos=_rows(loaded[images:], as_bytes),
             video_grid_thw=draft.video_grid_thw,
             second_per_grid_ts=draft.second_per_grid_ts,
             id=draft.id,
@@ -226,7 +230,7 @@ class RecordEncoder:
 
     def load(self, draft: Draft) -> Sample | Pair:
         """The sample with its pixels. Raises DataError naming file, line and cause."""
-        return self.processor.load(draft)
+        return self.processor.load(draft, as_bytes=True)
 
     def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end."""
@@ -377,11 +381,17 @@ def _arrays(segments: Segments) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.where(trained, ids, IGNORE)
 
 
-def _rows(media: Sequence[PatchRows]) -> np.ndarray | None:
+def _rows(media: Sequence[PatchRows], as_bytes: bool) -> np.ndarray | PatchBytes | None:
     """Patch rows of all media of one kind; a single one is not copied."""
     if not media:
         return None
-    return media[0].rows if len(media) == 1 else np.concatenate([medium.rows for medium in media])
+    rows = media[0].rows
+    if len(media) > 1:
+        values = [medium.rows.values for medium in media]
+        most = max(part.shape[2] for part in values)  # a video of one frame has one, where others have two
+        values = [part if part.shape[2] == most else np.repeat(part, most, axis=2) for part in values]
+        rows = replace(rows, values=np.concatenate(values))
+    return rows if as_bytes else np.asarray(rows)
 
 
 def _single(sample: Sample | Pair) -> Sample:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from PIL import Image
 
 from duetvl.core.errors import DataError
@@ -85,11 +84,8 @@ def shrunk(medium: Medium, scale: float, settings: MediaSettings, geometry: Patc
 def load(medium: Medium, settings: MediaSettings, geometry: PatchGeometry) -> PatchRows:
     """Decoded pixels as patch rows, of exactly the grid that the medium says. Raises DataError naming its source."""
     own = settings.video if medium.is_video else settings.image
-    frames = np.stack([_checked(image, medium, own) for image in _pictures(medium, own)])
-    if medium.is_video:
-        missing = -len(frames) % geometry.temporal
-        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
-    return patch_rows(frames, own, geometry)
+    frames = (_checked(image, medium, own) for image in _pictures(medium, own))
+    return patch_rows(frames, medium.frames, medium.size, own, geometry)
 
 
 def _sized(medium: Medium, settings: MediaSettings, geometry: PatchGeometry, most: int | None = None) -> Medium:
@@ -146,7 +142,7 @@ def _pictures(medium: Medium, own: PixelSettings) -> Iterator[Image.Image]:
         yield load_image(source, alpha_on_white=own.first is None)
 
 
-def _checked(image: Image.Image, medium: Medium, own: PixelSettings) -> np.ndarray:
+def _checked(image: Image.Image, medium: Medium, own: PixelSettings) -> Image.Image:
     if (image.height, image.width) != medium.original and medium.plan is None:
         raise DataError(
             f"{describe(medium.part.source)}: is of {image.width} x {image.height} pixels, "

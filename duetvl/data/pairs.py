@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from duetvl.core.batch import Batch, Pair, Sample
+from duetvl.core.batch import Batch, Pair, PatchBytes, Sample
 from duetvl.core.errors import DataError
 from duetvl.data.draft import Draft, Encoder
 from duetvl.data.records import Record
@@ -100,7 +100,7 @@ def pair_digest(pair: Pair) -> bytes:
     return digest.digest()[:DIGEST_BYTES]
 
 
-def _add(digest: Any, values: np.ndarray | None, dtype: type) -> None:
+def _add(digest: Any, values: np.ndarray | PatchBytes | None, dtype: type) -> None:
     array: np.ndarray = np.ascontiguousarray([] if values is None else values, dtype)
     digest.update(f"{array.shape}".encode())
     digest.update(array.reshape(-1).view(np.uint8))

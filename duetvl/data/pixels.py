@@ -8,14 +8,14 @@ where a picture is resized, and in the last bits elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from duetvl.core.batch import PatchBytes
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.images import NO_WISH, Resize, Size
@@ -67,9 +67,9 @@ class PixelSettings:
 
 
 class PatchRows(NamedTuple):
-    """Rows (P, C * temporal * patch * patch) float32 of a picture or video, and its grid."""
+    """Patch rows of a picture or video, as bytes, and its grid."""
 
-    rows: np.ndarray
+    rows: PatchBytes
     grid: tuple[int, int, int]
 
 
@@ -135,41 +135,42 @@ def _first_sizes(size: Size, bounds: tuple[int, int]) -> Iterator[Size]:
         yield width * _WIDENED_RATIO, width
 
 
-def resized(image: Image.Image, size: Size, settings: PixelSettings) -> np.ndarray:
-    """A decoded picture at the size of `model_size`: (H, W, C) uint8."""
+def resized(image: Image.Image, size: Size, settings: PixelSettings) -> Image.Image:
+    """A decoded picture at the size of `model_size`."""
     for height, width in () if settings.first is None else _first_sizes((image.height, image.width), settings.first):
         image = image.resize((width, height))  # Pillow's own choice of filter, as there
     height, width = size
     if image.size == (width, height):
-        return np.asarray(image)
-    return np.asarray(image.resize((width, height), Image.Resampling(settings.resample)))
+        return image
+    return image.resize((width, height), Image.Resampling(settings.resample))
 
 
-def patch_rows(frames: np.ndarray, settings: PixelSettings, geometry: PatchGeometry) -> PatchRows:
-    """Rows of frames (T, H, W, C) uint8; a single one is used for all frames of its patch.
+def patch_rows(
+    frames: Iterable[Image.Image], count: int, size: Size, settings: PixelSettings, geometry: PatchGeometry
+) -> PatchRows:
+    """Rows of `count` RGB frames of one size; a single one is used for all frames of its patch.
 
-    Rows lie by time, then by blocks of merge x merge patches; in a row lie channel, frame, height
-    and width. Bytes are put in order before they grow to floats.
+    An odd last frame is repeated. Rows lie by time, then by blocks of merge x merge patches; in a row lie channel,
+    frame, height and width. Each frame is put into its place as it comes, so no more than one is held besides.
     """
-    count, height, width, channels = frames.shape
     side, merge = geometry.patch, geometry.merge
     inside = min(count, geometry.temporal)
-    grid = (count // inside, height // side, width // side)
-    blocks = frames.reshape(grid[0], inside, grid[1] // merge, merge, side, grid[2] // merge, merge, side, channels)
-    values = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, inside, side * side)
-    rows = np.empty((len(values), channels, geometry.temporal, side * side), np.float32)
-    table = _value_table(settings.mean, settings.std, settings.rescale)
-    for channel in range(channels):
-        rows[:, channel] = table[channel][values[:, channel]]
-    return PatchRows(rows.reshape(len(rows), -1), grid)
-
-
-@lru_cache(maxsize=16)
-def _value_table(mean: tuple[float, ...], std: tuple[float, ...], rescale: float) -> np.ndarray:
-    """What each byte becomes, (C, 256) float32, in transformers' order of rounding."""
-    scaled = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)
-    shift, scale = (np.array(values, np.float32)[:, None] for values in (mean, std))
-    return (scaled - shift) / scale
+    grid = (-(-count // inside), size[0] // side, size[1] // side)
+    blocks = (grid[0], grid[1] // merge, grid[2] // merge, merge, merge)
+    values = np.empty((math.prod(blocks), geometry.channels, inside, side * side), np.uint8)
+    # A line of a patch is moved as one element: `side` bytes that lie together on both sides.
+    line = f"V{side}"
+    target = values.view(line).reshape(*blocks, geometry.channels, inside, side)
+    number = 0
+    for number, frame in enumerate(frames, start=1):
+        time, place = divmod(number - 1, inside)
+        for channel, plane in enumerate(frame.split()):
+            lines = np.asarray(plane).view(line).reshape(blocks[1], merge, side, blocks[2], merge)
+            target[time, ..., channel, place, :] = lines.transpose(0, 3, 1, 4, 2)
+    assert number == count, f"{number} frames, not {count}"
+    for place in range(inside - -count % inside, inside):
+        target[-1, ..., place, :] = target[-1, ..., place - 1, :]
+    return PatchRows(PatchBytes(values, geometry.temporal, settings.mean, settings.std, settings.rescale), grid)
 
 
 def _first(*values: Any) -> Any:

@@ -134,7 +134,7 @@ def media(sample: Sample) -> Iterator[Medium]:
         for grid in grids:
             assert rows is not None, "a sample with grids has pixels"
             stop = start + int(np.prod(grid))
-            yield Medium(kind, (int(grid[0]), int(grid[1]), int(grid[2])), rows[start:stop])
+            yield Medium(kind, (int(grid[0]), int(grid[1]), int(grid[2])), np.asarray(rows)[start:stop])
             start = stop
 
 

@@ -3,7 +3,7 @@
 import base64
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,29 +14,34 @@ from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
 from duetvl.data.images import NO_WISH, ImageSource, Resize, load_image
 from duetvl.data.media import MediaSettings, load, measure
-from duetvl.data.pixels import PatchRows, PixelSettings, smart_resize
+from duetvl.data.pixels import PixelSettings, smart_resize
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
 SETTINGS = PixelSettings()
 SMALL, LARGE = 1_003_520, 12_845_056
 
 
+class Patches(NamedTuple):
+    rows: np.ndarray
+    grid: tuple[int, int, int]
+
+
 def image_patches(
     source: ImageSource, settings: PixelSettings, geometry: PatchGeometry, wish: Resize = NO_WISH
-) -> PatchRows:
+) -> Patches:
     return patches(ImagePart(source, wish), MediaSettings(image=settings), geometry)
 
 
-def video_patches(frames: list[Any], settings: PixelSettings, geometry: PatchGeometry) -> PatchRows:
+def video_patches(frames: list[Any], settings: PixelSettings, geometry: PatchGeometry) -> Patches:
     return patches(VideoPart(frames), MediaSettings(video=settings), geometry)
 
 
-def patches(part: ImagePart | VideoPart, settings: MediaSettings, geometry: PatchGeometry) -> PatchRows:
+def patches(part: ImagePart | VideoPart, settings: MediaSettings, geometry: PatchGeometry) -> Patches:
     """Both halves; what the first one says holds for the second."""
     medium = measure(part, settings, geometry)
     rows = load(medium, settings, geometry)
     assert rows.grid == medium.grid(geometry)
-    return rows
+    return Patches(np.asarray(rows.rows), rows.grid)
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:

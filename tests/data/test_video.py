@@ -98,7 +98,7 @@ def test_seconds_and_grids(tmp_path: Path, rule: FrameRule, seconds: float, grid
     assert medium.grid(GEOMETRY) == grid
     rows = load(medium, settings, GEOMETRY)
     assert rows.grid == grid and rows.rows.shape == (np.prod(grid), 1176)
-    last = rows.rows[-1].reshape(3, 2, 196)
+    last = np.asarray(rows.rows)[-1].reshape(3, 2, 196)
     assert np.array_equal(last[:, 0], last[:, 1]) == (rule is LLAMAFACTORY)
 
 

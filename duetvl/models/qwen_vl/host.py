@@ -15,13 +15,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from duetvl.core.batch import IGNORE, Batch, Pair, Sample
+from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Sample
 from duetvl.core.errors import DataError
 from duetvl.core.family import Grounding, PatchGeometry, SpecialTokens
 from duetvl.core.spans import Spans
 from duetvl.models.qwen_vl.config import ModelConfig
 
 Grid = tuple[int, int, int]
+Rows = np.ndarray | PatchBytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +257,7 @@ class QwenVLFamily:
             raise DataError(f"has {len(sample.labels)} labels for {len(sample)} tokens")
         _check_ids("label", sample.labels, sample.labels == IGNORE, vocab)
 
-    def _part(self, sample: Sample, media: list[np.ndarray]) -> _Part:
+    def _part(self, sample: Sample, media: list[Rows]) -> _Part:
         positions, _ = self.position_index(
             sample.input_ids,
             sample.image_grid_thw,
@@ -281,7 +282,7 @@ class _Part:
 
     sample: Sample
     positions: np.ndarray
-    media: list[np.ndarray]
+    media: list[Rows]
     grids: np.ndarray
     dst: np.ndarray
     src: np.ndarray
@@ -456,17 +457,15 @@ def _check_shares(pair: Pair) -> None:
         raise DataError("the rejected answer has pixels of its own; a pair shares those of the chosen one")
 
 
-def _checked_rows(
-    name: str, pixels: np.ndarray | None, grids: np.ndarray, geometry: PatchGeometry
-) -> np.ndarray | None:
+def _checked_rows(name: str, pixels: Rows | None, grids: np.ndarray, geometry: PatchGeometry) -> Rows | None:
     """Patch rows of one kind of media, or a DataError when they are not what the grids need."""
     expected = int(np.prod(grids, axis=1).sum())
     if pixels is None:
         if expected:
             raise DataError(f"has {len(grids)} {name} grids, but no {name} pixels")
         return None
-    rows = np.asarray(pixels)
-    if rows.ndim != 2 or rows.shape[1] != geometry.row:
+    rows = pixels if isinstance(pixels, PatchBytes) else np.asarray(pixels)
+    if len(rows.shape) != 2 or rows.shape[1] != geometry.row:
         raise DataError(f"{name} pixels have shape {rows.shape}, expected (patches, {geometry.row})")
     if len(rows) != expected:
         raise DataError(f"has {len(rows)} {name} pixel rows, its grids {grids.tolist()} need {expected}")
@@ -490,12 +489,16 @@ def _targets(sample: Sample) -> np.ndarray:
     return targets
 
 
-def _stack_rows(media: Sequence[np.ndarray], width: int) -> np.ndarray:
-    """All patch rows in one float32 array; each is copied once."""
+def _stack_rows(media: Sequence[Rows], width: int) -> np.ndarray:
+    """All patch rows in one float32 array; each is written once."""
     rows = np.empty((sum(len(part) for part in media), width), np.float32)
     at = 0
     for part in media:
-        rows[at : at + len(part)] = part
+        target = rows[at : at + len(part)]
+        if isinstance(part, PatchBytes):
+            part.write(target)
+        else:
+            target[:] = part
         at += len(part)
     return rows
 
