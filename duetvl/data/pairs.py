@@ -83,24 +83,26 @@ class AnswerEncoder:
 def pair_digest(pair: Pair) -> bytes:
     """16 bytes that say what a model sees of a pair: tokens, labels, pixels. Its name and place do not enter.
 
-    Whatever in a record or in the settings changes what is computed changes the digest.
+    Whatever in a record or in the settings changes what is computed changes the digest. Pixels that are bytes yet
+    have another digest than the float32 numbers made of them.
     """
     digest = sha256()
     for sample in (pair.chosen, pair.rejected):
         _add(digest, sample.input_ids, np.int64)
         _add(digest, sample.labels, np.int64)
         _add(digest, sample.second_per_grid_ts, np.float32)
-    chosen = pair.chosen
-    for grids, pixels in (
-        (chosen.image_grid_thw, chosen.pixel_values),
-        (chosen.video_grid_thw, chosen.pixel_values_videos),
-    ):
-        _add(digest, grids, np.int64)
-        _add(digest, pixels, np.float32)
+        for grids in (sample.image_grid_thw, sample.video_grid_thw):
+            _add(digest, grids, np.int64)
+    for pixels in (pair.chosen.pixel_values, pair.chosen.pixel_values_videos):
+        if isinstance(pixels, PatchBytes):
+            _add(digest, pixels.values, np.uint8)
+            _add(digest, [pixels.temporal, pixels.rescale, *pixels.mean, *pixels.std], np.float64)
+        else:
+            _add(digest, pixels, np.float32)
     return digest.digest()[:DIGEST_BYTES]
 
 
-def _add(digest: Any, values: np.ndarray | PatchBytes | None, dtype: type) -> None:
+def _add(digest: Any, values: Any, dtype: type) -> None:
     array: np.ndarray = np.ascontiguousarray([] if values is None else values, dtype)
     digest.update(f"{array.shape}".encode())
     digest.update(array.reshape(-1).view(np.uint8))

@@ -12,7 +12,7 @@ import pytest
 from oracle import PAIRS
 from test_dpo import batch_of
 
-from duetvl.core.batch import Pair
+from duetvl.core.batch import Pair, PatchBytes
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.tensor_files import TensorFile, write_tensor_file
 from duetvl.data.pairs import pair_digest
@@ -131,6 +131,10 @@ def test_a_pair_is_known_by_what_the_model_sees_of_it():
         *(other for other in PAIRS.values() if other is not given),
     ]
     assert len({digest, *map(pair_digest, others)}) == len(others) + 1
+    values = np.zeros((4, 3, 1, 4), np.uint8)
+    made = [PatchBytes(values + one, 2, (mean,) * 3, (0.5,) * 3, 1 / 255) for one in (0, 1) for mean in (0.4, 0.5)]
+    found = {pair_digest(Pair(replace(given.chosen, pixel_values=pixels), given.rejected)) for pixels in made}
+    assert len(found | {digest}) == 5
     video = PAIRS["video pair"]
     slower = replace(video.chosen, second_per_grid_ts=video.chosen.second_per_grid_ts * 2)
     assert pair_digest(Pair(slower, video.rejected)) != pair_digest(video)
