@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Final
 
 import numpy as np
 
 from duetvl.core.errors import ConfigError
+from duetvl.core.patterns import Parts, matching, require_matching
 from duetvl.core.random import philox
 from duetvl.models.linear import Adapter
 
@@ -28,7 +27,6 @@ A: Final = "lora_A.weight"
 B: Final = "lora_B.weight"
 MAGNITUDE: Final = "lora_magnitude_vector.weight"
 _LEAF: Final = re.compile(r"\.lora_(?:A|B|magnitude_vector)\.weight$")
-_WILD: Final = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -112,59 +110,31 @@ def merged_weight(
 
 @dataclass(frozen=True)
 class Layers:
-    """The linear layers that may have an adapter.
-
-    modules: their paths. parts: what a target may name as a whole, with prefixes of paths. aliases: other names of
-    modules that a target may use, with the path of each. refused: paths of other modules, and why not.
-    """
+    """The linear layers that may have an adapter: their modules, the parts of the model, and of modules that may not
+    have one the reason."""
 
     modules: Sequence[str]
-    parts: Mapping[str, tuple[str, ...]]
-    aliases: Mapping[str, str]
+    parts: Parts
     refused: Mapping[str, str]
 
-    def choose(self, targets: Iterable[str], frozen: Sequence[str] = ()) -> list[str]:
-        """The modules that any target names, in their order, without those of frozen parts.
+    def choose(self, targets: Sequence[str], frozen: Sequence[str] = ()) -> list[str]:
+        """The modules that any target names, in their order, without what is frozen; see `core.patterns.matching`.
 
-        A target is a part, the end of a module's name after a dot (`q_proj`, `mlp.0`), or a pattern with * ? [ of full
-        names. ConfigError for one that names no layer, or only layers of frozen parts.
+        ConfigError for a target that names no layer, or only frozen ones.
         """
-        shut = tuple(prefix for part in frozen for prefix in self.parts[part])
+        weights = {f"{module}.weight": module for module in self.modules}
+        shut = {weights[path] for pattern in frozen for path in matching(pattern, weights, self.parts)}
         chosen: set[str] = set()
         for target in targets:
-            named = self._named(target)
-            free = {module for module in named if not module.startswith(shut)}
+            free = set(self._named(target)) - shut
             if not free:
-                raise ConfigError(
-                    f"lora.targets {target!r} names layers of a part that model.freeze names alone "
-                    f"({', '.join(frozen)}); remove one of the two"
-                )
+                raise ConfigError(f"lora.targets: model.freeze ({', '.join(frozen)}) freezes all that {target!r} names")
             chosen |= free
         return [module for module in self.modules if module in chosen]
 
-    def _named(self, target: str) -> set[str]:
-        if target in self.parts:
-            return {module for module in self.modules if module.startswith(self.parts[target])}
-        names = {**self.aliases, **{module: module for module in self.modules}}
-        found = {module for name, module in names.items() if _matches(name, target)}
-        if not found:
-            raise ConfigError(self._unknown(target))
-        return found
-
-    def _unknown(self, target: str) -> str:
-        for name, reason in self.refused.items():
-            if _matches(name, target):
-                return f"lora.targets {target!r}: {reason}"
-        whole = "." in target or _WILD.search(target) is not None
-        known = sorted({re.sub(r"\.\d+\.", ".*.", m) if whole else m.rsplit(".", 1)[1] for m in self.modules})
-        near = get_close_matches(target, [*self.parts, *known], n=3, cutoff=0.4) or known
-        return (
-            f"lora.targets {target!r} matches no linear layer; nearest: {', '.join(near[:8])}. A target is a part "
-            f"({', '.join(self.parts)}), the end of a layer's name, or a pattern of whole names"
-        )
-
-
-def _matches(name: str, target: str) -> bool:
-    if _WILD.search(target):
-        return fnmatchcase(name, target)
-    return name == target or name.endswith(f".{target}")
+    def _named(self, target: str) -> list[str]:
+        found = matching(target, self.modules, self.parts)
+        for module, reason in self.refused.items():
+            if not found and matching(target, [module], self.parts):
+                raise ConfigError(f"lora.targets: {target!r}: {reason}")
+        return found or require_matching("lora.targets", [target], self.modules, self.parts)[target]

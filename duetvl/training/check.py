@@ -15,6 +15,7 @@ from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.training.groups import check_patterns
 from duetvl.training.loop import read_recipe, total_steps, world_size
+from duetvl.training.lora import plan_adapters
 from duetvl.training.recipe import check_layers, check_world
 from duetvl.training.reference import describe
 from duetvl.training.run_directory import find_start
@@ -33,7 +34,7 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
     yield f"recipe: {steps} steps of {given.train.global_batch} samples, {seen / len(records):.2f} epochs"
     start = find_start(given)
     yield from start.notes or (f"run directory: {start.run_dir}, new",)
-    yield _model_line(given)
+    yield from _model_lines(given)
     if given.dpo is not None:
         yield describe(given, load_config(model_directory(given.model.path, weights=False)))
     encode = record_encoder(given)
@@ -43,20 +44,23 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
     check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
 
 
-def _model_line(recipe: Recipe) -> str:
-    """Configuration and the headers of the weights."""
+def _model_lines(recipe: Recipe) -> Iterator[str]:
+    """Configuration, the headers of the weights, and adapters."""
     path = model_directory(recipe.model.path, weights=False)
     config = load_config(path)
     check_layers(recipe.parallel, config)
     shapes = parameter_shapes(config)
-    if recipe.lora is None:  # adapters have names of their own
-        check_patterns(list(shapes), recipe.model.freeze, recipe.optim, PARTS)
+    plan = plan_adapters(recipe, config)
+    adapters = plan.adapters.shapes(shapes) if plan else {}
+    check_patterns([*shapes, *adapters], recipe.model.freeze, recipe.optim, PARTS)
     fetched = not is_id(recipe.model.path) or any(path.glob("*.safetensors"))
     if fetched:
         open_weights(path, canonical_names(config.tie_word_embeddings)).check(shapes)
     numbers = sum(_volume(shape) for shape in shapes.values())
     known = f"{config.model_type}, {numbers / 1e6:.1f} million parameters in {recipe.model.dtype}"
-    return f"model: {path}, {known}{'' if fetched else '; its weights are fetched when it is trained'}"
+    yield f"model: {path}, {known}{'' if fetched else '; its weights are fetched when it is trained'}"
+    if plan:
+        yield plan.describe(config)
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
 from duetvl.core.checkpoint_format import Meta
-from duetvl.core.errors import DataError
+from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.params import Parameter
 from duetvl.data.loader import Batcher, Encode, Step, StepLoader, passes
 from duetvl.data.packing import Order, Position
@@ -40,8 +40,9 @@ from duetvl.training.trackers import check_trackers, open_trackers
 class Job:
     """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others.
 
-    `stored`: the parameters that a checkpoint keeps, those of `model` by default. `flops` counts the operations that a
-    micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it.
+    `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a checkpoint says of the
+    model that these belong to, which must be the same (its `fingerprint`) when the run goes on. `flops` counts the
+    operations that a micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it.
     """
 
     model: TrainableModel
@@ -50,6 +51,7 @@ class Job:
     export: Callable[[Path], None]
     model_config: Mapping[str, Any] = field(default_factory=dict)
     stored: Sequence[Parameter] | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
     flops: Flops | None = None
 
     def checkpointed(self) -> Sequence[Parameter]:
@@ -369,7 +371,11 @@ class Run:
                 model_config=self.job.model_config,
                 data_position={**asdict(self.position), "records": len(self.records)},
                 random_state={"seed": self.recipe.data.seed, "step": self.step},
-                extra={"totals": dict(self.totals), "trainer": self.trainer.to_json()},
+                extra={
+                    "totals": dict(self.totals),
+                    "trainer": self.trainer.to_json(),
+                    "base_model": dict(self.job.base),
+                },
             ),
             backend=self.backend,
             copy=copy,
@@ -389,6 +395,7 @@ class Run:
                 f"{files}: has {len(self.records)} records, but {ref.path} was trained "
                 f"with {records}; restore the data, or begin a new run: train.output_dir=..."
             )
+        _check_base(ref, self.job.base)
         load_checkpoint(
             ref,
             parameters=self.job.checkpointed(),
@@ -435,6 +442,20 @@ def _ending(callback: Callback, run: Run) -> Callable[..., None]:
         callback.on_end(run, error)
 
     return end
+
+
+def _check_base(ref: CheckpointRef, base: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the weights that are not in the checkpoint are those that it was trained on."""
+    stored = ref.meta.extra.get("base_model") or {}
+    if stored.get("fingerprint") == base.get("fingerprint"):
+        return
+    if not stored or not base:
+        kind = "of a LoRA run" if stored else "of a run without LoRA"
+        raise CheckpointError(f"{ref.path}: is {kind}, unlike this recipe; restore its section lora")
+    raise CheckpointError(
+        f"{ref.path}: its adapters belong to other weights than those of {base['path']} now (fingerprint "
+        f"{stored['fingerprint']}, found {base['fingerprint']}); restore {stored['path']}, or begin a new run"
+    )
 
 
 def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

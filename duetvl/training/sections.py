@@ -397,7 +397,23 @@ class LoraSection(Section):
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732).")
     dora: bool = Field(default=False, description="Train magnitudes beside directions (arXiv:2402.09353).")
-    adapter: str | None = Field(default=None, description="Directory of an adapter (PEFT's layout) to start from.")
+    adapter: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Directory of an adapter (PEFT's layout) to start from. It brings its rank, alpha, layers, rslora "
+        "and dora.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> LoraSection:
+        own = ("rank", "alpha", "targets", "rslora", "dora")
+        given = [f"lora.{name}" for name in own if getattr(self, name) != type(self).model_fields[name].default]
+        if self.adapter is not None and given:
+            raise _contradiction(
+                f"lora.adapter {self.adapter} brings its own rank, alpha, layers, rslora and dora; remove "
+                f"{', '.join(given)}"
+            )
+        return self
 
 
 class DpoSection(Section):
@@ -454,10 +470,12 @@ class CheckpointSection(Section):
         description="Seconds between a scheduler's SIGTERM and its SIGKILL. A step that has not ended after half of "
         "them is given up between two micro-batches, so that there is time to save; null: it is always finished.",
     )
-    export: bool | Literal["mindspeed_mm"] = Field(
+    export: bool | Literal["merged", "mindspeed_mm"] = Field(
         default=False,
         description="At the end, write the model to `export/`: `true` in the Hugging Face layout, `mindspeed_mm` as a "
-        "MindSpeed-MM release of one stage and rank (`mm-convert ... resplit` divides it further).",
+        "MindSpeed-MM release of one stage and rank (`mm-convert ... resplit` divides it further). Of a LoRA run "
+        "`true` writes the adapter alone, in PEFT's layout; `merged` the merged model in the Hugging Face layout, as "
+        "`mindspeed_mm` does in its own.",
     )
 
 
@@ -525,6 +543,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.checkpoint.export == "merged" and self.lora is None:
+            raise _contradiction("checkpoint.export merged has a meaning with lora only; use true")
         for name in ("loss_scale", "loss_scale_window"):
             if getattr(self.optim, name) is not None and self.model.dtype != "float16":
                 raise _contradiction(

@@ -7,25 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from duetvl.convert.commands import export_mindspeed_mm
 from duetvl.convert.layouts import Layout
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
-from duetvl.core.tensor_files import TensorSpec
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.media import MediaSettings
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
 from duetvl.data.video import FrameRule
 from duetvl.models.hub import model_directory
+from duetvl.models.qwen_vl.adapters import merged_tensors
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.flops import training_flops
 from duetvl.models.qwen_vl.host import QwenVLFamily
-from duetvl.models.qwen_vl.loading import load_model, save_model
+from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.dpo import PreferenceObjective
 from duetvl.training.loop import Job
+from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.reference import make_reference
 from duetvl.training.sections import DataSection, Recipe
@@ -41,15 +40,18 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     if not backend.device.supports(dtype):
         raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
     encode = record_encoder(recipe)
+    plan = plan_adapters(recipe, load_config(model_directory(recipe.model.path, weights=False)))
     model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
-    model.freeze(recipe.model.freeze)
-    export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else save_model
+    adapt(model, recipe, plan)
+    export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else exporter(recipe)
     return Job(
         model,
         _objective(recipe, model, backend),
         encode,
         partial(export, model, overwrite=True),
         model.config.to_dict(),
+        stored=stored_parameters(model),
+        base=base_of(model),
         flops=partial(training_flops, model.config, model.parameters),
     )
 
@@ -61,13 +63,8 @@ def _objective(recipe: Recipe, model: QwenVL, backend: Backend) -> Objective:
 
 
 def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -> None:
-    """Write a model as a MindSpeed-MM release of one stage and rank."""
-    ops, tensors = model.backend.ops, {name: p.tensor for name, p in model.parameters.items()}
-    specs = {name: TensorSpec(ops.dtype_of(x), tuple(x.shape)) for name, x in tensors.items()}
-
-    def fetch(name: str) -> np.ndarray:
-        return model.backend.checkpoint_io.save(tensors[name])[0].reshape(specs[name].shape)
-
+    """Write a model, its adapter merged, as a MindSpeed-MM release of one stage and rank."""
+    specs, fetch = merged_tensors(model)
     layout = Layout.one_stage(model.config)
     export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -52,13 +53,13 @@ def config() -> ModelConfig:
     )
 
 
-def write_model(target: Path) -> Path:
+def write_model(target: Path, std: float = 0.02) -> Path:
     def settings(directory: Path) -> None:
         tokenizer().save(str(directory / "tokenizer.json"))
         sizes = {"min_pixels": 28 * 28, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
         (directory / "preprocessor_config.json").write_text(json.dumps(sizes))
 
-    write_random_model(config(), target, seed=1, settings=settings)
+    write_random_model(replace(config(), initializer_range=std), target, seed=1, settings=settings)
     return target
 
 
@@ -80,9 +81,9 @@ def write_data(directory: Path, count: int = 12) -> Path:
     return file
 
 
-def write_recipe(directory: Path) -> Path:
-    """A recipe with its model and data, all in `directory`."""
-    write_model(directory / "model")
+def write_recipe(directory: Path, std: float = 0.02) -> Path:
+    """A recipe with its model, of weights so large, and data, all in `directory`."""
+    write_model(directory / "model", std)
     write_data(directory)
     recipe = {
         "model": {"path": str(directory / "model")},

@@ -39,9 +39,8 @@ def linear_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def layers(config: ModelConfig) -> Layers:
-    """What targets may name; modules also by the names that transformers >= 4.52 gives them."""
-    modules = [path.removesuffix(".weight") for path in linear_shapes(config)]
-    return Layers(modules, PARTS, {module_name(module): module for module in modules}, _NO_LINEAR)
+    """What targets may name."""
+    return Layers([path.removesuffix(".weight") for path in linear_shapes(config)], PARTS, _NO_LINEAR)
 
 
 # -- on a model -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""The recipe's section `lora`: which adapters a run trains, what its checkpoints keep, what it exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from duetvl.core.params import Parameter
+from duetvl.core.weights_dir import fingerprint, open_weights
+from duetvl.models.lora import Adapters, Size, is_adapter
+from duetvl.models.peft_files import StoredAdapter
+from duetvl.models.qwen_vl.adapters import (
+    add_adapters,
+    layers,
+    linear_shapes,
+    load_adapter,
+    open_adapter_for,
+    save_adapter,
+    save_merged,
+)
+from duetvl.models.qwen_vl.config import ModelConfig, count_parameters
+from duetvl.models.qwen_vl.loading import save_model
+from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.models.qwen_vl.names import canonical_name, canonical_names
+from duetvl.training.sections import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The adapters of a run: new ones, or those of a directory."""
+
+    adapters: Adapters
+    start: StoredAdapter | None = None
+
+    def describe(self, config: ModelConfig) -> str:
+        """One line about them."""
+        numbers = count_parameters(self.adapters.shapes(linear_shapes(config)))
+        kind = "DoRA" if self.adapters.dora else "LoRA"
+        origin = f" from {self.start.directory}" if self.start else ""
+        count = len(self.adapters.sizes)
+        return f"lora: {kind} of {count} linear layers{origin}, {numbers / 1e6:.2f} million parameters are trained"
+
+
+def plan_adapters(recipe: Recipe, config: ModelConfig) -> Plan | None:
+    """What the section asks for, checked against the model's layers; None without the section.
+
+    ConfigError for a target that names nothing, CheckpointError for an adapter of another model.
+    """
+    lora = recipe.lora
+    if lora is None:
+        return None
+    if lora.adapter is not None:
+        stored = open_adapter_for(config, lora.adapter)
+        return Plan(replace(stored.adapters, dropout=lora.dropout), stored)
+    targets = [canonical_name(target, tied=False) or target for target in lora.targets]
+    modules = layers(config).choose(targets, recipe.model.freeze)
+    sizes = dict.fromkeys(modules, Size(lora.rank, lora.alpha))
+    return Plan(Adapters(sizes, lora.dropout, lora.rslora, lora.dora))
+
+
+def adapt(model: QwenVL, recipe: Recipe, plan: Plan | None) -> None:
+    """Put the adapters on a model and say what is trained: they alone, or without them all but the frozen parts."""
+    if plan is not None and plan.start is not None:
+        load_adapter(model, replace(plan.start, adapters=plan.adapters))
+    elif plan is not None:
+        add_adapters(model, plan.adapters, recipe.data.seed)
+    model.freeze(recipe.model.freeze)
+
+
+def stored_parameters(model: QwenVL) -> list[Parameter] | None:
+    """What a checkpoint keeps: with adapters, those alone; None for everything."""
+    if model.adapters is None:
+        return None
+    return [parameter for path, parameter in model.parameters.items() if is_adapter(path)]
+
+
+def base_of(model: QwenVL) -> Mapping[str, Any]:
+    """What a checkpoint says of the model that its adapters belong to; nothing without adapters."""
+    if model.adapters is None or model.source is None:
+        return {}
+    weights = open_weights(model.source, canonical_names(model.config.tie_word_embeddings))
+    return {"path": str(model.source), "fingerprint": fingerprint(weights)}
+
+
+def exporter(recipe: Recipe) -> Callable[..., None]:
+    """The function (model, directory, overwrite=) that writes `export/` where it is the Hugging Face layout."""
+    if recipe.lora is None:
+        return save_model
+    return save_merged if recipe.checkpoint.export == "merged" else save_adapter
