@@ -223,6 +223,11 @@ class TrainSection(Section):
         "micro-batch and then the micro-batches (as transformers does), or the tokens of each sample and then the "
         "samples.",
     )
+    recompute: Literal["none", "full", "selective", "vision", "language"] = Field(
+        default="none",
+        description="What is computed again in the backward pass instead of being kept: nothing; every block, in "
+        "both towers or in one; or (selective) the MLPs, while attention is kept. It changes memory and time alone.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="A loss or gradient that is not a finite number ends the run, or the step makes no update and the "

@@ -43,6 +43,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     plan = plan_adapters(recipe, load_config(model_directory(recipe.model.path, weights=False)))
     model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
     adapt(model, recipe, plan)
+    model.recompute = recipe.train.recompute
     export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else exporter(recipe)
     return Job(
         model,

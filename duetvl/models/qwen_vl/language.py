@@ -7,50 +7,60 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models.linear import linear
 from duetvl.models.qwen_vl.config import TextConfig
+from duetvl.models.recompute import KEEP, Recompute
 
 Tensor = Any
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> out (T, H, K)
 
 
 @dataclass(frozen=True, eq=False)
-class Positions:
-    """Rotary tables (T, K / 2) of the tokens in a pass."""
+class Tokens:
+    """What the tokens of a pass bring to every layer: rotary tables (T, K / 2), and who sees whom.
+
+    `attend` may keep a cache; `recompute` says what is run again on the way back.
+    """
 
     cos: Tensor
     sin: Tensor
+    attend: Attend
+    recompute: Recompute = KEEP
 
 
-def decoder(ops: Ops, config: TextConfig, w: Weights, x_TD: Tensor, at: Positions, attend: Attend) -> Tensor:
+def decoder(ops: Ops, config: TextConfig, w: Weights, x_TD: Tensor, tokens: Tokens) -> Tensor:
     """All layers, before the final norm: (T, D) -> (T, D)."""
     for layer in range(config.num_layers):
-        x_TD = decoder_layer(ops, config, w.layers[layer], x_TD, at, lambda q, k, v, n=layer: attend(n, q, k, v))
+        run = partial(decoder_layer, ops, config, w.layers[layer], tokens, layer)
+        x_TD = tokens.recompute.block(run, x_TD)
     return x_TD
 
 
-def decoder_layer(
-    ops: Ops, config: TextConfig, w: Weights, x_TD: Tensor, at: Positions, attend: Callable[..., Tensor]
-) -> Tensor:
+def decoder_layer(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, layer: int, x_TD: Tensor) -> Tensor:
     """Pre-norm attention and SwiGLU."""
     h = ops.rms_norm(x_TD, w.input_layernorm.weight, eps=config.norm_eps)
-    x_TD = x_TD + self_attention(ops, config, w.self_attn, h, at, attend)
+    x_TD = x_TD + self_attention(ops, config, w.self_attn, tokens, layer, h)
+    return x_TD + tokens.recompute.mlp(partial(mlp, ops, config, w), x_TD)
+
+
+def mlp(ops: Ops, config: TextConfig, w: Weights, x_TD: Tensor) -> Tensor:
+    """SwiGLU of a layer, with the norm before it."""
     h = ops.rms_norm(x_TD, w.post_attention_layernorm.weight, eps=config.norm_eps)
     gate, up = linear(ops, w.mlp.gate_proj, h), linear(ops, w.mlp.up_proj, h)
-    return x_TD + linear(ops, w.mlp.down_proj, ops.swiglu(gate, up))
+    return linear(ops, w.mlp.down_proj, ops.swiglu(gate, up))
 
 
-def self_attention(
-    ops: Ops, config: TextConfig, w: Weights, x_TD: Tensor, at: Positions, attend: Callable[..., Tensor]
-) -> Tensor:
-    """Grouped-query attention with rotary positions; `attend` decides who sees whom, and may cache."""
+def self_attention(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, layer: int, x_TD: Tensor) -> Tensor:
+    """Grouped-query attention with rotary positions."""
     q, k, v = (
         ops.reshape(linear(ops, projection, x_TD), (x_TD.shape[0], -1, config.head_dim))
         for projection in (w.q_proj, w.k_proj, w.v_proj)
     )
-    out = attend(ops.rope(q, at.cos, at.sin), ops.rope(k, at.cos, at.sin), v)
+    q, k = ops.rope(q, tokens.cos, tokens.sin), ops.rope(k, tokens.cos, tokens.sin)
+    out = tokens.attend(layer, q, k, v)
     return linear(ops, w.o_proj, ops.reshape(out, (x_TD.shape[0], -1)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from duetvl.core.patterns import Parts, require_matching
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
-from duetvl.models.qwen_vl.language import Attend, Positions, decoder
+from duetvl.models.qwen_vl.language import Attend, Tokens, decoder
 from duetvl.models.qwen_vl.vision import VisionInput, vision_input, vision_tower
+from duetvl.models.recompute import Mode, towers
 
 Tensor = Any
 
@@ -40,8 +41,7 @@ class ModelInput:
     """
 
     ids: Tensor
-    at: Positions
-    attend: Attend
+    tokens: Tokens
     visual: VisionInput | None
     visual_dst: Tensor | None
     visual_src: Tensor | None
@@ -74,6 +74,7 @@ class QwenVL:
         self.parameters = dict(parameters)
         self.family = QwenVLFamily(config)
         self.adapters: Adapters | None = None
+        self.recompute: Mode = "none"  # what a pass on a tape does not keep
         self.source: Path | None = None  # the directory it was read from
         self._mark_conditional()
 
@@ -164,7 +165,7 @@ class QwenVL:
     ) -> tuple[tuple[Tensor, ...], Tape]:
         """`fn(weights, input, targets)` on a tape."""
         trainable, frozen = split_trainable(self.parameters.values())
-        given, targets = self._input(batch), self._targets(batch, weights)
+        given, targets = self._recorded_input(batch), self._targets(batch, weights)
         paths = [p.path for p in (*trainable, *frozen)]
 
         def stage(*tensors: Tensor) -> Any:
@@ -195,8 +196,7 @@ class QwenVL:
         """One more token of each sequence: ids (S,), position_ids (3, S) -> logits (S, vocabulary)."""
         given = ModelInput(
             ids=self.backend.ops.from_numpy(ids.astype(np.int32)),
-            at=self._positions(*self.family.rope_tables(position_ids)),
-            attend=self._attend_cached(cache, append),
+            tokens=self._tokens(*self.family.rope_tables(position_ids), self._attend_cached(cache, append)),
             visual=None,
             visual_dst=None,
             visual_src=None,
@@ -242,7 +242,7 @@ class QwenVL:
             if given.visual_src is not None:
                 features = ops.take_rows(features, given.visual_src)
             x_TD = ops.scatter_rows(x_TD, given.visual_dst, features)
-        return decoder(ops, self.config.text, w.model, x_TD, given.at, given.attend)
+        return decoder(ops, self.config.text, w.model, x_TD, given.tokens)
 
     def _norm(self, w: Weights, x: Tensor) -> Tensor:
         return self.backend.ops.rms_norm(x, w.model.norm.weight, eps=self.config.text.norm_eps)
@@ -276,17 +276,24 @@ class QwenVL:
         if len(batch.grids):
             visual = self._vision_input(batch, tables.vision)
             dst, src = (None if x is None else ops.from_numpy(x) for x in _routes(batch, tables.vision.inverse))
+        attend = attend or (lambda layer, q, k, v: ops.attention(q, k, v, spans)[0])
         return ModelInput(
             ids=ops.from_numpy(batch.input_ids),
-            at=self._positions(tables.language.cos, tables.language.sin),
-            attend=attend or (lambda layer, q, k, v: ops.attention(q, k, v, spans)[0]),
+            tokens=self._tokens(tables.language.cos, tables.language.sin, attend),
             visual=visual,
             visual_dst=dst,
             visual_src=src,
         )
 
-    def _positions(self, cos: np.ndarray, sin: np.ndarray) -> Positions:
-        return Positions(self.backend.ops.from_numpy(cos), self.backend.ops.from_numpy(sin))
+    def _tokens(self, cos: np.ndarray, sin: np.ndarray, attend: Attend) -> Tokens:
+        return Tokens(self.backend.ops.from_numpy(cos), self.backend.ops.from_numpy(sin), attend)
+
+    def _recorded_input(self, batch: Batch) -> ModelInput:
+        """The input of a pass on a tape, which runs again what `recompute` says."""
+        vision, language = towers(self.recompute, self.backend.autograd.checkpoint)
+        given = self._input(batch)
+        visual = None if given.visual is None else replace(given.visual, recompute=vision)
+        return replace(given, visual=visual, tokens=replace(given.tokens, recompute=language))
 
     def _vision_input(self, batch: Batch, tables: Any) -> VisionInput:
         return vision_input(self.backend.ops, batch.pixel_rows, tables, self.dtype)

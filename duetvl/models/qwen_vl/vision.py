@@ -6,6 +6,7 @@ P patches, M merged rows (P / merge^2), D width, H heads, K head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,24 @@ from duetvl.core.spans import Spans
 from duetvl.models.linear import linear
 from duetvl.models.qwen_vl.config import VisionConfig
 from duetvl.models.qwen_vl.host import VisionTables
+from duetvl.models.recompute import KEEP, Recompute
 
 Tensor = Any
 
 
 @dataclass(frozen=True, eq=False)
 class VisionInput:
-    """Patch rows (P, C) in the tower's order, rotary tables (P, K / 2), and who attends to whom."""
+    """Patch rows (P, C) in the tower's order, rotary tables (P, K / 2), and who attends to whom.
+
+    `recompute` says what is run again on the way back.
+    """
 
     pixels: Tensor
     cos: Tensor
     sin: Tensor
     frame_spans: Spans
     window_spans: Spans
+    recompute: Recompute = KEEP
 
 
 def vision_input(ops: Ops, pixel_rows: np.ndarray, tables: VisionTables, dtype: str) -> VisionInput:
@@ -49,16 +55,16 @@ def vision_tower(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput)
     x_PD = ops.linear(given.pixels, ops.reshape(kernel, (config.hidden_size, config.patch_row)))
     for layer in range(config.depth):
         spans = given.frame_spans if config.sees_frame(layer) else given.window_spans
-        x_PD = vision_block(ops, config, w.blocks[layer], x_PD, given, spans)
+        x_PD = given.recompute.block(partial(vision_block, ops, config, w.blocks[layer], given, spans), x_PD)
     x_PD = norm(ops, config, w.merger.ln_q, x_PD)
     merged = ops.reshape(x_PD, (-1, config.merged_size))
     return linear(ops, w.merger.mlp[2], ops.gelu(linear(ops, w.merger.mlp[0], merged)))
 
 
-def vision_block(ops: Ops, config: VisionConfig, w: Weights, x_PD: Tensor, given: VisionInput, spans: Spans) -> Tensor:
+def vision_block(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, spans: Spans, x_PD: Tensor) -> Tensor:
     """Pre-norm attention and MLP; `spans` bounds who may attend to whom."""
     x_PD = x_PD + attend(ops, config, w.attn, norm(ops, config, w.norm1, x_PD), given, spans)
-    return x_PD + mlp(ops, config, w.mlp, norm(ops, config, w.norm2, x_PD))
+    return x_PD + given.recompute.mlp(lambda x: mlp(ops, config, w.mlp, norm(ops, config, w.norm2, x)), x_PD)
 
 
 def attend(ops: Ops, config: VisionConfig, w: Weights, x_PD: Tensor, given: VisionInput, spans: Spans) -> Tensor:
