@@ -226,7 +226,7 @@ HELLO = conversation("hello")
         (conversation("<image>what?", ["tiny.json"]), "data.jsonl:2: tiny.json: is not an image"),
         (conversation("<image>what?", ["half.png"]), "data.jsonl:2: half.png: "),
         (conversation("<image>what?", ["model"]), "data.jsonl:2: model: "),
-        ({"images": []}, "data.jsonl:2: has no 'messages'; found 'images'"),
+        ({"images": []}, "data.jsonl:2: the record is of no known layout"),
         ({**HELLO, "messages": HELLO["messages"][::-1]}, "data.jsonl:2: "),
     ],
 )

@@ -1,19 +1,31 @@
-"""Records of JSON and JSONL files, read when they are asked for; every error names the file and the line."""
+"""Records, and the files of JSON that they lie in; every error names the file and the line.
+
+A file of records (`RecordFile`) is described by its path alone. A *place* says where a record lies in it: a byte
+offset, or in Parquet a row. So an index holds eight bytes a record, and whoever knows a place can read the record
+without an index: worker processes get places, and so does the state of a stream.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from duetvl.core.errors import DataError
 
-_SEARCH = 1 << 24  # bytes looked through for line ends at a time
+LONGEST_LINE: Final = (
+    1 << 28
+)  # bytes of one record in a text file: pictures as base64 fit, a file without lines does not
+SHARD_BYTES: Final = 1 << 22  # what a stream reads of a file before it may turn to another
+_SEARCH: Final = 1 << 24  # bytes looked through for line ends at a time
+_BYTE: Final = re.compile(r"(?P<path>.+?): byte (?P<at>[0-9]+)\b", re.DOTALL)
+_SPACE: Final = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -29,18 +41,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation as it stands in its file."""
+    """One record as it stands in its file."""
 
     file: Path
-    number: int  # the line of a JSONL file, the place in the list of a JSON file; both from 1
+    number: int  # the line of a text file, the place in a list, the row of a table; from 1
     where: str  # file and place for an error message
     values: dict[str, Any]
     reading: Reading = field(default_factory=Reading)
+    name: str = ""
 
     @property
     def id(self) -> str:
         """Names the record in messages: chat.jsonl:12."""
-        return f"{self.file.name}:{self.number}"
+        return f"{self.file.name}:{self.name or self.number}"
 
     @property
     def media_dir(self) -> Path:
@@ -48,105 +61,170 @@ class Record:
         return self.file.parent if self.reading.image_root is None else Path(self.reading.image_root)
 
 
-class Records:
-    """The records of several files, one after the other."""
+class Places(NamedTuple):
+    """Of every record of a file, in order: its place (int64), and its number where that is not simply 1, 2, 3."""
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]]):
-        """Find the records; what is in them is looked at when they are read. Raises DataError."""
-        self.files = [_open(Path(path)) for path in paths]
-        self._ends = np.cumsum([len(file) for file in self.files])
-        if not len(self):
-            raise DataError(f"{', '.join(str(path) for path in paths)}: no records")
-
-    def __len__(self) -> int:
-        """Records of all files."""
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> Record:
-        """Read one record. Raises DataError naming file and line."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        at = int(np.searchsorted(self._ends, index, side="right"))
-        return self.files[at].read(index - (int(self._ends[at - 1]) if at else 0))
-
-    def __iter__(self) -> Iterator[Record]:
-        """Read all records, one at a time."""
-        return (self[index] for index in range(len(self)))
+    at: np.ndarray
+    numbers: np.ndarray | None = None
 
 
-class _Lines:
-    """A JSONL file: where its lines start, and nothing of what they hold."""
+class Ref(NamedTuple):
+    """A record by the number of its file, its place there, and its number in the file (0: not known)."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._starts, self._numbers = _non_blank_lines(path)
+    file: int
+    at: int
+    number: int
 
-    def __len__(self) -> int:
-        return len(self._numbers)
 
-    def read(self, index: int) -> Record:
-        number = int(self._numbers[index])
+class RecordFile(Protocol):
+    """A file of records. Small and picklable: it holds no index."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def reading(self) -> Reading:
+        """How its records are read."""
+        ...
+
+    def places(self) -> Places:
+        """Find all records. Raises DataError where the file as a whole is damaged."""
+        ...
+
+    def shards(self) -> list[tuple[int, int]]:
+        """Ranges of places that together make up the file, found without reading through it."""
+        ...
+
+    def scan(self, start: int, stop: int, after: int | None = None) -> Iterator[tuple[int, int]]:
+        """Place and number of the records whose place lies in [start, stop), front to back.
+
+        `after` is the place of a record that was had already: go on behind it.
+        """
+        ...
+
+    def read(self, at: int, number: int = 0) -> Record:
+        """The record at a place. Raises DataError naming file and line."""
+        ...
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """One record a line."""
+
+    path: Path
+    reading: Reading = field(default_factory=Reading)
+
+    def places(self) -> Places:
+        """Where the lines start that hold more than white space; numbered as an editor does."""
+        ends, at = [], 0
         with open(self.path, "rb") as file:
-            file.seek(int(self._starts[index]))
-            raw = file.readline()
-        where = f"{self.path}:{number}"
-        return Record(self.path, number, where, _conversation(_parse(raw, where), where))
+            while piece := file.read(_SEARCH):
+                ends.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + at + 1)
+                at += len(piece)
+            starts = np.concatenate([[0], *ends]).astype(np.int64)
+            lengths = np.diff(np.append(starts, at))
+            blank = [i for i in np.flatnonzero(lengths < 64) if not _line_at(file, int(starts[i])).strip()]
+        if not blank:
+            return Places(starts)
+        keep = np.delete(np.arange(len(starts)), blank)
+        return Places(starts[keep], None if _is_count(keep) else keep + 1)
+
+    def shards(self) -> list[tuple[int, int]]:
+        """Ranges of bytes; a line belongs to the one that it starts in."""
+        size = self.path.stat().st_size
+        return [(at, min(at + SHARD_BYTES, size)) for at in range(0, size, SHARD_BYTES)]
+
+    def scan(self, start: int, stop: int, after: int | None = None) -> Iterator[tuple[int, int]]:
+        """Lines that start in the range; their numbers are not known without reading all before them."""
+        at = start if after is None else after + 1
+        with open(self.path, "rb") as file:
+            if at:
+                file.seek(at - 1)
+                at += _skip_line(file) - 1
+            while at < stop:
+                line = file.readline(LONGEST_LINE)
+                length = len(line) if line.endswith(b"\n") else len(line) + _skip_line(file)
+                if line.strip():
+                    yield at, 0
+                if not length:
+                    return
+                at += length
+
+    def read(self, at: int, number: int = 0) -> Record:
+        """Read one line."""
+        where = f"{self.path}:{number}" if number else f"{self.path}: byte {at}"
+        with open(self.path, "rb") as file:
+            raw = _line_at(file, at)
+        if len(raw) > LONGEST_LINE:
+            raise DataError(f"{where}: the line has more than {LONGEST_LINE >> 20} MiB; is there no line end between?")
+        try:
+            values = _object(parse_json(raw, where), where)
+        except DataError as error:
+            cut = "" if raw.endswith(b"\n") else "; it is the last line and has no line end: the file may be cut off"
+            raise DataError(f"{error}{cut}") from None
+        name = "" if number else f"byte {at}"
+        return Record(self.path, number, where, values, self.reading, name)
 
 
-class _List:
-    """A JSON file with a list of records, which has to be read whole."""
+@dataclass(frozen=True)
+class JsonList:
+    """A JSON file with a list of records. Finding them reads it whole; reading one does not."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        values = _parse(path.read_bytes(), str(path))
-        if not isinstance(values, list):
-            raise DataError(f"{path}: expected a list of records, found {_kind(values)}")
-        self._values = values
+    path: Path
+    reading: Reading = field(default_factory=Reading)
 
-    def __len__(self) -> int:
-        return len(self._values)
+    def places(self) -> Places:
+        """Where the elements of the list start."""
+        raw = self.path.read_bytes()
+        starts = _element_starts(raw)
+        if starts is None:
+            values = parse_json(raw, str(self.path))  # says what is wrong, and where
+            raise DataError(f"{self.path}: expected a list of records, found {kind_of(values)}")
+        return Places(starts)
 
-    def read(self, index: int) -> Record:
-        where = f"{self.path}: record {index + 1}"
-        return Record(self.path, index + 1, where, _conversation(self._values[index], where))
+    def shards(self) -> list[tuple[int, int]]:
+        """The whole."""
+        return [(0, self.path.stat().st_size)]
+
+    def scan(self, start: int, stop: int, after: int | None = None) -> Iterator[tuple[int, int]]:
+        """All elements, or those behind one."""
+        starts = self.places().at
+        first = 0 if after is None else int(np.searchsorted(starts, after, side="right"))
+        for i in range(first, len(starts)):
+            yield int(starts[i]), i + 1
+
+    def read(self, at: int, number: int = 0) -> Record:
+        """Read one element: as much of the file as it takes."""
+        where = f"{self.path}: record {number}"
+        with open(self.path, "rb") as file:
+            size = 1 << 16
+            while True:
+                file.seek(at)
+                raw = file.read(size)
+                try:
+                    values, _ = json.JSONDecoder().raw_decode(raw.decode("utf-8", errors="replace"))
+                    break
+                except ValueError:
+                    if len(raw) < size:
+                        raise DataError(f"{where}: has changed since the file was looked through") from None
+                    size *= 4
+        return Record(self.path, number, where, _object(values, where), self.reading)
 
 
-def _open(path: Path) -> _Lines | _List:
-    try:
-        return _List(path) if _is_list(path) else _Lines(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _is_list(path: Path) -> bool:
+def open_json(path: Path, reading: Reading) -> JsonLines | JsonList:
     """A `.json` file may hold one record per line as well: what it starts with decides."""
     with open(path, "rb") as file:
-        head = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return head.startswith(b"[")
+        head = file.read(1024)
+    if head.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path}: is compressed (gzip); unpack it first")
+    listed = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return JsonList(path, reading) if listed else JsonLines(path, reading)
 
 
-def _non_blank_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Byte offsets and numbers (from 1) of the lines that hold more than white space."""
-    ends, at = [], 0
-    with open(path, "rb") as file:
-        while piece := file.read(_SEARCH):
-            ends.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + at + 1)
-            at += len(piece)
-        starts = np.concatenate([[0], *ends]).astype(np.int64)
-        lengths = np.diff(np.append(starts, at))
-        blank = [i for i in np.flatnonzero(lengths < 64) if not _line(file, int(starts[i]))]
-    keep = np.delete(np.arange(len(starts)), blank)
-    return starts[keep], keep + 1
-
-
-def _line(file: Any, start: int) -> bytes:
-    file.seek(start)
-    return file.readline().strip()
-
-
-def _parse(raw: bytes, where: str) -> Any:
+def parse_json(raw: bytes, where: str) -> Any:
+    """The value of a JSON text. Raises DataError that says what is wrong, and where."""
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -156,20 +234,96 @@ def _parse(raw: bytes, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise DataError(f"{where}: not JSON: {error}") from None
 
 
-def _conversation(values: Any, where: str) -> dict[str, Any]:
-    """The record, when it has the one key that all have."""
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+def with_line(message: str) -> str:
+    """The message with the line in the place of a byte offset, which a stream has to name a record by.
+
+    The file is read up to there, so this is for messages that somebody will see.
+    """
+    found = _BYTE.match(message)
+    if found is None or not Path(found["path"]).is_file():
+        return message
+    with open(found["path"], "rb") as file:
+        pieces = iter(lambda: file.read(min(_SEARCH, int(found["at"]) - file.tell())), b"")
+        line = 1 + sum(piece.count(b"\n") for piece in pieces)
+    return f"{found['path']}:{line}{message[found.end() :]}"
+
+
+def _object(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise DataError(f"{where}: expected an object with 'messages', found {_kind(values)}")
-    if "messages" not in values:
-        found = ", ".join(repr(key) for key in list(values)[:8]) or "nothing"
-        raise DataError(f"{where}: has no 'messages'; found {found}")
-    if not isinstance(values["messages"], list) or not values["messages"]:
-        raise DataError(f"{where}: 'messages' must be a list of at least one message")
+        raise DataError(f"{where}: expected an object, found {kind_of(values)}")
     return values
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), "a number")
+def _is_count(keep: np.ndarray) -> bool:
+    """Whether only lines at the end are left out."""
+    return len(keep) == 0 or int(keep[-1]) == len(keep) - 1
+
+
+def _line_at(file: Any, start: int) -> bytes:
+    """The line at a byte offset; one byte too long where it is longer than allowed."""
+    file.seek(start)
+    return file.readline(LONGEST_LINE + 1)
+
+
+def _skip_line(file: Any) -> int:
+    """Go behind the next line end; returns the number of bytes passed."""
+    passed = 0
+    while piece := file.readline(_SEARCH):
+        passed += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return passed
+
+
+def _element_starts(raw: bytes) -> np.ndarray | None:
+    """Byte offsets of a list's elements; None where this is no list, or not JSON."""
+    try:
+        text = raw.decode("utf-8-sig")
+        starts = _starts_in_text(text)
+    except (ValueError, RecursionError, IndexError):
+        return None
+    if starts is None or raw.isascii():
+        return starts
+    shift = len(raw) - len(text.encode())
+    pieces = zip(np.concatenate([[0], starts[:-1]]).tolist(), starts.tolist(), strict=True)
+    return np.cumsum([len(text[a:b].encode()) for a, b in pieces], dtype=np.int64) + shift
+
+
+def _starts_in_text(text: str) -> np.ndarray | None:
+    decode, at = json.JSONDecoder().raw_decode, _space(text, 0)
+    if text[at] != "[":
+        return None
+    starts: list[int] = []
+    at = _space(text, at + 1)
+    if text[at] == "]" and _space(text, at + 1) == len(text):
+        return np.zeros(0, np.int64)
+    while True:
+        starts.append(at)
+        _, at = decode(text, at)
+        at = _space(text, at)
+        if text[at] == "]":
+            return np.array(starts, np.int64) if _space(text, at + 1) == len(text) else None
+        if text[at] != ",":
+            return None
+        at = _space(text, at + 1)
+
+
+def _space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def describe_os_error(path: str | os.PathLike[str], error: OSError) -> DataError:
+    """A file that cannot be read."""
+    reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
+    return DataError(f"{path}: {reason}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from duetvl.core.backend import Backend
-from duetvl.core.batch import Sample
+from duetvl.core.batch import Pair, Sample
 from duetvl.training.sections import Recipe
 
 Row = Mapping[str, Any]
@@ -47,7 +47,7 @@ class Running(Protocol):
         """Add texts (`sample`, `prompt`, `answer`, `expected`) to samples.jsonl and every tracker."""
         ...
 
-    def validation_samples(self, count: int) -> list[Sample]:
+    def validation_samples(self, count: int) -> list[Sample | Pair]:
         """The first so many samples of the validation data; none where there is no such data."""
         ...
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 from duetvl.core.weights_dir import open_weights
-from duetvl.data.loader import Encode, check_length
-from duetvl.data.records import Records
+from duetvl.data.draft import Draft, Dropped
+from duetvl.data.records import Ref
+from duetvl.data.samples import SampleMaker
 from duetvl.models.hub import is_id, model_directory
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
 from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.training.feed import DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.loop import read_recipe, total_steps, world_size
 from duetvl.training.lora import plan_adapters
@@ -28,20 +32,26 @@ FIRST = 16  # records of each file set that are encoded
 def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Iterator[str]:
     """What the recipe will do, line by line. Raises whatever training would meet at its start."""
     given = read_recipe(recipe, overrides)
-    records = Records([source.path for source in given.data.train])
-    steps = total_steps(given, len(records))
-    seen = steps * given.train.global_batch
-    yield f"recipe: {steps} steps of {given.train.global_batch} samples, {seen / len(records):.2f} epochs"
+    sets = DataSets(given.data)
+    yield _steps_line(given, sets.per_epoch)
     start = find_start(given)
     yield from start.notes or (f"run directory: {start.run_dir}, new",)
     yield from _model_lines(given)
     if given.dpo is not None:
         yield describe(given, load_config(model_directory(given.model.path, weights=False)))
-    encode = record_encoder(given)
-    yield _records_line("data.train", records, encode, given)
-    if given.data.val:
-        yield _records_line("data.val", Records([source.path for source in given.data.val]), encode, given)
+    maker = SampleMaker(sets.files, record_encoder(given))
+    yield _records_line("data.train", sets.train_count, sets.train_refs(), maker)
+    val = sets.val_refs()
+    if val is not None:
+        yield _records_line("data.val", sets.val_count, val, maker)
     check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
+
+
+def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
+    steps, group = total_steps(recipe, per_epoch), recipe.train.global_batch
+    if per_epoch is None:
+        return f"recipe: {steps} steps of {group} samples of a stream"
+    return f"recipe: {steps} steps of {group} samples, {steps * group / float(per_epoch):.2f} epochs"
 
 
 def _model_lines(recipe: Recipe) -> Iterator[str]:
@@ -70,12 +80,18 @@ def _volume(shape: Sequence[int]) -> int:
     return product
 
 
-def _records_line(name: str, records: Records, encode: Encode, recipe: Recipe) -> str:
-    samples = [encode(records[number]) for number in range(min(FIRST, len(records)))]
-    for sample in samples:
-        check_length(sample, recipe.data.longest)
-    lengths = [len(sample) for sample in samples]
+def _records_line(name: str, count: int | None, refs: Iterator[Ref], maker: SampleMaker) -> str:
+    """How many records there are, and the sizes of the first. Raises DataError for a bad one."""
+    known = f"{name}: a stream" if count is None else f"{name}: {count} records"
+    lengths = []
+    for outcome in maker.drafts(list(islice(refs, FIRST))):
+        if isinstance(outcome, Draft):
+            lengths.append(outcome.tokens)
+        elif not isinstance(outcome, Dropped):
+            raise outcome
+    if not lengths:
+        return f"{known}; the first {FIRST} are all left out by the recipe's rules"
     return (
-        f"{name}: {len(records)} records; of the first {len(samples)}: {sum(lengths) / len(lengths):.0f} tokens on "
-        f"average, {max(lengths)} in the longest"
+        f"{known}; of the first {len(lengths)}: {sum(lengths) / len(lengths):.0f} tokens on average, "
+        f"{max(lengths)} in the longest"
     )

@@ -7,22 +7,23 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from duetvl.core.backend import Backend, load_backend
-from duetvl.core.batch import Sample
+from duetvl.core.batch import Pair, Sample
 from duetvl.core.checkpoint_format import Meta
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.params import Parameter
-from duetvl.data.loader import Batcher, Encode, Step, StepLoader, passes
-from duetvl.data.packing import Order, Position
-from duetvl.data.records import Records
+from duetvl.data.draft import Encoder
+from duetvl.data.loader import Step
 from duetvl.training.callbacks import Callback
 from duetvl.training.checkpoint import CheckpointRef, Snapshot, load_checkpoint, take_snapshot
 from duetvl.training.costs import Flops, Meter
+from duetvl.training.feed import DataSets, Feed
 from duetvl.training.metrics import MetricsLog, Progress, read_metrics
 from duetvl.training.objective import Objective
 from duetvl.training.plots import plot_runs
@@ -47,7 +48,7 @@ class Job:
 
     model: TrainableModel
     objective: Objective
-    encode: Encode
+    encoder: Encoder
     export: Callable[[Path], None]
     model_config: Mapping[str, Any] = field(default_factory=dict)
     stored: Sequence[Parameter] | None = None
@@ -95,11 +96,10 @@ def train(
         # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
         raise SystemExit(0)
     start = find_start(given, resume)
-    records = Records([source.path for source in given.data.train])
-    val = Records([source.path for source in given.data.val]) if given.data.val else None
+    sets = DataSets(given.data)
     backend = backend or load_backend(given.backend.name, given.backend.device)
     job = (prepare or _sft)(given, backend)
-    return Run(given, job, backend, start, records, val, callbacks).run()
+    return Run(given, job, backend, start, sets, callbacks).run()
 
 
 def _sft(recipe: Recipe, backend: Backend) -> Job:
@@ -120,12 +120,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("MS_WORKER_NUM") or 1)
 
 
-def total_steps(recipe: Recipe, records: int) -> int:
-    """Optimizer steps of a whole run over so many records."""
+def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
+    """Optimizer steps of a whole run over so many records in an epoch; None: a stream, of which nobody knows."""
     if recipe.train.steps is not None:
         return recipe.train.steps
+    assert records is not None, "recipes with streams give train.steps"
     epochs = 1.0 if recipe.train.epochs is None else recipe.train.epochs
-    return math.ceil(epochs * records / recipe.train.global_batch)
+    return math.ceil(Fraction(epochs) * records / recipe.train.global_batch)
 
 
 class Run:
@@ -137,15 +138,13 @@ class Run:
         job: Job,
         backend: Backend,
         start: Start,
-        records: Records,
-        val: Records | None = None,
+        sets: DataSets,
         callbacks: Sequence[Callback] = (),
     ):
         """Put the parts together and go to the start; nothing is written yet."""
         self.recipe, self.job, self.backend, self.callbacks = recipe, job, backend, callbacks
-        self.records, self.val = records, val
         self.start, self.run_dir = start, start.run_dir
-        self.total = total_steps(recipe, len(records))
+        self.total = total_steps(recipe, sets.per_epoch)
         self.trainer = Trainer(
             job.model,
             job.objective,
@@ -155,7 +154,8 @@ class Run:
             on_nonfinite=recipe.train.on_nonfinite,
         )
         self.meter = Meter(recipe, backend, job.flops)
-        self.step, self.position = 0, Position()
+        self.step = 0
+        self.feed = self._fed(sets, start.checkpoint)
         self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
@@ -164,30 +164,27 @@ class Run:
         self.saved_step = self.step if self.saved else -1
         self.stop_reason: str | None = None
 
+    def _fed(self, sets: DataSets, ref: CheckpointRef | None) -> Feed:
+        """The data from where the checkpoint left it."""
+        try:
+            return Feed(self.recipe, sets, self.job.encoder, None if ref is None else ref.meta.data_position)
+        except DataError as error:
+            files = ", ".join(source.path for source in self.recipe.data.train)
+            hint = "restore the data, or begin a new run: train.output_dir=..."
+            raise DataError(f"{files}: {error}, of {ref.path if ref else 'the start'}; {hint}") from None
+
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
-        with self._loader() as loader, locked(self.run_dir):
+        with self.feed.started(self.total - self.step), locked(self.run_dir):
             write_recipe(self.recipe, self.run_dir)
             with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
                 for note in self.start.notes:
                     self.say(note)
-                self._steps(loader)
+                self._steps()
                 self._finish()
         return self._result()
 
     # -- what is open while it runs, closed however it ends ----------------------------------------------------------
-
-    @contextmanager
-    def _loader(self) -> Iterator[StepLoader]:
-        """The steps from here on. The first is made before anything is written: most bad data shows there."""
-        data = self.recipe.data
-        order = Order(len(self.records), seed=data.seed, shuffle=data.shuffle)
-        loader = StepLoader(self._batcher(self.records), order, self.recipe.train.global_batch, self.position)
-        try:
-            loader.wait()
-            yield loader
-        finally:
-            loader.close()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -228,12 +225,12 @@ class Run:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def _steps(self, loader: StepLoader) -> None:
+    def _steps(self) -> None:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
         while self.step < self.total and self.stop_reason is None and self.signals.caught is None:
             try:
-                self._one_step(loader)
+                self._one_step()
             except StepGivenUp:
                 self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
                 return
@@ -246,16 +243,17 @@ class Run:
             if evaluate or save:
                 self._plot()
 
-    def _one_step(self, loader: StepLoader) -> None:
+    def _one_step(self) -> None:
         self._profile_from_here()
         begun = time.perf_counter()
-        work = loader.next_step(last=self.step + 1 >= self.total)
+        work = self.feed.next_step()
         waited = time.perf_counter() - begun
         lr = learning_rate(self.step, self.total, self.recipe.optim)
         result = self.trainer.step(work, lr, self.step)
         self.backend.device.synchronize()
         seconds = time.perf_counter() - begun
-        self.step, self.position = self.step + 1, work.end
+        self.step += 1
+        self.feed.done(work)
         self._profile_up_to_here()
         if result is None:
             names = ", ".join(work.sample_ids)
@@ -265,7 +263,12 @@ class Run:
             self.say(
                 f"warning: step {self.step} makes no update ({self.totals['skipped']:.0f} so far): {result.skipped}"
             )
+        self._tell_left_out()
         self._tell_step(work, result, lr, self.meter.row(work, seconds, waited))
+
+    def _tell_left_out(self) -> None:
+        for line in self.feed.news():
+            self.say(f"warning: {line}")
 
     def _tell_step(self, work: Step, result: StepResult | None, lr: float, costs: Mapping[str, Any]) -> None:
         self.totals["tokens"] += work.tokens
@@ -278,6 +281,7 @@ class Run:
             "lr": lr,
             **(result.values if result else {}),
             **costs,
+            **{f"data_{kind}": number for kind, number in work.counts.items()},
             "total_tokens": self.totals["tokens"],
             "total_skipped": self.totals["skipped"],
         }
@@ -297,6 +301,9 @@ class Run:
             return
         if self.stop_reason is not None:
             self.say(f"stopped at step {self.step} of {self.total}: {self.stop_reason}")
+        summary = self.feed.summary()
+        if summary:
+            self.say(summary)
         self._plot()
         target = self.run_dir / "export"
         if self.recipe.checkpoint.export and (self.step > self.first_step or not target.exists()):
@@ -322,10 +329,9 @@ class Run:
         """Add texts to samples.jsonl and every tracker."""
         self.log_file.write_answers(self.step, rows)
 
-    def validation_samples(self, count: int) -> list[Sample]:
+    def validation_samples(self, count: int) -> list[Sample | Pair]:
         """The first so many samples of the validation data."""
-        numbers = range(min(count, len(self.val) if self.val else 0))
-        return [self.job.encode(self.val[number]) for number in numbers] if self.val else []
+        return self.feed.val_samples(count)
 
     def stop(self, reason: str) -> None:
         """End the run after this step as if it were the last one."""
@@ -343,15 +349,11 @@ class Run:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _batcher(self, records: Records) -> Batcher:
-        data = self.recipe.data
-        return Batcher(records, self.job.encode, self.job.model.pack, data.pack_tokens, data.longest)
-
     def _evaluate(self) -> None:
-        if self.val is None:
+        if not self.feed.has_val:
             return
-        batches = passes(self._batcher(self.val), self.recipe.train.global_batch)
-        found = self.trainer.evaluate(takewhile(lambda _: self.signals.caught is None, batches))
+        found = self.trainer.evaluate(takewhile(lambda _: self.signals.caught is None, self.feed.val_batches()))
+        self._tell_left_out()
         if self.signals.caught is not None:
             self.say(f"the evaluation after step {self.step} is given up")
             return
@@ -369,7 +371,7 @@ class Run:
             meta=Meta(
                 recipe=self.recipe.model_dump(mode="json"),
                 model_config=self.job.model_config,
-                data_position={**asdict(self.position), "records": len(self.records)},
+                data_position=self.feed.position,
                 random_state={"seed": self.recipe.data.seed, "step": self.step},
                 extra={
                     "totals": dict(self.totals),
@@ -387,14 +389,6 @@ class Run:
         self._call("on_save", path)
 
     def _restore(self, ref: CheckpointRef) -> None:
-        stored = dict(ref.meta.data_position)
-        records = stored.pop("records")
-        if records != len(self.records):
-            files = ", ".join(source.path for source in self.recipe.data.train)
-            raise DataError(
-                f"{files}: has {len(self.records)} records, but {ref.path} was trained "
-                f"with {records}; restore the data, or begin a new run: train.output_dir=..."
-            )
         _check_base(ref, self.job.base)
         load_checkpoint(
             ref,
@@ -402,7 +396,7 @@ class Run:
             optimizer_state=self.trainer.state,
             backend=self.backend,
         )
-        self.step, self.position = ref.step, Position(**stored)
+        self.step = ref.step
         self.totals |= ref.meta.extra.get("totals", {})
         self.trainer.restore(ref.meta.extra.get("trainer", {}))
 

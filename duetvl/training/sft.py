@@ -39,7 +39,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     dtype = recipe.model.dtype
     if not backend.device.supports(dtype):
         raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
-    encode = record_encoder(recipe)
+    encoder = record_encoder(recipe)
     plan = plan_adapters(recipe, load_config(model_directory(recipe.model.path, weights=False)))
     model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
     adapt(model, recipe, plan)
@@ -48,7 +48,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     return Job(
         model,
         _objective(recipe, model, backend),
-        encode,
+        encoder,
         partial(export, model, overwrite=True),
         model.config.to_dict(),
         stored=stored_parameters(model),

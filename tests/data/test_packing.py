@@ -1,52 +1,11 @@
-"""The order of samples and their packs: literals first, as neither may ever change."""
+"""How a step is cut into micro-batches, and which rank gets which."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duetvl.core.errors import DataError
-from duetvl.data.packing import Order, Position, pack
-
-
-def test_the_order_is_a_literal():
-    """A checkpoint says where in this order a run is: the same on every machine and version of numpy."""
-    assert Order(10, seed=0).take(Position(), 20)[0] == EPOCHS_OF_SEED_0
-    assert Order(10, seed=1).take(Position(), 10)[0] != EPOCHS_OF_SEED_0[:10]
-
-
-EPOCHS_OF_SEED_0 = [3, 6, 0, 1, 2, 5, 7, 9, 4, 8, 4, 0, 6, 2, 1, 3, 9, 8, 7, 5]
-
-
-def test_every_epoch_holds_every_record_once():
-    order = Order(7, seed=3)
-    chosen, end = order.take(Position(), 21)
-    epochs = np.array(chosen).reshape(3, 7)
-    assert (np.sort(epochs, axis=1) == np.arange(7)).all()
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert end == Position(3, 0)
-
-
-def test_without_shuffling_the_order_is_that_of_the_file():
-    assert Order(3, seed=0, shuffle=False).take(Position(0, 1), 5) == ([1, 2, 0, 1, 2], Position(2, 0))
-
-
-@given(records=st.integers(1, 9), sizes=st.lists(st.integers(1, 12), max_size=6))
-def test_steps_of_any_size_go_through_one_sequence(records, sizes):
-    whole, _ = Order(records, seed=5).take(Position(), sum(sizes) + 1)
-    position, seen = Position(), []
-    for size in sizes:
-        part, position = Order(records, seed=5).take(position, size)
-        seen += part
-    assert seen == whole[: len(seen)]
-    assert position == Position(*divmod(len(seen), records))
-
-
-def test_a_position_beyond_the_records_is_an_error():
-    with pytest.raises(DataError, match="position 5 lies outside the 5 records"):
-        Order(5, seed=0).take(Position(0, 5), 1)
+from duetvl.data.packing import assign, pack
 
 
 def test_packs_are_literals():
@@ -66,3 +25,42 @@ def test_packs_hold_every_sample_once_and_in_order(lengths, limit):
     assert all(sum(lengths[i] for i in members) <= limit or len(members) == 1 for members in packs)
     filled = sorted(sum(lengths[i] for i in members) for members in packs)
     assert len(filled) < 2 or filled[0] + filled[1] > limit  # no two packs could have been one
+
+
+def test_packs_bounded_in_patches_are_literals():
+    assert pack([1, 1, 1, 1], 10, [4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+    assert pack([9, 1, 1, 9], 10, [0, 8, 1, 0], 8) == [[0, 1], [2, 3]]
+    assert pack([1, 1], 10, [9, 0], 8) == [[0], [1]]
+    assert pack([3, 7, 5, 2, 3], 10, [0] * 5, 8) == pack([3, 7, 5, 2, 3], 10)
+
+
+sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 20)), max_size=30)
+
+
+@given(sizes=sizes, tokens=st.integers(1, 40), patches=st.integers(1, 30))
+def test_both_bounds_are_kept(sizes, tokens, patches):
+    packs = pack([t for t, _ in sizes], tokens, [p for _, p in sizes], patches)
+    assert sorted(i for members in packs for i in members) == list(range(len(sizes)))
+    for members in packs:
+        total = [sum(sizes[i][kind] for i in members) for kind in (0, 1)]
+        assert len(members) == 1 or (total[0] <= tokens and total[1] <= patches)
+
+
+def test_ranks_are_literals():
+    """The heaviest goes first; then whoever has least."""
+    costs = [(100, 0), (10, 0), (10, 0), (80, 0)]
+    assert assign(costs, 1) == [[0, 1, 2, 3]]
+    assert assign(costs, 2) == [[0, 2], [1, 3]]
+    assert assign(costs[:3], 2) == [[0], [1, 2]]
+    assert assign([(50, 8), (50, 0), (50, 0), (50, 8)], 2) == [[0, 1], [2, 3]]
+    assert assign([], 2) == [[], []]
+    assert assign([(1, 0)], 3) == [[0], [], []]
+
+
+@given(costs=st.lists(st.tuples(st.integers(1, 99), st.integers(0, 99)), max_size=24), dp=st.integers(1, 6))
+def test_ranks_get_every_pack_once_and_as_many_each(costs, dp):
+    ranks = assign(costs, dp)
+    assert sorted(i for packs in ranks for i in packs) == list(range(len(costs)))
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= (1 if len(costs) % dp else 0)
+    assert all(packs == sorted(packs) for packs in ranks)
+    assert ranks == assign(costs, dp)

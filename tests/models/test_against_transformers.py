@@ -17,7 +17,6 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.errors import ConfigError
 from duetvl.data.loader import Step
-from duetvl.data.packing import Position
 from duetvl.training.objective import TokenLoss
 from duetvl.training.sections import OptimSection
 from duetvl.training.step import Trainer
@@ -199,13 +198,13 @@ def test_text_alone_leaves_the_vision_tower(tiny, be, samples, name):
 
     before = weights()
     trainer = Trainer(model, TokenLoss(model), be, OptimSection(lr=1e-2, weight_decay=0.1))
-    assert trainer.step(Step([batch], ("text",), Position()), 1e-2).loss == pytest.approx(loss, rel=LOSS)
+    assert trainer.step(Step([batch], ("text",)), 1e-2).loss == pytest.approx(loss, rel=LOSS)
     after = weights()
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert moved == gradients.keys()
-    assert trainer.step(Step([batch], ("text",), Position()), 1e-2).loss < loss
+    assert trainer.step(Step([batch], ("text",)), 1e-2).loss < loss
     media = model.pack([samples["image"], samples["text"]])
-    trainer.step(Step([media], ("image", "text"), Position()), 1e-2)
+    trainer.step(Step([media], ("image", "text")), 1e-2)
     visual = {path for path, x in weights().items() if not np.array_equal(x, before[path]) and "visual" in path}
     assert visual == {path for path in model.parameters if path.startswith("visual.")}
 

@@ -15,11 +15,13 @@ from duetvl.core.batch import IGNORE, Batch, Sample
 from duetvl.core.errors import DataError
 from duetvl.core.params import Parameter, split_trainable
 from duetvl.core.random import philox
+from duetvl.data.draft import Draft
 from duetvl.data.records import Record
 from duetvl.training.loop import Job
 from duetvl.training.objective import TokenLoss
 
 VOCABULARY, WIDTH = 11, 8
+NO_GRIDS = np.zeros((0, 3), np.int64)
 
 
 class BagModel:
@@ -39,22 +41,7 @@ class BagModel:
         return philox(seed, path).standard_normal(shape, dtype=np.float32)
 
     def pack(self, samples):
-        lengths = [len(sample) for sample in samples]
-        targets = np.full(sum(lengths), IGNORE, np.int32)
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        for start, sample in zip(starts, samples, strict=False):
-            targets[start : start + len(sample) - 1] = sample.labels[1:]
-        return Batch(
-            input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int32),
-            position_ids=np.zeros((3, sum(lengths)), np.int32),
-            cu_seqlens=starts,
-            targets=targets,
-            pixel_rows=np.zeros((0, 1), np.float32),
-            grids=np.zeros((0, 3), np.int64),
-            visual_dst=np.zeros(0, np.int32),
-            visual_src=np.zeros(0, np.int32),
-            sample_ids=tuple(sample.id for sample in samples),
-        )
+        return pack(samples)
 
     def forward_loss(self, batch, *, weights=None, key=()):
         trainable, frozen = split_trainable(self.parameters.values())
@@ -84,6 +71,39 @@ class BagModel:
         return ops.linear_cross_entropy(hidden, w["head.weight"], ops.from_numpy(batch.targets[rows]), counted)
 
 
+def pack(samples) -> Batch:
+    lengths = [len(sample) for sample in samples]
+    targets = np.full(sum(lengths), IGNORE, np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    for start, sample in zip(starts, samples, strict=False):
+        targets[start : start + len(sample) - 1] = sample.labels[1:]
+    return Batch(
+        input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int32),
+        position_ids=np.zeros((3, sum(lengths)), np.int32),
+        cu_seqlens=starts,
+        targets=targets,
+        pixel_rows=np.zeros((0, 1), np.float32),
+        grids=np.zeros((0, 3), np.int64),
+        visual_dst=np.zeros(0, np.int32),
+        visual_src=np.zeros(0, np.int32),
+        sample_ids=tuple(sample.id for sample in samples),
+    )
+
+
+class BagEncoder:
+    """Samples have no pixels: a draft is all of it."""
+
+    def draft(self, record: Record) -> Draft:
+        sample = encode(record)
+        return Draft(sample.id, record.where, sample.input_ids, sample.labels, NO_GRIDS, NO_GRIDS)
+
+    def load(self, draft: Draft) -> Sample:
+        return Sample(draft.input_ids, draft.labels, id=draft.id)
+
+    def pack(self, samples) -> Batch:
+        return pack(samples)
+
+
 def encode(record: Record) -> Sample:
     ids, labels = [], []
     for message in record.values["messages"]:
@@ -98,7 +118,7 @@ def encode(record: Record) -> Sample:
 
 def prepare(recipe, backend) -> Job:
     model = BagModel(backend, recipe.model.dtype)
-    return Job(model, TokenLoss(model), encode, export=lambda target: target.mkdir())
+    return Job(model, TokenLoss(model), BagEncoder(), export=lambda target: target.mkdir())
 
 
 def write_records(path: Path, count: int, seed: int = 0) -> Path:

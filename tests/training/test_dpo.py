@@ -9,7 +9,6 @@ from oracle import PAIRS
 
 from duetvl.core.batch import IGNORE, Batch
 from duetvl.data.loader import Step
-from duetvl.data.packing import Position
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.dpo import (
     LOGGED,
@@ -157,7 +156,7 @@ def steps_of(tiny, be, name, batches, count, **settings) -> tuple[list, dict[str
     """Results of some steps from the model's weights against those as the reference, and the weights after them."""
     model = load_model(tiny.directory(name), backend=be)
     trainer = Trainer(model, objective_of(model, tiny.ours(name, be), be, **settings), be, OPTIM)
-    work = Step(tuple(model.pack(given) for given in batches), (), Position())
+    work = Step(tuple(model.pack(given) for given in batches), ())
     results = [trainer.step(work, 3e-3) for _ in range(count)]
     return results, {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
 

@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
-from duetvl.data.records import Records
+from duetvl.data.sources import Records
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.check import check
 from duetvl.training.loop import train
@@ -75,7 +75,7 @@ def test_check_says_what_will_be_done(recipe):
 @pytest.mark.parametrize(
     ("overrides", "error", "expected"),
     [
-        (["data.pack_tokens=60"], DataError, r"sample data\.jsonl:\d+ has \d+ tokens, data\.pack_tokens is 60"),
+        (["data.pack_tokens=60"], DataError, r"data\.jsonl:\d+: has \d+ tokens, the longest may have 60"),
         (["data.max_pixels=10"], ConfigError, "give data.min_pixels and data.max_pixels together"),
         (["model.path=nowhere"], CheckpointError, "nowhere"),
         (["data.image_root=/nowhere"], DataError, r"data\.jsonl:2: .*green1\.png"),

@@ -10,7 +10,6 @@ import duetvl
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError
 from duetvl.data.loader import Step
-from duetvl.data.packing import Position
 from duetvl.models.qwen_vl import language, vision
 from duetvl.models.qwen_vl import model as whole
 from duetvl.models.qwen_vl.model import PARTS
@@ -62,7 +61,7 @@ def test_rates_are_scaled(be):
     before = {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
     samples = [Sample(np.arange(11), np.arange(11), id="s")]
     trainer = Trainer(model, TokenLoss(model), be, OptimSection(lr_scale={"head": 0.25}))
-    trainer.step(Step((model.pack(samples),), ("s",), Position()), 0.01)
+    trainer.step(Step((model.pack(samples),), ("s",)), 0.01)
     moved = {path: np.abs(be.to_numpy(p.tensor) - before[path]).max() for path, p in model.parameters.items()}
     assert moved == pytest.approx({"embed.weight": 0.01, "norm.weight": 0.01, "head.weight": 0.0025}, rel=1e-3)
 
@@ -117,7 +116,7 @@ def test_what_is_frozen_with_nothing_trained_before_it_is_not_recorded(
     seen = Recorded(be, monkeypatch).found
     trainer = Trainer(model, TokenLoss(model), be, OptimSection(lr=1e-2))
     before = {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
-    trainer.step(Step((model.pack([samples["image"]]),), ("s",), Position()), 1e-2)
+    trainer.step(Step((model.pack([samples["image"]]),), ("s",)), 1e-2)
     vision_blocks, projector, layers = recorded
     assert seen == {"vision": [vision_blocks] * 3, "projector": [projector], "language": layers}
     moved = {path for path, p in model.parameters.items() if not np.array_equal(be.to_numpy(p.tensor), before[path])}

@@ -11,7 +11,6 @@ from bag_model import BagModel
 
 from duetvl.core.batch import IGNORE, Sample
 from duetvl.data.loader import Step
-from duetvl.data.packing import Position
 from duetvl.training.objective import TokenLoss
 from duetvl.training.sections import OptimSection
 from duetvl.training.step import Trainer
@@ -50,7 +49,7 @@ def token_losses(torch, w, given: Sample) -> list:
 
 
 def step_of(model, split: list[list[int]]) -> Step:
-    return Step(tuple(model.pack([SAMPLES[n] for n in pack]) for pack in split), ("s",), Position())
+    return Step(tuple(model.pack([SAMPLES[n] for n in pack]) for pack in split), ("s",))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -110,7 +109,7 @@ def test_micro_batches_as_transformers_accumulates_them(tiny, be, samples, name)
     trainer = Trainer(model, TokenLoss(model, "micro_batch"), be, OptimSection(clip=None))
     batches = tuple(model.pack([given]) for given in chosen)
     before = {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
-    found = trainer.step(Step(batches, ("s",), Position()), 0.0)
+    found = trainer.step(Step(batches, ("s",)), 0.0)
     assert found.loss == pytest.approx(expected, rel=2e-6)
     assert found.grad_norm == pytest.approx(norm, rel=2e-5)
     assert all((before[path] == be.to_numpy(p.tensor)).all() for path, p in model.parameters.items())  # lr 0

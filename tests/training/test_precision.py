@@ -12,7 +12,6 @@ from test_loop import Interrupted, assert_same_run, interrupt, losses, recipe, r
 from duetvl.core.batch import Sample
 from duetvl.core.spans import Spans
 from duetvl.data.loader import Step
-from duetvl.data.packing import Position
 from duetvl.training.metrics import read_metrics
 from duetvl.training.objective import TokenLoss
 from duetvl.training.scaling import LEAST, LossScale
@@ -26,7 +25,7 @@ def weights(model) -> dict[str, np.ndarray]:
 
 def step_of(model) -> Step:
     samples = [Sample(np.arange(first, first + 6), np.arange(first, first + 6), id=f"s{first}") for first in (0, 3)]
-    return Step(tuple(model.pack([sample]) for sample in samples), ("s0", "s3"), Position())
+    return Step(tuple(model.pack([sample]) for sample in samples), ("s0", "s3"))
 
 
 # -- float16 ----------------------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def test_skipping_leaves_everything_as_it_was(be):
     assert all(p.main_grad is None for p in model.parameters.values())
     assert set(trainer.state.step.values()) == {0}
     work = step_of(model)
-    assert trainer.step(Step(work.batches[:1], ("s0",), Position()), 0.05).skipped is None
+    assert trainer.step(Step(work.batches[:1], ("s0",)), 0.05).skipped is None
     assert set(trainer.state.step.values()) == {1}
 
 

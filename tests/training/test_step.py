@@ -9,9 +9,9 @@ import pytest
 from bag_model import BagModel, encode, write_records
 
 from duetvl.core.batch import IGNORE, Sample
-from duetvl.data.loader import Batcher, Step
-from duetvl.data.packing import Position
-from duetvl.data.records import Records
+from duetvl.data.loader import Step
+from duetvl.data.packing import pack
+from duetvl.data.sources import Records
 from duetvl.training.objective import Evaluated, Forward, TokenLoss
 from duetvl.training.sections import OptimSection
 from duetvl.training.step import NonFiniteError, Trainer
@@ -21,8 +21,10 @@ OPTIM = OptimSection(lr=0.05, weight_decay=0.1, clip=0.5, betas=(0.9, 0.95))
 
 def step_of(model, tmp_path, pack_tokens: int) -> Step:
     records = Records([write_records(tmp_path / "a.jsonl", 12)])
-    batches, ids = Batcher(records, encode, model.pack, pack_tokens, 1000).batches(range(12))
-    return Step(batches, ids, Position())
+    samples = [encode(record) for record in records]
+    packs = pack([len(sample) for sample in samples], pack_tokens)
+    batches = tuple(model.pack([samples[i] for i in members]) for members in packs)
+    return Step(batches, tuple(sample.id for sample in samples), {})
 
 
 def weights(model) -> dict[str, np.ndarray]:
@@ -107,7 +109,7 @@ def test_a_step_without_a_trained_token_changes_nothing(be):
     before = weights(model)
     batch = model.pack([Sample(np.array([1, 2]), np.array([IGNORE, IGNORE]), id="s")])
     trainer = Trainer(model, TokenLoss(model), be, OPTIM)
-    assert trainer.step(Step((batch,), ("s",), Position()), 0.1) is None
+    assert trainer.step(Step((batch,), ("s",)), 0.1) is None
     assert all((before[path] == values).all() for path, values in weights(model).items())
     assert trainer.state.step["head.weight"] == 0
 
@@ -121,7 +123,7 @@ def test_what_is_not_finite_is_named_and_leaves_the_weights(be):
     batches = tuple(model.pack([sample]) for sample in samples)
     trainer, before = Trainer(model, TokenLoss(model), be, OPTIM), weights(model)
     with pytest.raises(NonFiniteError, match=r"the loss is not finite; samples of the step: s7$"):
-        trainer.step(Step(batches, ("s3", "s7"), Position()), 0.1)
+        trainer.step(Step(batches, ("s3", "s7")), 0.1)
     assert (before["head.weight"] == weights(model)["head.weight"]).all()
     assert all(p.main_grad is None for p in model.parameters.values())
 

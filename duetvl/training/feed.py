@@ -1,0 +1,226 @@
+"""The data side of a run: a recipe's data sets, and the steps and evaluations made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from duetvl.core.batch import Batch, Pair, Sample
+from duetvl.core.errors import DataError
+from duetvl.data.draft import Encoder
+from duetvl.data.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
+from duetvl.data.order import Cursor, Mixture, RecordCursor, choice
+from duetvl.data.records import Reading, RecordFile, Ref, with_line
+from duetvl.data.samples import SampleMaker
+from duetvl.data.sources import Records, Source, open_source
+from duetvl.data.stream import StreamCursor, StreamSource
+from duetvl.data.workers import Pool, make_pool
+from duetvl.training.sections import DataSection, DataSource, Recipe
+
+_NAMED = 10  # records left out that are named one by one; the rest is counted
+
+
+class DataSets:
+    """The files of a recipe's data sets, found and looked through, not yet encoded. Raises DataError."""
+
+    def __init__(self, data: DataSection):
+        self.data = data
+        self.files: list[RecordFile] = []
+        if data.streaming:
+            self._open_stream()
+        else:
+            self._open_records()
+        if data.val:
+            val = Records(as_sources(data, data.val), first_file=len(self.files))
+            self.files += val.files
+            self._val: tuple[Records, np.ndarray] | None = val, _numbers(val, as_sources(data, data.val), data.seed)
+        if self._val is not None:
+            records, numbers = self._val
+            self._val = records, numbers[choice(data.seed, "val_max_samples", 0, len(numbers), data.val_max_samples)]
+
+    def _open_stream(self) -> None:
+        sources = as_sources(self.data, self.data.train)
+        self._stream = StreamSource([open_source(source) for source in sources])
+        self.files += self._stream.files
+        self._mixture = self._mix(self._stream.counts)
+        self._val = None
+
+    def _open_records(self) -> None:
+        sources = as_sources(self.data, self.data.train)
+        self._records = Records(sources)
+        self.files += self._records.files
+        numbers = _numbers(self._records, sources, self.data.seed)
+        self._val = None
+        if self.data.val_rate is not None:
+            held = _share(len(numbers), self.data.val_rate, self.data.seed)
+            self._val = self._records, numbers[held]
+            numbers = np.delete(numbers, held)
+        ends = np.searchsorted(numbers, np.cumsum([0, *self._records.counts]))
+        self._mixture = self._mix(np.diff(ends).tolist())
+        self._chosen = None if len(numbers) == len(self._records) else numbers
+
+    def _mix(self, counts: Sequence[int]) -> Mixture:
+        weights = [source.weight for source in self.data.train]
+        return Mixture(counts, weights, seed=self.data.seed, shuffle=self.data.shuffle)
+
+    @property
+    def per_epoch(self) -> Fraction | None:
+        """Records that an epoch sees, on average; None of a stream, which has not been counted."""
+        return None if self.data.streaming else self._mixture.per_epoch
+
+    @property
+    def train_count(self) -> int | None:
+        """Training records, whatever their weight; None of a stream."""
+        return None if self.data.streaming else self._mixture.items
+
+    @property
+    def val_count(self) -> int:
+        """Records of an evaluation."""
+        return 0 if self._val is None else len(self._val[1])
+
+    def cursor(self, position: Mapping[str, Any] | None = None) -> Cursor:
+        """The order of the training records, from a position on. Raises DataError where it is one in other data."""
+        if self.data.streaming:
+            return StreamCursor(self._stream, self._mixture, buffer=self.data.shuffle_buffer, position=position)
+        return RecordCursor(self._records, self._mixture, self._chosen, position)
+
+    def train_refs(self) -> Iterator[Ref]:
+        """Every training record once, in file order, whatever its weight."""
+        if self.data.streaming:
+            return self._stream.refs()
+        numbers = range(len(self._records)) if self._chosen is None else self._chosen
+        return (self._records.ref(int(number)) for number in numbers)
+
+    def val_refs(self) -> Iterator[Ref] | None:
+        """The records of an evaluation, in file order; None where there is none."""
+        if self._val is None:
+            return None
+        records, numbers = self._val
+        return (records.ref(int(number)) for number in numbers)
+
+
+def as_sources(data: DataSection, given: Sequence[DataSource]) -> list[Source]:
+    """The recipe's data sets as the data side knows them."""
+    return [Source(source.path, reading_of(data, source), source.weight, source.max_samples) for source in given]
+
+
+def reading_of(data: DataSection, source: DataSource) -> Reading:
+    """How the records of a data set are meant."""
+    root = data.image_root if source.image_root is None else source.image_root
+    return Reading(source.format, source.columns, source.tags, root, source.boxes)
+
+
+def _numbers(records: Records, sources: Sequence[Source], seed: int) -> np.ndarray:
+    """The records that `max_samples` of each source leaves, ascending."""
+    first = np.cumsum([0, *records.counts])
+    return np.concatenate(
+        [
+            first[i] + choice(seed, "max_samples", i, count, source.max_samples)
+            for i, (count, source) in enumerate(zip(records.counts, sources, strict=True))
+        ]
+    )
+
+
+def _share(count: int, rate: float, seed: int) -> np.ndarray:
+    """Which of so many records are kept for evaluation: at least one, and never all."""
+    held = max(1, round(count * rate))
+    if held >= count:
+        raise DataError(f"data.val_rate {rate} of {count} records leaves none to train on; there must be more of them")
+    return choice(seed, "validation", 0, count, held)
+
+
+class Feed:
+    """Steps and evaluations of a recipe's data sets, and what is told of the records that give no sample."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sets: DataSets,
+        encoder: Encoder,
+        position: Mapping[str, Any] | None = None,
+        *,
+        rank: int = 0,
+        dp: int = 1,
+    ):
+        """Go to a position, by default the start. Raises DataError where it is one in other data."""
+        data = recipe.data
+        self.recipe, self.sets, self.encoder = recipe, sets, encoder
+        self.position = sets.cursor(position).position()
+        self._maker = SampleMaker(sets.files, encoder)
+        self._packing = Packing(data.pack_tokens, data.pack_patches, data.pack)
+        self._rank, self._dp = rank, dp
+        self._pool: Pool
+        self._loader: StepLoader
+        self._told = 0
+        self.findings = Findings(data.on_bad_sample == "skip")
+
+    @contextmanager
+    def started(self, steps: int) -> Iterator[None]:
+        """Make so many steps ahead of their use. The first is made at once: most bad data shows there."""
+        data = self.recipe.data
+        self._pool = make_pool(self._maker, data.workers)
+        cursor = self.sets.cursor(self.position)
+        group = self.recipe.train.global_batch
+        self._loader = StepLoader(self._batches(), cursor, group, steps=steps, prefetch=data.prefetch)
+        try:
+            if steps:
+                self._loader.wait()
+            yield
+        finally:
+            self._pool.close()
+            self._loader.close()
+
+    def next_step(self) -> Step:
+        """The next step. `position` stays before it until `done` is called with it."""
+        return self._loader.next_step()
+
+    def done(self, step: Step) -> None:
+        """The step has been trained on."""
+        self.position = dict(step.end)
+        self.findings.counts.update(step.counts)
+        self.findings.left_out += step.left_out
+
+    def news(self) -> Iterator[str]:
+        """Lines about records that gave no sample since the last time: the first ones by name."""
+        for line in self.findings.left_out:
+            if self._told < _NAMED:
+                kind, _, message = line.partition(": ")
+                yield f"left out, {kind}: {with_line(message)}"
+            elif self._told == _NAMED:
+                yield "further records that are left out are counted (data_dropped, data_bad in metrics.jsonl)"
+            self._told += 1
+        self.findings.left_out.clear()
+
+    def summary(self) -> str | None:
+        """What has become of records in the whole run; None where all were good as they are."""
+        counts = [f"{number} {kind}" for kind, number in sorted(self.findings.counts.items())]
+        return f"records: {', '.join(counts)}" if counts else None
+
+    @property
+    def has_val(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.sets.val_count > 0
+
+    def val_batches(self) -> Iterator[Batch]:
+        """One evaluation: every record of the validation data once."""
+        findings = Findings(self.findings.skip_bad)
+        yield from passes(self._batches(), self.sets.val_refs() or (), self.recipe.train.global_batch, findings)
+        self.findings.left_out += findings.left_out
+
+    def val_samples(self, count: int) -> list[Sample | Pair]:
+        """The first so many samples of the validation data. Raises DataError for a bad one."""
+        found: list[Sample | Pair] = []
+        for outcome in self._maker.drafts(list(islice(self.sets.val_refs() or (), count))):
+            sample = outcome if isinstance(outcome, DataError) else self._maker.load(outcome)
+            if isinstance(sample, DataError):
+                raise sample
+            found.append(sample)
+        return found
+
+    def _batches(self) -> BatchMaker:
+        return BatchMaker(self._pool, self.encoder, self._packing, self.findings.skip_bad, rank=self._rank, dp=self._dp)
