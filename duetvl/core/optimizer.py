@@ -24,14 +24,17 @@ class Group:
 class AdamWState:
     """All that AdamW remembers, by parameter path; it goes into a checkpoint as it is.
 
-    `step` counts the updates of each parameter. exp_avg and exp_avg_sq are float32. `master` holds float32 weights
-    of the parameters that are stored in bfloat16 or float16, and nothing for the others.
+    `step` counts the updates of each parameter. exp_avg and exp_avg_sq are of `dtype`. `master` holds float32 weights
+    of the parameters that are stored in bfloat16 or float16, and nothing for the others. With `offload` all of these
+    are in the host's memory.
     """
 
     step: dict[str, int] = field(default_factory=dict)
     exp_avg: dict[str, Tensor] = field(default_factory=dict)
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
     master: dict[str, Tensor] = field(default_factory=dict)
+    dtype: str = "float32"
+    offload: bool = False
 
     def weight(self, parameter: Parameter) -> Any:
         """The float32 tensor that an update changes: the master copy where there is one."""
@@ -46,8 +49,11 @@ class AdamWState:
 class Optimizer(Protocol):
     """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), torch's formula."""
 
-    def create(self, groups: Sequence[Group]) -> AdamWState:
-        """Zero moments for every parameter, and a float32 master copy of each that is stored in half precision."""
+    def create(self, groups: Sequence[Group], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
+        """Zero moments for every parameter, and a float32 master copy of each that is stored in half precision.
+
+        dtype: of the moments, float32 or bfloat16. With `offload` the state is kept on the host.
+        """
         ...
 
     def step(
@@ -65,6 +71,10 @@ class Optimizer(Protocol):
         w <- w - lr * weight_decay * w; m, v <- moments; w <- w - lr * m_hat / (sqrt(v_hat) + eps), on the float32
         weights (the master copy where there is one, rounded to the parameter's dtype afterwards). A parameter
         without a gradient is left alone, its step count too.
+
+        Moments in bfloat16 are computed in float32. The second one is rounded up or down at random, with odds that make
+        its mean right, by numbers that the parameter's path and step count determine: rounded to the nearest it would
+        never fall at beta2 0.999. Offloaded state is moved to the device and back one parameter at a time.
         """
         ...
 

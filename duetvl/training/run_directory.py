@@ -28,6 +28,7 @@ HARMLESS = frozenset(
         "train.eval_every",
         "train.output_dir",
         "train.on_nonfinite",
+        "optim.offload",
         "train.recompute",
         "data.val",
         "data.val_max_samples",

@@ -272,6 +272,14 @@ class OptimSection(Section):
         gt=0,
         description="Largest norm of all gradients together, of the mean over tokens; null: no clipping.",
     )
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Storage dtype of AdamW's two moments; they are updated in float32."
+    )
+    offload: bool = Field(
+        default=False,
+        description="Keep moments and master weights in the host's memory, and move them for the update of each "
+        "parameter. On a CPU they are there anyway.",
+    )
     loss_scale: float | None = Field(
         default=None,
         gt=0,

@@ -133,6 +133,17 @@ def test_half_precision_resumes_exactly(recipe, tmp_path):
     assert any(name.startswith("master") for name in weights(tmp_path / "run"))
 
 
+def test_a_small_optimizer_state_resumes_exactly(be, recipe, tmp_path):
+    options = "model.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.offload=true"
+    run(be, recipe, *options)
+    other = f"train.output_dir={tmp_path}/other"
+    with pytest.raises(Interrupted):
+        run(be, recipe, *options, other, at=30, what=interrupt)
+    run(be, recipe, *options, other, "optim.offload=false")  # where it is kept does not matter
+    assert_same_run(be, tmp_path / "run", tmp_path / "other")
+    assert losses(tmp_path / "run")[-1] < 0.3 * losses(tmp_path / "run")[0]
+
+
 SCRIPT = """
 import sys
 import bag_model

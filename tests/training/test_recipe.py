@@ -49,8 +49,8 @@ def test_the_last_override_wins():
         (
             "optim.rl=3e-5",
             "optim has no field 'rl'; did you mean 'lr'? "
-            "(betas, clip, eps, loss_scale, loss_scale_window, lr, lr_scale, min_lr_ratio, no_decay, schedule, warmup, "
-            "weight_decay)",
+            "(betas, clip, eps, loss_scale, loss_scale_window, lr, lr_scale, min_lr_ratio, no_decay, offload, "
+            "schedule, state_dtype, warmup, weight_decay)",
         ),
         (
             "optm.lr=1",

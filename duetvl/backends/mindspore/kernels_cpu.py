@@ -212,6 +212,12 @@ class CpuOps(MindSporeOps):
 class CpuOptimizer(MindSporeOptimizer):
     """See core/optimizer.py. The primitive's call costs more than a small tensor's update, and needs a scaled copy."""
 
+    def to_host(self, x: Tensor) -> Tensor:
+        return x
+
+    def to_device(self, x: Tensor) -> Tensor:
+        return x
+
     def update(
         self, weight: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, *, scale: float, rate: float,
         decay: float, betas: tuple[float, float], eps: float, step: int,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.optim.adamw import adamw
@@ -16,14 +18,18 @@ ROW = 4096  # elements
 class TorchOptimizer:
     """See core/optimizer.py."""
 
-    def create(self, groups: Sequence[Group]) -> AdamWState:
-        state = AdamWState()
+    def create(self, groups: Sequence[Group], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
+        state = AdamWState(dtype=dtype, offload=offload)
+        kind = getattr(torch, dtype)
         for p in (p for group in groups for p in group.parameters):
+            place = torch.device("cpu") if offload else p.tensor.device
+            pinned = offload and p.tensor.device.type != "cpu"
             state.step[p.path] = 0
-            state.exp_avg[p.path] = torch.zeros_like(p.tensor, dtype=torch.float32)
-            state.exp_avg_sq[p.path] = torch.zeros_like(p.tensor, dtype=torch.float32)
+            for slot in (state.exp_avg, state.exp_avg_sq):
+                slot[p.path] = torch.zeros(p.shape, dtype=kind, device=place, pin_memory=pinned)
             if p.tensor.dtype != torch.float32:
-                state.master[p.path] = p.tensor.detach().float()
+                master = torch.empty(p.shape, dtype=torch.float32, device=place, pin_memory=pinned)
+                state.master[p.path] = master.copy_(p.tensor.detach())
         return state
 
     @torch.no_grad()
@@ -37,35 +43,35 @@ class TorchOptimizer:
         eps: float,
         grad_scale: float,
     ) -> None:
+        at_once = state.dtype == "float32" and not state.offload
         for group in groups:
             chosen = [p for p in group.parameters if p.main_grad is not None]
-            if not chosen:
-                continue
-            weights = [state.weight(p) for p in chosen]
-            adamw(
-                weights,
-                [p.main_grad for p in chosen],
-                [state.exp_avg[p.path] for p in chosen],
-                [state.exp_avg_sq[p.path] for p in chosen],
-                [],
-                [torch.tensor(float(state.step[p.path]), device=p.tensor.device) for p in chosen],
-                fused=True,
-                # The kernel divides gradients by this scale on its way, which saves a pass over them.
-                grad_scale=torch.tensor(1.0 / grad_scale, device=weights[0].device),
-                found_inf=torch.zeros((), device=weights[0].device),
-                amsgrad=False,
-                maximize=False,
-                beta1=betas[0],
-                beta2=betas[1],
-                lr=lr * group.lr_scale,
-                weight_decay=group.weight_decay,
-                eps=eps,
-            )
-            for p in chosen:
-                state.step[p.path] += 1
-                if p.path in state.master:
-                    p.tensor.copy_(state.master[p.path])
-                p.main_grad = None
+            for together in [chosen] if at_once and chosen else [[p] for p in chosen]:
+                held = [_Held.take(state, p) for p in together]
+                device = together[0].tensor.device
+                adamw(
+                    [h.weight for h in held],
+                    [p.main_grad for p in together],
+                    [h.first for h in held],
+                    [h.second for h in held],
+                    [],
+                    [torch.tensor(float(state.step[p.path]), device=device) for p in together],
+                    fused=True,
+                    # The kernel divides gradients by this scale on its way, which saves a pass over them.
+                    grad_scale=torch.tensor(1.0 / grad_scale, device=device),
+                    found_inf=torch.zeros((), device=device),
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=betas[0],
+                    beta2=betas[1],
+                    lr=lr * group.lr_scale,
+                    weight_decay=group.weight_decay,
+                    eps=eps,
+                )
+                for h, p in zip(held, together, strict=True):
+                    state.step[p.path] += 1
+                    h.give_back(state, p)
+                    p.main_grad = None
 
     def grad_norm(self, parameters: Sequence[Parameter]) -> float:
         gradients = [p.main_grad for p in parameters if p.main_grad is not None]
@@ -76,6 +82,38 @@ class TorchOptimizer:
         # The CPU kernel adds all squares of a row one after the other: 4e-4 off at ten million. Rows are kept short.
         norms = [torch.linalg.vector_norm(rows, dim=-1) for g in gradients for rows in _short_rows(g)]
         return float(torch.linalg.vector_norm(torch.cat(norms).double()))
+
+
+@dataclass(eq=False)
+class _Held:
+    """What an update works on: float32 tensors on the parameter's device, the state's own where they are that."""
+
+    weight: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+
+    @classmethod
+    def take(cls, state: AdamWState, p: Parameter) -> _Held:
+        kept = (state.weight(p), state.exp_avg[p.path], state.exp_avg_sq[p.path])
+        return cls(*(x.to(p.tensor.device, torch.float32) for x in kept))
+
+    def give_back(self, state: AdamWState, p: Parameter) -> None:
+        second = self.second
+        if state.dtype == "bfloat16":
+            second = _rounded_at_random(second, zlib.crc32(p.path.encode()) << 31 | state.step[p.path])
+        kept = ((state.exp_avg[p.path], self.first), (state.exp_avg_sq[p.path], second), (state.weight(p), self.weight))
+        for own, new in kept:
+            if own is not new:
+                own.copy_(new)
+        if p.path in state.master:
+            p.tensor.copy_(self.weight)
+
+
+def _rounded_at_random(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """float32 numbers that bfloat16 holds, one of the two neighbours of each, with the odds that keep the mean."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
 
 
 def _short_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
