@@ -65,7 +65,7 @@ def losses(run: Path) -> np.ndarray:
     return np.array([row["loss"] for row in rows(run)])
 
 
-KINDS: dict[str, list[str]] = {"full": []}
+KINDS = {"full": [], "lora": ["lora.rank=4", "lora.targets=[language,vision]", "optim.lr=2e-2"]}
 kinds = pytest.mark.parametrize("kind", list(KINDS))
 
 
