@@ -18,10 +18,11 @@ from duetvl.data.video import FrameRule
 from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.adapters import merged_tensors
 from duetvl.models.qwen_vl.config import load_config
-from duetvl.models.qwen_vl.flops import training_flops
+from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.training.costs import Flops
 from duetvl.training.dpo import PreferenceObjective
 from duetvl.training.loop import Job
 from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
@@ -53,7 +54,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         model.config.to_dict(),
         stored=stored_parameters(model),
         base=base_of(model),
-        flops=partial(training_flops, model.config, model.parameters),
+        flops=_flops(recipe, model),
     )
 
 
@@ -61,6 +62,15 @@ def _objective(recipe: Recipe, model: QwenVL, backend: Backend) -> Objective:
     if recipe.dpo is None:
         return TokenLoss(model, recipe.train.loss)
     return PreferenceObjective(model, make_reference(recipe, model, backend), recipe.dpo, backend)
+
+
+def _flops(recipe: Recipe, model: QwenVL) -> Flops:
+    """What a micro-batch asks for: of the model, and of a reference that runs beside it."""
+    policy = partial(training_flops, model.config, model.parameters)
+    if recipe.dpo is None or recipe.dpo.cache is not None:
+        return policy
+    reference = load_config(model_directory(recipe.dpo.reference or recipe.model.path, weights=False))
+    return lambda batch: policy(batch) + inference_flops(reference, batch)
 
 
 def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -> None:

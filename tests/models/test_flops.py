@@ -10,7 +10,7 @@ import duetvl
 from duetvl.core.backend import load_backend
 from duetvl.core.batch import Sample
 from duetvl.models.qwen_vl.config import published_config
-from duetvl.models.qwen_vl.flops import forward_flops, training_flops
+from duetvl.models.qwen_vl.flops import forward_flops, inference_flops, training_flops
 from duetvl.models.qwen_vl.model import PARTS
 
 FREEZES = [(), ("vision",), ("vision", "projector"), ("language",)]
@@ -45,6 +45,18 @@ def test_products_are_those_that_torch_counts(tiny, name):
         assert counted_products(be, model, batch) == expected
         attention = 3 * sum(part.attention for part in cost)
         assert training_flops(model.config, model.parameters, batch) == expected + attention
+
+
+def test_a_pass_forward_alone(tiny):
+    pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = duetvl.load_model(tiny.directory("qwen2.5-tied"), backend=load_backend("torch_npu", "cpu"))
+    batch = packed(model, "image", "text")
+    with FlopCounterMode(display=False) as counter:
+        model.logprobs(batch)
+    attention = sum(part.attention for part in forward_flops(model.config, batch).values())
+    assert counter.get_total_flops() + attention == inference_flops(model.config, batch)
 
 
 @pytest.mark.parametrize("frozen", FREEZES)

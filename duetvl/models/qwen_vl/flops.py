@@ -54,6 +54,11 @@ def forward_flops(config: ModelConfig, batch: Batch) -> dict[str, PartFlops]:
     }
 
 
+def inference_flops(config: ModelConfig, batch: Batch) -> float:
+    """Operations of one pass forward alone."""
+    return sum(cost.weights + cost.attention + cost.pixels for cost in forward_flops(config, batch).values())
+
+
 def training_flops(config: ModelConfig, parameters: Mapping[str, Parameter], batch: Batch) -> float:
     """Operations of one pass forward and backward.
 
