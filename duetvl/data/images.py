@@ -49,7 +49,7 @@ NO_WISH: Final = Resize()
 def image_size(source: ImageSource) -> Size:
     """Height and width of a picture as `load_image` will show it; nothing is decoded. Raises DataError naming it."""
     with _named(source), _opened(source) as image:
-        width, height = image.size
+        width, height = _stored_size(image)
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
@@ -147,6 +147,14 @@ def media_content(source: object) -> Path | io.BytesIO | None:
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
         raise DataError("has floating-point pixels; convert it to 8 bits first")
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height before any turn."""
+    tags = getattr(image, "tag_v2", None)
+    if image.format == "TIFF" and tags is not None and 256 in tags:
+        return tags[256], tags[257]  # new versions of Pillow show the turned size of a TIFF file, old ones do not
+    return image.size
 
 
 def _orientation(image: Image.Image) -> int:

@@ -76,9 +76,10 @@ def measure(part: ImagePart | VideoPart, settings: MediaSettings, geometry: Patc
 def shrunk(medium: Medium, scale: float, settings: MediaSettings, geometry: PatchGeometry) -> Medium:
     """The medium at `scale` (at most 1) times its area, or at the smallest area that its settings allow."""
     height, width = medium.size
-    wish = _bounds(medium, settings, geometry)
-    least = wish.min_pixels or 1
-    return _sized(medium, settings, geometry, most=max(least, int(height * width * scale)))
+    least, most, *_ = _bounds(medium, settings, geometry)
+    assert least is not None and most is not None
+    # A narrow picture may be larger than it should, where its short side can get no shorter.
+    return _sized(medium, settings, geometry, most=max(least, min(most, int(height * width * scale))))
 
 
 def load(medium: Medium, settings: MediaSettings, geometry: PatchGeometry) -> PatchRows:
