@@ -73,6 +73,12 @@ def tokenizer_factory() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_configs() -> Callable[[str], dict[str, Any]]:
+    """The config.json of a tiny model of a type."""
+    return lambda model_type: tiny_config(build_tokenizer(), model_type)
+
+
+@pytest.fixture(scope="session")
 def processor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory from which a processor can be loaded; it has no weights."""
     directory = tmp_path_factory.mktemp("processor")
