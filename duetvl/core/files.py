@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from duetvl.core.errors import CheckpointError
 
@@ -44,6 +45,29 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def staged_file(target: str | Path) -> Iterator[TextIO]:
+    """A new text file to write, which becomes `target` when the block ends without an error; never one that exists.
+
+    Raises CheckpointError where `target` exists or cannot be written.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        if target.exists():
+            raise CheckpointError(f"{target}: exists already; choose another name or remove it")
+        os.rename(temporary, target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target}: could not be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_directory(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -128,7 +129,7 @@ def _unwrapped(source: Any) -> Any:
 def _whole_path(source: Any, rules: MediaRules) -> Any:
     if isinstance(source, str | Path):
         text = str(source)
-        if not text or "\0" in text:
+        if not text or "\0" in text or not _has_bytes(text):
             raise DataError(f"{text!r:.80} is not a path")
         if rules.root is not None and not text.startswith(_SCHEMES):
             return rules.root / text
@@ -136,6 +137,15 @@ def _whole_path(source: Any, rules: MediaRules) -> Any:
     if isinstance(source, Mapping | bool | int | float) or source is None:
         raise DataError(f"a picture or video cannot be {source!r:.80}; give a path, a data URI or bytes")
     return source
+
+
+def _has_bytes(text: str) -> bool:
+    """JSON can spell half a character, which no file's name has."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_wish(said: Mapping[str, Any]) -> Resize:

@@ -112,9 +112,18 @@ def _content(parts: Sequence[Part]) -> Iterator[Piece]:
             text += part
             continue
         if text:
-            yield Piece("text", text)
+            yield Piece("text", _whole(text))
         text = ""
         assert isinstance(part, ImagePart | VideoPart), "boxes are written out before"
         yield Piece("image" if isinstance(part, ImagePart) else "video", medium=part)
     if text:
-        yield Piece("text", text)
+        yield Piece("text", _whole(text))
+
+
+def _whole(text: str) -> str:
+    """Text that has an encoding; JSON can spell half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text holds half of a character (a lone surrogate) at {error.start}") from None
+    return text

@@ -279,3 +279,12 @@ def test_media_parts_carry_what_they_are(processor: Processor) -> None:
     turns = (Turn("user", (picture, video)), Turn("assistant", ("x",)))
     pieces = [piece for piece in render(Conversation(turns)) if piece.medium is not None]
     assert [(piece.kind, piece.medium) for piece in pieces] == [("image", picture), ("video", video)]
+
+
+@pytest.mark.parametrize("record", [
+    {"messages": said("a", "\ud83d")}, {"messages": said("a", "b"), "system": "\ud83d"},
+    {"messages": said("a", "b"), "tools": [{"name": "\ud83d"}]},
+])  # fmt: skip
+def test_half_of_a_character(processor: Processor, record: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="half of a character"):
+        processor.encode_record(record)
