@@ -84,7 +84,24 @@ def _parser() -> argparse.ArgumentParser:
         "and learning rates",
     )
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
+
+    _add_data(commands.add_parser("data", help="convert data sets"))
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="published data sets to records that training reads")
+    layouts = convert.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
+
+    llava = layouts.add_parser("llava", help="LLaVA-Instruct's JSON and its pictures")
+    llava.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="llava_instruct_150k.json")
+    llava.add_argument("--images", type=Path, required=True, metavar="DIR", help="its pictures: COCO's train2017")
+    llava.add_argument("-o", "--output", type=Path, required=True, metavar="JSONL", help="must not exist")
+
+    rlhf_v = layouts.add_parser("rlhf-v", help="preference pairs of RLHF-V or RLAIF-V")
+    rlhf_v.add_argument("--parquet", type=Path, required=True, nargs="+", metavar="FILE", help="Parquet files")
+    rlhf_v.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="must not exist, or be empty")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +114,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    return {"train": _train, "check": _check, "doctor": _doctor, "export": _export, "plot": _plot}[args.command](args)
+    commands = {
+        "train": _train, "check": _check, "data": _data, "doctor": _doctor, "export": _export, "plot": _plot,
+    }  # fmt: skip
+    return commands[args.command](args)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -142,6 +162,18 @@ def _plot(args: argparse.Namespace) -> int:
     target = args.output or (args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png"))
     plot_runs(args.runs, target, args.key)
     _say(str(target))
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from duetvl.data.convert import convert_llava, convert_rlhf_v
+
+    if args.layout == "llava":
+        report = convert_llava(args.annotations, args.images, args.output)
+    else:
+        report = convert_rlhf_v(args.parquet, args.output)
+    for line in report.lines():
+        _say(line)
     return 0
 
 

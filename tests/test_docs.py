@@ -87,11 +87,14 @@ def complaints(words: list[str]) -> list[str]:
         return [] if (ROOT / words[1]).is_file() else [f"{words[1]}: no such script"]
     if words[0] != "duetvl":
         return []
-    subparsers = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-    chosen = [word for word in words[1:] if not word.startswith("-")][:1]
-    parser = subparsers.choices.get(chosen[0]) if chosen else _parser()
-    if parser is None:
-        return [f"duetvl has no command {chosen[0]}"]
+    parser = _parser()
+    for word in (word for word in words[1:] if not word.startswith("-")):
+        inner = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+        if inner is None:
+            break
+        if word not in inner.choices:
+            return [f"{parser.prog} has no command {word}"]
+        parser = inner.choices[word]
     known = {option for action in parser._actions for option in action.option_strings}
     given = [word.partition("=")[0] for word in words if word.startswith("-")]
     return [f"{words[1]} has no option {option}" for option in given if option not in known]
@@ -102,7 +105,16 @@ def test_commands_and_options_exist(path: Path) -> None:
     assert [(shlex.join(words), wrong) for words in commands(path) if (wrong := complaints(words))] == []
 
 
-@pytest.mark.parametrize("line", ["duetvl trian run.yaml", "duetvl train run.yaml --bakend ms", "bash scripts/no.sh"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "duetvl trian run.yaml",
+        "duetvl train run.yaml --bakend ms",
+        "duetvl data convert llava --anotations x",
+        "duetvl data convert lava",
+        "bash scripts/no.sh",
+    ],
+)
 def test_the_check_sees(line: str) -> None:
     assert complaints(shlex.split(line))
 

@@ -113,7 +113,9 @@ class DataSection(Section):
     image_root: str | None = Field(
         default=None, description="Directory that relative paths of media start from; by default the data file's own."
     )
-    train_on_prompt: bool = Field(default=False, description="Train the prompts' text as well.")
+    train_on_prompt: bool = Field(
+        default=False, description="Train the prompts as well, placeholders of media included, as LLaMA-Factory does."
+    )
     mask_history: bool = Field(default=False, description="Train only the last answer of a conversation.")
     min_pixels: int | None = Field(
         default=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,15 @@ def test_settings_that_do_not_fit(how: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         read_record({"messages": [user("a"), GPT]}, **how)
     assert message in str(caught.value)
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data_formats.md"
+
+
+def test_records_of_the_documentation() -> None:
+    blocks = re.findall(r"^```json\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = [read_record(json.loads(block)) for block in blocks]
+    assert [type(each) for each in found] == [Conversation] * 6 + [Preference] * 3
 
 
 _scalars = (
