@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from PIL.Image import Image
 
 from duetvl.core.errors import DataError, did_you_mean
 from duetvl.data.conversation import ImagePart, Part, VideoPart
@@ -18,6 +21,7 @@ from duetvl.data.images import Resize
 _IMAGE_KEYS: Final = ("image", "image_url", "url", "path", "value")
 _VIDEO_KEYS: Final = ("video", "video_url", "url", "path", "value")
 _SCHEMES: Final = ("data:", "file:", "http:", "https:")
+_BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){128,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?\Z")  # no path so long
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
     if source is None or (isinstance(source, list | tuple) and not source):
         raise DataError(f"a video part needs its file or its frames as a list in `video`; found {_names(part)}")
     listed = isinstance(source, list | tuple)
-    if not listed and not isinstance(source, str | Path | bytes):
-        raise DataError(f"a video must be a path, bytes or a list of frames, found {type(source).__name__}")
+    if isinstance(source, np.ndarray | Image):
+        raise DataError("a video is a file or a list of frames, found a single picture")
     said = {**rules.settings, **_given(part)}
     return VideoPart(
         [_whole_path(_unwrapped(frame), rules) for frame in source] if listed else _whole_path(source, rules),
@@ -131,6 +135,8 @@ def _whole_path(source: Any, rules: MediaRules) -> Any:
         text = str(source)
         if not text or "\0" in text or not _has_bytes(text):
             raise DataError(f"{text!r:.80} is not a path")
+        if isinstance(source, str) and _BASE64.match(text):
+            return base64.b64decode(text)
         if rules.root is not None and not text.startswith(_SCHEMES):
             return rules.root / text
         return source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -175,6 +176,14 @@ def test_sources_of_pictures() -> None:
 GPT = {"role": "assistant", "content": "x"}
 
 
+def test_a_table_may_hold_pictures_as_base64() -> None:
+    content = bytes(range(256)) * 2
+    text = base64.b64encode(content).decode()
+    found = read_record({"question": "q", "answer": "a", "image": text}, media_dir=ROOT)
+    assert isinstance(found, Conversation) and isinstance(found.turns[0].parts[0], ImagePart)
+    assert found.turns[0].parts[0].source == content
+
+
 def test_videos_and_their_settings() -> None:
     talk = [{"role": "user", "content": "<video><video><image>"}, GPT]
     sample = {"min_pixels": 784, "max_pixels": 3136, "fps": 0.5}
@@ -260,6 +269,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"messages": [user("a"), {"role": "function_call", "content": "f()"}]}, "a function call must be JSON"),
         ({"messages": [user("a"), {"role": "assistant", "tool_calls": [{}]}]}, "needs a name and arguments"),
         ({"messages": [user("<video>"), GPT], "videos": [[]]}, "a video part needs its file or its frames"),
+        ({"messages": [user("<video>"), GPT], "videos": [3]}, "a picture or video cannot be 3"),
         ({"messages": [user("<image>"), GPT], "images": [["a"]]}, "must be one path, data URI or bytes"),
         ({"messages": [user("<image>"), GPT], "images": [3]}, "a picture or video cannot be 3"),
         ({"messages": [user("<image>"), GPT], "images": [{"x": 1}]}, "needs one of bytes, url, path; found x"),
