@@ -236,10 +236,6 @@ class RecordEncoder:
         """Lay samples end to end."""
         return self.processor.pack(samples)
 
-    def __call__(self, record: Record) -> Any:
-        """Both halves at once."""
-        return self.load(self.draft(record))
-
 
 class _Writer:
     """Writes the sequences of a conversation, or of a pair, with its media at given sizes."""

@@ -126,10 +126,16 @@ class DataSection(Section):
         default=None, ge=1, description="Images with more pixels are reduced; by default what the model directory says."
     )
     resize: Literal["once", "llamafactory"] = Field(
-        default="once", description="`llamafactory` resizes twice as LLaMA-Factory does, for comparisons with it."
+        default="once",
+        description="`llamafactory` resizes twice as LLaMA-Factory does, for comparisons with it; the "
+        "bounds of pixels are then those of its own, first resize.",
     )
     video_fps: float = Field(default=2.0, gt=0, description="Frames taken per second of a video.")
-    video_min_frames: int = Field(default=4, ge=1, description="Fewest frames of a video (where it has as many).")
+    video_min_frames: int = Field(
+        default=4,
+        ge=1,
+        description="Fewest frames of a video (where it has as many); `video_frames: llamafactory` has no such bound.",
+    )
     video_max_frames: int = Field(default=768, ge=1, description="Most frames of a video.")
     video_min_pixels: int | None = Field(
         default=None, ge=1, description="Fewest pixels of a frame; by default what the model directory says."
@@ -138,13 +144,18 @@ class DataSection(Section):
         default=None, ge=1, description="Most pixels of a frame; by default what the model directory says."
     )
     video_total_pixels: int | None = Field(
-        default=None, ge=1, description="Most pixels of all frames of a video together."
+        default=None,
+        ge=1,
+        description="Most pixels of a video, two frames counted as one, as they become one patch: 784 of them are a "
+        "token. By default 90% of 128,000 tokens, as in qwen-vl-utils.",
     )
     video_frames: Literal["qwen", "llamafactory"] = Field(
         default="qwen", description="Whose rule chooses the frames: qwen-vl-utils' or LLaMA-Factory's."
     )
     cutoff_len: int | None = Field(
-        default=None, ge=1, description="Most tokens of one sample; by default `pack_tokens`."
+        default=None,
+        ge=1,
+        description="Most tokens of one sample, of a pair each answer with its prompt; by default `pack_tokens`.",
     )
     too_long: Literal["error", "drop", "truncate", "shrink"] = Field(
         default="error",
@@ -189,6 +200,8 @@ class DataSection(Section):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 raise _contradiction(f"data.{low} {least} is more than data.{high} {most}")
+        if self.video_frames == "qwen" and self.video_max_frames < 2:
+            raise _contradiction("data.video_max_frames 1: the rule `qwen` takes two frames at least")
         if self.val and self.val_rate is not None:
             raise _contradiction("data.val and data.val_rate both say what to evaluate; keep one")
         if self.streaming and self.val_rate is not None:
