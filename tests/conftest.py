@@ -18,6 +18,18 @@ import pytest
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of ours."""
+    parser.addoption("--full", action="store_true", help="what takes minutes as well: 50 kills instead of 5")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether `--full` was given."""
+    return bool(request.config.getoption("--full"))
+
+
 FRAMEWORKS = {"torch_npu": "torch", "mindspore": "mindspore"}
 
 

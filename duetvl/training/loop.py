@@ -21,7 +21,7 @@ from duetvl.core.params import Parameter
 from duetvl.data.draft import Encoder
 from duetvl.data.loader import Step
 from duetvl.training.callbacks import Callback
-from duetvl.training.checkpoint import CheckpointRef, Snapshot, load_checkpoint, take_snapshot
+from duetvl.training.checkpoint import CheckpointRef, Snapshot, load_checkpoint, remove_leftovers, take_snapshot
 from duetvl.training.costs import Flops, Meter
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.metrics import MetricsLog, Progress, read_metrics
@@ -176,6 +176,7 @@ class Run:
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
         with self.feed.started(self.total - self.step), locked(self.run_dir):
+            remove_leftovers(self.run_dir)
             write_recipe(self.recipe, self.run_dir)
             with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
                 for note in self.start.notes:
@@ -198,6 +199,8 @@ class Run:
                 self.run_dir, after=self.step, history=self.start.history, trackers=trackers, say=self.say
             )
             open_things.callback(self.log_file.close)
+            evaluations = [row["step"] for row in read_metrics(self.run_dir) if "eval_loss" in row]
+            self.evaluated_step = max(evaluations, default=-1)
             self.signals = StopSignals(self._announce_stop, section.grace)
             self.trainer.give_up = self.signals.pressing
             self.saver = Saver(
@@ -291,7 +294,7 @@ class Run:
 
     def _finish(self) -> None:
         """The last evaluation, checkpoint, plot and export; after a signal the checkpoint alone."""
-        if self.signals.caught is None and self.step > self.first_step and not self._due(self.recipe.train.eval_every):
+        if self.signals.caught is None and self.evaluated_step != self.step:  # it may have been killed just before
             self._evaluate()
         self.saver.wait()
         if self.saved_step != self.step:
@@ -361,6 +364,7 @@ class Run:
         row = {"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values}
         self.log_file.write(row)
         self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  over {found.tokens} tokens")
+        self.evaluated_step = self.step
         self._call("on_eval", row)
 
     def _snapshot(self, *, copy: bool) -> Snapshot:
