@@ -70,9 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="what is installed, which backends and devices work")
 
-    export = commands.add_parser("export", help="write a checkpoint of a run as a model directory for transformers")
+    export = commands.add_parser("export", help="write a run's checkpoint for transformers, of a LoRA run for PEFT")
     export.add_argument("run", metavar="RUN[@STEP]", help="run directory; by default its newest checkpoint")
     export.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
+
+    merge = commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it")
+    merge.add_argument("model", metavar="MODEL", help="model directory, or an id of a hub")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
+    merge.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
 
     plot = commands.add_parser("plot", help="draw the curves of runs")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
@@ -115,7 +120,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     commands = {
-        "train": _train, "check": _check, "data": _data, "doctor": _doctor, "export": _export, "plot": _plot,
+        "train": _train, "check": _check, "data": _data, "doctor": _doctor, "export": _export, "merge": _merge,
+        "plot": _plot,
     }  # fmt: skip
     return commands[args.command](args)
 
@@ -149,6 +155,15 @@ def _export(args: argparse.Namespace) -> int:
     from duetvl.training.export import export_run
 
     export_run(args.run, args.output, _say)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from duetvl.models.hub import model_directory
+    from duetvl.models.qwen_vl.adapters import merge_directories
+
+    layers = merge_directories(model_directory(args.model), args.adapter, args.output)
+    _say(f"merged {layers} layers into {args.output}")
     return 0
 
 

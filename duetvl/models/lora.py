@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -69,6 +69,17 @@ class Adapters:
     def leaves(self, key: Sequence[int] = ()) -> dict[str, Adapter]:
         """The records that `linear` looks for, by path. `key` names a pass that trains: with it there is dropout."""
         return {f"{module}.lora": self._leaf(module, key) for module in self.sizes}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, from which `from_json` makes the same."""
+        sizes = {module: [size.rank, size.alpha] for module, size in self.sizes.items()}
+        return {"sizes": sizes, "dropout": self.dropout, "rslora": self.rslora, "dora": self.dora}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Adapters:
+        """What `to_json` wrote; KeyError or TypeError for anything else."""
+        sizes = {module: Size(rank, alpha) for module, (rank, alpha) in values["sizes"].items()}
+        return cls(sizes, values["dropout"], values["rslora"], values["dora"])
 
     def _leaf(self, module: str, key: Sequence[int]) -> Adapter:
         site = (*key, zlib.crc32(module.encode())) if key else ()

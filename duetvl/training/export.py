@@ -14,6 +14,8 @@ from duetvl.core.files import staged_directory
 from duetvl.core.tensor_files import TensorSpec
 from duetvl.core.weights_dir import count_and_name, write_shards
 from duetvl.models.hub import model_directory
+from duetvl.models.lora import Adapters
+from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
 from duetvl.models.qwen_vl.loading import copy_settings, write_config
 from duetvl.training.checkpoint import CheckpointRef, find_checkpoint
@@ -23,7 +25,8 @@ Say = Callable[[str], None]
 
 
 def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
-    """Write a checkpoint, `RUN` or `RUN@STEP`, as transformers loads it; the directory that is returned.
+    """Write a checkpoint, `RUN` or `RUN@STEP`, as transformers loads it, or that of a LoRA run as PEFT does; the
+    directory that is returned.
 
     Takes the weights as they are stored and the tokenizer and settings of the recipe's model. `target` appears whole
     or not at all, and one that exists is refused. The run may still be going on. Raises CheckpointError, ConfigError.
@@ -33,8 +36,6 @@ def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
     for text in ref.rejected:
         say(f"damaged, passed over: {text}")
     kind = "adapter" if ref.meta.recipe.get("lora") is not None else "model"
-    if kind not in EXPORTERS:
-        raise ConfigError(f"{ref.path}: holds an {kind}, which this release exports only at the end of its run")
     with staged_directory(target) as staging:
         EXPORTERS[kind](ref, staging, say)
     say(f"exported step {ref.step} of {directory} to {target}")
@@ -56,6 +57,21 @@ def _export_model(ref: CheckpointRef, staging: Path, say: Say) -> None:
     write_shards(staging, specs, _reader(ref))
     write_config(config, staging, next(iter(specs.values())).dtype)
     _copy_settings_of(ref.meta.recipe, staging, say)
+
+
+def _export_adapter(ref: CheckpointRef, staging: Path, say: Say) -> None:
+    """A checkpoint that has the adapters of a model alone."""
+    base, stored = ref.meta.extra.get("base_model") or {}, ref.manifest.tensors["weights"]
+    try:
+        config = ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
+        adapters = Adapters.from_json(base["adapters"])
+        shapes = adapters.shapes(linear_shapes(config))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{ref.path}: says nothing usable of its adapters ({error!r})") from None
+    if {name: tensor.shape for name, tensor in stored.items()} != shapes:
+        raise CheckpointError(f"{ref.path}: its weights are not those of the adapters that it names")
+    specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
+    write_adapter_files(staging, config, adapters, specs, _reader(ref), base.get("path"))
 
 
 def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
@@ -84,4 +100,7 @@ def _copy_settings_of(recipe: Any, staging: Path, say: Say) -> None:
 
 
 # What a checkpoint holds -> how it is written to a staging directory.
-EXPORTERS: dict[str, Callable[[CheckpointRef, Path, Say], None]] = {"model": _export_model}
+EXPORTERS: dict[str, Callable[[CheckpointRef, Path, Say], None]] = {
+    "model": _export_model,
+    "adapter": _export_adapter,
+}

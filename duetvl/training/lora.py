@@ -76,11 +76,11 @@ def stored_parameters(model: QwenVL) -> list[Parameter] | None:
 
 
 def base_of(model: QwenVL) -> Mapping[str, Any]:
-    """What a checkpoint says of the model that its adapters belong to; nothing without adapters."""
+    """What a checkpoint says of its adapters and of the model that they belong to; nothing without adapters."""
     if model.adapters is None or model.source is None:
         return {}
     weights = open_weights(model.source, canonical_names(model.config.tie_word_embeddings))
-    return {"path": str(model.source), "fingerprint": fingerprint(weights)}
+    return {"path": str(model.source), "fingerprint": fingerprint(weights), "adapters": model.adapters.to_json()}
 
 
 def exporter(recipe: Recipe) -> Callable[..., None]:

@@ -174,3 +174,37 @@ def soil_memory(be: Backend) -> None:
     """Fill and free memory of many sizes: a kernel that leaves its result unwritten then shows."""
     for size in (1, 4, 8, 16, 32, 64, 128, 256):
         _ = [be.ops.zeros((size,)) + 777.0 for _ in range(3)]
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_the_same_when_recomputed(be: Backend) -> None:
+    """The mask is hashed again for the second pass and for the gradient: nothing of it is kept."""
+    x = normal(9, 33)
+
+    def twice(make: Any) -> list[np.ndarray]:
+        def run(x: Any) -> Any:
+            return be.ops.sum(make(lambda x: be.ops.dropout(x * x, 0.4, (1, 2, 3)), x))
+
+        value, (gradient,) = be.autograd.value_and_grad(run, [be.ops.from_numpy(x, "float32")])
+        return [be.to_numpy(value), be.to_numpy(gradient)]
+
+    plain, again = twice(lambda fn, x: fn(x)), twice(be.autograd.checkpoint)
+    assert np.array_equal(plain[0], again[0]) and np.array_equal(plain[1], again[1])
+    assert 0.2 < (plain[1] == 0).mean() < 0.6
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_drops_the_share_that_is_asked_for(be: Backend, p: float) -> None:
+    """In the whole, in every row and column, and independently of the neighbours and of another key's."""
+    rows, columns = 400, 500
+    ones = be.ops.from_numpy(np.ones((rows, columns), np.float32))
+    one, other = (be.to_numpy(be.ops.dropout(ones, p, (7, n))) == 0 for n in (0, 1))
+    spread = np.sqrt(p * (1 - p))
+    assert abs(one.mean() - p) < 5 * spread / np.sqrt(one.size)
+    for axis, count in ((0, rows), (1, columns)):
+        assert np.abs(one.mean(axis) - p).max() < 5 * spread / np.sqrt(count)
+    for shifted in (one[1:, :], one[:, 1:], other):
+        part = one[: shifted.shape[0], : shifted.shape[1]]
+        assert abs(((part - p) * (shifted - p)).mean()) < 5 * spread**2 / np.sqrt(part.size)

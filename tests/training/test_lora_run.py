@@ -20,6 +20,7 @@ from duetvl.core.tensor_files import TensorFile
 from duetvl.models.lora import is_adapter
 from duetvl.training.check import check
 from duetvl.training.checkpoint import find_checkpoint
+from duetvl.training.export import export_run
 from duetvl.training.loop import train
 from duetvl.training.metrics import read_metrics
 
@@ -158,6 +159,18 @@ def test_the_export_is_the_adapter_and_can_be_trained_on(straight, be, recipe, t
     values = json.loads(recipe.read_text()) | {"lora": {"adapter": str(export), "dropout": 0.2}}
     train(values, options, backend=be)
     assert losses(tmp_path / "on")[0] < 0.8 * losses(straight)[0]
+
+
+def test_any_checkpoint_can_be_exported(straight, tmp_path):
+    export_run(str(straight), tmp_path / "last")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "last" / name).read_bytes() == (straight / "export" / name).read_bytes()
+    export_run(f"{straight}@4", tmp_path / "fourth")
+    fourth = TensorFile(tmp_path / "fourth" / "adapter_model.safetensors")
+    assert fourth.specs == TensorFile(tmp_path / "last" / "adapter_model.safetensors").specs
+    half_way = stored(straight, 4)["weights-00000-of-00001.safetensors/model.layers.0.mlp.up_proj.lora_B.weight@0,0"]
+    key = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_B.weight"
+    assert np.array_equal(fourth.view(key), half_way)
 
 
 def test_a_merged_export_is_a_plain_model_that_does_the_same(be, recipe, straight, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,16 +73,26 @@ def save_adapter(model: QwenVL, directory: str | Path, *, overwrite: bool = Fals
     adapters = _adapters_of(model)
     tensors = {path: p.tensor for path, p in model.parameters.items() if is_adapter(path)}
     specs = {path: TensorSpec("float32", tuple(x.shape)) for path, x in tensors.items()}
+
+    def fetch(path: str) -> np.ndarray:
+        return model.backend.checkpoint_io.save(tensors[path])[0].reshape(specs[path].shape)
+
     with staged_directory(directory, overwrite=overwrite) as staging:
-        write_adapter(
-            staging,
-            adapters,
-            specs,
-            lambda path: model.backend.checkpoint_io.save(tensors[path])[0].reshape(specs[path].shape),
-            rename=module_name,
-            targets=peft_targets(model.config, adapters.sizes),
-            base=None if model.source is None else str(model.source),
-        )
+        write_adapter_files(staging, model.config, adapters, specs, fetch, model.source)
+
+
+def write_adapter_files(
+    staging: Path,
+    config: ModelConfig,
+    adapters: Adapters,
+    specs: Mapping[str, TensorSpec],
+    fetch: Fetch,
+    base: str | Path | None,
+) -> None:
+    """Write PEFT's two files; `specs` and `fetch` by our paths, `base` the directory of the model below."""
+    targets = peft_targets(config, adapters.sizes)
+    base = None if base is None else str(base)
+    write_adapter(staging, adapters, specs, fetch, rename=module_name, targets=targets, base=base)
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
