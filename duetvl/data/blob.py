@@ -26,7 +26,7 @@ class Blob:
             with open(self.path, "rb") as file:
                 found = os.pread(file.fileno(), self.size, self.offset)
         except OSError as error:
-            raise DataError(f"{self}: cannot be read: {error.strerror or error}") from None
+            raise DataError(f"cannot be read: {error.strerror or error}") from None
         if len(found) < self.size:
-            raise DataError(f"{self}: the file ends before the member does; it is cut off")
+            raise DataError("lies beyond the end of the file, which is cut off")
         return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from duetvl.data.blob import Blob
 from duetvl.data.images import NO_WISH, ImageSource, Resize
 
 DEFAULT_FPS = 2.0  # frames per second that are taken of a video that does not say, as in transformers
@@ -30,7 +31,7 @@ class VideoPart:
     follows from the frames. `wish` bounds each frame, `total_pixels` all of them together.
     """
 
-    source: str | Path | bytes | Sequence[ImageSource]
+    source: str | Path | bytes | Blob | Sequence[ImageSource]
     fps: float | None = None
     frames: int | None = None
     min_frames: int | None = None

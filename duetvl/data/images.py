@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from duetvl.core.errors import DataError
+from duetvl.data.blob import Blob
 
-ImageSource = str | Path | bytes | np.ndarray | Image.Image
+ImageSource = str | Path | bytes | Blob | np.ndarray | Image.Image
 Size = tuple[int, int]  # height, width
 _ORIENTATION: Final = 0x0112  # of the EXIF tags
 _TURNS: Final = {
@@ -132,6 +133,8 @@ def media_content(source: object) -> Path | io.BytesIO | None:
         source = _data_uri_bytes(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise DataError("is not on this machine; download it and give its path")
+    if isinstance(source, Blob):
+        source = source.read()
     if isinstance(source, bytes):
         if not source:
             raise DataError("is empty (0 bytes)")

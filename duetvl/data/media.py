@@ -11,6 +11,7 @@ from PIL import Image
 
 from duetvl.core.errors import DataError
 from duetvl.core.family import PatchGeometry
+from duetvl.data.blob import Blob
 from duetvl.data.conversation import ImagePart, VideoPart
 from duetvl.data.images import ImageSource, Resize, Size, describe, image_size, load_image
 from duetvl.data.pixels import PatchRows, PixelSettings, model_size, patch_rows, resized
@@ -117,7 +118,7 @@ def _bounds(medium: Medium, settings: MediaSettings, geometry: PatchGeometry) ->
 def _frame_sources(part: VideoPart) -> Sequence[ImageSource] | None:
     """The frames of a video that is given as a list of them; None for a file."""
     source = part.source
-    return None if isinstance(source, str | Path | bytes) else source
+    return None if isinstance(source, str | Path | bytes | Blob) else source
 
 
 def _frame_size(frames: Sequence[ImageSource]) -> Size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from duetvl.core.errors import DataError
+from duetvl.data.dataset_info import read_dataset_info
 from duetvl.data.records import Places, Reading, Record, RecordFile, Ref, describe_os_error, open_json
 from duetvl.data.tables import ParquetFile, TsvFile
 from duetvl.data.tar import TarShard
@@ -28,6 +29,7 @@ class Source:
     reading: Reading = field(default_factory=Reading)
     weight: float = 1.0
     max_samples: int | None = None
+    files: tuple[Path, ...] | None = None  # where they are known already
 
 
 AnySource = Source | str | os.PathLike[str]
@@ -36,7 +38,28 @@ AnySource = Source | str | os.PathLike[str]
 def open_source(source: AnySource) -> list[RecordFile]:
     """The files of a data set: one, those that match a pattern, or those in a directory. Raises DataError."""
     source = as_source(source)
-    return [_open(path, source.reading) for path in _paths(source.path)]
+    paths = _paths(source.path) if source.files is None else source.files
+    return [_open(path, source.reading) for path in paths]
+
+
+def resolve(source: Source) -> Source:
+    """What an entry `dataset_info.json:NAME` says, as a source of its own; another source as it is.
+
+    The recipe's own layout, columns and tags come first, and so does its `max_samples`. Raises DataError.
+    """
+    path, colon, name = source.path.rpartition(":")
+    if not colon or not path.endswith(".json"):
+        return source
+    info = read_dataset_info(path, name)
+    own = source.reading
+    reading = replace(
+        own,
+        format=info.format if own.format == "auto" else own.format,
+        columns={**info.columns, **own.columns},
+        tags={**info.tags, **own.tags},
+    )
+    most = info.num_samples if source.max_samples is None else source.max_samples
+    return replace(source, files=info.files, reading=reading, max_samples=most)
 
 
 def as_source(source: AnySource) -> Source:

@@ -12,12 +12,13 @@ import numpy as np
 
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
+from duetvl.data.cache import CachedEncoder
 from duetvl.data.draft import Encoder
 from duetvl.data.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
 from duetvl.data.order import Cursor, Mixture, RecordCursor, choice
 from duetvl.data.records import Reading, RecordFile, Ref, with_line
 from duetvl.data.samples import SampleMaker
-from duetvl.data.sources import Records, Source, open_source
+from duetvl.data.sources import Records, Source, open_source, resolve
 from duetvl.data.stream import StreamCursor, StreamSource
 from duetvl.data.workers import Pool, make_pool
 from duetvl.training.sections import DataSection, DataSource, Recipe
@@ -36,15 +37,19 @@ class DataSets:
         else:
             self._open_records()
         if data.val:
-            val = Records(as_sources(data, data.val), first_file=len(self.files))
+            sources = as_sources(data, data.val)
+            val = Records(sources, first_file=len(self.files))
             self.files += val.files
-            self._val: tuple[Records, np.ndarray] | None = val, _numbers(val, as_sources(data, data.val), data.seed)
+            self._val: tuple[Records, np.ndarray] | None = val, _numbers(val, sources, data.seed)
         if self._val is not None:
             records, numbers = self._val
             self._val = records, numbers[choice(data.seed, "val_max_samples", 0, len(numbers), data.val_max_samples)]
 
     def _open_stream(self) -> None:
         sources = as_sources(self.data, self.data.train)
+        limited = next((source.path for source in sources if source.max_samples is not None), None)
+        if limited is not None:
+            raise DataError(f"{limited}: num_samples cannot choose from a stream; set data.streaming to false")
         self._stream = StreamSource([open_source(source) for source in sources])
         self.files += self._stream.files
         self._mixture = self._mix(self._stream.counts)
@@ -106,7 +111,8 @@ class DataSets:
 
 def as_sources(data: DataSection, given: Sequence[DataSource]) -> list[Source]:
     """The recipe's data sets as the data side knows them."""
-    return [Source(source.path, reading_of(data, source), source.weight, source.max_samples) for source in given]
+    plain = [Source(source.path, reading_of(data, source), source.weight, source.max_samples) for source in given]
+    return [resolve(source) for source in plain]
 
 
 def reading_of(data: DataSection, source: DataSource) -> Reading:
@@ -151,7 +157,7 @@ class Feed:
         data = recipe.data
         self.recipe, self.sets, self.encoder = recipe, sets, encoder
         self.position = sets.cursor(position).position()
-        self._maker = SampleMaker(sets.files, encoder)
+        self._maker = SampleMaker(sets.files, CachedEncoder(encoder, data.cache) if data.cache else encoder)
         self._packing = Packing(data.pack_tokens, data.pack_patches, data.pack)
         self._rank, self._dp = rank, dp
         self._pool: Pool

@@ -206,6 +206,8 @@ class DataSection(Section):
             raise _contradiction("data.val and data.val_rate both say what to evaluate; keep one")
         if self.streaming and self.val_rate is not None:
             raise _contradiction("data.val_rate cannot take records out of a stream; give data.val")
+        if self.streaming and any(source.max_samples is not None for source in self.train):
+            raise _contradiction("data.train: max_samples cannot choose from a stream; limit train.steps instead")
         return self
 
     @property

@@ -1,0 +1,267 @@
+"""Every kind of file: found, read at any place, scanned from any place; every error names file and line."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duetvl.core.errors import DataError
+from duetvl.data import records as records_module
+from duetvl.data.blob import Blob
+from duetvl.data.formats import read_record
+from duetvl.data.images import load_image
+from duetvl.data.records import Reading
+from duetvl.data.sources import Records, Source, open_source, resolve
+from duetvl.data.stream import StreamSource
+
+TALK = [{"role": "user", "content": "é\t<image>"}, {"role": "assistant", "content": "b"}]
+
+
+def picture(colour: tuple[int, int, int] = (9, 9, 9), kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (28, 28), colour).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_jsonl(path: Path, count: int = 9) -> Path:
+    path.write_text("\n".join(json.dumps({"n": n, "text": "ü" * (n % 4)}, ensure_ascii=False) for n in range(count)))
+    return path
+
+
+def write_tsv(path: Path, rows: list[str], names: str = "index\tquestion\timage") -> Path:
+    path.write_bytes("\n".join([names, *rows, ""]).encode())
+    return path
+
+
+def write_parquet(path: Path, count: int = 10, group: int = 4) -> Path:
+    parquet = importable("pyarrow.parquet")
+    import pyarrow
+
+    pictures = [{"bytes": picture((n, 0, 0)), "path": f"{n}.png"} for n in range(count)]
+    table = pyarrow.table({"n": list(range(count)), "messages": [TALK] * count, "images": [[p] for p in pictures]})
+    parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+def importable(name: str):
+    try:
+        return __import__(name, fromlist=["x"])
+    except ImportError as error:  # pyarrow 22 and later need numpy 2
+        pytest.skip(str(error))
+
+
+KINDS = {
+    "lines.jsonl": write_jsonl,
+    "list.json": lambda path: path.write_text(json.dumps([{"n": n, "é": "ö"} for n in range(9)], ensure_ascii=False)),
+    "table.tsv": lambda path: write_tsv(path, [f'{n}\t"a\n""b"" {n}"\t' for n in range(9)]),
+    "shard.tar": lambda path: write_tar(
+        path,
+        {f"d/{n}.{kind}": body for n in range(9) for kind, body in (("txt", b"a"), ("png", picture()))},
+    ),
+    "table.parquet": write_parquet,
+}
+
+
+@pytest.fixture(params=list(KINDS))
+def file(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "SHARD_BYTES", 40)
+    KINDS[request.param](tmp_path / request.param)
+    return open_source(tmp_path / request.param)[0]
+
+
+def test_shards_hold_every_record_once_and_go_on_behind_any(file):
+    places = file.places().at.tolist()
+    found = [[at for at, _ in file.scan(*shard)] for shard in file.shards()]
+    assert [at for shard in found for at in shard] == places
+    for shard, inside in zip(file.shards(), found, strict=True):
+        for number, at in enumerate(inside):
+            assert [place for place, _ in file.scan(*shard, after=at)] == inside[number + 1 :]
+
+
+def test_a_record_is_read_at_its_place_in_any_order(file):
+    places = file.places()
+    numbers = range(1, 1 + len(places.at)) if places.numbers is None else places.numbers.tolist()
+    one_way = [file.read(int(at), number) for at, number in zip(places.at, numbers, strict=True)]
+    other_way = [file.read(int(at), number) for at, number in zip(places.at[::-1], [*numbers][::-1], strict=True)]
+    assert [r.values for r in one_way] == [r.values for r in other_way[::-1]]
+    assert len({r.id for r in one_way}) == len(one_way) >= 9
+    assert all(str(file.path) in r.where for r in one_way)
+
+
+def test_what_is_open_once_travels_without_its_index(file):
+    import pickle
+
+    assert len(pickle.dumps(file)) < 1000
+
+
+# -- TSV --------------------------------------------------------------------------------------------------------------
+
+
+def test_quoted_fields_hold_tabs_quotes_and_line_ends(tmp_path):
+    rows = ['1\t"a\tb\n""c"""\tx', '2\td"e\t', '3\t""\t"y"']
+    found = list(Records([write_tsv(tmp_path / "a.tsv", rows)]))
+    assert [(r.number, list(r.values.values())) for r in found] == [
+        (2, ["1", 'a\tb\n"c"', "x"]), (4, ["2", 'd"e', ""]), (5, ["3", "", "y"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["1\ta"], r"a\.tsv:2: has 2 fields, but the line of names has 3"),
+        (["1\ta\tb", '2\t"a\tb'], r"a\.tsv:3: a field starts with a double quote that is never closed"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, rows, expected):
+    with pytest.raises(DataError, match=expected):
+        list(Records([write_tsv(tmp_path / "a.tsv", rows)]))
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_rows_are_conversations_with_pictures(tmp_path):
+    record = Records([write_parquet(tmp_path / "a.parquet")])[7]
+    assert (record.id, record.values["n"]) == ("a.parquet:8", 7)
+    part = read_record(record.values).turns[0].parts[1]
+    assert load_image(part.source).getpixel((0, 0)) == (7, 0, 0)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet")
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"a\.parquet: not a Parquet file, or cut off"):
+        Records([file])
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"a\.parquet: reading Parquet needs pyarrow; pip install 'duetvl\[parquet\]'"):
+        Records([tmp_path / "a.parquet"])
+
+
+# -- tar --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_of_one_key_are_a_record(tmp_path, form):
+    long = "directory/" * 9 + "x" * 90
+    members = {
+        "a/1.json": json.dumps({"messages": TALK}).encode(),
+        "a/1.png": picture((1, 0, 0)),
+        f"{long}.json": json.dumps({"messages": TALK, "images": ["right.jpg"]}).encode(),
+        f"{long}.left.jpg": picture(kind="JPEG"),
+        f"{long}.right.jpg": picture((200, 0, 0), "JPEG"),
+    }
+    members[f"{long}.json"] = members[f"{long}.json"].replace(b"right.jpg", b"right.jpg")
+    records = Records([write_tar(tmp_path / "s.tar", members, form)])
+    assert [r.id for r in records] == ["s.tar:a/1", f"s.tar:{long}"]
+    found = [read_record(r.values).turns[0].parts[1].source for r in records]
+    assert all(isinstance(source, Blob) for source in found)
+    assert [load_image(source).getpixel((0, 0))[0] for source in found] == pytest.approx([1, 200], abs=3)
+
+
+def test_a_text_answers_its_pictures(tmp_path):
+    members = {"1.jpg": picture(kind="JPEG"), "1.txt": b" a cat\n", "2.mp4": b"0", "2.caption": b"a dog"}
+    first, second = Records([write_tar(tmp_path / "s.tar", members)])
+    assert first.values["messages"] == [
+        {"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a cat"},
+    ]  # fmt: skip
+    assert str(second.values["videos"][0]) == f"{tmp_path}/s.tar: 2.mp4"
+
+
+def test_damaged_shards_are_named(tmp_path):
+    whole = write_tar(tmp_path / "s.tar", {"1.txt": b"a", "1.png": picture() * 20}).read_bytes()
+    (tmp_path / "s.tar").write_bytes(whole[:2000])
+    with pytest.raises(DataError, match=r"s\.tar: ends inside of 1\.png; the file is cut off"):
+        Records([tmp_path / "s.tar"])
+    (tmp_path / "s.tar").write_bytes(b"\x1f\x8b" + b"0" * 2000)
+    with pytest.raises(DataError, match=r"s\.tar: not a tar file, or damaged: .*compressed"):
+        Records([tmp_path / "s.tar"])
+    with pytest.raises(DataError, match=r"s\.tar: 1: has neither a \.json nor a \.txt; found \.png"):
+        Records([write_tar(tmp_path / "s.tar", {"1.png": b""})])[0]
+    with pytest.raises(DataError, match=r"s\.tar: 1\.png: is damaged|s\.tar: 1\.png: is not an image"):
+        load_image(Records([write_tar(tmp_path / "s.tar", {"1.png": b"x", "1.txt": b""})])[0].values["images"][0])
+    gone = Blob(str(tmp_path / "s.tar"), 100_000, 99, "1.png")
+    with pytest.raises(DataError, match="lies beyond the end of the file, which is cut off"):
+        gone.read()
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_huge_line_is_an_error_and_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "LONGEST_LINE", 100)
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": "' + "x" * 500 + '"}\n{"n": 3}\n')
+    records = Records([tmp_path / "a.jsonl"])
+    assert [records[i].values["n"] for i in (0, 2)] == [1, 3]
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the line has more than 0 MiB"):
+        records[1]
+    assert [ref.at for ref in StreamSource([open_source(tmp_path / "a.jsonl")]).refs()] == [0, 9, 519]
+
+
+def test_a_file_that_is_cut_off_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": "abc')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON: .*the file may be cut off"):
+        Records([tmp_path / "a.jsonl"])[1]
+
+
+def test_large_elements_of_a_list_are_read_whole(tmp_path):
+    values = [{"n": n, "text": "ü" * 100_000} for n in range(3)]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(values, ensure_ascii=False, indent=1))
+    assert [r.values for r in Records([tmp_path / "a.json"])] == values
+
+
+def test_compressed_files_are_refused_by_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\x1f\x8b123")
+    with pytest.raises(DataError, match=r"a\.jsonl: is compressed \(gzip\); unpack it first"):
+        Records([tmp_path / "a.jsonl"])
+
+
+# -- patterns, directories, dataset_info ------------------------------------------------------------------------------
+
+
+def test_patterns_and_directories(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        write_jsonl(tmp_path / name, 2)
+    by_pattern, by_directory = Records([f"{tmp_path}/*.jsonl"]), Records([tmp_path])
+    for records in (by_pattern, by_directory):
+        assert [r.id for r in records] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1", "b.jsonl:2"]
+    odd = write_jsonl(tmp_path / "[x].jsonl", 1)
+    assert len(Records([odd])) == 1
+
+
+def test_an_entry_of_dataset_info(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", 4)
+    entry = {"file_name": "a.jsonl", "formatting": "sharegpt", "columns": {"messages": "talk"}, "num_samples": 2}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    source = resolve(Source(f"{tmp_path}/dataset_info.json:mine", Reading(columns={"images": "pictures"})))
+    assert (source.reading.format, source.max_samples) == ("sharegpt", 2)
+    assert source.reading.columns["messages"] == "talk"
+    assert source.reading.columns["images"] == "pictures"
+    assert [str(file.path) for file in open_source(source)] == [f"{tmp_path}/a.jsonl"]
+    with pytest.raises(DataError, match=r"has no data set 'mind'; did you mean 'mine'"):
+        resolve(Source(f"{tmp_path}/dataset_info.json:mind"))
+
+
+def test_an_index_is_eight_bytes_a_record(tmp_path):
+    places = open_source(write_jsonl(tmp_path / "a.jsonl", 1000))[0].places()
+    assert places.at.dtype == np.int64 and places.numbers is None
