@@ -41,7 +41,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if getattr(args, "resume", None) and "=" in args.resume and not Path(args.resume).exists():
         rest, args.resume = [args.resume, *rest], ""  # `--resume optim.lr=1e-5`: an override, not a directory
-    known = args.command in ("train", "check")
+    known = args.command in ("train", "check", "import-mindspeed")
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -67,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="check a recipe, its model and its first records", epilog=_OVERRIDES)
     _add_recipe(check)
+
+    moved = commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run")
+    moved.usage = f"{moved.prog} DATA MODEL SCRIPT -o RECIPE [NAME=VALUE ...]"
+    moved.add_argument("data", type=Path, metavar="DATA", help="data.json")
+    moved.add_argument("model", type=Path, metavar="MODEL", help="model.json")
+    moved.add_argument(
+        "script", type=Path, metavar="SCRIPT", help="its shell script: read, never run; NAME=VALUE sets a variable"
+    )
+    moved.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
+    moved.add_argument("--allow-unknown", action="store_true", help="go on without keys that are not known")
 
     commands.add_parser("doctor", help="what is installed, which backends and devices work")
 
@@ -120,8 +130,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     commands = {
-        "train": _train, "check": _check, "data": _data, "doctor": _doctor, "export": _export, "merge": _merge,
-        "plot": _plot,
+        "train": _train, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed, "doctor": _doctor,
+        "export": _export, "merge": _merge, "plot": _plot,
     }  # fmt: skip
     return commands[args.command](args)
 
@@ -138,6 +148,24 @@ def _check(args: argparse.Namespace) -> int:
 
     for line in check(args.recipe, _overrides(args)):
         _say(line)
+    return 0
+
+
+def _import_mindspeed(args: argparse.Namespace) -> int:
+    from duetvl.core.files import write_text
+    from duetvl.training.mindspeed.importer import import_run
+
+    if args.output.exists():
+        raise ConfigError(f"{args.output}: exists already; choose another name, or move it away")
+    variables = dict(text.split("=", 1) for text in args.overrides)
+    made = import_run(args.data, args.model, args.script, variables=variables, allow_unknown=args.allow_unknown)
+    try:
+        write_text(args.output, made.text)
+    except OSError as error:
+        raise ConfigError(f"{args.output}: cannot be written: {error.strerror or error}") from None
+    for line in made.report.lines():
+        _say(line)
+    _say(f"{args.output}: {made.summary}")
     return 0
 
 

@@ -68,6 +68,7 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def write_yaml(value: Any) -> str:
-    """A YAML text that `parse_yaml` reads back to the same value."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+def write_yaml(value: Any, *, flow: bool = False) -> str:
+    """A YAML text that `parse_yaml` reads back to the same value; with `flow` innermost lists are on one line."""
+    style = None if flow else False
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120, default_flow_style=style)

@@ -1,0 +1,377 @@
+"""The arguments of a script to the sections other than `data`'s records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from duetvl.core.errors import ConfigError, did_you_mean
+from duetvl.training.mindspeed.report import Report, Values
+from duetvl.training.mindspeed.script import Script, Text, options
+from duetvl.training.mindspeed.tables import (
+    APPLY_MODULES,
+    CP_ALGORITHMS,
+    LORA_PREFIX,
+    LORA_TARGETS,
+    PARTS,
+    SCRIPT,
+)
+
+_SCHEDULES: Final = ("cosine", "linear", "constant")
+_ADAPTED: Final = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the JSON files say that the arguments depend on. `gated`: the vision tower's MLP has a gate."""
+
+    gated: bool
+    pairs: bool
+    evaluates: bool
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How many processes the script starts."""
+
+    script: Script
+    path: str
+
+    def count(self) -> int:
+        """Raises ConfigError where only running the script would tell."""
+        given = {name.replace("-", "_"): values for name, values in options(self.script.launcher)}
+        if "__worker_num" in given:
+            return self._number("--worker_num", given["__worker_num"])
+        if "__nproc_per_node" in given:
+            nodes = self._number("--nnodes", given["__nnodes"]) if "__nnodes" in given else 1
+            return nodes * self._number("--nproc_per_node", given["__nproc_per_node"])
+        known = self.script.value("WORLD_SIZE")
+        return 1 if known.missing else self._number("WORLD_SIZE", [known])
+
+    def _number(self, name: str, words: list[Text]) -> int:
+        text, missing = (words[0].text, words[0].missing) if words else ("", "it has no value")
+        if not missing and text.isdigit() and int(text):
+            return int(text)
+        wrong = missing or f"{text!r} is no number of processes"
+        raise ConfigError(f"{self.path}: {name}: {wrong}; give the variable here, such as NNODES=1 NPUS_PER_NODE=8")
+
+
+def sections(script: Values, devices: Devices, wanted: Wanted, report: Report) -> dict[str, Any]:
+    """Sections by name, each with the fields that the arguments give."""
+    parallel = _parallel(script, devices, report)
+    train = _train(script, wanted, parallel["dp"], report)
+    made = {
+        "model": _dtype(script, report),
+        "data": _lengths(script, report),
+        "train": train,
+        "optim": _optim(script, train["steps"], report),
+        "parallel": parallel,
+        "checkpoint": _saving(script, report),
+        "log": _passed(script, report, {"--log-interval": "log.every"}),
+        "backend": _backend(script, report),
+    }
+    if lora := _lora(script, wanted, report):
+        made["lora"] = lora
+    if wanted.pairs:
+        made["dpo"] = _dpo(script, report)
+    return made
+
+
+def _passed(script: Values, report: Report, fields: dict[str, str], whole: bool = True) -> dict[str, Any]:
+    """Numbers that mean the same here."""
+    made = {}
+    for argument, field in fields.items():
+        value = script.whole(argument) if whole else script.number(argument)
+        if value is not None:
+            made[field.partition(".")[2]] = value
+            report.add("used", argument, f"{field}: {value:g}")
+    return made
+
+
+def _dtype(script: Values, report: Report) -> dict[str, Any]:
+    dtype = "bfloat16" if script.switch("--bf16") else "float16" if script.switch("--fp16") else "float32"
+    report.add("used", "--bf16, --fp16", f"model.dtype: {dtype}")
+    return {"dtype": dtype}
+
+
+def _lengths(script: Values, report: Report) -> dict[str, Any]:
+    seq = script.whole("--seq-length")
+    micro = script.whole("--micro-batch-size", 1)
+    if seq is None:
+        raise ConfigError(f"{SCRIPT.title}: --seq-length is missing")
+    pack = micro * seq
+    if script.switch("--use-txt-dynamic-batching"):
+        pack = script.whole("--max-seq-len", 2048)
+    report.add("changed", "--seq-length", f"data.cutoff_len: {seq}, data.too_long: truncate - never inside a picture")
+    report.add(
+        "changed", "--micro-batch-size",
+        f"{micro} x {seq}: data.pack_tokens: {pack} - samples are packed up to it, not padded; more is faster where "
+        f"there is memory, and the loss stays the same",
+    )  # fmt: skip
+    made = {"cutoff_len": seq, "too_long": "truncate", "pack_tokens": pack}
+    return made | _passed(script, report, {"--num-workers": "data.workers", "--seed": "data.seed"})
+
+
+# -- train -----------------------------------------------------------------------------------------------------------
+
+
+def _train(script: Values, wanted: Wanted, dp: int, report: Report) -> dict[str, Any]:
+    micro = script.whole("--micro-batch-size", 1)
+    batch = script.whole("--global-batch-size")
+    if batch is None:
+        batch = micro * dp
+        report.add("changed", "--global-batch-size", f"not given: train.global_batch: {batch}, as Megatron takes it")
+    else:
+        report.add("used", "--global-batch-size", f"train.global_batch: {batch}")
+        if batch % (micro * dp):
+            report.add(
+                "contradiction", "--global-batch-size",
+                f"{batch} is no multiple of {micro} samples x {dp} replicas, which MindSpeed-MM refuses",
+            )  # fmt: skip
+    steps, samples = script.whole("--train-iters"), script.whole("--train-samples")
+    if steps is None and samples is None:
+        raise ConfigError(f"{SCRIPT.title}: --train-iters is missing")
+    if steps is None:
+        steps = math.ceil(samples / batch)
+        report.add("changed", "--train-samples", f"{samples} samples of {batch} a step: train.steps: {steps}")
+    else:
+        report.add("used", "--train-iters", f"train.steps: {steps}")
+    made = {"global_batch": batch, "steps": steps, **_loss(script, wanted, micro, report)}
+    if save := script.text("--save"):
+        made["output_dir"] = save
+        report.add("used", "--save", f"train.output_dir: {save}")
+    if wanted.evaluates:
+        return made | _passed(script, report, {"--eval-interval": "train.eval_every"})
+    if "--eval-interval" in script:
+        script.whole("--eval-interval")
+        report.add("not needed", "--eval-interval", "data.json gives nothing to evaluate")
+    return made
+
+
+def _loss(script: Values, wanted: Wanted, micro: int, report: Report) -> dict[str, Any]:
+    per_sample = script.switch("--calculate-per-sample-loss")
+    per_token = script.switch("--calculate-per-token-loss")
+    if wanted.pairs:
+        return {}
+    if per_sample and per_token:
+        raise ConfigError(f"{SCRIPT.title}: --calculate-per-sample-loss and --calculate-per-token-loss are both given")
+    if per_token:
+        report.add("used", "--calculate-per-token-loss", "train.loss: token")
+        return {"loss": "token"}
+    if per_sample:
+        report.add("used", "--calculate-per-sample-loss", "train.loss: sample")
+        return {"loss": "sample"}
+    same = "which is the same with one sample in each" if micro == 1 else (
+        f"which weighs samples, not micro-batches of {micro} padded ones"
+    )  # fmt: skip
+    report.add("changed", "loss", f"its default is the mean over micro-batches: train.loss: sample, {same}")
+    return {"loss": "sample"}
+
+
+# -- optim -----------------------------------------------------------------------------------------------------------
+
+
+def _optim(script: Values, steps: int, report: Report) -> dict[str, Any]:
+    if (optimizer := script.text("--optimizer") or "adam") != "adam":
+        raise ConfigError(f"{SCRIPT.title}: --optimizer {optimizer}: duetvl has AdamW (adam) alone")
+    lr = script.number("--lr")
+    if not lr:
+        raise ConfigError(f"{SCRIPT.title}: --lr is missing")
+    made: dict[str, Any] = {"lr": float(lr), **_schedule(script, float(lr), steps, report)}
+    report.add("used", "--lr", f"optim.lr: {lr:g}")
+    betas = [float(script.number("--adam-beta1", 0.9)), float(script.number("--adam-beta2", 0.999))]
+    made |= {"betas": betas, "eps": float(script.number("--adam-eps", 1e-8))}
+    report.add("used", "--adam-beta1, --adam-beta2", f"optim.betas: {betas}")
+    decay = float(script.number("--weight-decay", 0.01))
+    made["weight_decay"] = decay
+    report.add("used", "--weight-decay", f"optim.weight_decay: {decay:g}{_absent(script, '--weight-decay')}")
+    clip = float(script.number("--clip-grad", 1.0))
+    made["clip"] = clip or None
+    kind, meaning = ("used", f"{clip:g}") if clip else ("changed", "null - 0 is no clipping there")
+    report.add(kind, "--clip-grad", f"optim.clip: {meaning}{_absent(script, '--clip-grad')}")  # type: ignore[arg-type]
+    return made | _groups(script, report)
+
+
+def _absent(script: Values, argument: str) -> str:
+    return "" if argument in script else " (Megatron's default)"
+
+
+def _schedule(script: Values, lr: float, steps: int, report: Report) -> dict[str, Any]:
+    style = script.text("--lr-decay-style") or "linear"
+    if style not in _SCHEDULES:
+        raise ConfigError(f"{SCRIPT.title}: --lr-decay-style {style}: there are {', '.join(_SCHEDULES)}")
+    made: dict[str, Any] = {"schedule": style}
+    report.add("used", "--lr-decay-style", f"optim.schedule: {style}{_absent(script, '--lr-decay-style')}")
+    decay = script.whole("--lr-decay-iters")
+    if decay is not None and decay != steps:
+        report.add("changed", "--lr-decay-iters", f"{decay}, but the rate falls over all {steps} steps here")
+    fraction, warmup = script.number("--lr-warmup-fraction"), script.whole("--lr-warmup-iters")
+    if fraction or warmup:
+        made["warmup"] = float(fraction) if fraction else warmup
+        report.add(
+            "used", "--lr-warmup-fraction" if fraction else "--lr-warmup-iters", f"optim.warmup: {made['warmup']:g}"
+        )
+    least = float(script.number("--min-lr", 0.0))
+    if least and style != "constant":
+        made["min_lr_ratio"] = float(f"{least / lr:.12g}")
+        report.add("used", "--min-lr", f"optim.min_lr_ratio: {least / lr:g}")
+    return made
+
+
+def _groups(script: Values, report: Report) -> dict[str, Any]:
+    """Parts with their own learning rate or without weight decay."""
+    made: dict[str, Any] = {}
+    if excluded := script.get("--weight-decay-exclude-modules"):
+        made["no_decay"] = [part for name in excluded for part in _parts(name, "--weight-decay-exclude-modules")]
+        report.add("used", "--weight-decay-exclude-modules", f"optim.no_decay: {made['no_decay']}")
+    factor = float(script.number("--lr-mult", 1.0))
+    if scaled := script.get("--lr-scale-modules"):
+        made["lr_scale"] = {part: factor for name in scaled for part in _parts(name, "--lr-scale-modules")}
+        report.add("used", "--lr-scale-modules", f"optim.lr_scale: {made['lr_scale']}")
+    return made
+
+
+def _parts(name: str, argument: str) -> list[str]:
+    """Parts of the model under MindSpeed-MM's name of a module."""
+    if name not in APPLY_MODULES:
+        raise ConfigError(
+            f"{SCRIPT.title}: {argument} {name}{did_you_mean(name, APPLY_MODULES)}; for other modules leave the "
+            f"argument out and give patterns in the recipe"
+        )
+    return [PARTS[part] for part in APPLY_MODULES[name]]
+
+
+# -- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _parallel(script: Values, devices: Devices, report: Report) -> dict[str, Any]:
+    names = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
+             "cp": "--context-parallel-size"}  # fmt: skip
+    made: dict[str, Any] = {axis: script.whole(argument, 1) for axis, argument in names.items()}
+    for axis, argument in names.items():
+        if made[axis] < 1:
+            raise ConfigError(f"{SCRIPT.title}: {argument} is {made[axis]}, expected 1 or more")
+        report.add("used", argument, f"parallel.{axis}: {made[axis]}")
+    count, replica = devices.count(), made["tp"] * made["pp"] * made["cp"]
+    if count % replica:
+        raise ConfigError(
+            f"{devices.path}: {count} processes cannot be divided into tp {made['tp']} x pp {made['pp']} x "
+            f"cp {made['cp']} = {replica}; give other variables here, such as NPUS_PER_NODE={replica}"
+        )
+    report.add("used", "number of processes", f"{count} / {replica}: parallel.dp: {count // replica}")
+    made = {"pp": made["pp"], "dp": count // replica, "cp": made["cp"], "tp": made["tp"]}
+    if script.switch("--sequence-parallel"):
+        made["sequence"] = True
+        report.add("used", "--sequence-parallel", "parallel.sequence: true")
+    return made | _context(script, made["cp"], report)
+
+
+def _context(script: Values, cp: int, report: Report) -> dict[str, Any]:
+    algorithm = script.text("--context-parallel-algo") or "ulysses_cp_algo"
+    if algorithm not in CP_ALGORITHMS:
+        known = did_you_mean(algorithm, CP_ALGORITHMS)
+        raise ConfigError(f"{SCRIPT.title}: --context-parallel-algo {algorithm}{known}")
+    ours = CP_ALGORITHMS[algorithm]
+    if cp == 1:
+        report.add("not needed", "--context-parallel-algo", "sequences are not divided")
+        return {}
+    kind = "changed" if algorithm.startswith(("hybrid", "adaptive")) else "used"
+    report.add(kind, "--context-parallel-algo", f"{algorithm}: parallel.cp_algorithm: {ours}")  # type: ignore[arg-type]
+    return {"cp_algorithm": ours}
+
+
+# -- lora and dpo ----------------------------------------------------------------------------------------------------
+
+
+def _lora(script: Values, wanted: Wanted, report: Report) -> dict[str, Any]:
+    modules = script.get("--lora-target-modules") or []
+    if not modules:
+        return {}
+    parts = [part for name in script.get("--lora-apply-modules") or ["all"] for part in _applied(name)]
+    made: dict[str, Any] = {
+        "rank": script.whole("--lora-r", 8),
+        "alpha": float(script.number("--lora-alpha", 16)),
+        "dropout": float(script.number("--lora-dropout", 0.0)),
+        "targets": _targets(modules, parts, wanted.gated),
+    }
+    if wanted.pairs and made["dropout"]:
+        report.add(
+            "changed", "--lora-dropout", f"{made['dropout']:g}, but 0 with dpo: there as well no dropout is done"
+        )
+        made["dropout"] = 0.0
+    for argument, name in (("--lora-r", "rank"), ("--lora-alpha", "alpha"), ("--lora-dropout", "dropout")):
+        report.add("used", argument, f"lora.{name}: {made[name]:g}{'' if argument in script else ' (its default)'}")
+    fused = " - q, k, v and gate, up have an adapter each, as in PEFT" if _ADAPTED & set(modules) else ""
+    report.add("changed", "--lora-target-modules", f"{' '.join(modules)}: lora.targets: {made['targets']}{fused}")
+    return made
+
+
+def _applied(name: str) -> tuple[str, ...]:
+    if name not in APPLY_MODULES:
+        raise ConfigError(f"{SCRIPT.title}: --lora-apply-modules {name}{did_you_mean(name, APPLY_MODULES)}")
+    return APPLY_MODULES[name]
+
+
+def _targets(modules: list[str], parts: list[str], gated: bool) -> list[str]:
+    """Patterns of the linear layers; a part of which all have an adapter is named as a whole."""
+    known = {name for table in LORA_TARGETS.values() for name in table}
+    for name in modules:
+        if name not in known:
+            raise ConfigError(f"{SCRIPT.title}: --lora-target-modules {name}{did_you_mean(name, known)}")
+    found: list[str] = []
+    for part in dict.fromkeys(parts):
+        every = {layer for layers in LORA_TARGETS[part].values() for layer in _existing(part, layers, gated)}
+        chosen = [layer for name in modules for layer in _existing(part, LORA_TARGETS[part].get(name, ()), gated)]
+        whole = set(chosen) == every
+        found += [PARTS[part]] if whole else [LORA_PREFIX[part] + layer for layer in dict.fromkeys(chosen)]
+    if not found:
+        raise ConfigError(
+            f"{SCRIPT.title}: --lora-target-modules {' '.join(modules)} has no layer in {', '.join(parts)}"
+        )
+    return found
+
+
+def _existing(part: str, layers: tuple[str, ...], gated: bool) -> tuple[str, ...]:
+    """The layers that the family has: the vision tower's MLP has a gate in Qwen2.5-VL, and none in Qwen2-VL."""
+    other = ("mlp.fc1", "mlp.fc2") if gated else ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return tuple(layer for layer in layers if part != "vision_encoder" or layer not in other)
+
+
+def _dpo(script: Values, report: Report) -> dict[str, Any]:
+    loss = script.text("--dpo-loss-type") or "sigmoid"
+    made: dict[str, Any] = {"loss": loss}
+    for argument, name, usual in (
+        ("--dpo-beta", "beta", 0.1), ("--dpo-label-smoothing", "label_smoothing", 0.0), ("--pref-ftx", "pref_ftx", 0.0),
+    ):  # fmt: skip
+        made[name] = float(script.number(argument, usual))
+        report.add("used", argument, f"dpo.{name}: {made[name]:g}{'' if argument in script else ' (its default)'}")
+    report.add("used", "--dpo-loss-type", f"dpo.loss: {loss}")
+    if reference := script.text("--ref-model"):
+        report.add(
+            "changed", "--ref-model",
+            f"{reference} is in MindSpeed-MM's layout: the reference is model.path; for another "
+            f"one give dpo.reference a Hugging Face directory",
+        )  # fmt: skip
+    return made
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+def _saving(script: Values, report: Report) -> dict[str, Any]:
+    if load := script.text("--load"):
+        report.add(
+            "changed", "--load",
+            f"{load}: weights come from model.path. If you have trained these, give model.path what "
+            f"`mm-convert ... mm_to_hf` makes of them",
+        )  # fmt: skip
+    return {**_passed(script, report, {"--save-interval": "checkpoint.every"}), "export": True}
+
+
+def _backend(script: Values, report: Report) -> dict[str, Any]:
+    name = script.text("--ai-framework")
+    if name == "mindspore":
+        report.add("used", "--ai-framework", "backend.name: mindspore")
+        return {"name": "mindspore"}
+    return {}

@@ -1,0 +1,434 @@
+"""Runs of MindSpeed-MM become recipes: every key is accounted for, and no script is ever run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from contextlib import suppress
+from pathlib import Path
+
+import mindspeed_runs as runs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duetvl.cli import main
+from duetvl.core.errors import ConfigError
+from duetvl.training.mindspeed.importer import Imported, import_run, key_tables
+from duetvl.training.mindspeed.script import Text, options, read_script
+from duetvl.training.mindspeed.tables import TABLES
+from duetvl.training.recipe import load_recipe, make_recipe
+from duetvl.training.sections import Recipe
+from duetvl.training.yaml_values import parse_yaml
+
+ROOT = Path(__file__).parents[2]
+SMALL = runs.GUIDES["qwen2_5_vl_7b"]
+
+
+def recipe_of(made: Imported) -> Recipe:
+    return make_recipe(parse_yaml(made.text, "made"), name="run")
+
+
+def notes(made: Imported, kind: str) -> dict[str, str]:
+    return {note.key: note.text for note in made.report.notes if note.kind == kind}
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def edit(file: Path, path: str, value: object) -> None:
+    """Set a dotted key of a JSON file."""
+    values = inner = json.loads(file.read_text())
+    *parents, last = path.split(".")
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    file.write_text(json.dumps(values))
+
+
+# -- the guides ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", runs.GUIDES)
+@pytest.mark.parametrize(("task", "kind"), [({}, "sft_full"), ({"lora": True}, "sft_lora")], ids=["full", "lora"])
+def test_a_guide_becomes_the_recipe_of_its_size(tmp_path, name, task, kind):
+    """The recipes that come with duetvl hold the guides' values, except where their comments say so."""
+    recipe = recipe_of(import_run(*runs.write(tmp_path, runs.GUIDES[name], **task)))
+    ours = load_recipe(ROOT / "recipes" / f"{name}_{kind}.yaml")
+    layout = load_recipe(ROOT / "recipes" / f"{name}_sft_full.yaml").parallel
+    assert recipe.parallel.mesh == layout.mesh
+    assert recipe.parallel.language_layers == layout.language_layers
+    assert recipe.parallel.vision_layers == layout.vision_layers
+    assert recipe.train.global_batch == ours.train.global_batch and recipe.train.steps == ours.train.steps
+    assert recipe.model.freeze == ours.model.freeze and recipe.model.dtype == ours.model.dtype
+    assert recipe.optim == ours.optim.model_copy(update={"clip": None, "lr": 1e-5})
+    assert recipe.lora == ours.lora
+    assert recipe.data.max_pixels == ours.data.max_pixels and recipe.data.cutoff_len == ours.data.cutoff_len
+    assert recipe.data.seed == ours.data.seed
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_72b", "qwen2_5_vl_3b"])
+def test_videos_and_pairs(tmp_path, name):
+    guide = runs.GUIDES[name]
+    video = recipe_of(import_run(*runs.write(tmp_path, guide, video=True)))
+    ours = load_recipe(ROOT / "recipes" / f"{name}_sft_video.yaml").data
+    fields = ("video_min_pixels", "video_max_pixels", "video_fps", "video_max_frames", "video_frames")
+    assert [getattr(video.data, field) for field in fields] == [getattr(ours, field) for field in fields]
+    made = import_run(*runs.write(tmp_path, guide, dpo=True, lora=True))
+    pairs, ours = recipe_of(made), load_recipe(ROOT / "recipes" / f"{name}_dpo_lora.yaml")
+    assert pairs.dpo == ours.dpo and pairs.lora == ours.lora and pairs.optim.lr == ours.optim.lr
+    assert pairs.data.train[0].format == "preference"
+    assert made.summary.startswith("dpo with lora, ")
+
+
+def test_every_key_is_in_the_report(tmp_path):
+    files = runs.write(tmp_path, SMALL, lora=True)
+    text = "\n".join(import_run(*files).report.lines())
+    program = next(words for words in files[2].read_text().split('"') if "--use-mcore-models" in words)
+    for argument in [word for word in program.split() if word.startswith("--")]:
+        assert argument in text or argument in ("--lora-apply-modules",), argument
+    for key in ("image_max_pixels", "template", "drop_last", "freeze", "bridge_patch", "rope_theta", "mrope_section"):
+        assert key in text, key
+    assert "CUDA_DEVICE_MAX_CONNECTIONS, TASK_QUEUE_ENABLE" in text
+
+
+# -- what changes its meaning, what does not fit together ------------------------------------------------------------
+
+
+def test_meanings_that_change_are_told(tmp_path):
+    changed = notes(import_run(*runs.write(tmp_path, SMALL)), "changed")
+    assert changed["--clip-grad"] == "optim.clip: null - 0 is no clipping there"
+    assert "data.too_long: truncate" in changed["--seq-length"]
+    assert "train.loss: sample, which is the same with one sample in each" in changed["loss"]
+    assert "weights come from model.path" in changed["--load"]
+    assert "data.min_pixels: 3136" in changed["image_min_pixels"]
+
+
+def test_a_model_json_with_other_numbers_is_told(tmp_path):
+    """The guides' model_3b.json gives the vision tower a width of 1280 to project to."""
+    files = runs.write(tmp_path, runs.GUIDES["qwen2_5_vl_3b"])
+    edit(files[1], "image_encoder.vision_encoder.llm_hidden_size", 1280)
+    edit(files[1], "text_decoder.seq_length", 2048)
+    change(files[2], "--vocab-size 151936", "--vocab-size 152064")
+    edit(files[0], "dataset_param.preprocess_parameters.model_name_or_path", "ckpt/Qwen2-VL-2B-Instruct")
+    told = notes(import_run(*files), "contradiction")
+    assert told["image_encoder.vision_encoder.llm_hidden_size"] == (
+        "1280, the published model has 2048; its config.json decides"
+    )
+    assert told["--seq-length"] == "1024, but text_decoder.seq_length is 2048; the script's is taken"
+    assert told["--vocab-size"] == "152064, but text_decoder.vocab_size is 151936; config.json decides"
+    assert "looks like Qwen2-VL-2B, model.json is of Qwen2.5-VL-3B" in told["model_name_or_path"]
+
+
+def test_stages_of_the_script_and_of_the_model_must_agree(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    with pytest.raises(ConfigError) as caught:
+        import_run(*files, variables={"PP": "4"})
+    assert str(caught.value) == (
+        "model.json: pipeline_num_layers [32, 0] is for 2 stages, the script has --pipeline-model-parallel-size 4; "
+        "correct one of them, or give its variable here (PP=2)"
+    )
+    edit(files[1], "text_decoder.pipeline_num_layers", [12, 15])
+    with pytest.raises(ConfigError, match="places 27 layers, the language model has 28"):
+        import_run(*files)
+
+
+def test_virtual_stages(tmp_path):
+    guide = runs.GUIDES["qwen2_vl_7b"]
+    language, vision = [[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]], [[10, 10, 10, 2], [0] * 4, [0] * 4]
+    files = runs.write(tmp_path, guide._replace(language=language, vision=vision))
+    change(files[2], "--use-flash-attn", "--use-flash-attn --virtual-pipeline-model-parallel-size 3")
+    made = import_run(*files)
+    assert recipe_of(made).parallel.virtual == 3
+    assert not notes(made, "contradiction")
+    change(files[2], "parallel-size 3", "parallel-size 2")
+    assert "2, but pipeline_num_layers has 3 rows" in str(notes(import_run(*files), "contradiction"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--calculate-per-token-loss", "train.loss=token"),
+        ("--calculate-per-sample-loss", "train.loss=sample"),
+        ("--sequence-parallel", "parallel.sequence=True"),
+        ("--min-lr 1e-6", "optim.min_lr_ratio=0.1"),
+        ("--lr-warmup-iters 50 --lr-warmup-fraction 0", "optim.warmup=50"),
+        ("--clip-grad=1.5", "optim.clip=1.5"),
+        ("--use-txt-dynamic-batching --max-seq-len 8192", "data.pack_tokens=8192"),
+        ("--ai-framework mindspore", "backend.name=mindspore"),
+        ("--weight-decay-exclude-modules image_encoder", "optim.no_decay=('vision', 'projector')"),
+        ("--lr-scale-modules text_decoder --lr-mult 0.5", "optim.lr_scale={'language': 0.5}"),
+        (
+            "--lora-target-modules linear_qkv --lora-apply-modules image_encoder",
+            "lora.targets=('visual.blocks.*.attn.qkv',)",
+        ),
+        (
+            "--lora-target-modules linear_fc2 q_proj",
+            "lora.targets=('model.layers.*.mlp.down_proj', 'model.layers.*.self_attn.q_proj', "
+            "'visual.blocks.*.mlp.down_proj', 'visual.merger.mlp.2')",
+        ),
+        ("--train-samples 1000", "train.steps=10000"),
+        ("--micro-batch-size 4", "data.pack_tokens=4096"),
+    ],
+)  # fmt: skip
+def test_arguments(tmp_path, argument, expected):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--distributed-timeout-minutes 20 ", f"--distributed-timeout-minutes 20 {argument} ")
+    recipe = recipe_of(import_run(*files))
+    path, _, value = expected.partition("=")
+    section, _, field = path.partition(".")
+    assert str(getattr(getattr(recipe, section), field)) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("basic_parameters.train_on_prompt", True, "train_on_prompt=True"),
+        ("basic_parameters.streaming", True, "streaming=True"),
+        ("basic_parameters.val_rate", 0.1, "val_rate=0.1"),
+        ("basic_parameters.max_samples", 7, "train[0].max_samples=7"),
+        ("basic_parameters.dataset", "a.json,./b/c.json", "train[0].path=data/a.json"),
+        ("attr.formatting", "alpaca", "train[0].format=alpaca"),
+        ("attr.images", "pictures", "train[0].columns={'images': 'pictures'}"),
+        ("attr.assistant_tag", "bot", "train[0].tags={'assistant_tag': 'bot'}"),
+        ("attr.messages", "conversations", "train[0].columns={}"),
+        ("preprocess_parameters.image_min_pixels", 10000, "min_pixels=10000"),
+        ("preprocess_parameters.video_max_pixels", None, "video_max_pixels=65536"),
+    ],
+)
+def test_keys_of_the_data(tmp_path, key, value, expected):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], f"dataset_param.{key}", value)
+    recipe = recipe_of(import_run(*files))
+    path, _, wanted = expected.partition("=")
+    found = recipe.data.train[0] if path.startswith("train[0]") else recipe.data
+    assert str(getattr(found, path.rpartition(".")[2])) == wanted
+
+
+def test_evaluation_needs_data_for_it(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    assert recipe_of(import_run(*files)).train.eval_every is None
+    edit(files[0], "dataset_param.basic_parameters.val_dataset", "./data/val.json")
+    recipe = recipe_of(import_run(*files))
+    assert recipe.train.eval_every == 10000 and recipe.data.val[0].path == "./data/val.json"
+
+
+def test_a_vision_tower_is_frozen_where_nothing_is_said_of_it(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    values = json.loads(files[1].read_text())
+    del values["image_encoder"]["vision_encoder"]["freeze"], values["image_encoder"]["vision_projector"]["freeze"]
+    files[1].write_text(json.dumps(values))
+    assert recipe_of(import_run(*files)).model.freeze == ("vision",)
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--lr-warmup-fracton 0.1", "--lr-warmup-fracton is not known; did you mean '--lr-warmup-fraction'?"),
+        ("--lora-mixed-training", "--lora-mixed-training: with `lora` only adapters are trained"),
+        ("--optimizer muon", "--optimizer muon: duetvl has AdamW (adam) alone"),
+        ("--lr fast", "--lr is 'fast', expected a number"),
+        ("--train-iters 10.5", "--train-iters is 10.5, expected a whole number"),
+        ("--bf16 yes", "'yes' belongs to no option"),
+        ("--lr 1 2", "'2' belongs to no option after --lr"),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD: there are cosine, linear, constant"),
+        ("--lora-target-modules linear_qvk", "--lora-target-modules linear_qvk; did you mean 'linear_qkv'?"),
+        ("--lora-apply-modules vision --lora-target-modules linear_qkv", "--lora-apply-modules vision; did you mean"),
+        ("--context-parallel-algo ulyses_cp_algo", "did you mean 'ulysses_cp_algo'?"),
+        (
+            "$EXTRA_ARGS",
+            "EXTRA_ARGS is not set in the script, so what it adds is not known after",
+        ),
+        ("--save $(pwd)/out", "--save: the output of pwd is not known; write it into a copy of the script"),
+        ("--tensor-model-parallel-size 3", "8 processes cannot be divided into tp 3 x pp 2 x cp 1 = 6"),
+    ],
+)
+def test_arguments_that_cannot_be_taken(tmp_path, argument, expected):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--distributed-timeout-minutes 20 ", f"--distributed-timeout-minutes 20 {argument} ")
+    with pytest.raises(ConfigError) as caught:
+        import_run(*files)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "key", "value", "expected"),
+    [
+        (0, "dataset_param.basic_parameters.trian_on_prompt", True, "basic_parameters.train_on_prompt'?"),
+        (0, "dataset_param.basic_parameters.cutoff_len", 512, "cutoff_len: is refused there too"),
+        (0, "dataset_param.attr.formatting", "xml", "formatting is 'xml', expected sharegpt or alpaca"),
+        (0, "dataset_param.basic_parameters.dataset", None, "basic_parameters.dataset is missing"),
+        (0, "dataset_param.basic_parameters.mask_history", "no", "mask_history is 'no', expected true or false"),
+        (1, "model_id", "internvl", "model_id is 'internvl'"),
+        (1, "text_decoder.pipeline_num_layers", "12,16", "pipeline_num_layers (language_layers) is \"12,16\""),
+        (1, "video_encoder", {"model_id": "x"}, "video_encoder.model_id is not known"),
+        (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known"),
+    ],
+)  # fmt: skip
+def test_keys_that_cannot_be_taken(tmp_path, number, key, value, expected):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[number], key, value)
+    with pytest.raises(ConfigError) as caught:
+        import_run(*files)
+    assert expected in str(caught.value)
+
+
+def test_one_can_go_on_without_what_is_not_known(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--use-flash-attn", "--use-flash-attn --brand-new 3 $EXTRA")
+    edit(files[1], "text_decoder.new_key", 1)
+    made = import_run(*files, allow_unknown=True)
+    assert set(notes(made, "unknown")) >= {"--brand-new", "text_decoder.new_key"}
+    assert recipe_of(made).train.steps == 10000
+
+
+def test_what_only_running_would_tell_is_asked_for(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "NNODES=1", "NNODES=$(wc -l < hosts)")
+    with pytest.raises(
+        ConfigError, match=r"--global-batch-size: NNODES is the output of a command \(line 8\); give it here: NNODES="
+    ):
+        import_run(*files)
+    recipe = recipe_of(import_run(*files, variables={"NNODES": "2"}))
+    assert recipe.parallel.dp == 8 and recipe.train.global_batch == 384
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_recipe_once(tmp_path, capsys, monkeypatch):
+    files = [str(file) for file in runs.write(tmp_path, SMALL, lora=True)]
+    target = tmp_path / "made.yaml"
+    assert main(["import-mindspeed", *files, "-o", str(target), "NPUS_PER_NODE=4"]) == 0
+    told = capsys.readouterr().out
+    assert told.endswith(f"{target}: sft with lora, pp 2 x dp 2 x cp 1 x tp 1 on 4 devices, 96 samples a step\n")
+    assert load_recipe(target).lora is not None
+    before = target.read_text()
+    assert main(["import-mindspeed", *files, "-o", str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert target.read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "finetune.sh", "made.yaml", "model.json"]
+
+
+def test_nothing_is_written_where_something_is_wrong(tmp_path, capsys):
+    files = [str(file) for file in runs.write(tmp_path, SMALL)]
+    assert main(["import-mindspeed", *files[:2], str(tmp_path / "none.sh"), "-o", str(tmp_path / "made.yaml")]) == 2
+    assert main(["import-mindspeed", files[2], *files[1:], "-o", str(tmp_path / "made.yaml")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].endswith("none.sh: no such file") and "cannot be read as JSON" in errors[1]
+    assert not (tmp_path / "made.yaml").exists()
+
+
+def test_a_script_is_never_run(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "mkdir -p logs", f"touch {tmp_path}/run; X=$(touch {tmp_path}/run2); eval 'touch {tmp_path}/run3'")
+    import_run(*files)
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_windows_line_ends(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    files[2].write_bytes(files[2].read_bytes().replace(b"\n", b"\r\n"))
+    assert recipe_of(import_run(*files)).train.global_batch == 192
+
+
+def test_the_table_of_keys_is_current():
+    document = ROOT / "docs" / "migrating_keys.md"
+    assert document.read_text(encoding="utf-8") == key_tables(), (
+        "make it anew: python -c 'from duetvl.training.mindspeed.importer import key_tables as t; "
+        'open("docs/migrating_keys.md", "w").write(t())\''
+    )
+
+
+def test_a_key_is_in_one_table_alone():
+    for table in TABLES:
+        names = list(table.known())
+        assert len(names) == len(set(names)), table.title
+        assert table.switches | table.lists <= set(names)
+
+
+# -- shell -----------------------------------------------------------------------------------------------------------
+
+
+def arguments(text: str, **given: str) -> list[tuple[str, list[str]]]:
+    return [(name, [word.text for word in words]) for name, words in options(read_script(text, given).arguments)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("python a.py --x 1 --y", [("--x", ["1"]), ("--y", [])]),
+        ("A='--x 1 --y 2'\npython a.py $A", [("--x", ["1"]), ("--y", ["2"])]),
+        ('A=(--x "1 2"\n  # why\n --y 3)\npython a.py "${A[@]}"', [("--x", ["1 2"]), ("--y", ["3"])]),
+        ('A="--x 1"; A+=" --y 2"\npython a.py $A', [("--x", ["1"]), ("--y", ["2"])]),
+        ("A=(--x 1)\nA+=(--y 2)\npython a.py ${A[*]}", [("--x", ["1"]), ("--y", ["2"])]),
+        ("N=3\npython a.py --x $((N * (2 + $N) / 4 % 3)) --y ${N}b", [("--x", ["0"]), ("--y", ["3b"])]),
+        ("python a.py --x ${N:-7} --y ${M-'8'}", [("--x", ["7"]), ("--y", ["'8'"])]),
+        ("python a.py \\\n  --x 1 \\\n  --y 2 > log 2>&1 | tee b", [("--x", ["1"]), ("--y", ["2"])]),
+        ("cat <<EOF > h\n--x 1 ' \" ( \nEOF\npython a.py --y 2", [("--y", ["2"])]),
+        ("if [ -z $P ]; then P=5; fi\npython a.py --x $P", [("--x", ["5"])]),
+        ("export P=5 Q=6\nA=1 python a.py --x $P$Q # --z", [("--x", ["56"])]),
+        ("python -c 'x'; python a.py --x '$P'", [("--x", ["$P"])]),
+        ("python a.py --x a\\ b --y=\"c d\"", [("--x", ["a b"]), ("--y", ["c d"])]),
+        ("python a.py --x 1 $@ \"$@\"", [("--x", ["1"])]),
+        ("A=\npython a.py --x 1 $A --y ${A:-2}", [("--x", ["1"]), ("--y", ["2"])]),
+    ],
+)  # fmt: skip
+def test_shell(text, expected):
+    assert arguments(text) == expected
+
+
+def test_given_variables_win():
+    assert arguments("N=1\nM=$((N*2))\npython a.py --x $N --y $M", N="4") == [("--x", ["4"]), ("--y", ["8"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("N=$(nproc)\npython a.py --x $N", "N is the output of a command (line 1)"),
+        ("python a.py --x `nproc`", "the output of nproc is not known"),
+        ("python a.py --x $N", "N is not set in the script"),
+        ("N=1\nif true; then\nN=2\nfi\npython a.py --x $N", "N has different values under conditions (line 3)"),
+        ("python a.py --x $((1 / 0))", "a sum divides by zero"),
+        ("N=a\npython a.py --x $((N + 1))", "N is 'a', no whole number"),
+        ("python a.py --x ${N%%b}", "${N%%b} is not read"),
+        ("python a.py --x $((2 ** 3))", "a sum lacks a number"),
+    ],
+)
+def test_what_a_script_does_not_say(text, reason):
+    found = read_script(text, {})
+    assert [word.missing for word in found.arguments if word.missing] == [reason]
+
+
+@pytest.mark.parametrize("text", ['A="1', "A='1", "A=(1 2", "A=$(ls", "A=`ls", "A=${B", "A=$((1", "(" * 3 + "'"])
+def test_a_quote_without_its_end(text):
+    with pytest.raises(ConfigError, match=r"line 1: .* is not closed"):
+        read_script(text, {})
+
+
+PIECES = st.sampled_from(
+    ["A=", "B=", "$A", "${A}", "${B:-", "}", "$((", "))", "$(", ")", "(", "`", '"', "'", "\\", "\n", " ", ";", "|",
+     "&", "<<E", ">", "#", "if", "then", "fi", "export", "+=", "python a.py", "--x", "1", "*", "/", "%", "${", "[@]",
+     "=", "é", "\r\n"]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, max_size=40).map("".join) | st.text(max_size=60))
+def test_any_text_is_read_or_refused(text):
+    with suppress(ConfigError):
+        read_script(text, {})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1), max_size=5))
+def test_quoted_words_come_out_as_they_went_in(words):
+    found = read_script(f"python a.py --x {' '.join(map(shlex.quote, words))}", {})
+    assert found.arguments == [Text("--x"), *map(Text, words)]
