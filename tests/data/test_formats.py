@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Preference, RefPart, Turn, VideoPart
 from duetvl.data.formats import read_record
 from duetvl.data.images import Resize
-from duetvl.data.template import render
 
 ROOT = Path("/media")
 
@@ -330,83 +327,3 @@ def test_records_of_the_documentation() -> None:
     blocks = re.findall(r"^```json\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     found = [read_record(json.loads(block)) for block in blocks]
     assert [type(each) for each in found] == [Conversation] * 6 + [Preference] * 3
-
-
-_scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("\ud800")
-    | st.sampled_from(["<image>", "a.png", "<bbox>", "user", "assistant", "gpt", "tool", "image", "text", '["a"]'])
-)  # fmt: skip
-_keys = st.sampled_from([
-    "messages", "conversations", "role", "content", "from", "value", "images", "image", "videos", "video", "system",
-    "tools", "type", "text", "image_url", "url", "bytes", "path", "tool_calls", "function", "name", "arguments",
-    "loss", "objects", "ref", "bbox", "image_id", "bbox_type", "chosen", "rejected", "rejected_response", "prompt",
-    "completion", "instruction", "input", "output", "history", "chat_template_kwargs", "fps", "max_pixels", "nframes",
-])  # fmt: skip
-_values = st.recursive(
-    _scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_keys, inner, max_size=5), max_leaves=25
-)
-_roles = st.sampled_from(["user", "human", "assistant", "gpt", "system", "tool", "function_call"])
-_said = st.text(max_size=10) | st.sampled_from(["<image>", "a<bbox>", '"bbox_2d": [1, 2, 3, 4]', "<video>"]) | _values
-_extra = st.fixed_dictionaries({}, optional={"tool_calls": _values, "loss": _values, "role": _roles})
-_pictures = st.lists(st.sampled_from(["a.png", {"path": "b.png"}, ["c.png"]]) | _values, max_size=2)
-_objects = st.fixed_dictionaries({}, optional={"bbox": st.just([[1, 2, 3, 4]]) | _values, "ref": _values})
-_beside = st.fixed_dictionaries(
-    {},
-    optional={
-        "images": _pictures, "videos": _pictures, "objects": _objects, "tools": _values, "system": _values,
-        "chosen": _said, "rejected": _said, "rejected_response": _said, "chat_template_kwargs": _values,
-    },
-)  # fmt: skip
-
-
-@st.composite
-def _nearly_right(draw: st.DrawFn) -> dict[str, Any]:
-    """Turns that mostly alternate, with things beside them that sometimes fit."""
-    said = draw(st.lists(_said, max_size=4))
-    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
-    if turns and draw(st.booleans()):
-        turns[draw(st.integers(0, len(turns) - 1))].update(draw(_extra))
-    return {"messages": turns, **draw(_beside)}
-
-
-_records = st.dictionaries(_keys, _values, max_size=6) | _nearly_right()
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    record=_records,
-    form=st.sampled_from(["auto", "messages", "sharegpt", "alpaca", "llava", "qwen", "swift", "preference"]),
-    boxes=st.sampled_from(["as_written", "pixels", "norm1000"]),
-)
-def test_no_record_raises_anything_but_data_error(record: dict[str, Any], form: str, boxes: str) -> None:
-    found = read_or_say(record, form=form, media_dir=ROOT, boxes=boxes)
-    for conversation in conversations(found):
-        assert conversation.turns[-1].role == "assistant"
-        if not any(isinstance(part, BoxPart | RefPart) for each in conversation.turns for part in each.parts):
-            layout(conversation)
-
-
-def layout(conversation: Conversation) -> None:
-    """Every text of it can be handed to a tokenizer, or is refused."""
-    try:
-        pieces = list(render(conversation))
-    except DataError as error:
-        assert "half of a character" in str(error)  # noqa: PT017
-        return
-    assert all(piece.text.encode() or piece.medium for piece in pieces)
-
-
-def read_or_say(record: dict[str, Any], **how: Any) -> Conversation | Preference | None:
-    """What is read, or nothing after an error of one line."""
-    try:
-        return read_record(record, **how)
-    except DataError as error:
-        said = str(error)
-    assert said and "\n" not in said
-    return None
-
-
-def conversations(found: Conversation | Preference | None) -> list[Conversation]:
-    if isinstance(found, Preference):
-        return [Conversation((*found.prompt.turns, answer)) for answer in (found.chosen, found.rejected)]
-    return [] if found is None else [found]
