@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from duetvl.api import load_processor
+from duetvl.core.batch import IGNORE
 from duetvl.core.errors import DataError
 from duetvl.core.family import Grounding
 from duetvl.data.conversation import BoxPart, Conversation, ImagePart, RefPart, Turn
+from duetvl.data.encode import RecordEncoder
 from duetvl.data.formats import read_record
 from duetvl.data.grounding import write_boxes
+from duetvl.data.records import Reading, Record
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 
@@ -168,3 +175,22 @@ def test_boxes_stay_where_they_are(height: int, width: int, shrink: float, corne
 @pytest.mark.parametrize(("model_type", "style"), [("qwen2_vl", "relative"), ("qwen2_5_vl", "absolute")])
 def test_families_say_what_they_expect(tiny_configs: Any, model_type: str, style: str) -> None:
     assert QwenVLFamily(ModelConfig.from_dict(tiny_configs(model_type))).grounding == style
+
+
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [("pixels", "At [0, 28, 70, 56]."), ("norm1000", "At [0, 6, 28, 11]."), ("as_written", None)],
+)
+def test_boxes_follow_the_resized_picture(
+    processor_dir: Path, tmp_path: Path, boxes: str, expected: str | None
+) -> None:
+    """A file of 400 x 200 pixels enters the model as 140 x 56: at most 112 x 112 pixels, sides of 28."""
+    Image.fromarray(np.zeros((200, 400, 3), np.uint8)).save(tmp_path / "a.png")
+    encoder = RecordEncoder(load_processor(processor_dir))
+    written = "At <|box_start|>(0,100),(200,200)<|box_end|>."
+    record = Record(tmp_path / "a.jsonl", 1, "a.jsonl:1", talk(written, "<image>Where?"), Reading(boxes=boxes))
+    draft = encoder.draft(record)
+    assert draft.image_grid_thw.tolist() == [[1, 4, 10]]
+    answer = draft.labels[draft.labels != IGNORE]
+    said = encoder.processor.decode(answer, skip_special_tokens=False)
+    assert said == f"{written if expected is None else expected}<|im_end|>\n"
