@@ -46,10 +46,6 @@ class PairEncoder:
             return batch
         return replace(batch, digests=tuple(pair_digest(given) for given in samples if isinstance(given, Pair)))
 
-    def __call__(self, record: Record) -> Any:
-        """Both halves at once."""
-        return self.load(self.draft(record))
-
 
 @dataclass(frozen=True)
 class AnswerEncoder:
@@ -74,10 +70,6 @@ class AnswerEncoder:
     def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end."""
         return self.encoder.pack(samples)
-
-    def __call__(self, record: Record) -> Any:
-        """Both halves at once."""
-        return self.load(self.draft(record))
 
 
 def pair_digest(pair: Pair) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,26 @@ class Feed:
         findings = Findings(self.findings.skip_bad)
         yield from passes(self._batches(), self.sets.val_refs() or (), self.recipe.train.global_batch, findings)
         self.findings.left_out += findings.left_out
+
+    @property
+    def count(self) -> int:
+        """Records of the training data and of the validation data; a stream's are not counted."""
+        return (self.sets.train_count or 0) + self.sets.val_count
+
+    @property
+    def files(self) -> list[Path]:
+        """Where they are read."""
+        return [file.path for file in self.sets.files]
+
+    def everything(self) -> Iterator[Batch]:
+        """Every training record and every validation record once, in micro-batches, apart from the run's own steps."""
+        pool = make_pool(self._maker, self.recipe.data.workers)
+        try:
+            maker = BatchMaker(pool, self.encoder, self._packing, self.findings.skip_bad)
+            for refs in (self.sets.train_refs(), self.sets.val_refs() or ()):
+                yield from passes(maker, refs, self.recipe.train.global_batch)
+        finally:
+            pool.close()
 
     def val_samples(self, count: int) -> list[Sample | Pair]:
         """The first so many samples of the validation data. Raises DataError for a bad one."""

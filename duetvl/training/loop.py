@@ -44,6 +44,7 @@ class Job:
     `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a checkpoint says of the
     model that these belong to, which must be the same (its `fingerprint`) when the run goes on. `flops` counts the
     operations that a micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it.
+    `before` is called once with the data, while the model has its starting weights also where a run goes on.
     """
 
     model: TrainableModel
@@ -54,6 +55,7 @@ class Job:
     stored: Sequence[Parameter] | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
     flops: Flops | None = None
+    before: Callable[[Feed], None] | None = None
 
     def checkpointed(self) -> Sequence[Parameter]:
         """The parameters that a checkpoint keeps."""
@@ -157,6 +159,8 @@ class Run:
         self.step = 0
         self.feed = self._fed(sets, start.checkpoint)
         self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
+        if job.before is not None:
+            job.before(self.feed)
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
         self.first_step = self.step

@@ -8,10 +8,9 @@ before the first step and is not held after that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
@@ -25,23 +24,33 @@ from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.training.dpo import Reference, reference_of
 from duetvl.training.metrics import Progress
-from duetvl.training.reference_cache import ReferenceCache, reference_name
+from duetvl.training.reference_cache import ReferenceCache, reference_name, short_hash
 from duetvl.training.sections import Recipe
 
 Tensor = Any
 
+# Fields of `data` that change neither which pairs there are nor how they are encoded.
+_NOT_ENCODING: Final = (
+    "pack", "pack_tokens", "pack_patches", "shuffle", "shuffle_buffer", "workers", "prefetch", "cache",
+)  # fmt: skip
 
-@dataclass(frozen=True)
-class PairData:
-    """All pairs that a run may meet, for a reference that runs before it.
 
-    name: 32 letters that change when the data or their encoding do. batches: micro-batches of all of them, with
-    digests.
-    """
+class PairData(Protocol):
+    """All pairs that a run may meet, as a reference sees them that runs before it; `feed.Feed` is one."""
 
-    name: str
-    count: int
-    batches: Callable[[], Iterator[Batch]]
+    @property
+    def count(self) -> int:
+        """Records, of which some may give no pair."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Where they are read."""
+        ...
+
+    def everything(self) -> Iterator[Batch]:
+        """Micro-batches of all of them, with digests."""
+        ...
 
 
 def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend) -> Reference:
@@ -71,8 +80,10 @@ class CachedReference:
 
     def prepare(self, data: PairData) -> None:
         """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
-        if not self.cache.is_complete(data.name):
+        name = data_name(self.recipe, data.files)
+        if not self.cache.is_complete(name):
             fill(self.cache, data, _at_start(self.recipe, self.policy, self.backend), self.backend)
+            self.cache.set_complete(name)
 
 
 def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend) -> None:
@@ -82,14 +93,29 @@ def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend)
     progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
     try:
         with cache.filling() as add:
-            for batch in data.batches():
+            for batch in data.everything():
                 if cache.lacks(batch.digests):
                     add(batch.digests, backend.to_numpy(reference(batch)))
                 seen += len(batch.digests)
                 progress.step({"step": seen})
     finally:
         progress.close()
-    cache.set_complete(data.name)
+
+
+def data_name(recipe: Recipe, files: Iterable[Path]) -> str:
+    """32 letters that change when a data file does, or what of the recipe and of the model directory encodes it.
+
+    Files are told apart by path, size and time, which does not cost a look into them. Media are not looked at.
+    """
+    settings = recipe.data.model_dump(mode="json", exclude=set(_NOT_ENCODING))
+    directory = model_directory(recipe.model.path, weights=False)
+    beside = [file for pattern in ("*.json", "*.txt") for file in sorted(directory.glob(pattern))]
+    return short_hash([settings, [_identity(file) for file in (*files, *beside)]])
+
+
+def _identity(file: Path) -> list[Any]:
+    found = file.stat()
+    return [str(file.absolute()), found.st_size, found.st_mtime_ns]
 
 
 def _at_start(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:

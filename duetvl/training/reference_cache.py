@@ -89,8 +89,11 @@ class ReferenceCache:
 
     @contextmanager
     def filling(self) -> Iterator[Add]:
-        """A function that adds pairs: their digests, and the sums (2 * pairs,) of their answers. Each call is on disk
-        when it returns. Another process that fills the same file is waited for, and what it wrote is known then."""
+        """A function that adds pairs: their digests, and the sums (2 * pairs,) of their answers.
+
+        What a call adds is on disk when it returns; pairs that are known stay as they are. Another process that fills
+        the same file is waited for, and what it wrote is known then.
+        """
         with open(self.path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             sound = _sound_entries(self.path)
@@ -101,7 +104,8 @@ class ReferenceCache:
                 file.write(_HEAD)
 
             def add(digests: Sequence[bytes], sums: np.ndarray) -> None:
-                entries = _entries(digests, sums)
+                new = [i for i, digest in enumerate(digests) if digest not in self._known]
+                entries = _entries([digests[i] for i in new], sums.reshape(-1, 2)[new])
                 file.write(entries.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
@@ -139,7 +143,7 @@ def _sound_entries(path: Path) -> np.ndarray:
 def _entries(digests: Sequence[bytes], sums: np.ndarray) -> np.ndarray:
     entries = np.zeros(len(digests), _ENTRY)
     entries["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-    entries["logps"] = np.asarray(sums, np.float32).reshape(-1, 2)
+    entries["logps"] = sums
     entries["check"] = _checks(entries)
     return entries
 

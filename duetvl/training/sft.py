@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,11 @@ from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.costs import Flops
 from duetvl.training.dpo import PreferenceObjective
+from duetvl.training.feed import Feed
 from duetvl.training.loop import Job
 from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
 from duetvl.training.objective import Objective, TokenLoss
-from duetvl.training.reference import make_reference
+from duetvl.training.reference import CachedReference, make_reference
 from duetvl.training.sections import DataSection, Recipe
 
 # LLaMA-Factory's image_min_pixels and image_max_pixels, video_min_pixels and video_max_pixels.
@@ -46,22 +48,27 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
     export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else exporter(recipe)
+    objective, before = _objective(recipe, model, backend)
     return Job(
         model,
-        _objective(recipe, model, backend),
+        objective,
         encoder,
         partial(export, model, overwrite=True),
         model.config.to_dict(),
         stored=stored_parameters(model),
         base=base_of(model),
         flops=_flops(recipe, model),
+        before=before,
     )
 
 
-def _objective(recipe: Recipe, model: QwenVL, backend: Backend) -> Objective:
+def _objective(recipe: Recipe, model: QwenVL, backend: Backend) -> tuple[Objective, Callable[[Feed], None] | None]:
+    """What is minimised, and what must run over the data before that."""
     if recipe.dpo is None:
-        return TokenLoss(model, recipe.train.loss)
-    return PreferenceObjective(model, make_reference(recipe, model, backend), recipe.dpo, backend)
+        return TokenLoss(model, recipe.train.loss), None
+    reference = make_reference(recipe, model, backend)
+    before = reference.prepare if isinstance(reference, CachedReference) else None
+    return PreferenceObjective(model, reference, recipe.dpo, backend), before
 
 
 def _flops(recipe: Recipe, model: QwenVL) -> Flops:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def pair(directory: Path, number: int) -> dict:
         images.append(f"pair{number}-{count}.png")
         colour = tiny_run.COLOURS[names[(number + count) % 3]]
         Image.new("RGB", (28 + 28 * (number % 2), 56), colour).save(directory / images[-1])
-    question = "<image>" * len(images) + "which colour?"
+    question = "<image>" * len(images) + f"{number}: which colour?"
     return {
         "messages": [{"role": "user", "content": question}],
         "chosen": {"role": "assistant", "content": names[number % 3]},
@@ -119,6 +120,51 @@ def test_a_resumed_run_ends_in_the_bits_of_one_in_a_piece(recipe, tmp_path, kind
         recipe, [*options, f"train.output_dir={tmp_path}/again"], backend=backend, resume=f"{whole.run_dir}@4"
     )
     assert (losses(again.run_dir) == losses(whole.run_dir)).all()
+
+
+def test_a_cached_reference_gives_the_same_run(recipe, be, tmp_path, capsys):
+    """One pair in a micro-batch here as there, so on torch to the bit; then again, and resumed, without the reference:
+    nothing is computed a second time."""
+    options = ["data.pack=false", "data.val=null", "checkpoint.every=4", "checkpoint.keep_last=null"]
+    plain = train(recipe, [*options, f"train.output_dir={tmp_path}/plain"], backend=be)
+    cached = [*options, f"dpo.cache={tmp_path}/cache"]
+    first = train(recipe, [*cached, f"train.output_dir={tmp_path}/first"], backend=be)
+    assert "reference: pair 12/12" in capsys.readouterr().out
+    (file,) = (tmp_path / "cache").glob("*.logps")
+    assert file.stat().st_size == 28 * 13
+    resumed = train(recipe, [*cached, f"train.output_dir={tmp_path}/resumed"], backend=be, resume=f"{first.run_dir}@4")
+    assert "reference: pair" not in capsys.readouterr().out
+    assert file.stat().st_size == 28 * 13
+    for found in (first, resumed):
+        if be.capabilities.bitwise_repeatable:
+            assert (losses(found.run_dir) == losses(plain.run_dir)).all()
+        else:
+            np.testing.assert_allclose(losses(found.run_dir), losses(plain.run_dir), rtol=1e-3)
+
+
+def test_a_cache_follows_its_data(recipe, tmp_path):
+    """A picture that is changed behind its back is named, and the next start computes what is missing; packed, with
+    LoRA, evaluated, encoded by processes."""
+    pytest.importorskip("torch")
+    for name in ("pairs.jsonl", *(path.name for path in recipe.parent.glob("pair*.png"))):
+        shutil.copy(recipe.parent / name, tmp_path)
+    data = [f"data.train={tmp_path}/pairs.jsonl", f"data.val={tmp_path}/pairs.jsonl", "data.workers=1"]
+    options = [*data, *KINDS["lora"], f"dpo.cache={tmp_path}/cache", "train.steps=3"]
+    backend = load_backend("torch_npu", device="cpu")
+    plain = train(
+        recipe, [*data, *KINDS["lora"], "train.steps=3", f"train.output_dir={tmp_path}/plain"], backend=backend
+    )
+    found = train(recipe, [*options, f"train.output_dir={tmp_path}/one"], backend=backend)
+    np.testing.assert_allclose(losses(found.run_dir), losses(plain.run_dir), rtol=1e-3)
+    assert found.eval_loss == pytest.approx(plain.eval_loss, rel=1e-3)
+    for picture in tmp_path.glob("pair*-0.png"):
+        Image.new("RGB", Image.open(picture).size, (90, 90, 90)).save(picture)
+    with pytest.raises(DataError, match=r"sample pairs\.jsonl:\d+: its log-probabilities are not in .*start again"):
+        train(recipe, [*options, f"train.output_dir={tmp_path}/two"], backend=backend)
+    (file,) = (tmp_path / "cache").glob("*.logps")
+    before = file.stat().st_size
+    train(recipe, [*options, f"train.output_dir={tmp_path}/two"], backend=backend)
+    assert file.stat().st_size == before + 28 * 8  # the eight pairs that have a picture
 
 
 def test_records_without_a_rejected_answer_are_named(recipe, be, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from duetvl.models.qwen_vl.adapters import add_adapters
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.dpo import answer_sums
 from duetvl.training.recipe import make_recipe
-from duetvl.training.reference import PairData, make_reference
+from duetvl.training.reference import data_name, make_reference
 
 NAME, OTHER = "qwen2.5-tied", "qwen2.5-untied"
 
@@ -33,23 +33,24 @@ def batches(model) -> list:
     return [replace(model.pack(part), digests=tuple(map(pair_digest, part))) for part in parts]
 
 
-def pair_data(model, count=2) -> PairData:
-    """The micro-batches, of which only the first `count` can be had."""
+@dataclass
+class Pairs:
+    """The micro-batches as data, of which only the first `available` can be had before an interruption."""
 
-    def made():
-        yield from batches(model)[:count]
-        if count < 2:
+    model: object
+    available: int = 2
+    files: tuple = ()
+    count: int = 3
+
+    def everything(self):
+        yield from batches(self.model)[: self.available]
+        if self.available < 2:
             raise KeyboardInterrupt
 
-    return PairData("data", 3, made)
 
-
-def no_data() -> PairData:
-    def made():
+class Untouched(Pairs):
+    def everything(self):
         raise AssertionError("the pairs are not to be looked at")
-        yield
-
-    return PairData("data", 3, made)
 
 
 def move(model, be, paths=None) -> None:
@@ -120,12 +121,12 @@ def test_cached_numbers_are_those_of_the_reference(tiny, be, tmp_path, which):
         add_adapters(policy, Adapters({"model.layers.0.mlp.up_proj": Size(2, 4.0)}), seed=0)
         move(policy, be, "lora_B.weight")
     reference = make_reference(recipe, policy, be)
-    reference.prepare(pair_data(policy))
+    reference.prepare(Pairs(policy))
     move(policy, be)
     truth = expected(tiny, be, OTHER if which == "other" else NAME)
     same(be, numbers(be, reference, policy), truth)
     again = make_reference(recipe, policy, be)
-    again.prepare(no_data())
+    again.prepare(Untouched(policy))
     assert numbers(be, again, policy).tobytes() == numbers(be, reference, policy).tobytes()
 
 
@@ -133,12 +134,12 @@ def test_filling_goes_on_where_it_was_interrupted(tiny, be, tmp_path, capsys):
     recipe = recipe_of(tiny, cache=str(tmp_path))
     policy = policy_of(tiny, be)
     with pytest.raises(KeyboardInterrupt):
-        make_reference(recipe, policy, be).prepare(pair_data(policy, count=1))
+        make_reference(recipe, policy, be).prepare(Pairs(policy, available=1))
     (file,) = tmp_path.glob("*.logps")
     first = file.read_bytes()
     assert len(first) == 28 * 2 and not list(tmp_path.glob("*.complete"))
     reference = make_reference(recipe, policy, be)
-    reference.prepare(pair_data(policy))
+    reference.prepare(Pairs(policy))
     assert file.read_bytes().startswith(first) and file.stat().st_size == 28 * 4  # nothing was computed twice
     same(be, numbers(be, reference, policy), expected(tiny, be, NAME))
     assert "reference: pair 3/3" in capsys.readouterr().out
@@ -148,3 +149,19 @@ def test_a_reference_of_another_kind_is_refused(tiny, be):
     policy, other = policy_of(tiny, be), tiny.directory("qwen2-tied")
     with pytest.raises(ConfigError, match=r"dpo.reference .*qwen2-tied has another clock for videos compared with"):
         make_reference(recipe_of(tiny, reference=str(other)), policy, be)
+
+
+def test_what_tells_data_apart(tiny, tmp_path):
+    """A file's size or time, a setting that encodes; not how steps are made of it."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}")
+    recipe = recipe_of(tiny)
+    name = data_name(recipe, [file])
+    assert data_name(recipe, [file]) == name
+    data = recipe.data
+    harmless = recipe.model_copy(update={"data": data.model_copy(update={"pack_tokens": 7, "workers": 3})})
+    assert data_name(harmless, [file]) == name
+    others = [recipe.model_copy(update={"data": data.model_copy(update={"max_pixels": 10**6})})]
+    names = {data_name(other, [file]) for other in others} | {data_name(recipe, [file, file])}
+    file.write_text("{} ")
+    assert len(names | {name, data_name(recipe, [file])}) == 4
