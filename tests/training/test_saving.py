@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pytest
 from bag_model import write_records
 from numpy_backend import numpy_backend, optimizer_state, parameters
 
+import duetvl
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError
 from duetvl.core.tensor_files import TensorFile
@@ -203,6 +208,46 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(limits, torch_be, 
         run(torch_be, recipe, callbacks=[NoSpace(11, 99, 1000)])
     assert leftovers(tmp_path / "run") == []
     assert ck.find_checkpoint(tmp_path / "run").step == 10
+
+
+FULL_DISK = """
+import sys
+import bag_model
+from duetvl.core.backend import load_backend
+from duetvl.training.loop import train
+recipe, run = sys.argv[1:]
+train(recipe, [f"train.output_dir={run}"], backend=load_backend("torch_npu", "cpu"), prepare=bag_model.prepare)
+"""
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_is_really_full(recipe, tmp_path, background):
+    """A file system of 128 kB of our own, which a few checkpoints of some 20 kB fill."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mounted = f"mount -t tmpfs -o size=128k none {disk}"
+    if shutil.which("unshare") is None or subprocess.run([*mount, mounted], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    values = recipe | {"checkpoint": {"every": 1, "keep_last": None, "background": background}}
+    values["log"] = {"tensorboard": True, "plot": True}
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    (tmp_path / "program.py").write_text(FULL_DISK)
+    place = {
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(bag_model.__file__).parent, Path(duetvl.__file__).parents[1])))
+    }
+    command = f"{sys.executable} {tmp_path}/program.py {tmp_path}/recipe.json {disk}/run"
+    look = f"find {disk}/run/ -name '.*' ! -name .lock; ls {disk}/run/checkpoints"
+    script = f"{mounted} && {{ {command}; echo status $?; {look}; }}"
+    done = subprocess.run([*mount, script], env={**os.environ, **place}, capture_output=True, text=True)
+    assert "could not be written: No space left on device; earlier ones are untouched" in done.stdout, done.stderr
+    told, _, after = done.stdout.partition("status 1\n")
+    assert "step 12/12" in told  # it went on to its end, where the last checkpoint is an error
+    assert "CheckpointError" in done.stderr
+    kept = after.split()
+    assert kept[0] == "latest"
+    assert len(kept) > 2
+    assert all(name.startswith("step-") for name in kept[1:])
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
