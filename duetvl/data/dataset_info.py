@@ -21,8 +21,7 @@ _TASK: Final = {"prompt": "instruction", "query": "input", "response": "output",
 class SourceInfo:
     """One entry: its files, and `format`, `columns` and `tags` for `duetvl.data.formats.read_record`.
 
-    A column with an empty name is not used. `num_samples`: that many records are taken, some twice where there are
-    fewer.
+    A column with an empty name is not used. `num_samples`: only so many records are taken.
     """
 
     files: tuple[Path, ...]
