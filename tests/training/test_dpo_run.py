@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +143,46 @@ def test_a_cached_reference_gives_the_same_run(recipe, be, tmp_path, capsys):
             assert (losses(found.run_dir) == losses(plain.run_dir)).all()
         else:
             np.testing.assert_allclose(losses(found.run_dir), losses(plain.run_dir), rtol=1e-3)
+
+
+KILLED = """
+import os, sys
+from duetvl.core.backend import load_backend
+from duetvl.training.feed import Feed
+from duetvl.training.loop import train
+
+recipe, run, cache = sys.argv[1:]
+everything = Feed.everything
+
+def cut_short(self):
+    for number, batch in enumerate(everything(self)):
+        if number == 5:
+            os.kill(os.getpid(), 9)
+        yield batch
+
+Feed.everything = cut_short
+options = ["data.pack=false", "data.val=null", f"train.output_dir={run}", f"dpo.cache={cache}"]
+train(recipe, options, backend=load_backend("torch_npu", device="cpu"))
+"""
+
+
+def test_a_killed_pass_over_the_pairs_goes_on(recipe, tmp_path):
+    pytest.importorskip("torch")
+    arguments = [str(recipe), str(tmp_path / "killed"), str(tmp_path / "cache")]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "killed").exists()
+    (file,) = (tmp_path / "cache").iterdir()
+    kept = file.read_bytes()
+    assert len(kept) == 28 * 6
+    backend = load_backend("torch_npu", device="cpu")
+    options = ["data.pack=false", "data.val=null"]
+    found = train(
+        recipe, [*options, f"dpo.cache={tmp_path}/cache", f"train.output_dir={tmp_path}/killed"], backend=backend
+    )
+    assert file.read_bytes()[: len(kept)] == kept and file.stat().st_size == 28 * 13
+    plain = train(recipe, [*options, f"train.output_dir={tmp_path}/plain"], backend=backend)
+    assert np.abs(losses(found.run_dir) / losses(plain.run_dir) - 1).max() < 1e-6
 
 
 def test_a_cache_follows_its_data(recipe, tmp_path):
