@@ -1,4 +1,4 @@
-"""A recipe's data sets: which records are trained on, which are evaluated, what is told; and whole runs over streams."""
+"""A recipe's data sets: which records are trained on and which evaluated, what is told; whole runs over streams."""
 
 from __future__ import annotations
 
