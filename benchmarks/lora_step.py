@@ -75,7 +75,9 @@ def peft_model(directory: Path) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
     targets = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=targets))
     model.train()

@@ -41,7 +41,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if getattr(args, "resume", None) and "=" in args.resume and not Path(args.resume).exists():
         rest, args.resume = [args.resume, *rest], ""  # `--resume optim.lr=1e-5`: an override, not a directory
-    known = args.command in ("train", "check", "import-mindspeed")
+    known = hasattr(args, "recipe") or args.command == "import-mindspeed"
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -65,8 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         "it a run that has checkpoints goes on as well",
     )
 
-    check = commands.add_parser("check", help="check a recipe, its model and its first records", epilog=_OVERRIDES)
+    check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
     _add_recipe(check)
+    check.add_argument(
+        "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
+    )
 
     moved = commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run")
     moved.usage = f"{moved.prog} DATA MODEL SCRIPT -o RECIPE [NAME=VALUE ...]"
@@ -100,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
 
-    _add_data(commands.add_parser("data", help="convert data sets"))
+    _add_data(commands.add_parser("data", help="convert data sets, look at samples"))
     return parser
 
 
@@ -108,6 +111,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     convert = actions.add_parser("convert", help="published data sets to records that training reads")
     layouts = convert.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
+
+    preview = actions.add_parser("preview", help="samples as the model sees them", epilog=_OVERRIDES)
+    _add_recipe(preview)
+    preview.add_argument("-n", "--count", type=int, default=3, metavar="N", help="how many; default 3")
+    preview.add_argument(
+        "-o", "--output", type=Path, default=Path("preview.png"), metavar="PNG", help="default: preview.png"
+    )
 
     llava = layouts.add_parser("llava", help="LLaVA-Instruct's JSON and its pictures")
     llava.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="llava_instruct_150k.json")
@@ -146,7 +156,7 @@ def _train(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from duetvl.training.check import check
 
-    for line in check(args.recipe, _overrides(args)):
+    for line in check(args.recipe, _overrides(args), decode=args.decode):
         _say(line)
     return 0
 
@@ -209,6 +219,8 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
+    if args.action == "preview":
+        return _preview(args)
     from duetvl.data.convert import convert_llava, convert_rlhf_v
 
     if args.layout == "llava":
@@ -217,6 +229,16 @@ def _data(args: argparse.Namespace) -> int:
         report = convert_rlhf_v(args.parquet, args.output)
     for line in report.lines():
         _say(line)
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from duetvl.data.preview import COLOURED, PLAIN
+    from duetvl.training.preview import preview
+
+    marks = COLOURED if sys.stdout.isatty() else PLAIN
+    for text in preview(args.recipe, _overrides(args), count=args.count, marks=marks, sheet=args.output):
+        _say(text)
     return 0
 
 

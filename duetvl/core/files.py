@@ -33,11 +33,16 @@ def sync_files(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write or replace a small file: readers see the old text or the new one, on disk when this returns."""
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write or replace a small file: readers see the old content or the new one, on disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with open(temporary, "wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)

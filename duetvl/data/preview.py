@@ -130,11 +130,10 @@ def media(sample: Sample) -> Iterator[Medium]:
         ("video", sample.pixel_values_videos, sample.video_grid_thw),
     )
     for kind, rows, grids in kinds:
-        start = 0
+        values, start = np.asarray(rows), 0  # pixels may be bytes yet
         for grid in grids:
-            assert rows is not None, "a sample with grids has pixels"
             stop = start + int(np.prod(grid))
-            yield Medium(kind, (int(grid[0]), int(grid[1]), int(grid[2])), np.asarray(rows)[start:stop])
+            yield Medium(kind, (int(grid[0]), int(grid[1]), int(grid[2])), values[start:stop])
             start = stop
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from duetvl.core.files import write_bytes
 from duetvl.data.draft import Draft, Dropped, Outcome
 
 _BINS = 12
@@ -98,9 +99,8 @@ class Survey:
         axes.set_ylabel("samples")
         axes.grid(alpha=0.3)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        FigureCanvasAgg(figure).print_png(temporary)
-        os.replace(temporary, target)
+        FigureCanvasAgg(figure).print_png(content := io.BytesIO())
+        write_bytes(target, content.getvalue())
 
 
 def survey(outcomes: Iterable[Outcome], merge: int) -> Survey:
@@ -113,12 +113,14 @@ def survey(outcomes: Iterable[Outcome], merge: int) -> Survey:
 
 def histogram(lengths: Sequence[int] | np.ndarray) -> Iterator[str]:
     """Bars of text, at most a dozen, over bins with round edges."""
-    step = _round_step(int(np.max(lengths)) / _BINS)
-    counts = np.bincount(np.asarray(lengths) // step)
-    edge = len(str(len(counts) * step))
-    for number, count in enumerate(counts):
+    lengths = np.asarray(lengths)
+    step = _round_step((int(lengths.max()) - int(lengths.min()) + 1) / _BINS)
+    first = int(lengths.min()) // step
+    counts = np.bincount(lengths // step - first)
+    width = len(str((first + len(counts)) * step))
+    for number, count in enumerate(counts, start=first):
         bar = "#" * max(round(_BAR * count / counts.max()), int(count > 0))
-        yield f"  {number * step:>{edge}} to {(number + 1) * step - 1:>{edge}} tokens  {bar} {count}"
+        yield f"  {number * step:>{width}} to {(number + 1) * step - 1:>{width}} tokens  {bar:<{_BAR}} {count}"
 
 
 def _round_step(least: float) -> int:

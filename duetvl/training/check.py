@@ -1,15 +1,16 @@
-"""`duetvl check`: everything about a recipe that can be wrong before the first step, at the price of a few records."""
+"""`duetvl check`: everything about a recipe that can be wrong, found before the first step."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from duetvl.core.errors import DataError
 from duetvl.core.weights_dir import open_weights
-from duetvl.data.draft import Draft, Dropped
 from duetvl.data.records import Ref
 from duetvl.data.samples import SampleMaker
 from duetvl.models.hub import is_id, model_directory
@@ -25,12 +26,17 @@ from duetvl.training.reference import describe
 from duetvl.training.run_directory import find_start
 from duetvl.training.sections import Recipe
 from duetvl.training.sft import record_encoder
+from duetvl.training.walk import walk
 
-FIRST = 16  # records of each file set that are encoded
 
+def check(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = (), *, decode: bool = False
+) -> Iterator[str]:
+    """What the recipe will do, line by line. Raises whatever training would meet.
 
-def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Iterator[str]:
-    """What the recipe will do, line by line. Raises whatever training would meet at its start."""
+    All records are read, tokenised and measured by the headers of their media; with `decode` their pixels are made as
+    well, which finds truncated pictures and takes as long as training's data side does.
+    """
     given = read_recipe(recipe, overrides)
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
@@ -40,11 +46,17 @@ def check(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides
     if given.dpo is not None:
         yield describe(given, load_config(model_directory(given.model.path, weights=False)))
     maker = SampleMaker(sets.files, record_encoder(given))
-    yield _records_line("data.train", sets.train_count, sets.train_refs(), maker)
+    way = _way(given, start.run_dir, decode)
+    yield from _walked("data.train", sets.train_refs(), sets.train_count, maker, way)
     val = sets.val_refs()
     if val is not None:
-        yield _records_line("data.val", sets.val_count, val, maker)
+        yield from _walked("data.val", val, sets.val_count, maker, way)
     check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
+
+
+def _way(recipe: Recipe, run_dir: Path, decode: bool) -> _Way:
+    merge = load_config(model_directory(recipe.model.path, weights=False)).vision.merge
+    return _Way(merge, decode, recipe.data.on_bad_sample == "skip", run_dir)
 
 
 def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
@@ -80,18 +92,29 @@ def _volume(shape: Sequence[int]) -> int:
     return product
 
 
-def _records_line(name: str, count: int | None, refs: Iterator[Ref], maker: SampleMaker) -> str:
-    """How many records there are, and the sizes of the first. Raises DataError for a bad one."""
-    known = f"{name}: a stream" if count is None else f"{name}: {count} records"
-    lengths = []
-    for outcome in maker.drafts(list(islice(refs, FIRST))):
-        if isinstance(outcome, Draft):
-            lengths.append(outcome.tokens)
-        elif not isinstance(outcome, Dropped):
-            raise outcome
-    if not lengths:
-        return f"{known}; the first {FIRST} are all left out by the recipe's rules"
-    return (
-        f"{known}; of the first {len(lengths)}: {sum(lengths) / len(lengths):.0f} tokens on average, "
-        f"{max(lengths)} in the longest"
-    )
+def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMaker, way: _Way) -> Iterator[str]:
+    """The findings of a walk over all records. Raises DataError, at its end, for what training would meet."""
+    found = walk(name, refs, count, maker, merge=way.merge, decode=way.decode)
+    lines = found.lines()
+    yield f"{name}: {next(lines)}"
+    yield from (f"  {line}" for line in lines)
+    if found.bad and not way.skip_bad:
+        raise DataError(
+            f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
+            f"{found.examples['bad'][0]}; mend them, or leave them out with data.on_bad_sample=skip"
+        )
+    if not found.lengths:
+        raise DataError(f"{name}: has no usable record")
+    picture = way.run_dir / f"{name}.lengths.png"
+    found.draw(picture)
+    yield f"  lengths drawn: {picture}"
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How to walk over the records of a recipe."""
+
+    merge: int
+    decode: bool
+    skip_bad: bool
+    run_dir: Path

@@ -88,15 +88,19 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
 
 
 def record_encoder(recipe: Recipe) -> PairEncoder | AnswerEncoder:
-    """From records to samples, or to pairs with `dpo`, with the processor of the recipe's model and what the recipe
-    says of data."""
+    """From records to samples, or to pairs with `dpo`, as the recipe says."""
     data = recipe.data
+    settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
+    encoder = RecordEncoder(recipe_processor(recipe), settings)
+    return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
+
+
+def recipe_processor(recipe: Recipe) -> Processor:
+    """The processor of the recipe's model with what the recipe says of pictures and videos."""
     directory = model_directory(recipe.model.path, weights=False)
     processor = Processor.from_directory(directory, QwenVLFamily(load_config(directory)))
-    processor.media = media_settings(processor.media, data)
-    settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
-    encoder = RecordEncoder(processor, settings)
-    return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
+    processor.media = media_settings(processor.media, recipe.data)
+    return processor
 
 
 def media_settings(own: MediaSettings, data: DataSection) -> MediaSettings:

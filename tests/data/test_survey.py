@@ -44,6 +44,7 @@ def test_the_histogram_has_round_edges_and_counts_everything():
     assert lines[0].split() == ["0", "to", "99", "tokens", "#" * 40, "3"]
     assert lines[-1].split() == ["1100", "to", "1199", "tokens", "#" * 13, "1"]
     assert sum(int(line.split()[-1]) for line in lines) == 5
+    assert [line.split()[0] for line in histogram([70, 87, 88])] == [str(n) for n in range(70, 90, 2)]
 
 
 def test_the_picture_of_lengths_is_written(tmp_path):

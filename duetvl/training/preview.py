@@ -1,0 +1,69 @@
+"""`duetvl data preview`: samples of a recipe as the model sees them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duetvl.core.batch import Pair, Sample
+from duetvl.core.errors import ConfigError, DataError
+from duetvl.core.files import write_bytes
+from duetvl.data.draft import Dropped
+from duetvl.data.preview import PLAIN, contact_sheet, text_view
+from duetvl.data.samples import SampleMaker
+from duetvl.training.feed import DataSets
+from duetvl.training.loop import read_recipe
+from duetvl.training.sections import Recipe
+from duetvl.training.sft import recipe_processor, record_encoder
+
+
+def preview(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    count: int = 3,
+    marks: tuple[str, str] = PLAIN,
+    sheet: Path | None = None,
+) -> Iterator[str]:
+    """The first samples of training, each as a text of several lines; what is trained stands between `marks`.
+
+    Their pictures and frames after processing are drawn into the PNG file `sheet`, where there are any. Records that
+    the recipe leaves out are told. Raises DataError for a bad one.
+    """
+    if count < 1:
+        raise ConfigError(f"{count} samples are asked for; there must be at least one")
+    given = read_recipe(recipe, overrides)
+    sets = DataSets(given.data)
+    processor = recipe_processor(given)
+    shown: list[Sample | Pair] = []
+    for found in _first(sets, SampleMaker(sets.files, record_encoder(given)), count):
+        if isinstance(found, Dropped):
+            yield f"left out: {found}"
+        else:
+            shown.append(found)
+            yield text_view(found, processor, marks) + "\n"
+    picture = contact_sheet(shown, processor) if sheet is not None else None
+    if sheet is not None and picture is not None:
+        picture.save(content := io.BytesIO(), format="png")
+        write_bytes(sheet, content.getvalue())
+        yield f"pixels drawn: {sheet}"
+
+
+def _first(sets: DataSets, maker: SampleMaker, count: int) -> Iterator[Sample | Pair | Dropped]:
+    """So many samples in the order of training, within the first epoch, and the records left out between them."""
+    cursor, total = sets.cursor(), sets.train_count
+    seen = 0
+    while count and (total is None or seen < total) and cursor.epoch == 0:
+        (outcome,) = maker.drafts(cursor.take(1))
+        seen += 1
+        if isinstance(outcome, Dropped):
+            yield outcome
+            continue
+        sample = outcome if isinstance(outcome, DataError) else maker.load(outcome)
+        if isinstance(sample, DataError):
+            raise sample
+        count -= 1
+        yield sample

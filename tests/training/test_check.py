@@ -1,0 +1,90 @@
+"""`duetvl check` walks over all records; `duetvl data preview` shows the first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+from PIL import Image
+
+from duetvl.cli import main
+from duetvl.core.errors import DataError
+from duetvl.training.check import check
+from duetvl.training.preview import preview
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("check")
+    tiny_run.write_recipe(directory)
+    return directory
+
+
+def with_truncated_picture(home: Path) -> str:
+    """One more data file, whose third picture has a whole header and half of its pixels."""
+    lines = (home / "data.jsonl").read_text().splitlines()[:6]
+    picture = home / "cut.png"
+    Image.effect_noise((112, 112), 80).convert("RGB").save(picture)
+    picture.write_bytes(picture.read_bytes()[:8000])
+    bad = json.loads(lines[4]) | {"images": ["cut.png"]}
+    lines[4] = json.dumps(bad)
+    (home / "cut.jsonl").write_text("\n".join(lines))
+    return f"data.train={home}/cut.jsonl"
+
+
+def test_every_record_is_counted_and_measured(home, tmp_path):
+    lines = list(check(home / "tiny.json", [f"train.output_dir={tmp_path}/run"]))
+    assert "data.train: 12 records: 12 good, 0 left out, 0 bad" in lines
+    assert any(line.startswith("  shares: images ") and "(8 of them)" in line for line in lines)
+    train = lines[: lines.index("data.val: 12 records: 12 good, 0 left out, 0 bad")]
+    assert sum(int(line.split()[-1]) for line in train if " tokens  " in line) == 12
+    assert (tmp_path / "run" / "data.train.lengths.png").is_file()
+
+
+def test_what_a_rule_leaves_out_is_told_and_is_no_error(home, tmp_path):
+    overrides = [f"train.output_dir={tmp_path}/run", "data.cutoff_len=79", "data.too_long=drop"]
+    lines = list(check(home / "tiny.json", overrides))
+    counts = next(line for line in lines if line.startswith("data.train: 12 records"))
+    assert ", 0 bad" in counts and "12 good" not in counts
+    assert any("data.jsonl" in line and line.startswith("    left out: ") for line in lines)
+
+
+def test_truncated_pictures_are_found_by_decoding_alone(home, tmp_path):
+    overrides = [with_truncated_picture(home), "data.val=null", f"train.output_dir={tmp_path}/run"]
+    assert "data.train: 6 records: 6 good, 0 left out, 0 bad" in list(check(home / "tiny.json", overrides))
+    with pytest.raises(
+        DataError, match=r"training would meet 1 bad record, the first of them: .*cut\.jsonl:5: .*cut\.png"
+    ):
+        list(check(home / "tiny.json", overrides, decode=True))
+    lines = list(check(home / "tiny.json", [*overrides, "data.on_bad_sample=skip"], decode=True))
+    assert "data.train: 6 records: 5 good, 0 left out, 1 bad" in lines
+
+
+def test_the_command_line_prints_the_findings_before_the_error(home, tmp_path, capsys):
+    (home / "bad.jsonl").write_text('{"messages": []}\n' + (home / "data.jsonl").read_text())
+    argv = [str(home / "tiny.json"), f"data.train={home}/bad.jsonl", f"train.output_dir={tmp_path}/run"]
+    assert main(["check", *argv]) == 2
+    shown = capsys.readouterr()
+    assert "data.train: 13 records: 12 good, 0 left out, 1 bad" in shown.out
+    assert "bad.jsonl:1" in shown.err and shown.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert main(["check", *argv, "data.on_bad_sample=skip"]) == 0
+
+
+def test_preview_shows_samples_in_training_order_and_draws_their_pixels(home, tmp_path, capsys):
+    argv = [str(home / "tiny.json"), "data.shuffle=false", "-n", "2", "-o", str(tmp_path / "sheet.png")]
+    assert main(["data", "preview", *argv]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("data.jsonl:1: ") < shown.index("data.jsonl:2: ")
+    assert "«hello<|im_end|>" in shown and "image 1: grid 1 x 4 x 4, 56 x 56 pixels, 4 tokens" in shown
+    assert Image.open(tmp_path / "sheet.png").size == (68, 68)
+
+
+def test_preview_tells_what_is_left_out_and_stops_at_the_end_of_the_data(home):
+    shown = list(preview(home / "tiny.json", ["data.cutoff_len=79", "data.too_long=drop"], count=50))
+    assert len(shown) == 12
+    assert any(text.startswith("left out: ") for text in shown)
+    with pytest.raises(DataError, match="no such file"):
+        list(preview(home / "tiny.json", ["data.train=nowhere.jsonl"]))
