@@ -71,15 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
     )
 
-    moved = commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run")
-    moved.usage = f"{moved.prog} DATA MODEL SCRIPT -o RECIPE [NAME=VALUE ...]"
-    moved.add_argument("data", type=Path, metavar="DATA", help="data.json")
-    moved.add_argument("model", type=Path, metavar="MODEL", help="model.json")
-    moved.add_argument(
-        "script", type=Path, metavar="SCRIPT", help="its shell script: read, never run; NAME=VALUE sets a variable"
-    )
-    moved.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
-    moved.add_argument("--allow-unknown", action="store_true", help="go on without keys that are not known")
+    _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
 
     commands.add_parser("doctor", help="what is installed, which backends and devices work")
 
@@ -136,6 +128,17 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--backend", help="torch_npu (or torch) or mindspore; default: DUETVL_BACKEND, the recipe's, torch_npu"
     )
     parser.add_argument("--device", help="cpu, cuda, npu (ascend) or auto; default: the recipe's")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} DATA MODEL SCRIPT -o RECIPE [NAME=VALUE ...]"
+    parser.add_argument("data", type=Path, metavar="DATA", help="data.json")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model.json")
+    parser.add_argument(
+        "script", type=Path, metavar="SCRIPT", help="its shell script: read, never run; NAME=VALUE sets a variable"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
+    parser.add_argument("--allow-unknown", action="store_true", help="go on without keys that are not known")
 
 
 def _run(args: argparse.Namespace) -> int:

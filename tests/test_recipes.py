@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from duetvl.cli import _overrides, _parse
 from duetvl.core.errors import ConfigError
@@ -144,3 +147,39 @@ def test_a_recipe_for_supervised_fine_tuning_runs(be, tmp_path):
     recipe = load_recipe(RECIPES / "qwen2_5_vl_7b_sft_full.yaml", overrides(tmp_path, "data.jsonl"))
     first, second = losses(recipe, be)
     assert 4 < first < 7 and 4 < second < 7  # about the logarithm of the vocabulary's size
+
+
+def test_a_recipe_with_lora_runs_and_leaves_an_adapter(be, tmp_path):
+    tiny_run.write_recipe(tmp_path)
+    recipe = load_recipe(RECIPES / "qwen2_5_vl_7b_sft_lora.yaml", overrides(tmp_path, "data.jsonl"))
+    first, second = losses(recipe, be)
+    assert 4 < first < 7 and 4 < second < 7
+    assert (tmp_path / "run" / "export" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_2b_dpo_full", "qwen2_5_vl_72b_dpo_lora"])
+def test_a_recipe_for_pairs_runs(be, tmp_path, name):
+    tiny_run.write_recipe(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    for record in records:
+        *record["messages"], chosen = record["messages"]
+        record |= {"chosen": chosen, "rejected": {"role": "assistant", "content": "I cannot tell"}}
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    first, second = losses(load_recipe(RECIPES / f"{name}.yaml", overrides(tmp_path, "pairs.json")), be)
+    assert first == pytest.approx(math.log(2), rel=1e-5)  # policy and reference are still the same
+    assert 0.5 < second < 0.8
+
+
+def test_a_recipe_for_videos_runs(be, tmp_path):
+    tiny_run.write_recipe(tmp_path)
+    records = []
+    for number in range(4):
+        frames = [f"frame{number}-{k}.png" for k in range(3)]
+        for k, name in enumerate(frames):
+            Image.new("RGB", (56, 56), (60 * k, 40 * number, 90)).save(tmp_path / name)
+        question = {"role": "user", "content": "<video>what moves?"}
+        records.append({"messages": [question, {"role": "assistant", "content": "nothing"}], "videos": [frames]})
+    (tmp_path / "videos.json").write_text(json.dumps(records))
+    recipe = load_recipe(RECIPES / "qwen2_5_vl_3b_sft_video.yaml", overrides(tmp_path, "videos.json"))
+    first, second = losses(recipe, be)
+    assert 4 < first < 7 and 4 < second < 7

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import mindspeed_runs as runs
 import pytest
+import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duetvl.cli import main
 from duetvl.core.errors import ConfigError
+from duetvl.training.loop import train
 from duetvl.training.mindspeed.importer import Imported, import_run, key_tables
 from duetvl.training.mindspeed.script import Text, options, read_script
 from duetvl.training.mindspeed.tables import TABLES
@@ -93,6 +95,23 @@ def test_every_key_is_in_the_report(tmp_path):
     for key in ("image_max_pixels", "template", "drop_last", "freeze", "bridge_patch", "rope_theta", "mrope_section"):
         assert key in text, key
     assert "CUDA_DEVICE_MAX_CONNECTIONS, TASK_QUEUE_ENABLE" in text
+
+
+def test_an_imported_run_trains(be, tmp_path):
+    tiny_run.write_recipe(tmp_path)
+    (tmp_path / "run.yaml").write_text(import_run(*runs.write(tmp_path, SMALL, lora=True)).text)
+    result = train(
+        tmp_path / "run.yaml",
+        [
+            f"model.path={tmp_path / 'model'}", "model.dtype=float32", f"data.train={tmp_path / 'data.jsonl'}",
+            "data.image_root=null", "data.workers=0", "train.steps=2", "train.global_batch=4",
+            f"train.output_dir={tmp_path / 'out'}", "parallel.pp=1", "parallel.dp=1", "parallel.vision_layers=null",
+            "parallel.language_layers=null", "log.tensorboard=false", "log.plot=false",
+        ],
+        backend=be,
+    )  # fmt: skip
+    assert result.step == 2 and result.loss is not None and 4 < result.loss < 7
+    assert (result.run_dir / "export" / "adapter_config.json").is_file()
 
 
 # -- what changes its meaning, what does not fit together ------------------------------------------------------------
@@ -208,6 +227,27 @@ def test_keys_of_the_data(tmp_path, key, value, expected):
     assert str(getattr(found, path.rpartition(".")[2])) == wanted
 
 
+@pytest.mark.parametrize(
+    ("vision", "text", "argument", "expected"),
+    [
+        (None, None, "", "none"),
+        (None, "full", "", "language"),
+        ("full", None, "", "vision"),
+        ("full", "full", "", "full"),
+        (None, "selective", "", "selective"),
+        (None, None, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "full"),
+        (None, "selective", "--recompute-granularity full", "full"),
+        (None, None, "--recompute-activations", "selective"),
+    ],
+)
+def test_recomputation(tmp_path, vision, text, argument, expected):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[1], "image_encoder.vision_encoder.recompute_granularity", vision)
+    edit(files[1], "text_decoder.recompute_granularity", text)
+    change(files[2], "--use-flash-attn", f"--use-flash-attn {argument}")
+    assert recipe_of(import_run(*files)).train.recompute == expected
+
+
 def test_evaluation_needs_data_for_it(tmp_path):
     files = runs.write(tmp_path, SMALL)
     assert recipe_of(import_run(*files)).train.eval_every is None
@@ -315,6 +355,11 @@ def test_the_command_writes_a_recipe_once(tmp_path, capsys, monkeypatch):
     assert "exists already" in capsys.readouterr().err
     assert target.read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "finetune.sh", "made.yaml", "model.json"]
+
+
+def test_a_variable_that_the_script_does_not_have(tmp_path):
+    with pytest.raises(ConfigError, match="has no variable 'NODES'; did you mean 'NNODES'"):
+        import_run(*runs.write(tmp_path, SMALL), variables={"NODES": "2"})
 
 
 def test_nothing_is_written_where_something_is_wrong(tmp_path, capsys):

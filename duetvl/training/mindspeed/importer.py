@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from duetvl.training.recipe import check_layers, make_recipe
 from duetvl.training.yaml_values import write_yaml
 
 _VISION_LAYERS: Final = "image_encoder.vision_encoder.pipeline_num_layers"
+_TOWERS: Final = {"vision": "image_encoder.vision_encoder", "language": "text_decoder"}
+_SELECTIVE: Final = "selective recomputes MLPs in both towers, not attention"
 _TEXT_LAYERS: Final = "text_decoder.pipeline_num_layers"
 
 
@@ -49,9 +52,8 @@ def import_run(
     made = _Import(values["data"], values["model"], values["script"], report, read, script).sections()
     for given in values.values():
         given.account(allow_unknown=allow_unknown)
-    if read.exported:
-        names = ", ".join(dict.fromkeys(read.exported))
-        report.add("not needed", "environment", f"{names}: set for its programs and devices")
+    for name in dict.fromkeys(read.exported):
+        report.add("not needed", name, "variables of the environment are for its programs and devices")
     recipe = make_recipe(made, name=script.stem)
     mesh = recipe.parallel.mesh
     what = ("dpo" if recipe.dpo else "sft") + (" with lora" if recipe.lora else "")
@@ -77,6 +79,7 @@ class _Import:
         made = sections(self.script, Devices(self.read, str(self.path)), wanted, self.report)
         made["model"] = {"path": self._path(), **made.pop("model"), **self._freeze("lora" in made)}
         made["data"] = {**data_section(self.data, self.report), **made.pop("data")}
+        made["train"] |= self._recompute()
         made["parallel"] |= self._layers(made["parallel"]["pp"], config)
         order = ("model", "data", "train", "optim", "lora", "dpo", "parallel", "checkpoint", "log", "backend")
         return {name: made[name] for name in order if made.get(name) or (name in ("lora", "dpo") and name in made)}
@@ -121,6 +124,27 @@ class _Import:
         default = "" if "image_encoder.vision_encoder.freeze" in self.model else " (its default for the vision tower)"
         self.report.add("used", "freeze", f"model.freeze: {said}{default}")
         return {"freeze": frozen} if frozen else {}
+
+    def _recompute(self) -> dict[str, Any]:
+        """model.json's word for each tower, else the script's for both."""
+        both = self.script.text("--recompute-granularity")
+        if self.script.switch("--recompute-activations"):
+            both = both or "selective"
+        keys = {part: f"{key}.recompute_granularity" for part, key in _TOWERS.items()}
+        found = {part: self.model.text(key) or both for part, key in keys.items()}
+        for part, value in found.items():
+            if value not in (None, "full", "selective"):
+                raise ConfigError(f"{MODEL.title}: {keys[part]} is {value!r}, expected full or selective")
+        whole = [part for part, value in found.items() if value == "full"]
+        if not any(found.values()):
+            return {}
+        ours = "selective" if not whole else "full" if len(whole) == 2 or "selective" in found.values() else whole[0]
+        said = ", ".join(f"{part} {value}" for part, value in found.items() if value)
+        if "selective" in found.values():
+            self.report.add("changed", "recompute_granularity", f"{said}: train.recompute: {ours} - {_SELECTIVE}")
+        else:
+            self.report.add("used", "recompute_granularity", f"{said}: train.recompute: {ours}")
+        return {"recompute": ours}
 
     # -- the model ------------------------------------------------------------------------------------------------
 
@@ -242,13 +266,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_script(path: Path, variables: Mapping[str, str]) -> Script:
     try:
-        read = read_script(path.read_text(encoding="utf-8"), variables)
+        text = path.read_text(encoding="utf-8")
+        read = read_script(text, variables)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    for name in variables:
+        if not (name.isidentifier() and re.search(rf"\b{name}\b", text)):
+            names = sorted(read.variables.keys() - variables.keys())
+            raise ConfigError(f"{path}: has no variable {name!r}{did_you_mean(name, names)}")
     if not read.program:
         raise ConfigError(
             f"{path}: starts no Python program with options, such as torchrun ... pretrain_vlm.py --lr 1e-5"

@@ -124,7 +124,7 @@ _STRUCTURE_KEYS = (
     "max_position_embeddings rope_theta rope_scaling position_embedding_type mrope_section num_query_groups "
     "group_query_attention untie_embeddings_and_output_weights add_bias_linear disable_bias_linear add_qkv_bias"
 )
-_RECOMPUTE = "nothing is recomputed in this release; `data.pack_tokens` bounds the memory of activations"
+_RECOMPUTE = "`train.recompute` computes whole blocks again, one by one, or (selective) their MLPs"
 _NOT_IN_A_RECIPE = {
     **_each(_STRUCTURE_KEYS, _STRUCTURE),
     **_each("use_fused_rotary_pos_emb bias_activation_fusion use_remove_padding parallel_output attention_mask_type "
@@ -137,7 +137,7 @@ _NOT_IN_A_RECIPE = {
     "seq_length": "`data.cutoff_len`, from --seq-length",
     **_each("use_vit_dp context_parallel_size tensor_model_parallel_size pipeline_model_parallel_size "
             "sequence_parallel", "the layout is that of the script's degrees"),
-    **_each("recompute_granularity recompute_method recompute_num_layers", _RECOMPUTE),
+    **_each("recompute_method recompute_num_layers", _RECOMPUTE),
     "moe_*": "these models have no experts",
     "num_experts": "these models have no experts",
 }  # fmt: skip
@@ -150,6 +150,8 @@ MODEL: Final = Table(
         "image_encoder.vision_encoder.freeze": "model.freeze",
         "image_encoder.vision_projector.freeze": "model.freeze",
         "text_decoder.freeze": "model.freeze",
+        "image_encoder.vision_encoder.recompute_granularity": "train.recompute",
+        "text_decoder.recompute_granularity": "train.recompute",
         "image_encoder.vision_encoder.pipeline_num_layers": "parallel.vision_layers",
         "text_decoder.pipeline_num_layers": "parallel.language_layers",
     },
@@ -157,6 +159,7 @@ MODEL: Final = Table(
         **{part + key: reason for part in _PARTS for key, reason in _NOT_IN_A_RECIPE.items()},
         **_each("img_context_token_id image_token_id video_token_id vision_start_token_id",
                 "ids are read from the model's config.json; images and videos may be mixed"),
+        "image_encoder.vision_projector.recompute_granularity": "the projector is never recomputed",
         "patch.*": "weights are read straight from the Hugging Face directory",
         **_each("dtype device", "`model.dtype` and --device say so"),
     },
@@ -188,6 +191,7 @@ SCRIPT: Final = Table(
         "--seed": "data.seed",
         "--train-iters": "train.steps", "--train-samples": "train.steps",
         "--calculate-per-sample-loss": "train.loss", "--calculate-per-token-loss": "train.loss",
+        "--recompute-granularity": "train.recompute", "--recompute-activations": "train.recompute",
         "--save": "train.output_dir",
         "--lr": "optim.lr", "--min-lr": "optim.min_lr_ratio", "--lr-decay-style": "optim.schedule",
         "--lr-decay-iters": "optim.schedule, where it is that of --train-iters",
@@ -257,8 +261,8 @@ SCRIPT: Final = Table(
         **_each("--lr-warmup-init --start-weight-decay --end-weight-decay --weight-decay-incr-style",
                 "the rate starts at zero, and weight decay is constant"),
         **_each("--matched-adamw-rms --muon-momentum --ns-steps", "of Muon, which is not there"),
-        **_each("--recompute-granularity --recompute-method --recompute-num-layers --recompute-skip-core-attention "
-                "--recompute-num-layers-skip-core-attention --recompute-activations", _RECOMPUTE),
+        **_each("--recompute-method --recompute-num-layers --recompute-skip-core-attention "
+                "--recompute-num-layers-skip-core-attention", _RECOMPUTE),
         "--ulysses-degree-in-cp": "`parallel.cp_algorithm` is one of ulysses and ring",
         **_each("--cp-attention-mask-type --use-cp-mask", "attention is causal within each sample"),
     },
