@@ -58,10 +58,20 @@ def open_trackers(recipe: Recipe, run_dir: Path, after: int) -> list[Tracker]:
     if recipe.log.tensorboard:
         found.append(TensorBoard(run_dir / "tensorboard", after))
     if recipe.log.wandb is not None:
-        found.append(WeightsAndBiases(recipe, run_dir, run_id(run_dir, "wandb")))
+        found.append(_started("wandb", "WANDB_MODE", lambda id: WeightsAndBiases(recipe, run_dir, id), run_dir))
     if recipe.log.swanlab is not None:
-        found.append(SwanLab(recipe, run_dir, run_id(run_dir, "swanlab")))
+        found.append(_started("swanlab", "SWANLAB_MODE", lambda id: SwanLab(recipe, run_dir, id), run_dir))
     return found
+
+
+def _started(name: str, mode: str, start: Callable[[str], Tracker], run_dir: Path) -> Tracker:
+    try:
+        return start(run_id(run_dir, name))
+    except Exception as error:  # whatever they raise without a login or a network
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"log.{name}: {name} could not start a run: {reason}; log in with it, or set {mode}=offline"
+        ) from error
 
 
 def run_id(run_dir: Path, tracker: str) -> str:

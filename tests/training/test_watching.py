@@ -246,15 +246,24 @@ def test_a_missing_library_is_said_before_anything_is_loaded(recipe, name):
 
 
 @pytest.mark.parametrize(("name", "mode"), [("wandb", "WANDB_MODE"), ("swanlab", "SWANLAB_MODE")])
-def test_a_real_library_takes_a_run_and_its_continuation(recipe, monkeypatch, name, mode):
+def test_a_real_library_takes_a_run_and_its_continuation(recipe, monkeypatch, capsys, name, mode):
     pytest.importorskip(name)
     monkeypatch.setenv(mode, "offline")
     be = duetvl.load_backend("torch_npu", "cpu")
-    options = [f"log.{name}=mine", "data.val=null"]
+    options = [f"log.{name}=mine", "log.generate=1", "log.generate_tokens=2", "optim.schedule=constant"]
     duetvl.train(recipe, [*options, "train.steps=2"], backend=be)
     run = duetvl.train(recipe, options, backend=be).run_dir
     assert list(json.loads((run / "trackers.json").read_text())) == [name]
-    assert len(read_metrics(run)) == 4
+    assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4]
+    assert "gets nothing more" not in capsys.readouterr().out
+
+
+def test_a_library_that_cannot_start_a_run_is_one_line(recipe, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    be = duetvl.load_backend("torch_npu", "cpu")
+    with pytest.raises(ConfigError, match=r"log.wandb: wandb could not start a run: .*set WANDB_MODE=offline"):
+        duetvl.train(recipe, ["log.wandb=no/such#name"], backend=be)
 
 
 # -- checkpoints for others -------------------------------------------------------------------------------------------
