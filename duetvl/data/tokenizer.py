@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -18,6 +19,8 @@ from duetvl.data.template import TURN_END, TURN_START
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_SHORT_TEXT: Final = 40  # letters
+_KNOWN_TEXTS: Final = 1024
 _END_OF_TEXT: Final = "<|endoftext|>"
 _MEDIA_TOKENS: Final = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 _PADS: Final = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
@@ -44,6 +47,7 @@ class TextTokenizer:
             text: number for text, (number, special) in added.items() if special and text not in control
         }
         self._markup = _any_of(self._markup_ids)
+        self._short = lru_cache(_KNOWN_TEXTS)(self._encode)
 
     def __reduce__(self) -> tuple[type[TextTokenizer], tuple[Tokenizer]]:
         # A pickled tokenizer forgets `encode_special_tokens`, so a copy goes through __init__ as well.
@@ -55,6 +59,10 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; none of them is a control token."""
+        # Headers, line ends and the usual system text come with every sample.
+        return list(self._short(text) if len(text) <= _SHORT_TEXT else self._encode(text))
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in self._markup.split(text):
             known = self._markup_ids.get(piece)
