@@ -5,7 +5,8 @@
 
 The others are transformers' processor with its slow image processor (Pillow), with its fast one (torchvision), and
 Qwen's recipe of qwen-vl-utils before the fast one. Those that are not installed are left out. All read the same files,
-in turn, on one thread; seconds are those of the processor, not of the clock. `--write` puts the tables and what they ran on into benchmarks/results/encode.md.
+in turn, on one thread; seconds are those of the processor, not of the clock. `--write` puts
+the tables and what they ran on into benchmarks/results/encode.md.
 """
 
 from __future__ import annotations
