@@ -180,7 +180,7 @@ def memory(directory: Path, samples: int) -> str:
     /proc/self/status, the peak within each tenth of the samples.
     """
     rng = np.random.default_rng(0)
-    paths = make_pictures(directory, [(int(h), int(w)) for h, w in rng.integers(56, 700, (64, 2))])
+    paths = make_pictures(directory, [(int(h), int(w)) for h, w in rng.integers(56, 400, (64, 2))])
     encoder = make_encoder(directory)
     peaks, peak = [], 0.0
     for number in range(samples):
