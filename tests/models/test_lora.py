@@ -173,26 +173,55 @@ def test_bfloat16_base_with_float32_adapters(tiny, be, samples, trained, kind):
 # -- dropout ----------------------------------------------------------------------------------------------------------
 
 
-def dropped_losses(tiny, be: Backend, samples, keys) -> list[float]:
+KEYS = [(), (0, 1, 0), (0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]
+
+
+def with_dropout(tiny, be: Backend, dora: bool = False):
+    """A model with adapters everywhere whose B is not zero."""
     model = duetvl.load_model(tiny.directory("qwen2.5-untied"), backend=be)
     modules = layers(model.config).choose(("language", "vision", "projector"))
-    add_adapters(model, Adapters(dict.fromkeys(modules, Size(4, 40.0)), dropout=0.3), seed=1)
+    add_adapters(model, Adapters(dict.fromkeys(modules, Size(4, 40.0)), dropout=0.3, dora=dora), seed=1)
     for path, parameter in model.parameters.items():
         if path.endswith("lora_B.weight"):
             values = philox(5, path).standard_normal(parameter.shape, dtype=np.float32) * np.float32(0.05)
             be.ops.assign(parameter.tensor, be.ops.from_numpy(values))
-    batch = model.pack([samples["image"]])
-    return [float(be.to_numpy(model.forward_loss(batch, key=key)[0])) for key in keys]
+    return model
 
 
 def test_masks_are_of_the_pass_and_the_same_on_both_backends(tiny, samples):
     pytest.importorskip("mindspore")
-    keys = [(), (0, 1, 0), (0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]
-    found = [dropped_losses(tiny, duetvl.load_backend(n, device="cpu"), samples, keys) for n in ("torch", "mindspore")]
+    found = []
+    for name in ("torch", "mindspore"):
+        model = with_dropout(tiny, duetvl.load_backend(name, device="cpu"))
+        batch = model.pack([samples["image"]])
+        found.append([float(model.backend.to_numpy(model.forward_loss(batch, key=key)[0])) for key in KEYS])
     np.testing.assert_allclose(*found, rtol=1e-5)
     assert found[0][1] == found[0][2]
     different = [*found[0][:2], *found[0][3:]]
     assert min(abs(a - b) for i, a in enumerate(different) for b in different[:i]) > 1e-3 * different[0]
+
+
+def gradients_of(model, batch, key) -> list[np.ndarray]:
+    """The loss, then the gradients of the adapters."""
+    be = model.backend
+    loss, tape = model.forward_loss(batch, key=key)
+    be.autograd.backward(tape, [be.ops.from_numpy(np.ones((), np.float32))])
+    found = [array(be, loss), *(array(be, p.main_grad) for p in model.parameters.values() if p.trainable)]
+    for parameter in model.parameters.values():
+        parameter.main_grad = None
+    return found
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_masks_are_the_same_when_activations_are_computed_again(tiny, be, samples, dora):
+    """The frozen embedding's rows need no gradient, so nothing that enters the first block does."""
+    model = with_dropout(tiny, be, dora)
+    batch = model.pack([samples["image and video"]])
+    kept = gradients_of(model, batch, KEYS[1])
+    for mode in ("full", "selective"):
+        model.recompute = mode
+        for one, again in zip(kept, gradients_of(model, batch, KEYS[1]), strict=True):
+            np.testing.assert_allclose(again, one, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
