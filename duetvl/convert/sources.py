@@ -117,6 +117,10 @@ def _training_checkpoint(directory: Path) -> Path | None:
 
 def _open_checkpoint(directory: Path) -> Source:
     manifest = _read_manifest(directory / MANIFEST)
+    if manifest.meta.extra.get("base_model"):
+        raise CheckpointError(
+            f"{directory}: holds the adapters of a LoRA run alone; give a merged model: `duetvl export`, `duetvl merge`"
+        )
     config = ModelConfig.from_dict(manifest.meta.model_config, source=f"{directory}: its model_config")
     model = Model.of(config)
     stored = manifest.tensors.get("weights", {})

@@ -144,7 +144,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{directory}: has no {CONFIG}, so it is no adapter in PEFT's layout") from None
+        run = (directory / "checkpoints").is_dir() or (directory / "manifest.json").is_file()
+        hint = "; write a run's adapter with `duetvl export`" if run else ""
+        raise CheckpointError(f"{directory}: has no {CONFIG}, so it is no adapter in PEFT's layout{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory / CONFIG}: cannot be read: {error}") from None
     if not isinstance(config, dict):

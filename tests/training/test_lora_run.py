@@ -14,10 +14,15 @@ import pytest
 import tiny_run
 
 import duetvl
+from duetvl.convert.commands import hf_to_mm, mm_to_hf
+from duetvl.convert.layouts import Layout
+from duetvl.convert.plans import Options
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.tensor_files import TensorFile
 from duetvl.models.lora import is_adapter
+from duetvl.models.qwen_vl.adapters import merge_directories
+from duetvl.models.qwen_vl.config import load_config
 from duetvl.training.check import check
 from duetvl.training.checkpoint import find_checkpoint
 from duetvl.training.export import export_run
@@ -183,6 +188,25 @@ def test_a_merged_export_is_a_plain_model_that_does_the_same(be, recipe, straigh
     batch = ours.pack([ours.processor([{"role": "user", "content": "say hello"}])])
     np.testing.assert_allclose(be.to_numpy(merged.logits(batch)), be.to_numpy(ours.logits(batch)), rtol=0, atol=1e-4)
     assert (tmp_path / "run" / "export" / "tokenizer.json").is_file()
+
+
+def test_the_mindspeed_mm_export_is_merged_too(be, recipe, straight, tmp_path):
+    model_dir = Path(json.loads(recipe.read_text())["model"]["path"])
+    options = [f"train.output_dir={tmp_path}/run", "checkpoint.export=mindspeed_mm"]
+    release = train(recipe, options, backend=be, resume=f"{straight}@8").run_dir / "export"
+    mm_to_hf(release, model_dir, tmp_path / "back", Layout.one_stage(load_config(model_dir)), Options())
+    merge_directories(model_dir, straight / "export", tmp_path / "merged")
+    back, merged = (TensorFile(tmp_path / name / "model.safetensors") for name in ("back", "merged"))
+    assert back.specs == merged.specs
+    assert all(np.array_equal(back.view(name), merged.view(name)) for name in merged.specs)
+
+
+def test_a_run_directory_is_no_adapter_and_no_model(straight, be, recipe, tmp_path):
+    model_dir = json.loads(recipe.read_text())["model"]["path"]
+    with pytest.raises(CheckpointError, match="write a run's adapter with `duetvl export`"):
+        duetvl.load_model(model_dir, backend=be, adapter=straight)
+    with pytest.raises(CheckpointError, match="holds the adapters of a LoRA run alone"):
+        hf_to_mm(straight, tmp_path / "mm", Layout.one_stage(load_config(model_dir)), Options())
 
 
 def test_a_frozen_bfloat16_base_with_float32_adapters(be, recipe, straight, tmp_path):
