@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -166,16 +167,18 @@ class _RowGroups:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+        self._lock = threading.Lock()  # an evaluation reads while the next steps are made
 
     def get(self, path: Path, group: int) -> Any:
         """A row group as a table."""
         key = (path, group)
-        if key not in self._kept:
-            self._kept[key] = _open_parquet(path).read_row_group(group, use_threads=False)
-            while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > _KEPT_BYTES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = _open_parquet(path).read_row_group(group, use_threads=False)
+                while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > _KEPT_BYTES:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
 
 _groups = _RowGroups()

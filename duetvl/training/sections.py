@@ -186,7 +186,8 @@ class DataSection(Section):
     workers: int = Field(default=0, ge=0, description="Processes that encode; 0: a thread of the main process.")
     prefetch: int = Field(default=2, ge=1, description="Steps that are made ahead.")
     cache: str | None = Field(
-        default=None, description="Directory that keeps encoded samples; several runs and nodes may share it."
+        default=None,
+        description="Directory that keeps drafts of samples (tokens, sizes of media); several runs and nodes may share it.",
     )
 
     @model_validator(mode="after")

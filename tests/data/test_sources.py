@@ -62,7 +62,7 @@ def write_parquet(path: Path, count: int = 10, group: int = 4) -> Path:
 def importable(name: str):
     try:
         return __import__(name, fromlist=["x"])
-    except ImportError as error:  # pyarrow 22 and later need numpy 2
+    except ImportError as error:  # pyarrow 26 needs numpy 2
         pytest.skip(str(error))
 
 
