@@ -187,7 +187,7 @@ class DataSection(Section):
     prefetch: int = Field(default=2, ge=1, description="Steps that are made ahead.")
     cache: str | None = Field(
         default=None,
-        description="Directory that keeps drafts of samples (tokens, sizes of media); several runs and nodes may share it.",
+        description="Directory that keeps drafts (tokens, sizes of media); several runs and nodes may share it.",
     )
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from counting import write
@@ -106,7 +107,7 @@ def test_epochs_hold_every_record_as_often_as_its_weight_says(source, buffer, se
 def test_neighbours_are_parted(source):
     """Even a buffer of one mixes files, as several shards are read in turn."""
     found = numbers(source, cursor_of(source, buffer=1).take(31))
-    changes = sum(one[0] != other[0] for one, other in zip(found, found[1:], strict=False))
+    changes = sum(one[0] != other[0] for one, other in pairwise(found))
     assert changes > 10
 
 
