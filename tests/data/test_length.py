@@ -251,7 +251,8 @@ def test_shrunk_samples_keep_their_text(processor: Processor, turns: Any, limit:
     check(processor, draft, limit)
     pad = processor.family.special.image
     assert np.array_equal(draft.input_ids[draft.input_ids != pad], whole.input_ids[whole.input_ids != pad])
-    assert (draft.image_grid_thw <= whole.image_grid_thw).all()
+    # Areas, not sides: at another area a narrow picture may round to one side more and another less.
+    assert (draft.image_grid_thw.prod(axis=1) <= whole.image_grid_thw.prod(axis=1)).all()
 
 
 def test_pairs_are_loaded_with_one_set_of_pixels(processor: Processor) -> None:
