@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import numpy as np
+
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
-from duetvl.core.errors import ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.weights_dir import open_weights
 from duetvl.models.hub import is_id, model_directory
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
@@ -95,11 +97,22 @@ def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend)
         with cache.filling() as add:
             for batch in data.everything():
                 if cache.lacks(batch.digests):
-                    add(batch.digests, backend.to_numpy(reference(batch)))
+                    add(batch.digests, _checked(batch, backend.to_numpy(reference(batch))))
                 seen += len(batch.digests)
                 progress.step({"step": seen})
     finally:
         progress.close()
+
+
+def _checked(batch: Batch, sums: np.ndarray) -> np.ndarray:
+    """The sums (S,), none of which may be kept that is not a number."""
+    wrong = np.flatnonzero(~np.isfinite(sums))
+    if len(wrong):
+        raise CheckpointError(
+            f"the reference's log-probability of sample {batch.sample_ids[int(wrong[0]) // 2]} is not finite: its "
+            f"weights are damaged, or too large for the dtype; try model.dtype bfloat16 or float32"
+        )
+    return sums
 
 
 def data_name(recipe: Recipe, files: Iterable[Path]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracle import PAIRS
 
-from duetvl.core.errors import ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.data.pairs import pair_digest
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.adapters import add_adapters
@@ -143,6 +143,16 @@ def test_filling_goes_on_where_it_was_interrupted(tiny, be, tmp_path, capsys):
     assert file.read_bytes().startswith(first) and file.stat().st_size == 28 * 4  # nothing was computed twice
     same(be, numbers(be, reference, policy), expected(tiny, be, NAME))
     assert "reference: pair 3/3" in capsys.readouterr().out
+
+
+def test_numbers_that_are_not_finite_are_not_kept(tiny, be, tmp_path):
+    policy = policy_of(tiny, be)
+    norm = policy.parameters["model.norm.weight"].tensor
+    be.ops.assign(norm, norm + float("nan"))
+    with pytest.raises(CheckpointError, match="log-probability of sample text pair is not finite"):
+        make_reference(recipe_of(tiny, cache=str(tmp_path)), policy, be).prepare(Pairs(policy))
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == 28
 
 
 def test_a_reference_of_another_kind_is_refused(tiny, be):
