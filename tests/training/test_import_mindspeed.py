@@ -248,6 +248,17 @@ def test_recomputation(tmp_path, vision, text, argument, expected):
     assert recipe_of(import_run(*files)).train.recompute == expected
 
 
+def test_a_script_for_mindspore(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    workers = (
+        "--local_worker_num $NPUS_PER_NODE --worker_num $WORLD_SIZE --log_dir=msrun_log --bind_core=True --join True"
+    )
+    change(files[2], "torchrun $DISTRIBUTED_ARGS", f"msrun {workers}")
+    change(files[2], "--distributed-backend nccl", "--distributed-backend nccl --ai-framework mindspore")
+    recipe = recipe_of(import_run(*files))
+    assert recipe.backend.name == "mindspore" and recipe.parallel.dp == 4
+
+
 def test_evaluation_needs_data_for_it(tmp_path):
     files = runs.write(tmp_path, SMALL)
     assert recipe_of(import_run(*files)).train.eval_every is None

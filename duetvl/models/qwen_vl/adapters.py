@@ -14,6 +14,7 @@ from duetvl.core.files import staged_directory
 from duetvl.core.half import narrowed, widened
 from duetvl.core.tensor_files import TensorSpec
 from duetvl.core.weights_dir import open_weights, write_shards
+from duetvl.models.hub import model_directory
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
 from duetvl.models.qwen_vl.config import ModelConfig, Shape, load_config, parameter_shapes
@@ -134,6 +135,7 @@ def merge_directories(model: str | Path, adapter: str | Path, target: str | Path
     Every tensor keeps its dtype. A target that exists is refused; it appears whole or not at all. Returns the number
     of layers that were merged.
     """
+    model = model_directory(model)
     config = load_config(model)
     shapes = parameter_shapes(config)
     weights = open_weights(model, canonical_names(config.tie_word_embeddings))
