@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -153,19 +154,11 @@ def _checked(image: Image.Image, medium: Medium, own: PixelSettings) -> Image.Im
     return resized(image, medium.size, own)
 
 
-class _named:  # noqa: N801 - reads as a statement
+@contextmanager
+def _named(part: ImagePart | VideoPart) -> Iterator[None]:
     """Puts a medium's name before an error about its size."""
-
-    def __init__(self, part: ImagePart | VideoPart):
-        self.part = part
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DataError):
-            raise DataError(f"{_name(self.part)}: {error}") from None
-
-
-def _name(part: ImagePart | VideoPart) -> str:
-    frames = _frame_sources(part) if isinstance(part, VideoPart) else None
-    return describe(frames[0] if frames else part.source)
+    try:
+        yield
+    except DataError as error:
+        frames = _frame_sources(part) if isinstance(part, VideoPart) else None
+        raise DataError(f"{describe(frames[0] if frames else part.source)}: {error}") from None

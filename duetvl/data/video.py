@@ -235,27 +235,25 @@ def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
 
     A frame that cannot be decoded is replaced by the nearest one within reach. Raises DataError naming the file.
     """
-    with _opened(source) as (container, stream):
-        cursor = _Cursor(container, stream, plan)
-        for pick in plan.picks:
-            frame = cursor.at(pick)
-            if frame is None and cursor.jumped:
-                break
-            yield _picture(cursor.checked(frame, pick))
-        else:
+    done = 0
+    # An index may be wrong about where decoding can begin: then once more from the front, where there is no doubt.
+    for may_jump in (True, False):
+        with _opened(source) as (container, stream):
+            cursor = _Cursor(container, stream, plan, may_jump=may_jump)
+            for pick in plan.picks[done:]:
+                frame = cursor.at(pick)
+                if frame is None and cursor.jumped:
+                    break
+                yield _picture(cursor.checked(frame, pick))
+                done += 1
+        if done == len(plan.picks):
             return
-        rest = plan.picks[plan.picks.index(pick) :]
-    # An index may be wrong about where decoding can begin. From the front there is no doubt.
-    with _opened(source) as (container, stream):
-        cursor = _Cursor(container, stream, plan, may_jump=False)
-        for pick in rest:
-            yield _picture(cursor.checked(cursor.at(pick), pick))
 
 
 class _Cursor:
     """Decodes forwards, and leaps to a later frame where that is less work."""
 
-    def __init__(self, container: Any, stream: Any, plan: VideoPlan, *, may_jump: bool = True):
+    def __init__(self, container: Any, stream: Any, plan: VideoPlan, *, may_jump: bool):
         self.container, self.stream, self.plan = container, stream, plan
         self.may_jump = may_jump and plan.timed
         self.jumped = False
