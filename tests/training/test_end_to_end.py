@@ -34,8 +34,8 @@ def test_the_curves_of_both_backends_agree_and_the_export_is_the_model(be, recip
 
     def mean_loss(directory):
         model = load_model(directory, backend=be)
-        encode = record_encoder(load_recipe(recipe, [f"model.path={directory}"]))
-        batch = model.pack([encode(record) for record in Records([tmp_path / "data.jsonl"])])
+        encoder = record_encoder(load_recipe(recipe, [f"model.path={directory}"]))
+        batch = model.pack([encoder.load(encoder.draft(record)) for record in Records([tmp_path / "data.jsonl"])])
         return float(be.to_numpy(model.eval_loss(batch))) / batch.trained_tokens
 
     assert mean_loss(result.run_dir / "export") == pytest.approx(result.eval_loss, rel=1e-5)
