@@ -33,13 +33,11 @@ class SampleAnswers(Callback):
         """Answer them."""
         if not self.prompts:
             return
-        answers = generate(
-            run.model,
-            run.backend.to_numpy,
-            self.prompts,
-            max_new_tokens=run.recipe.log.generate_tokens,
-            stop=frozenset(self.processor.stop_token_ids),
-        )
+        try:
+            answers = self._answers(run)
+        except _Stopping:
+            run.say("the run is to stop: validation samples are not answered")
+            return
         run.log_answers(
             [
                 {
@@ -51,6 +49,24 @@ class SampleAnswers(Callback):
                 for sample, prompt, tokens in zip(self.samples, self.prompts, answers, strict=True)
             ]
         )
+
+    def _answers(self, run: Running) -> list[list[int]]:
+        def look(prompt: int, token: int) -> None:
+            if run.stopping:
+                raise _Stopping
+
+        return generate(
+            run.model,
+            run.backend.to_numpy,
+            self.prompts,
+            max_new_tokens=run.recipe.log.generate_tokens,
+            stop=frozenset(self.processor.stop_token_ids),
+            on_token=look,
+        )
+
+
+class _Stopping(Exception):
+    """A signal has come, and what is left of the time is for saving."""
 
 
 def prompt_of(sample: Sample) -> Sample:

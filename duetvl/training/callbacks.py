@@ -35,6 +35,11 @@ class Running(Protocol):
         """The model in training. Its tensors are for reading."""
         ...
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asks to stop: give up what takes long, the run wants to save."""
+        ...
+
     def say(self, text: str) -> None:
         """Show a line to whoever watches."""
         ...

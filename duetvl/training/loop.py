@@ -324,6 +324,11 @@ class Run:
         """The model in training."""
         return self.job.model
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asks to stop."""
+        return self.signals.caught is not None
+
     def say(self, text: str) -> None:
         """Show a line to whoever watches."""
         self.progress.say(text)

@@ -105,8 +105,12 @@ class MetricsLog:
             tracker.call("write_texts", step, rows)
 
     def close(self) -> None:
-        """Close the files and the trackers."""
-        for file in self._files.values():
+        """Close the files and the trackers. Rows that still cannot be written are lost, which is told."""
+        for name, file in self._files.items():
+            try:
+                file.write([])
+            except OSError as error:
+                self._say(f"warning: the last rows of {self.run / name} are lost: {error.strerror or error}")
             file.close()
         for tracker in self._trackers:
             tracker.call("close")

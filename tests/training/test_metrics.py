@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 
 import pytest
 from PIL import Image
@@ -60,6 +61,23 @@ def test_what_is_not_finite_is_null_as_json_has_no_other_name(tmp_path):
     log.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": None}
+
+
+def test_rows_wait_for_room_and_what_never_finds_any_is_told(tmp_path):
+    said, before = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = MetricsLog(tmp_path, say=said.append)
+    try:
+        for step, room in ((1, 1000), (2, 120), (3, 120), (4, 1000), (5, 120)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            log.write(row(step))
+            readable = [r["step"] for r in read_metrics(tmp_path)]
+            assert readable == ([1] if step < 4 else [1, 2, 3, 4])
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file = tmp_path / "metrics.jsonl"
+    waiting = f"warning: {file} cannot be written: File too large; its rows are kept for later"
+    assert said == [waiting, waiting, f"warning: the last rows of {file} are lost: File too large"]
 
 
 def test_tensorboard_events(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import tiny_run
 from test_metrics import row
 
 import duetvl
-from duetvl.answers import prompt_of
+from duetvl.answers import SampleAnswers, prompt_of
 from duetvl.cli import main
 from duetvl.core.batch import Sample
 from duetvl.core.errors import CheckpointError, ConfigError
@@ -23,6 +25,7 @@ from duetvl.training import trackers
 from duetvl.training.callbacks import Callback
 from duetvl.training.costs import peak_flops
 from duetvl.training.export import export_run
+from duetvl.training.loop import train
 from duetvl.training.metrics import MetricsLog, read_metrics, read_rows
 from duetvl.training.recipe import load_recipe
 from duetvl.training.trackers import Guarded, TensorBoard, run_id
@@ -80,6 +83,20 @@ def test_validation_samples_are_answered_as_the_model_then_answers(be, recipe):
     texts = told["answers/data.jsonl:1/text_summary"]
     assert [step for step, _ in texts] == [2, 4]
     assert texts[1][1].startswith(rows[2]["answer"])
+
+
+def test_a_signal_ends_the_answers(recipe, capsys):
+    class Signal(Callback):
+        def on_eval(self, run, row):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    be = duetvl.load_backend("torch_npu", "cpu")
+    options = ["log.generate=1", "train.eval_every=2"]
+    result = train(recipe, options, backend=be, callbacks=[Signal(), SampleAnswers()])
+    assert (result.step, result.stopped_by) == (2, signal.SIGTERM)
+    assert "validation samples are not answered" in capsys.readouterr().out
+    assert result.checkpoint.name == "step-0000002"
+    assert not (result.run_dir / "samples.jsonl").exists()
 
 
 def test_answers_after_the_checkpoint_are_forgotten_on_resuming(recipe):
