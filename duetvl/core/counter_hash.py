@@ -58,7 +58,7 @@ def kept(
     # In place where tensors can, which makes it four times as fast; where they cannot, the names get new tensors.
     rows, columns = math.prod(shape[:-1]), shape[-1]
     row = np.arange(origin[0], origin[0] + rows).astype(np.uint32)
-    a, b = (place(_mixed(fold(lane, key) ^ row).view(np.int32).reshape(-1, 1)) for lane in (1, 2))
+    a, b = (place(_mixed(np.uint32(fold(lane, key)) ^ row).view(np.int32).reshape(-1, 1)) for lane in (1, 2))
     x = place(np.arange(origin[1], origin[1] + columns).astype(np.uint32).view(np.int32).reshape(1, -1)) ^ a
     x = stir(x, 16)
     x *= FIRST
@@ -70,17 +70,24 @@ def kept(
     return (x >= least).reshape(tuple(shape))
 
 
-def fold(lane: int, key: Sequence[int]) -> np.uint32:
+def fold(lane: int, key: Sequence[int]) -> int:
     """One word for a whole key."""
     state = 0
     for number in (lane, *key):
         for word in (number & WORD, number >> 32 & WORD):
-            state = int(_mixed(np.array([(state + GOLDEN & WORD) ^ word], np.uint32))[0])
-    return np.uint32(state)
+            state = mix((state + GOLDEN & WORD) ^ word)
+    return state
+
+
+def mix(x: int) -> int:
+    """One word of another, in Python's integers: numpy takes ten times as long for a single number."""
+    x = (x ^ x >> 16) * FIRST & WORD
+    x = (x ^ x >> 15) * SECOND & WORD
+    return x ^ x >> 16
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """`mix` of unsigned words."""
+    """`mix` of many."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(FIRST)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(SECOND & WORD)
     return x ^ (x >> np.uint32(16))
