@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from duetvl.training.feed import DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.loop import read_recipe, total_steps, world_size
 from duetvl.training.lora import plan_adapters
+from duetvl.training.memory import memory_line
 from duetvl.training.recipe import check_layers, check_world
 from duetvl.training.reference import describe
 from duetvl.training.run_directory import find_start
 from duetvl.training.sections import Recipe
 from duetvl.training.sft import record_encoder
 from duetvl.training.walk import walk
+
+FIRST = 16  # samples that the estimate of memory is made from
 
 
 def check(
@@ -51,6 +55,7 @@ def check(
     val = sets.val_refs()
     if val is not None:
         yield from _walked("data.val", val, sets.val_count, maker, way)
+    yield from _memory_lines(given, maker.drafts(list(islice(sets.train_refs(), FIRST))))
     check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
 
 
@@ -83,6 +88,14 @@ def _model_lines(recipe: Recipe) -> Iterator[str]:
     yield f"model: {path}, {known}{'' if fetched else '; its weights are fetched when it is trained'}"
     if plan:
         yield plan.describe(config)
+
+
+def _memory_lines(recipe: Recipe, outcomes: Iterable[Any]) -> Iterator[str]:
+    """The estimate, from the sizes of the first samples."""
+    config = load_config(model_directory(recipe.model.path, weights=False))
+    plan = plan_adapters(recipe, config)
+    if line := memory_line(recipe, config, plan.adapters if plan else None, outcomes):
+        yield line
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -1,0 +1,119 @@
+"""The estimate of memory against the tensors of a tiny run: their sizes, and what torch's allocator kept."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+
+import duetvl
+from duetvl.models.lora import Adapters, Size
+from duetvl.models.qwen_vl.adapters import add_adapters, layers
+from duetvl.models.qwen_vl.config import load_config
+from duetvl.training.memory import Load, estimate
+from duetvl.training.objective import TokenLoss
+from duetvl.training.recipe import make_recipe
+from duetvl.training.step import Trainer
+
+SAMPLE = oracle.sample(400, oracle.Image((1, 32, 24)), 100, seed=6)
+
+
+def recipe_of(**sections):
+    return make_recipe({"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+
+
+def load_of(batch) -> Load:
+    return Load(batch.tokens, batch.trained_tokens, len(batch.pixel_rows))
+
+
+def kept_bytes(model, batch) -> int:
+    """What torch has allocated during a forward pass and not freed when it ends; weight gradients are made in it."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        tape = model.forward_loss(batch)
+    del tape
+    return sum(event.self_cpu_memory_usage for event in trace.key_averages())
+
+
+@pytest.mark.parametrize("name", ["qwen2-untied", "qwen2.5-tied"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"model": {"path": "m", "dtype": "bfloat16"}},
+        {"train": {"recompute": "full"}},
+        {"train": {"recompute": "selective"}},
+        {"model": {"path": "m", "freeze": ["vision"]}},
+        {"model": {"path": "m", "freeze": ["visual", "embed_tokens", "model.layers.0"]}},
+        {"model": {"path": "m", "freeze": ["language"]}},
+    ],
+    ids=str,
+)
+def test_parts_are_the_sizes_of_tensors(tiny, name, sections):
+    pytest.importorskip("torch")
+    be, recipe = duetvl.load_backend("torch", "cpu"), recipe_of(**sections)
+    model = duetvl.load_model(tiny.directory(name), backend=be, dtype=recipe.model.dtype)
+    model.freeze(recipe.model.freeze)
+    model.recompute = recipe.train.recompute
+    trainer = Trainer(model, TokenLoss(model), be, recipe.optim)
+    batch = model.pack([SAMPLE])
+    found = estimate(model.config, recipe, load_of(batch))
+
+    def size(tensors):
+        return sum(x.nbytes for x in tensors)
+
+    assert found.weights == size(p.tensor for p in model.parameters.values())
+    assert found.optimizer == size(x for slot in trainer.state.slots().values() for x in slot.values())
+    assert found.gradients == 4 * sum(math.prod(p.shape) for p in trainer.trained)
+    head = model.parameters["model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"]
+    text = model.config.text
+    made = 4 * batch.trained_tokens * text.hidden_size + (4 * math.prod(head.shape) if head.trainable else 0)
+    pixels = 4 * batch.pixel_rows.size  # the host's own
+    kept = kept_bytes(model, batch) - made + pixels
+    assert found.activations == pytest.approx(kept, rel=0.06)
+
+
+@pytest.mark.parametrize("targets", [("language",), ("language", "vision", "projector"), ("q_proj",)])
+def test_adapters_keep_less(tiny, targets):
+    pytest.importorskip("torch")
+    model = duetvl.load_model(tiny.directory("qwen2.5-tied"), backend=duetvl.load_backend("torch", "cpu"))
+    adapters = Adapters(dict.fromkeys(layers(model.config).choose(targets), Size(2, 4.0)))
+    add_adapters(model, adapters, 0)
+    batch, recipe = model.pack([SAMPLE]), recipe_of(lora={})
+    found = estimate(model.config, recipe, load_of(batch), adapters)
+    assert found.gradients == 4 * sum(math.prod(p.shape) for p in model.parameters.values() if p.trainable)
+    assert found.weights == sum(p.tensor.nbytes for p in model.parameters.values())
+    kept = (
+        kept_bytes(model, batch) - 4 * batch.trained_tokens * model.config.text.hidden_size + 4 * batch.pixel_rows.size
+    )
+    assert found.activations == pytest.approx(kept, rel=0.1)
+    assert found.activations <= estimate(model.config, recipe_of(), load_of(batch)).activations
+
+
+def test_options_that_save_memory_save_it(tiny):
+    config = load_config(tiny.directory("qwen2.5-tied"))
+    load = Load(4096, 2048, 4096, 4)
+    base = estimate(config, recipe_of(), load)
+    for sections in (
+        {"train": {"recompute": "full"}},
+        {"train": {"recompute": "selective"}},
+        {"optim": {"state_dtype": "bfloat16"}},
+        {"model": {"path": "m", "freeze": ["vision"]}},
+        {"model": {"path": "m", "freeze": ["language"]}},
+    ):
+        assert estimate(config, recipe_of(**sections), load).peak < base.peak, sections
+    assert estimate(config, recipe_of(dpo={}), load).weights == 2 * base.weights
+    assert estimate(config, recipe_of(dpo={"cache": "c"}), load).weights == base.weights
+    assert base.peak <= sum(
+        getattr(base, part) for part in ("weights", "gradients", "optimizer", "activations", "passing")
+    )
+
+
+def test_packs_of_a_recipe():
+    sizes = [(100, 40, 0), (300, 60, 80)]
+    assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 1000}), sizes) == Load(1000, 250, 200, 2)
+    assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 9000}), sizes) == Load(1600, 400, 320, 1)
+    assert Load.of(recipe_of(data={"train": "d", "pack": False}), sizes) == Load(300, 60, 80, 8)
+    assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 200, "cutoff_len": 500}), sizes) == Load(300, 60, 80, 6)
