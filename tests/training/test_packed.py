@@ -10,7 +10,7 @@ from duetvl.data.loader import BatchMaker, Packing
 from duetvl.data.order import Mixture, RecordCursor
 from duetvl.data.samples import SampleMaker
 from duetvl.data.sources import Records
-from duetvl.data.workers import InlinePool
+from duetvl.data.workers import InlinePool, make_pool
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.recipe import load_recipe
 from duetvl.training.sft import record_encoder
@@ -59,3 +59,21 @@ def test_every_split_of_a_step_gives_one_gradient(be, recipe):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         for path, expected in gradients.items():
             np.testing.assert_allclose(other[path], expected, rtol=1e-3, atol=2e-4 * np.abs(expected).max() + 1e-6)
+
+
+def test_worker_processes_make_the_same_batches(recipe):
+    """With the encoder of training: pictures, tokenizer and all."""
+    records, encoder = Records([source.path for source in recipe.data.train]), record_encoder(recipe)
+    made = []
+    for workers in (0, 2):
+        pool = make_pool(SampleMaker(records.files, encoder), workers)
+        try:
+            cursor = RecordCursor(records, Mixture(records.counts, seed=0))
+            made.append(BatchMaker(pool, encoder, Packing(250)).begin(cursor, 8).finish())
+        finally:
+            pool.close()
+    assert made[0].sample_ids == made[1].sample_ids and made[0].end == made[1].end
+    for one, other in zip(made[0].batches, made[1].batches, strict=True):
+        for name in ("input_ids", "position_ids", "targets", "pixel_rows", "grids", "visual_dst", "visual_src"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert sum(batch.pixel_rows.size for batch in made[1].batches) > 0
