@@ -113,7 +113,7 @@ def speed(directory: Path, images: int, repeats: int) -> str:
         median = images / statistics.median(times)
         lines.append(f"| {name} | {best[name]:.0f} | {median:.0f} | {best[name] / best['duetvl']:.2f} |")
     rows, tokens = made["duetvl"]
-    head = f"{rows} patch rows and {tokens} tokens from each file; {repeats} rounds of {images} images."
+    head = f"{rows} patch rows and {tokens} tokens from each file; {repeats} rounds of {images} images; processor time."
     return "\n".join([head, "", *lines])
 
 
