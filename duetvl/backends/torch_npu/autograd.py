@@ -39,7 +39,7 @@ class TorchAutograd:
         leaves = tuple(x.detach().requires_grad_() for x in inputs)
         tape = Tape(leaves, (), tuple(trainable))
         with torch.enable_grad():
-            tapped = [_Tap.apply(p.tensor.detach().requires_grad_(), p, tape.arrivals) for p in trainable]
+            tapped = [_tap(p, tape.arrivals) for p in trainable]
             outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
         tape.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(x.detach() for x in tape.outputs), tape
@@ -90,27 +90,26 @@ class TorchAutograd:
         return torch.no_grad()
 
 
-class _Tap(torch.autograd.Function):
-    """Identity in front of a parameter: its backward runs once per tape, with the complete gradient."""
+def _tap(parameter: Parameter, arrivals: Arrivals) -> Tensor:
+    """A leaf over a parameter's storage: once per tape its complete gradient goes to main_grad.
 
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, parameter: Parameter, arrivals: Arrivals) -> Tensor:
-        ctx.parameter, ctx.arrivals = parameter, arrivals
-        ctx.set_materialize_grads(False)  # None says that no gradient comes; zeros would be one
-        return tensor.view_as(tensor)
+    A leaf, and not a function in front of one: the engine runs what was recorded first last, and all gradients would
+    wait beside the main gradients for the end of the backward pass. A leaf receives its own as soon as it is complete.
+    """
+    leaf = parameter.tensor.detach().requires_grad_()
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:
+    def receive(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
         if gradient is None:
-            return None, None, None
-        parameter = ctx.parameter
+            return
         if parameter.main_grad is None:
-            # A copy, as the engine may hand the same tensor to several receivers.
-            parameter.main_grad = gradient.to(torch.float32, copy=True)
+            parameter.main_grad = gradient.float()  # the leaf's own: the engine copies what others receive too
         else:
             parameter.main_grad.add_(gradient)
-        ctx.arrivals.add(parameter)
-        return None, None, None
+        arrivals.add(parameter)
+
+    leaf.register_post_accumulate_grad_hook(receive)
+    return leaf
 
 
 class _Custom(torch.autograd.Function):
