@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -154,6 +155,68 @@ class Contest:
             f"{chosen.threads} --write`",
         ]
         return "\n".join(lines) + "\n"
+
+
+def duetvl_sft(model: Any) -> Step:
+    """One step on packed samples, as duetvl's trainer takes it."""
+    import duetvl
+    from duetvl.core.optimizer import Group
+
+    backend = model.backend
+    groups = [Group([p for p in model.parameters.values() if p.trainable])]
+    state = backend.optimizer.create(groups)
+    given = [duetvl.Sample(**sample) for sample in samples()]
+
+    def step() -> float:
+        batch = model.pack(given)
+        loss, tape = model.forward_loss(batch)
+        backend.autograd.backward(tape, [backend.ops.from_numpy(np.ones((), np.float32))])
+        scale = 1.0 / batch.trained_tokens
+        scale *= min(1.0, 1.0 / (backend.optimizer.grad_norm(groups[0].parameters) * scale + 1e-6))
+        backend.optimizer.step(state, groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, grad_scale=scale)
+        return float(backend.to_numpy(loss)) / batch.trained_tokens
+
+    return step
+
+
+def transformers_sft(model: Any, style: str) -> Step:
+    """One step as users of transformers run it: one `padded` batch, or one sample at a time."""
+    import torch
+
+    model.train()
+    optimizer = torch_adamw(model)
+    given = samples()
+    total = sum(int((sample["labels"][1:] != -100).sum()) for sample in given)
+    batches = [given] if style == "padded" else [[sample] for sample in given]
+
+    def step() -> float:
+        loss_sum = 0.0
+        for batch in batches:
+            fed = {key: torch.from_numpy(value) for key, value in padded(batch).items()}
+            loss = model(**fed, num_items_in_batch=torch.tensor(total), use_cache=False).loss
+            loss.backward()
+            loss_sum += loss.item()
+        clipped_update(optimizer)
+        return loss_sum
+
+    return step
+
+
+def torch_adamw(model: Any) -> Any:
+    """torch's fused AdamW of what is trained."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+
+
+def clipped_update(optimizer: Any) -> None:
+    """Clip the gradients to a norm of 1, update, and drop them."""
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def measure(step: Step, repeats: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contest import LR, Contest, Step, padded, samples
+from contest import LR, Contest, Step, clipped_update, padded, samples, torch_adamw
 from lora_step import duetvl_model, peft_model
 
 BETA = 0.1
@@ -66,8 +66,8 @@ def trl_step(directory: Path, style: str) -> Step:
     import torch
 
     model = peft_model(directory)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+    model.train()
+    optimizer = torch_adamw(model)
     given = pairs()
     groups = [given] if style == "padded" else [[pair] for pair in given]
 
@@ -91,9 +91,7 @@ def trl_step(directory: Path, style: str) -> Step:
             loss = -torch.nn.functional.logsigmoid(BETA * gap).sum() / len(given)
             loss.backward()
             loss_sum += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        clipped_update(optimizer)
         return loss_sum
 
     return step

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contest import LR, Contest, Step, model_config, padded, samples
+from contest import Contest, Step, duetvl_sft, model_config, samples, transformers_sft
 
 from duetvl.models.lora import Adapters, Size, initial_values
 from duetvl.models.qwen_vl.adapters import layers, linear_shapes
@@ -47,26 +47,8 @@ def duetvl_model(directory: Path, framework: str) -> Any:
 
 
 def duetvl_step(directory: Path, framework: str) -> Step:
-    """One step on packed samples, as the trainer takes it."""
-    import duetvl
-    from duetvl.core.optimizer import Group
-
-    model = duetvl_model(directory, framework)
-    backend = model.backend
-    groups = [Group([p for p in model.parameters.values() if p.trainable])]
-    state = backend.optimizer.create(groups)
-    given = [duetvl.Sample(**sample) for sample in samples()]
-
-    def step() -> float:
-        batch = model.pack(given)
-        loss, tape = model.forward_loss(batch)
-        backend.autograd.backward(tape, [backend.ops.from_numpy(np.ones((), np.float32))])
-        scale = 1.0 / batch.trained_tokens
-        scale *= min(1.0, 1.0 / (backend.optimizer.grad_norm(groups[0].parameters) * scale + 1e-6))
-        backend.optimizer.step(state, groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, grad_scale=scale)
-        return float(backend.to_numpy(loss)) / batch.trained_tokens
-
-    return step
+    """The adapters alone."""
+    return duetvl_sft(duetvl_model(directory, framework))
 
 
 def peft_model(directory: Path) -> Any:
@@ -80,7 +62,6 @@ def peft_model(directory: Path) -> Any:
     )
     targets = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=targets))
-    model.train()
     named = dict(model.named_parameters())
     for path, values in start_values():
         path = path.removeprefix("model.").replace(".weight", ".default.weight")
@@ -89,29 +70,8 @@ def peft_model(directory: Path) -> Any:
 
 
 def peft_step(directory: Path, style: str) -> Step:
-    """One step as users of PEFT run it: one padded batch, or one sample at a time."""
-    import torch
-
-    model = peft_model(directory)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
-    given = samples()
-    total = sum(int((sample["labels"][1:] != -100).sum()) for sample in given)
-    batches = [given] if style == "padded" else [[sample] for sample in given]
-
-    def step() -> float:
-        loss_sum = 0.0
-        for batch in batches:
-            fed = {key: torch.from_numpy(value) for key, value in padded(batch).items()}
-            loss = model(**fed, num_items_in_batch=torch.tensor(total), use_cache=False).loss
-            loss.backward()
-            loss_sum += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss_sum
-
-    return step
+    """The adapters alone."""
+    return transformers_sft(peft_model(directory), style)
 
 
 CONTEST = Contest(

@@ -11,62 +11,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from contest import LR, Contest, Step, padded, samples
+from contest import Contest, Step, duetvl_sft, samples, transformers_sft
 
 
 def duetvl_step(directory: Path, framework: str) -> Step:
-    """One step on packed samples, as the trainer takes it."""
+    """All parameters."""
     import duetvl
-    from duetvl.core.optimizer import Group
 
     backend = duetvl.load_backend(framework, device="cpu")
-    model = duetvl.load_model(directory, backend=backend, dtype="float32")
-    parameters = list(model.parameters.values())
-    groups = [Group(parameters)]
-    state = backend.optimizer.create(groups)
-    given = [duetvl.Sample(**sample) for sample in samples()]
-
-    def step() -> float:
-        batch = model.pack(given)
-        loss, tape = model.forward_loss(batch)
-        backend.autograd.backward(tape, [backend.ops.from_numpy(np.ones((), np.float32))])
-        scale = 1.0 / batch.trained_tokens
-        norm = backend.optimizer.grad_norm(parameters) * scale
-        scale *= min(1.0, 1.0 / norm)
-        backend.optimizer.step(state, groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, grad_scale=scale)
-        return float(backend.to_numpy(loss)) / batch.trained_tokens
-
-    return step
+    return duetvl_sft(duetvl.load_model(directory, backend=backend, dtype="float32"))
 
 
 def transformers_step(directory: Path, style: str) -> Step:
-    """One step as users of transformers run it: one padded batch, or one sample at a time."""
+    """All parameters."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    given = samples()
-    total = sum(int((sample["labels"][1:] != -100).sum()) for sample in given)
-    batches = [given] if style == "padded" else [[sample] for sample in given]
-
-    def step() -> float:
-        loss_sum = 0.0
-        for batch in batches:
-            fed = {key: torch.from_numpy(value) for key, value in padded(batch).items()}
-            loss = model(**fed, num_items_in_batch=torch.tensor(total), use_cache=False).loss
-            loss.backward()
-            loss_sum += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss_sum
-
-    return step
+    return transformers_sft(model, style)
 
 
 CONTEST = Contest(

@@ -133,7 +133,11 @@ def _restart_notes(run_dir: Path) -> tuple[str, ...]:
 def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
     """The harmless differences to the recipe of a checkpoint, as text; ConfigError where there are others."""
     old, new = {**_defaults(), **dict(_flat(ref.meta.recipe))}, dict(_flat(recipe.model_dump(mode="json")))
-    differences = {key: f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new[key]}
+    # A section that is absent now is one key here and several there; what only an old version knew has no meaning now.
+    removed = [key for key in old if key not in new and key.partition(".")[0] in new]
+    differences = {
+        key: f"{key} {old.get(key)} -> {new.get(key)}" for key in (*new, *removed) if old.get(key) != new.get(key)
+    }
     grave = [text for key, text in differences.items() if not _harmless(key, recipe)]
     if grave:
         raise ConfigError(
