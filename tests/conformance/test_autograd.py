@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from duetvl.core.autograd import MissingGradient
-from duetvl.core.backend import Backend
+from duetvl.core.backend import Backend, load_backend
 from duetvl.core.params import Parameter
 
 from .cases import integers, normal
@@ -469,3 +469,28 @@ def resident() -> float:
     """MB that the process holds now."""
     with open("/proc/self/statm") as pages:
         return int(pages.read().split()[1]) * 4096 / 1e6
+
+
+def test_a_gradient_is_taken_as_soon_as_it_is_complete() -> None:
+    """And not when all are, which would hold a second set of them. MindSpore's engine pulls taps back last."""
+    be = load_backend("torch_npu", "cpu")
+    happened: list[str] = []
+
+    def marked(i: int, x: Any) -> Any:
+        def backward(needs: Any, residuals: Any, d: Any) -> Any:
+            happened.append(f"layer {i}")
+            return (d,)
+
+        return be.autograd.custom_vjp(lambda needs, x: (be.ops.reshape(x, x.shape), ()), backward)(x)
+
+    def layers(x: Any, *weights: Any) -> Any:
+        for i, w in enumerate(weights):
+            x = be.ops.linear(marked(i, x), w)
+        return be.ops.sum(x)
+
+    ones = be.ops.from_numpy(np.ones((2, 2), np.float32))
+    parameters = [Parameter(f"weight {i}", be.ops.from_numpy(np.ones((2, 2), np.float32))) for i in range(2)]
+    _, tape = be.autograd.run_stage(layers, (ones,), parameters)
+    one = be.ops.from_numpy(np.ones((), np.float32))
+    be.autograd.backward(tape, [one], on_ready=lambda p: happened.append(p.path))
+    assert happened == ["weight 1", "layer 1", "weight 0", "layer 0"]
