@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import oracle
 import pytest
+from frameworks import FRAMEWORKS
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
@@ -28,9 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether `--full` was given."""
     return bool(request.config.getoption("--full"))
-
-
-FRAMEWORKS = {"torch_npu": "torch", "mindspore": "mindspore"}
 
 
 @pytest.fixture(scope="session", params=list(FRAMEWORKS))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from conftest import FRAMEWORKS
+from frameworks import FRAMEWORKS
 
 from duetvl.core.tensor_files import TensorFile
 from duetvl.training.checkpoint import checkpoints_dir, find_checkpoint, has_checkpoint
