@@ -40,9 +40,9 @@ def duetvl_step(directory: Path, framework: str) -> Step:
     """One step as the trainer takes it: pairs packed, their pictures encoded once."""
     import duetvl
     from duetvl.core.batch import Pair
-    from duetvl.data import loader
-    from duetvl.training.dpo import PreferenceObjective, reference_of
-    from duetvl.training.sections import DpoSection, OptimSection
+    from duetvl.data.loading import loader
+    from duetvl.training.preference.dpo import PreferenceObjective, reference_of
+    from duetvl.training.recipe.sections import DpoSection, OptimSection
     from duetvl.training.step import Trainer
 
     model = duetvl_model(directory, framework)

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from duetvl.data.encode import Processor, RecordEncoder
-from duetvl.data.records import Record
+from duetvl.data.sources.records import Record
 from duetvl.models.qwen_vl import config as configs
 from duetvl.models.qwen_vl.host import QwenVLFamily
 

@@ -61,7 +61,7 @@ RECIPES = {
 
 def recipe_of(name: str, model: str) -> tuple[Any, int]:
     """A recipe, and how many micro-batches a step has."""
-    from duetvl.training.recipe import make_recipe
+    from duetvl.training.recipe.reading import make_recipe
 
     sections: dict = {"model": {"path": model}, "data": {"train": "-"}}
     for key, value in RECIPES[name].items():
@@ -96,7 +96,7 @@ def status(key: str) -> int:
 def measure(name: str, model: str) -> dict[str, float]:
     """In this process: run the recipe, and what its peak was."""
     from duetvl.core.backend import load_backend
-    from duetvl.data.loader import Step
+    from duetvl.data.loading.loader import Step
     from duetvl.models.qwen_vl.config import load_config
     from duetvl.models.qwen_vl.loading import load_model
     from duetvl.training.lora import adapt, plan_adapters

@@ -12,7 +12,7 @@ from duetvl.inference.generate import generate
 from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
-from duetvl.training.callbacks import Callback, Row, Running
+from duetvl.training.watching.callbacks import Callback, Row, Running
 
 
 class SampleAnswers(Callback):

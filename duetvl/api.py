@@ -24,10 +24,12 @@ from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.training import loop
-from duetvl.training.callbacks import Callback
-from duetvl.training.loop import Job, TrainResult, read_recipe
-from duetvl.training.sections import Recipe
+from duetvl.training import train as train_module
+from duetvl.training.job import Job
+from duetvl.training.loop import TrainResult
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.train import read_recipe
+from duetvl.training.watching.callbacks import Callback
 
 __all__ = [
     "Batch",
@@ -210,13 +212,13 @@ def train(
     prepare: Callable[[Recipe, Backend], Job] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
-    """Run a recipe: a file, a mapping of its sections, or a `Recipe`; see `duetvl.training.loop.train`.
+    """Run a recipe: a file, a mapping of its sections, or a `Recipe`; see `duetvl.training.train.train`.
 
     Besides, validation samples are answered where `log.generate` asks for it.
     """
     given = read_recipe(recipe, overrides)
     own = [SampleAnswers()] if given.log.generate else []
-    return loop.train(given, backend=backend, resume=resume, prepare=prepare, callbacks=[*own, *callbacks])
+    return train_module.train(given, backend=backend, resume=resume, prepare=prepare, callbacks=[*own, *callbacks])
 
 
 def load_processor(path: str | Path) -> Processor:

@@ -193,7 +193,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from duetvl.training.export import export_run
+    from duetvl.training.checkpoints.export import export_run
 
     export_run(args.run, args.output, _say)
     return 0
@@ -209,8 +209,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from duetvl.training.metrics import read_metrics
-    from duetvl.training.plots import plot_runs
+    from duetvl.training.watching.metrics import read_metrics
+    from duetvl.training.watching.plots import plot_runs
 
     for run in args.runs:
         if not read_metrics(run):
@@ -224,7 +224,7 @@ def _plot(args: argparse.Namespace) -> int:
 def _data(args: argparse.Namespace) -> int:
     if args.action == "preview":
         return _preview(args)
-    from duetvl.data.convert import convert_llava, convert_rlhf_v
+    from duetvl.data.formats.convert import convert_llava, convert_rlhf_v
 
     if args.layout == "llava":
         report = convert_llava(args.annotations, args.images, args.output)

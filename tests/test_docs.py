@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from duetvl.cli import _parser
-from duetvl.training.recipe import make_recipe
-from duetvl.training.yaml_values import parse_yaml
+from duetvl.training.recipe.reading import make_recipe
+from duetvl.training.recipe.yaml_values import parse_yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 import tiny_run

@@ -14,10 +14,10 @@ from PIL import Image
 from duetvl.cli import _overrides, _parse
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import published_config, published_names
-from duetvl.training.loop import train
-from duetvl.training.metrics import read_metrics
-from duetvl.training.recipe import check_layers, check_world, load_recipe
-from duetvl.training.sections import Recipe
+from duetvl.training.recipe.reading import check_layers, check_world, load_recipe
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.train import train
+from duetvl.training.watching.metrics import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 import tiny_run

@@ -7,7 +7,7 @@ import numpy as np
 import duetvl
 from duetvl.core.optimizer import Group
 from duetvl.training.feed import DataSets, Feed
-from duetvl.training.recipe import load_recipe
+from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.sft import record_encoder
 
 

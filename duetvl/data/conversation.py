@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from duetvl.data.blob import Blob
-from duetvl.data.images import NO_WISH, ImageSource, Resize
+from duetvl.data.media.images import NO_WISH, ImageSource, Resize
+from duetvl.data.sources.blob import Blob
 
 DEFAULT_FPS = 2.0  # frames per second that are taken of a video that does not say, as in transformers
 

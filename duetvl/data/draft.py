@@ -16,7 +16,7 @@ import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.records import Record
+from duetvl.data.sources.records import Record
 
 
 class Dropped(DataError):

@@ -18,14 +18,14 @@ from duetvl.core.errors import DataError
 from duetvl.core.family import Family
 from duetvl.data.conversation import Conversation, ImagePart, Preference, VideoPart
 from duetvl.data.draft import Draft, Dropped
-from duetvl.data.formats import read_record
-from duetvl.data.grounding import write_boxes
+from duetvl.data.formats.grounding import write_boxes
+from duetvl.data.formats.messages import read_messages
+from duetvl.data.formats.reading import read_record
 from duetvl.data.length import Segment, Segments, length, truncate, truncate_pair
-from duetvl.data.media import MediaSettings, Medium, load, measure, shrunk
-from duetvl.data.messages import read_messages
-from duetvl.data.pixel_files import read_pixel_settings
-from duetvl.data.pixels import PatchRows, PixelSettings
-from duetvl.data.records import Record
+from duetvl.data.media.pixel_files import read_pixel_settings
+from duetvl.data.media.pixels import PatchRows, PixelSettings
+from duetvl.data.media.plan import MediaSettings, Medium, load, measure, shrunk
+from duetvl.data.sources.records import Record
 from duetvl.data.template import TURN_START, Piece, render
 from duetvl.data.tokenizer import TextTokenizer, control_tokens, read_tokenizer
 
@@ -77,7 +77,7 @@ class Processor:
         return cls(read_tokenizer(path), family, image, video)
 
     def __call__(self, messages: Any, *, add_generation_prompt: bool = False, sample_id: str = "") -> Sample:
-        """Encode one conversation, see `duetvl.data.messages.read_messages`.
+        """Encode one conversation, see `duetvl.data.formats.messages.read_messages`.
 
         Labels cover the assistant's turns. Raises DataError.
         """
@@ -87,7 +87,7 @@ class Processor:
     def encode_record(
         self, record: Mapping[str, Any], *, media_dir: str | Path | None = None, sample_id: str = ""
     ) -> Sample:
-        """Encode one record of any layout, see `duetvl.data.formats.read_record`. Raises DataError."""
+        """Encode one record of any layout, see `duetvl.data.formats.reading.read_record`. Raises DataError."""
         found = read_record(record, media_dir=None if media_dir is None else Path(media_dir))
         return _single(self.load(self.draft(found, id=sample_id)))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from duetvl.data.draft import Dropped
-from duetvl.data.media import Medium
+from duetvl.data.media.plan import Medium
 
 
 @dataclass(frozen=True)

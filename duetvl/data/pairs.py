@@ -12,7 +12,7 @@ import numpy as np
 from duetvl.core.batch import Batch, Pair, PatchBytes, Sample
 from duetvl.core.errors import DataError
 from duetvl.data.draft import Draft, Encoder
-from duetvl.data.records import Record
+from duetvl.data.sources.records import Record
 
 DIGEST_BYTES = 16
 

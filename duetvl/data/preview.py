@@ -12,7 +12,7 @@ from PIL import Image
 from duetvl.core.batch import IGNORE, Pair, Sample
 from duetvl.core.family import Family, PatchGeometry
 from duetvl.data.encode import Processor
-from duetvl.data.pixels import PixelSettings
+from duetvl.data.media.pixels import PixelSettings
 
 PLAIN: Final = ("«", "»")  # around what is trained
 COLOURED: Final = ("\x1b[32m", "\x1b[0m")

@@ -3,8 +3,8 @@
 The layout is token for token that of LLaMA-Factory's `qwen2_vl` template, which is also that of the published chat
 template: a system turn, "You are a helpful assistant." unless one is given, then turns of user and assistant, each
 ended by `<|im_end|>` and a line end. Of an assistant's turn the content, `<|im_end|>` and the line end are trained;
-nothing else is. Results of tools are a user's turn, each in `<tool_response>`; `duetvl.data.tools` has the rest of
-what tools need.
+nothing else is. Results of tools are a user's turn, each in `<tool_response>`; `duetvl.data.formats.tools` has the
+rest of what tools need.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import Conversation, ImagePart, Part, Turn, VideoPart
-from duetvl.data.tools import tools_text
+from duetvl.data.formats.tools import tools_text
 
 DEFAULT_SYSTEM: Final = "You are a helpful assistant."
 TURN_START: Final = "<|im_start|>"

@@ -12,22 +12,23 @@ from typing import Any
 
 from duetvl.core.errors import DataError
 from duetvl.core.weights_dir import open_weights
-from duetvl.data.records import Ref
-from duetvl.data.samples import SampleMaker
+from duetvl.data.loading.samples import SampleMaker
+from duetvl.data.sources.records import Ref
 from duetvl.models.hub import is_id, model_directory
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
 from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.training.checkpoints.run_directory import find_start
 from duetvl.training.feed import DataSets
 from duetvl.training.groups import check_patterns
-from duetvl.training.loop import read_recipe, total_steps, world_size
 from duetvl.training.lora import plan_adapters
 from duetvl.training.memory import memory_line
-from duetvl.training.recipe import check_layers, check_world
-from duetvl.training.reference import describe
-from duetvl.training.run_directory import find_start
-from duetvl.training.sections import Recipe
+from duetvl.training.preference.reference import describe
+from duetvl.training.recipe.reading import check_layers, check_world
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.schedule import total_steps
 from duetvl.training.sft import record_encoder
+from duetvl.training.train import read_recipe, world_size
 from duetvl.training.walk import walk
 
 FIRST = 16  # samples that the estimate of memory is made from

@@ -13,16 +13,16 @@ import numpy as np
 
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.cache import CachedEncoder
 from duetvl.data.draft import Encoder
-from duetvl.data.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
-from duetvl.data.order import Cursor, Mixture, RecordCursor, choice
-from duetvl.data.records import Reading, RecordFile, Ref, with_line
-from duetvl.data.samples import SampleMaker
-from duetvl.data.sources import Records, Source, open_source, resolve
-from duetvl.data.stream import StreamCursor, StreamSource
-from duetvl.data.workers import Pool, make_pool
-from duetvl.training.sections import DataSection, DataSource, Recipe
+from duetvl.data.loading.cache import CachedEncoder
+from duetvl.data.loading.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
+from duetvl.data.loading.order import Cursor, Mixture, RecordCursor, choice
+from duetvl.data.loading.samples import SampleMaker
+from duetvl.data.loading.stream import StreamCursor, StreamSource
+from duetvl.data.loading.workers import Pool, make_pool
+from duetvl.data.sources.catalog import Records, Source, open_source, resolve
+from duetvl.data.sources.records import Reading, RecordFile, Ref, with_line
+from duetvl.training.recipe.sections import DataSection, DataSource, Recipe
 
 _NAMED = 10  # records left out that are named one by one; the rest is counted
 

@@ -8,7 +8,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.optimizer import Group
 from duetvl.core.params import Parameter
 from duetvl.core.patterns import Parts, require_matching
-from duetvl.training.sections import OptimSection
+from duetvl.training.recipe.sections import OptimSection
 
 
 def parameter_groups(parameters: Mapping[str, Parameter], optim: OptimSection, parts: Parts) -> list[Group]:

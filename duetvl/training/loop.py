@@ -2,64 +2,39 @@
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from duetvl.core.backend import Backend, load_backend
+from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.checkpoint_format import Meta
 from duetvl.core.errors import CheckpointError, DataError
-from duetvl.core.params import Parameter
-from duetvl.data.draft import Encoder
-from duetvl.data.loader import Step
-from duetvl.training.callbacks import Callback
-from duetvl.training.checkpoint import CheckpointRef, Snapshot, load_checkpoint, remove_leftovers, take_snapshot
-from duetvl.training.costs import Flops, Meter
+from duetvl.data.loading.loader import Step
+from duetvl.training.checkpoints.checkpoint import (
+    CheckpointRef,
+    Snapshot,
+    load_checkpoint,
+    remove_leftovers,
+    take_snapshot,
+)
+from duetvl.training.checkpoints.run_directory import Start, locked, write_recipe
+from duetvl.training.checkpoints.saving import Saver
 from duetvl.training.feed import DataSets, Feed
-from duetvl.training.metrics import MetricsLog, Progress, read_metrics
-from duetvl.training.objective import Objective
-from duetvl.training.plots import plot_runs
-from duetvl.training.recipe import check_world, load_recipe, make_recipe
-from duetvl.training.run_directory import Start, find_start, locked, write_recipe
-from duetvl.training.saving import Saver
-from duetvl.training.schedule import learning_rate
-from duetvl.training.sections import Recipe
+from duetvl.training.job import Job
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.schedule import learning_rate, total_steps
 from duetvl.training.signals import StopSignals
-from duetvl.training.step import StepGivenUp, StepResult, TrainableModel, Trainer
-from duetvl.training.trackers import check_trackers, open_trackers
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others.
-
-    `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a checkpoint says of the
-    model that these belong to, which must be the same (its `fingerprint`) when the run goes on. `flops` counts the
-    operations that a micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it.
-    `before` is called once with the data, while the model has its starting weights also where a run goes on.
-    """
-
-    model: TrainableModel
-    objective: Objective
-    encoder: Encoder
-    export: Callable[[Path], None]
-    model_config: Mapping[str, Any] = field(default_factory=dict)
-    stored: Sequence[Parameter] | None = None
-    base: Mapping[str, Any] = field(default_factory=dict)
-    flops: Flops | None = None
-    before: Callable[[Feed], None] | None = None
-
-    def checkpointed(self) -> Sequence[Parameter]:
-        """The parameters that a checkpoint keeps."""
-        return tuple(self.model.parameters.values()) if self.stored is None else self.stored
+from duetvl.training.step import StepGivenUp, StepResult, Trainer
+from duetvl.training.watching.callbacks import Callback
+from duetvl.training.watching.costs import Meter
+from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
+from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.trackers import open_trackers
 
 
 @dataclass(frozen=True)
@@ -73,62 +48,6 @@ class TrainResult:
     checkpoint: Path | None
     stopped_by: int | None = None  # the number of the signal that ended it before its time
     stop_reason: str | None = None  # what a callback said that did so
-
-
-def train(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
-    overrides: Sequence[str] = (),
-    *,
-    backend: Backend | None = None,
-    resume: str | None = None,
-    prepare: Callable[[Recipe, Backend], Job] | None = None,
-    callbacks: Sequence[Callback] = (),
-) -> TrainResult:
-    """Run a recipe: a file, a mapping of its sections, or a `Recipe`.
-
-    `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
-    checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step.
-    `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. `callbacks` are called
-    as the run goes along. However it ends, no file is left half-written.
-    """
-    given = read_recipe(recipe, overrides)
-    check_trackers(given.log)
-    check_world(given, world_size())
-    if os.environ.get("MS_ROLE") == "MS_SCHED":
-        # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
-        raise SystemExit(0)
-    start = find_start(given, resume)
-    sets = DataSets(given.data)
-    backend = backend or load_backend(given.backend.name, given.backend.device)
-    job = (prepare or _sft)(given, backend)
-    return Run(given, job, backend, start, sets, callbacks).run()
-
-
-def _sft(recipe: Recipe, backend: Backend) -> Job:
-    from duetvl.training.sft import prepare
-
-    return prepare(recipe, backend)
-
-
-def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from whatever `train` takes."""
-    if isinstance(recipe, Recipe):
-        return make_recipe(recipe.model_dump(mode="json"), overrides) if overrides else recipe
-    return make_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
-
-
-def world_size() -> int:
-    """Processes that torchrun or msrun has started."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("MS_WORKER_NUM") or 1)
-
-
-def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
-    """Optimizer steps of a whole run over so many records in an epoch; None: a stream, of which nobody knows."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    assert records is not None, "recipes with streams give train.steps"
-    epochs = 1.0 if recipe.train.epochs is None else recipe.train.epochs
-    return math.ceil(Fraction(epochs) * records / recipe.train.global_batch)
 
 
 class Run:

@@ -23,7 +23,7 @@ from duetvl.models.qwen_vl.config import ModelConfig, count_parameters
 from duetvl.models.qwen_vl.loading import save_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names
-from duetvl.training.sections import Recipe
+from duetvl.training.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

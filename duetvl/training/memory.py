@@ -18,7 +18,7 @@ from duetvl.data.draft import Draft
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig, parameter_shapes
 from duetvl.models.qwen_vl.model import PARTS
-from duetvl.training.sections import Recipe
+from duetvl.training.recipe.sections import Recipe
 
 Shape = tuple[int, ...]
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

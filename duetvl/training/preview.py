@@ -12,12 +12,12 @@ from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.files import write_bytes
 from duetvl.data.draft import Dropped
+from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.preview import PLAIN, contact_sheet, text_view
-from duetvl.data.samples import SampleMaker
 from duetvl.training.feed import DataSets
-from duetvl.training.loop import read_recipe
-from duetvl.training.sections import Recipe
+from duetvl.training.recipe.sections import Recipe
 from duetvl.training.sft import recipe_processor, record_encoder
+from duetvl.training.train import read_recipe
 
 
 def preview(

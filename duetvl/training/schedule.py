@@ -1,10 +1,20 @@
-"""The learning rate as a function of the step."""
+"""How long a run is, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
-from duetvl.training.sections import OptimSection
+from duetvl.training.recipe.sections import OptimSection, Recipe
+
+
+def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
+    """Optimizer steps of a whole run over so many records in an epoch; None: a stream, of which nobody knows."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert records is not None, "recipes with streams give train.steps"
+    epochs = 1.0 if recipe.train.epochs is None else recipe.train.epochs
+    return math.ceil(Fraction(epochs) * records / recipe.train.global_batch)
 
 
 def warmup_steps(warmup: float, total: int) -> int:

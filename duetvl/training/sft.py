@@ -13,9 +13,9 @@ from duetvl.convert.layouts import Layout
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
-from duetvl.data.media import MediaSettings
+from duetvl.data.media.plan import MediaSettings
+from duetvl.data.media.video import FrameRule
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
-from duetvl.data.video import FrameRule
 from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.adapters import merged_tensors
 from duetvl.models.qwen_vl.config import load_config
@@ -23,14 +23,14 @@ from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.training.costs import Flops
-from duetvl.training.dpo import PreferenceObjective
 from duetvl.training.feed import Feed
-from duetvl.training.loop import Job
+from duetvl.training.job import Job
 from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
 from duetvl.training.objective import Objective, TokenLoss
-from duetvl.training.reference import CachedReference, make_reference
-from duetvl.training.sections import DataSection, Recipe
+from duetvl.training.preference.dpo import PreferenceObjective
+from duetvl.training.preference.reference import CachedReference, make_reference
+from duetvl.training.recipe.sections import DataSection, Recipe
+from duetvl.training.watching.costs import Flops
 
 # LLaMA-Factory's image_min_pixels and image_max_pixels, video_min_pixels and video_max_pixels.
 LF_IMAGE: Final = (32 * 32, 768 * 768)

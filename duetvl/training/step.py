@@ -15,11 +15,11 @@ from duetvl.core.errors import DuetvlError
 from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
 from duetvl.core.patterns import Parts
-from duetvl.data.loader import Step
+from duetvl.data.loading.loader import Step
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective
+from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.scaling import START, WINDOW, LossScale
-from duetvl.training.sections import OptimSection
 
 Tensor = Any
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from itertools import islice
 
 from duetvl.data.draft import Draft, Outcome
-from duetvl.data.records import Ref
-from duetvl.data.samples import SampleMaker
+from duetvl.data.loading.samples import SampleMaker
+from duetvl.data.loading.workers import InlinePool, Pool, make_pool
+from duetvl.data.sources.records import Ref
 from duetvl.data.survey import Survey
-from duetvl.data.workers import InlinePool, Pool, make_pool
-from duetvl.training.metrics import Progress
+from duetvl.training.watching.metrics import Progress
 
 _AT_ONCE = 64  # records asked of each worker at a time
 _FEW = 512  # records that are walked over faster than processes are started

@@ -24,8 +24,8 @@ import tiny_model
 import duetvl
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_random_model
-from duetvl.training.metrics import read_metrics
-from duetvl.training.plots import plot_runs
+from duetvl.training.watching.metrics import read_metrics
+from duetvl.training.watching.plots import plot_runs
 
 BACKENDS = ("torch", "mindspore")
 RECIPE = Path(__file__).parent / "recipe.yaml"

@@ -16,7 +16,7 @@ import numpy as np
 from duetvl.core.batch import IGNORE, Batch, Sample
 from duetvl.core.errors import DataError
 from duetvl.data.draft import Draft, Dropped
-from duetvl.data.records import Record
+from duetvl.data.sources.records import Record
 
 NONE = np.zeros((0, 3), np.int64)
 

@@ -16,9 +16,9 @@ import pytest
 from counting import CountingEncoder, write
 
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.data.cache import CachedEncoder
-from duetvl.data.records import Reading, Record
-from duetvl.data.sources import Records, Source
+from duetvl.data.loading.cache import CachedEncoder
+from duetvl.data.sources.catalog import Records, Source
+from duetvl.data.sources.records import Reading, Record
 
 
 class Counted(CountingEncoder):
@@ -140,8 +140,8 @@ def test_another_process_finds_the_same_entries(records, tmp_path):
     CachedEncoder(CountingEncoder(), tmp_path / "c").draft(records[0])
     before = entries(tmp_path / "c")
     program = (
-        "import sys; from counting import CountingEncoder; from duetvl.data.cache import CachedEncoder; "
-        "from duetvl.data.sources import Records; "
+        "import sys; from counting import CountingEncoder; from duetvl.data.loading.cache import CachedEncoder; "
+        "from duetvl.data.sources.catalog import Records; "
         "CachedEncoder(CountingEncoder(), sys.argv[1]).draft(Records([sys.argv[2]])[0])"
     )
     paths = os.pathsep.join([str(Path(counting.__file__).parent), *filter(None, sys.path)])

@@ -15,7 +15,7 @@ from duetvl.cli import main
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.files import staged_file
 from duetvl.data.conversation import Conversation, Preference
-from duetvl.data.formats import read_record
+from duetvl.data.formats.reading import read_record
 
 
 def picture(color: int, kind: str = "PNG") -> bytes:

@@ -10,8 +10,8 @@ import pytest
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import Conversation, ImagePart, Preference
-from duetvl.data.dataset_info import SourceInfo, read_dataset_info
-from duetvl.data.formats import read_record
+from duetvl.data.formats.dataset_info import SourceInfo, read_dataset_info
+from duetvl.data.formats.reading import read_record
 
 
 def info(directory: Path, **entry: Any) -> SourceInfo:

@@ -15,7 +15,7 @@ from duetvl.core.batch import IGNORE, Sample
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
 from duetvl.data.conversation import Conversation, ImagePart
 from duetvl.data.encode import Processor, TextTokenizer
-from duetvl.data.formats import read_record
+from duetvl.data.formats.reading import read_record
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",

@@ -12,8 +12,8 @@ import pytest
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Preference, RefPart, Turn, VideoPart
-from duetvl.data.formats import read_record
-from duetvl.data.images import Resize
+from duetvl.data.formats.reading import read_record
+from duetvl.data.media.images import Resize
 
 ROOT = Path("/media")
 

@@ -17,8 +17,8 @@ from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import BoxPart, Conversation, Preference, RefPart
 from duetvl.data.encode import RecordEncoder
-from duetvl.data.formats import read_record
-from duetvl.data.records import Reading, Record
+from duetvl.data.formats.reading import read_record
+from duetvl.data.sources.records import Reading, Record
 from duetvl.data.template import render
 
 ROOT = Path("/media")

@@ -18,9 +18,9 @@ from duetvl.core.errors import DataError
 from duetvl.core.family import Grounding
 from duetvl.data.conversation import BoxPart, Conversation, ImagePart, RefPart, Turn
 from duetvl.data.encode import RecordEncoder
-from duetvl.data.formats import read_record
-from duetvl.data.grounding import write_boxes
-from duetvl.data.records import Reading, Record
+from duetvl.data.formats.grounding import write_boxes
+from duetvl.data.formats.reading import read_record
+from duetvl.data.sources.records import Reading, Record
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 

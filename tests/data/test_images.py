@@ -12,9 +12,9 @@ from PIL import Image
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
-from duetvl.data.images import NO_WISH, ImageSource, Resize, load_image
-from duetvl.data.media import MediaSettings, load, measure
-from duetvl.data.pixels import PixelSettings, smart_resize
+from duetvl.data.media.images import NO_WISH, ImageSource, Resize, load_image
+from duetvl.data.media.pixels import PixelSettings, smart_resize
+from duetvl.data.media.plan import MediaSettings, load, measure
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
 SETTINGS = PixelSettings()

@@ -15,7 +15,7 @@ from duetvl.core.errors import DataError
 from duetvl.data.draft import Draft, Dropped
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.length import proportions
-from duetvl.data.records import Record
+from duetvl.data.sources.records import Record
 
 SMALL = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from duetvl.core.errors import DataError
-from duetvl.data.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
-from duetvl.data.order import Mixture, RecordCursor
-from duetvl.data.records import with_line
-from duetvl.data.samples import SampleMaker
-from duetvl.data.sources import Records, open_source
-from duetvl.data.stream import StreamCursor, StreamSource
-from duetvl.data.workers import InlinePool, WorkerPool
+from duetvl.data.loading.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
+from duetvl.data.loading.order import Mixture, RecordCursor
+from duetvl.data.loading.samples import SampleMaker
+from duetvl.data.loading.stream import StreamCursor, StreamSource
+from duetvl.data.loading.workers import InlinePool, WorkerPool
+from duetvl.data.sources.catalog import Records, open_source
+from duetvl.data.sources.records import with_line
 
 GROUP = 6
 TEN = Packing(10)
@@ -49,7 +49,7 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Data:
-    from duetvl.data import records
+    from duetvl.data.sources import records
 
     plain, records.SHARD_BYTES = records.SHARD_BYTES, 150  # a shard of three records or so
     try:

@@ -20,10 +20,10 @@ from duetvl.core.errors import DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
 from duetvl.data.encode import RecordEncoder
-from duetvl.data.images import Resize, image_size, load_image
-from duetvl.data.media import MediaSettings, Medium, load, measure, shrunk
-from duetvl.data.pixels import PixelSettings, first_size, smart_resize
-from duetvl.data.records import Record
+from duetvl.data.media.images import Resize, image_size, load_image
+from duetvl.data.media.pixels import PixelSettings, first_size, smart_resize
+from duetvl.data.media.plan import MediaSettings, Medium, load, measure, shrunk
+from duetvl.data.sources.records import Record
 from tests.data.clips import write_clip
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)

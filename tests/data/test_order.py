@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duetvl.core.errors import DataError
-from duetvl.data.order import Mixture, RecordCursor, choice
-from duetvl.data.sources import Records
+from duetvl.data.loading.order import Mixture, RecordCursor, choice
+from duetvl.data.sources.catalog import Records
 
 
 @pytest.fixture(scope="module")

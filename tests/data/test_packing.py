@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duetvl.data.packing import assign, pack
+from duetvl.data.loading.packing import assign, pack
 
 
 def test_packs_are_literals():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from duetvl.core.errors import DataError
-from duetvl.data.sources import Records
+from duetvl.data.sources.catalog import Records
 
 
 def record(text: str) -> dict:

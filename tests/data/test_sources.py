@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from duetvl.core.errors import DataError
-from duetvl.data import records as records_module
-from duetvl.data.blob import Blob
-from duetvl.data.formats import read_record
-from duetvl.data.images import load_image
-from duetvl.data.records import Reading
-from duetvl.data.sources import Records, Source, open_source, resolve
-from duetvl.data.stream import StreamSource
+from duetvl.data.formats.reading import read_record
+from duetvl.data.loading.stream import StreamSource
+from duetvl.data.media.images import load_image
+from duetvl.data.sources import records as records_module
+from duetvl.data.sources.blob import Blob
+from duetvl.data.sources.catalog import Records, Source, open_source, resolve
+from duetvl.data.sources.records import Reading
 
 TALK = [{"role": "user", "content": "é\t<image>"}, {"role": "assistant", "content": "b"}]
 

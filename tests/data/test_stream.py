@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duetvl.core.errors import DataError
-from duetvl.data import records as records_module
-from duetvl.data.order import Mixture
-from duetvl.data.sources import open_source
-from duetvl.data.stream import StreamCursor, StreamSource
+from duetvl.data.loading.order import Mixture
+from duetvl.data.loading.stream import StreamCursor, StreamSource
+from duetvl.data.sources import records as records_module
+from duetvl.data.sources.catalog import open_source
 
 
 @pytest.fixture(scope="module")

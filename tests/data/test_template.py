@@ -18,7 +18,7 @@ from duetvl.core.batch import IGNORE
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import Conversation, ImagePart, Preference, Turn, VideoPart
 from duetvl.data.encode import Processor
-from duetvl.data.formats import read_record
+from duetvl.data.formats.reading import read_record
 from duetvl.data.template import render
 
 START, END, NEWLINE = 151644, 151645, 198

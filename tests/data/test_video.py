@@ -10,9 +10,9 @@ import pytest
 from duetvl.core.errors import DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import VideoPart
-from duetvl.data.media import MediaSettings, load, measure
-from duetvl.data.pixels import PixelSettings
-from duetvl.data.video import FrameRule, VideoIndex, VideoPlan, plan_frames, read_frames, read_index
+from duetvl.data.media.pixels import PixelSettings
+from duetvl.data.media.plan import MediaSettings, load, measure
+from duetvl.data.media.video import FrameRule, VideoIndex, VideoPlan, plan_frames, read_frames, read_index
 from tests.data.clips import level, levels, picture, write_clip
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
@@ -177,7 +177,7 @@ def test_far_frames_are_reached_without_decoding_all(tmp_path: Path, monkeypatch
     clip = write_clip(tmp_path / "long.mp4", 240, codec="libx264", between=2, gop=24)
     plan = planned(clip, start=20.0, end=20.5)
     assert numbers(plan) == [200, 202, 203, 205]
-    from duetvl.data import video
+    from duetvl.data.media import video
 
     decoded = 0
     real = video._decoded

@@ -19,10 +19,10 @@ from counting import CountingEncoder, write
 
 from duetvl.core.errors import DataError
 from duetvl.data.draft import Draft
-from duetvl.data.samples import SampleMaker
-from duetvl.data.sources import Records
-from duetvl.data.transfer import receive, send
-from duetvl.data.workers import WorkerPool
+from duetvl.data.loading.samples import SampleMaker
+from duetvl.data.loading.transfer import receive, send
+from duetvl.data.loading.workers import WorkerPool
+from duetvl.data.sources.catalog import Records
 
 
 @pytest.fixture
@@ -131,10 +131,10 @@ for step in steps(sys.argv[1], streaming, workers, begin, count):
 
 def steps(file: str, streaming: bool, workers: int, position, count: int):
     """Steps of four samples, made ahead by workers."""
-    from duetvl.data.loader import BatchMaker, Packing, StepLoader
-    from duetvl.data.order import Mixture, RecordCursor
-    from duetvl.data.sources import open_source
-    from duetvl.data.stream import StreamCursor, StreamSource
+    from duetvl.data.loading.loader import BatchMaker, Packing, StepLoader
+    from duetvl.data.loading.order import Mixture, RecordCursor
+    from duetvl.data.loading.stream import StreamCursor, StreamSource
+    from duetvl.data.sources.catalog import open_source
 
     if streaming:
         source = StreamSource([open_source(file)])

@@ -16,9 +16,9 @@ import pytest
 from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.errors import ConfigError
-from duetvl.data.loader import Step
+from duetvl.data.loading.loader import Step
 from duetvl.training.objective import TokenLoss
-from duetvl.training.sections import OptimSection
+from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.step import Trainer
 
 LOGITS = 7e-5  # measured: 1.5e-5 on torch, 1.7e-5 on MindSpore

@@ -16,8 +16,8 @@ from duetvl.core.errors import DataError
 from duetvl.core.params import Parameter, split_trainable
 from duetvl.core.random import philox
 from duetvl.data.draft import Draft
-from duetvl.data.records import Record
-from duetvl.training.loop import Job
+from duetvl.data.sources.records import Record
+from duetvl.training.job import Job
 from duetvl.training.objective import TokenLoss
 
 VOCABULARY, WIDTH = 11, 8

@@ -17,8 +17,8 @@ import time
 from itertools import count
 
 from duetvl.core.backend import load_backend
-from duetvl.training.callbacks import Callback
-from duetvl.training.loop import train
+from duetvl.training.train import train
+from duetvl.training.watching.callbacks import Callback
 
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 

@@ -19,7 +19,7 @@ from duetvl.core.errors import CheckpointError
 from duetvl.core.optimizer import Group
 from duetvl.core.params import Parameter
 from duetvl.core.tensor_files import TensorFile
-from duetvl.training import checkpoint as ck
+from duetvl.training.checkpoints import checkpoint as ck
 
 META = Meta(
     recipe={"optim": {"lr": 1e-5}},
@@ -227,7 +227,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from numpy_backend import numpy_backend, optimizer_state, parameters
-from duetvl.training import checkpoint as ck
+from duetvl.training.checkpoints import checkpoint as ck
 
 def save(run_dir, step):
     params = parameters(step)

@@ -8,9 +8,9 @@ import pytest
 from oracle import PAIRS
 
 from duetvl.core.batch import IGNORE, Batch
-from duetvl.data.loader import Step
+from duetvl.data.loading.loader import Step
 from duetvl.models.qwen_vl.loading import load_model
-from duetvl.training.dpo import (
+from duetvl.training.preference.dpo import (
     LOGGED,
     PreferenceLoss,
     PreferenceObjective,
@@ -19,7 +19,7 @@ from duetvl.training.dpo import (
     softplus,
     trained_counts,
 )
-from duetvl.training.sections import DpoSection, OptimSection
+from duetvl.training.recipe.sections import DpoSection, OptimSection
 from duetvl.training.step import Trainer
 
 COUNTS = (3, 5, 4, 1, 2, 6)  # trained tokens of three pairs' answers

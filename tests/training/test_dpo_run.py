@@ -17,9 +17,9 @@ from PIL import Image
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
 from duetvl.training.check import check
-from duetvl.training.dpo import LOGGED
-from duetvl.training.loop import train
-from duetvl.training.metrics import read_metrics
+from duetvl.training.preference.dpo import LOGGED
+from duetvl.training.train import train
+from duetvl.training.watching.metrics import read_metrics
 
 FIRST, ALONG = 1e-5, 1e-3  # relative difference between backends of the first loss, and of later ones
 
@@ -149,7 +149,7 @@ KILLED = """
 import os, sys
 from duetvl.core.backend import load_backend
 from duetvl.training.feed import Feed
-from duetvl.training.loop import train
+from duetvl.training.train import train
 
 recipe, run, cache = sys.argv[1:]
 everything = Feed.everything

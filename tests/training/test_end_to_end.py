@@ -9,13 +9,13 @@ import pytest
 import tiny_run
 
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
-from duetvl.data.sources import Records
+from duetvl.data.sources.catalog import Records
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.check import check
-from duetvl.training.loop import train
-from duetvl.training.metrics import read_metrics
-from duetvl.training.recipe import load_recipe
+from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.sft import record_encoder
+from duetvl.training.train import train
+from duetvl.training.watching.metrics import read_metrics
 
 
 @pytest.fixture

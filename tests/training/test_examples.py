@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 import duetvl
-from duetvl.training.metrics import read_metrics
+from duetvl.training.watching.metrics import read_metrics
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 

@@ -12,9 +12,9 @@ from bag_model import BagEncoder, write_records
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.training.feed import DataSets, Feed
-from duetvl.training.loop import train
-from duetvl.training.metrics import read_metrics
-from duetvl.training.recipe import make_recipe
+from duetvl.training.recipe.reading import make_recipe
+from duetvl.training.train import train
+from duetvl.training.watching.metrics import read_metrics
 
 
 def recipe_of(tmp_path, **data):

@@ -9,13 +9,13 @@ from bag_model import BagModel
 import duetvl
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError
-from duetvl.data.loader import Step
+from duetvl.data.loading.loader import Step
 from duetvl.models.qwen_vl import language, vision
 from duetvl.models.qwen_vl import model as whole
 from duetvl.models.qwen_vl.model import PARTS
 from duetvl.training.groups import check_patterns, parameter_groups
 from duetvl.training.objective import TokenLoss
-from duetvl.training.sections import OptimSection
+from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.step import Trainer
 
 

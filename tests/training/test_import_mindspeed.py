@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from duetvl.cli import main
 from duetvl.core.errors import ConfigError
-from duetvl.training.loop import train
 from duetvl.training.mindspeed.importer import Imported, import_run, key_tables
 from duetvl.training.mindspeed.script import Text, options, read_script
 from duetvl.training.mindspeed.tables import TABLES
-from duetvl.training.recipe import load_recipe, make_recipe
-from duetvl.training.sections import Recipe
-from duetvl.training.yaml_values import parse_yaml
+from duetvl.training.recipe.reading import load_recipe, make_recipe
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.recipe.yaml_values import parse_yaml
+from duetvl.training.train import train
 
 ROOT = Path(__file__).parents[2]
 SMALL = runs.GUIDES["qwen2_5_vl_7b"]

@@ -17,8 +17,8 @@ import tiny_run
 from frameworks import FRAMEWORKS
 
 from duetvl.core.tensor_files import TensorFile
-from duetvl.training.checkpoint import checkpoints_dir, find_checkpoint, has_checkpoint
-from duetvl.training.metrics import read_metrics
+from duetvl.training.checkpoints.checkpoint import checkpoints_dir, find_checkpoint, has_checkpoint
+from duetvl.training.watching.metrics import read_metrics
 
 STEPS = 16
 LAST_CALL = 90  # a start makes some 10 calls before its first save, and 25 for each save and its rotation

@@ -18,11 +18,12 @@ from bag_model import write_records
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
 from duetvl.core.tensor_files import TensorFile
-from duetvl.training.loop import total_steps, train
-from duetvl.training.metrics import read_metrics
-from duetvl.training.recipe import make_recipe
-from duetvl.training.run_directory import locked
+from duetvl.training.checkpoints.run_directory import locked
+from duetvl.training.recipe.reading import make_recipe
+from duetvl.training.schedule import total_steps
 from duetvl.training.step import NonFiniteError
+from duetvl.training.train import train
+from duetvl.training.watching.metrics import read_metrics
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ SCRIPT = """
 import sys
 import bag_model
 from duetvl.core.backend import load_backend
-from duetvl.training.loop import train
+from duetvl.training.train import train
 train(sys.argv[1], sys.argv[2:], backend=load_backend("torch_npu", "cpu"), prepare=bag_model.prepare)
 """
 

@@ -24,10 +24,10 @@ from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.adapters import merge_directories
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.training.check import check
-from duetvl.training.checkpoint import find_checkpoint
-from duetvl.training.export import export_run
-from duetvl.training.loop import train
-from duetvl.training.metrics import read_metrics
+from duetvl.training.checkpoints.checkpoint import find_checkpoint
+from duetvl.training.checkpoints.export import export_run
+from duetvl.training.train import train
+from duetvl.training.watching.metrics import read_metrics
 
 STD = 0.2  # of the base's weights: a head of small numbers leaves an adapter next to nothing to change
 ALONG = 1e-4  # relative difference of losses between backends
@@ -104,7 +104,7 @@ def apart(one: list[float], other: list[float]) -> np.ndarray:
 KILLED = """
 import os, sys
 from duetvl.core.backend import load_backend
-from duetvl.training import loop
+from duetvl.training import train as train_module
 from duetvl.training.step import Trainer
 
 name, recipe, run = sys.argv[1:]
@@ -117,7 +117,7 @@ def step(self, *args, **keywords):
     return plain(self, *args, **keywords)
 
 Trainer.step = step
-loop.train(recipe, [f"train.output_dir={run}"], backend=load_backend(name, device="cpu"))
+train_module.train(recipe, [f"train.output_dir={run}"], backend=load_backend(name, device="cpu"))
 """
 
 

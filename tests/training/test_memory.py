@@ -13,7 +13,7 @@ from duetvl.models.qwen_vl.adapters import add_adapters, layers
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.training.memory import Load, estimate
 from duetvl.training.objective import TokenLoss
-from duetvl.training.recipe import make_recipe
+from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.step import Trainer
 
 SAMPLE = oracle.sample(400, oracle.Image((1, 32, 24)), 100, seed=6)

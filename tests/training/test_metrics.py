@@ -9,9 +9,9 @@ import resource
 import pytest
 from PIL import Image
 
-from duetvl.training.metrics import MetricsLog, Progress, read_metrics
-from duetvl.training.plots import plot_runs
-from duetvl.training.trackers import TensorBoard
+from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
+from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.trackers import TensorBoard
 
 
 def row(step: int, loss: float = 1.0) -> dict:

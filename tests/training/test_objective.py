@@ -10,9 +10,9 @@ import pytest
 from bag_model import BagModel
 
 from duetvl.core.batch import IGNORE, Sample
-from duetvl.data.loader import Step
+from duetvl.data.loading.loader import Step
 from duetvl.training.objective import TokenLoss
-from duetvl.training.sections import OptimSection
+from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.step import Trainer
 
 MODES = ("token", "micro_batch", "sample")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tiny_run
 
-from duetvl.data.loader import BatchMaker, Packing
-from duetvl.data.order import Mixture, RecordCursor
-from duetvl.data.samples import SampleMaker
-from duetvl.data.sources import Records
-from duetvl.data.workers import InlinePool, make_pool
+from duetvl.data.loading.loader import BatchMaker, Packing
+from duetvl.data.loading.order import Mixture, RecordCursor
+from duetvl.data.loading.samples import SampleMaker
+from duetvl.data.loading.workers import InlinePool, make_pool
+from duetvl.data.sources.catalog import Records
 from duetvl.models.qwen_vl.loading import load_model
-from duetvl.training.recipe import load_recipe
+from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.sft import record_encoder
 
 SPLITS = {

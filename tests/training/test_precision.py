@@ -11,12 +11,12 @@ from test_loop import Interrupted, assert_same_run, interrupt, losses, recipe, r
 
 from duetvl.core.batch import Sample
 from duetvl.core.spans import Spans
-from duetvl.data.loader import Step
-from duetvl.training.metrics import read_metrics
+from duetvl.data.loading.loader import Step
 from duetvl.training.objective import TokenLoss
+from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.scaling import LEAST, LossScale
-from duetvl.training.sections import OptimSection
 from duetvl.training.step import NonFiniteError, Trainer
+from duetvl.training.watching.metrics import read_metrics
 
 
 def weights(model) -> dict[str, np.ndarray]:

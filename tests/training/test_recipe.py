@@ -8,10 +8,10 @@ import pytest
 
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import published_config
-from duetvl.training.recipe import check_layers, check_world, load_recipe, make_recipe
-from duetvl.training.recipe_text import recipe_reference
-from duetvl.training.sections import Recipe
-from duetvl.training.yaml_values import parse_yaml, write_yaml
+from duetvl.training.recipe.reading import check_layers, check_world, load_recipe, make_recipe
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.recipe.text import recipe_reference
+from duetvl.training.recipe.yaml_values import parse_yaml, write_yaml
 
 BASE = {"model": {"path": "ckpt"}, "data": {"train": "data.jsonl"}}
 
@@ -241,6 +241,6 @@ def test_a_recipe_survives_being_written():
 def test_the_document_is_current():
     document = Path(__file__).parents[2] / "docs" / "recipe.md"
     assert document.read_text(encoding="utf-8") == recipe_reference(), (
-        "make it anew: python -c 'from duetvl.training.recipe_text import recipe_reference as r; "
+        "make it anew: python -c 'from duetvl.training.recipe.text import recipe_reference as r; "
         'open("docs/recipe.md", "w").write(r())\''
     )

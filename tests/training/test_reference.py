@@ -13,9 +13,9 @@ from duetvl.data.pairs import pair_digest
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.adapters import add_adapters
 from duetvl.models.qwen_vl.loading import load_model
-from duetvl.training.dpo import answer_sums
-from duetvl.training.recipe import make_recipe
-from duetvl.training.reference import data_name, make_reference
+from duetvl.training.preference.dpo import answer_sums
+from duetvl.training.preference.reference import data_name, make_reference
+from duetvl.training.recipe.reading import make_recipe
 
 NAME, OTHER = "qwen2.5-tied", "qwen2.5-untied"
 

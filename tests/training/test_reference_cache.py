@@ -16,7 +16,7 @@ from duetvl.core.batch import Pair, PatchBytes
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.tensor_files import TensorFile, write_tensor_file
 from duetvl.data.pairs import pair_digest
-from duetvl.training.reference_cache import ReferenceCache, reference_name
+from duetvl.training.preference.reference_cache import ReferenceCache, reference_name
 
 DIGESTS = [bytes([number]) * 16 for number in range(4)]
 SUMS = np.arange(8, dtype=np.float32) / 3
@@ -74,7 +74,7 @@ def test_two_processes_that_fill_one_file_take_turns(tmp_path):
     script = """
 import sys
 import numpy as np
-from duetvl.training.reference_cache import ReferenceCache
+from duetvl.training.preference.reference_cache import ReferenceCache
 cache = ReferenceCache(sys.argv[1], "name")
 print("ready", flush=True)
 with cache.filling() as add:

@@ -22,11 +22,11 @@ import duetvl
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError
 from duetvl.core.tensor_files import TensorFile
-from duetvl.training import checkpoint as ck
-from duetvl.training.callbacks import Callback
-from duetvl.training.loop import train
-from duetvl.training.metrics import read_metrics
-from duetvl.training.saving import SaveGivenUp, Saver
+from duetvl.training.checkpoints import checkpoint as ck
+from duetvl.training.checkpoints.saving import SaveGivenUp, Saver
+from duetvl.training.train import train
+from duetvl.training.watching.callbacks import Callback
+from duetvl.training.watching.metrics import read_metrics
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ FULL_DISK = """
 import sys
 import bag_model
 from duetvl.core.backend import load_backend
-from duetvl.training.loop import train
+from duetvl.training.train import train
 recipe, run = sys.argv[1:]
 train(recipe, [f"train.output_dir={run}"], backend=load_backend("torch_npu", "cpu"), prepare=bag_model.prepare)
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.schedule import learning_rate, warmup_steps
-from duetvl.training.sections import OptimSection
 
 
 def rates(total: int, **fields) -> list[float]:

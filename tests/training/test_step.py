@@ -9,11 +9,11 @@ import pytest
 from bag_model import BagModel, encode, write_records
 
 from duetvl.core.batch import IGNORE, Sample
-from duetvl.data.loader import Step
-from duetvl.data.packing import pack
-from duetvl.data.sources import Records
+from duetvl.data.loading.loader import Step
+from duetvl.data.loading.packing import pack
+from duetvl.data.sources.catalog import Records
 from duetvl.training.objective import Evaluated, Forward, TokenLoss
-from duetvl.training.sections import OptimSection
+from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.step import NonFiniteError, Trainer
 
 OPTIM = OptimSection(lr=0.05, weight_decay=0.1, clip=0.5, betas=(0.9, 0.95))

@@ -21,14 +21,14 @@ from duetvl.cli import main
 from duetvl.core.batch import Sample
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.loading import load_model
-from duetvl.training import trackers
-from duetvl.training.callbacks import Callback
-from duetvl.training.costs import peak_flops
-from duetvl.training.export import export_run
-from duetvl.training.loop import train
-from duetvl.training.metrics import MetricsLog, read_metrics, read_rows
-from duetvl.training.recipe import load_recipe
-from duetvl.training.trackers import Guarded, TensorBoard, run_id
+from duetvl.training.checkpoints.export import export_run
+from duetvl.training.recipe.reading import load_recipe
+from duetvl.training.train import train
+from duetvl.training.watching import trackers
+from duetvl.training.watching.callbacks import Callback
+from duetvl.training.watching.costs import peak_flops
+from duetvl.training.watching.metrics import MetricsLog, read_metrics, read_rows
+from duetvl.training.watching.trackers import Guarded, TensorBoard, run_id
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from duetvl.training.mindspeed.report import Report, Values
 from duetvl.training.mindspeed.script import Script, Text, options, read_script
 from duetvl.training.mindspeed.tables import DATA, FAMILIES, MODEL, SCRIPT, SHAPES, TABLES
 from duetvl.training.mindspeed.training_keys import Devices, Wanted, sections
-from duetvl.training.recipe import check_layers, make_recipe
-from duetvl.training.yaml_values import write_yaml
+from duetvl.training.recipe.reading import check_layers, make_recipe
+from duetvl.training.recipe.yaml_values import write_yaml
 
 _VISION_LAYERS: Final = "image_encoder.vision_encoder.pipeline_num_layers"
 _TOWERS: Final = {"vision": "image_encoder.vision_encoder", "language": "text_decoder"}

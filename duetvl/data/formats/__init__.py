@@ -1,0 +1,1 @@
+"""Records of every layout that users have, read into conversations."""

@@ -1,0 +1,215 @@
+"""Published data sets to records that training reads: LLaVA-Instruct with its pictures, RLHF-V's Parquet files.
+
+Nothing is overwritten, results appear whole or not at all, and every record that is left out is written down with
+the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from PIL import Image
+from tqdm import tqdm
+
+from duetvl.core.errors import DataError
+from duetvl.core.files import staged_directory, staged_file
+from duetvl.data.conversation import Conversation, ImagePart, VideoPart
+from duetvl.data.formats.reading import read_record
+from duetvl.data.formats.tools import parse_json
+from duetvl.data.sources.records import Places, Reading, Record, RecordFile, open_json
+from duetvl.data.sources.tables import ParquetFile
+
+PAIRS: Final = "rlhf-v.jsonl"
+DROPPED: Final = "dropped.txt"
+_SHOWN: Final = 3  # of the records that were left out
+
+
+class MissingFile(DataError):
+    """A record's picture is not there."""
+
+
+@dataclass
+class Report:
+    """What became of the records: where the good ones are, and why the others were left out."""
+
+    output: Path
+    written: int = 0
+    dropped: list[tuple[str, str]] = field(default_factory=list)  # (kind, place and reason)
+
+    def lines(self) -> Iterator[str]:
+        """For a reader."""
+        yield f"wrote {self.written} records to {self.output}"
+        if self.dropped:
+            counts = Counter(kind for kind, _ in self.dropped)
+            yield f"left out {len(self.dropped)}: {', '.join(f'{n} {kind}' for kind, n in counts.most_common())}"
+            yield from (f"  {reason}" for _, reason in self.dropped[:_SHOWN])
+            more = len(self.dropped) - _SHOWN
+            yield f"  {'and ' + str(more) + ' more; ' if more > 0 else ''}all are in {self.dropped_file}"
+
+    @property
+    def dropped_file(self) -> Path:
+        """The list of what was left out; it is written when there is any."""
+        if self.output.name == PAIRS:
+            return self.output.with_name(DROPPED)
+        return self.output.with_name(f"{self.output.stem}.{DROPPED}")
+
+
+def convert_llava(annotations: Path, images: Path, output: Path) -> Report:
+    """LLaVA-Instruct's JSON, and the directory of its pictures (COCO's train2017), to one JSONL file of messages.
+
+    Records whose picture is missing, or that make no sense, are left out. Paths of pictures below the directory of
+    `output` are written relative to it, others whole. Raises DataError when `output` exists or nothing is left.
+    """
+    report = Report(output)
+    _refuse_existing(output, report.dropped_file)
+    if not images.is_dir():
+        raise DataError(f"{images}: no such directory of pictures")
+    with staged_file(output) as out:
+        _convert([_opened(annotations)], report, out, lambda record: _llava_record(record, images, output.parent))
+    _write_dropped(report, report.dropped_file)
+    return report
+
+
+def convert_rlhf_v(files: Sequence[Path], output: Path) -> Report:
+    """RLHF-V's (or RLAIF-V's) Parquet files to a directory: pictures, and a JSONL file of preference pairs.
+
+    Rows without a readable picture, a question and two answers are left out. Raises DataError when `output` exists
+    and is not empty, or nothing is left.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise DataError(f"{output}: exists already, and nothing is overwritten; choose another directory")
+    report = Report(output / PAIRS)
+    with staged_directory(output) as staging:
+        (staging / "images").mkdir()
+        with open(staging / PAIRS, "w", encoding="utf-8") as out:
+            tables = [ParquetFile(path, Reading()) for path in files]
+            _convert(tables, report, out, lambda record: _pair_record(record.values, staging))
+        _write_dropped(report, staging / DROPPED)
+    return report
+
+
+def _convert(
+    files: Sequence[RecordFile], report: Report, out: TextIO, convert: Callable[[Record], Mapping[str, Any]]
+) -> None:
+    """Write what `convert` makes of every record of the files; its DataErrors are noted."""
+    found = [(file, file.places()) for file in files]
+    total = sum(len(places.at) for _, places in found)
+    for record in tqdm(_records(found), total=total, unit=" records", disable=None):
+        try:
+            if isinstance(record, DataError):
+                raise record
+            line = _line(convert(record))
+        except MissingFile as error:
+            report.dropped.append(("missing pictures", f"{record.where}: {error}"))
+        except DataError as error:
+            where = f"{record.where}: " if isinstance(record, Record) else ""
+            report.dropped.append(("bad records", f"{where}{error}"))
+        else:
+            out.write(line + "\n")
+            report.written += 1
+    if not report.written:
+        first = f"; the first: {report.dropped[0][1]}" if report.dropped else ""
+        raise DataError(f"no record could be converted, {len(report.dropped)} were found{first}")
+
+
+def _llava_record(record: Record, images: Path, output_directory: Path) -> dict[str, Any]:
+    found = read_record(record.values, form="llava", media_dir=images)
+    assert isinstance(found, Conversation), "this layout has no pairs"
+    pictures = []
+    for part in (part for turn in found.turns for part in turn.parts):
+        if isinstance(part, VideoPart) or (isinstance(part, ImagePart) and not isinstance(part.source, Path)):
+            raise DataError("only records with files of pictures are converted")
+        if isinstance(part, ImagePart):
+            pictures.append(_existing(Path(str(part.source)), output_directory))
+    messages = [
+        {"role": turn.role, "content": "".join(part if isinstance(part, str) else "<image>" for part in turn.parts)}
+        for turn in found.turns
+    ]
+    return {"messages": messages, "images": pictures}
+
+
+def _existing(picture: Path, output_directory: Path) -> str:
+    if not picture.is_file():
+        raise MissingFile(f"{picture}: no such file")
+    whole, base = picture.absolute(), output_directory.absolute()
+    return str(whole.relative_to(base)) if whole.is_relative_to(base) else str(whole)
+
+
+def _pair_record(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    texts = parse_json("text", row["text"]) if isinstance(row.get("text"), str) else row
+    if not isinstance(texts, Mapping):
+        raise DataError(f"text must hold question, chosen and rejected, found {type(texts).__name__}")
+    for key in ("question", "chosen", "rejected"):
+        if not isinstance(texts.get(key), str):
+            raise DataError(f"needs question, chosen and rejected as texts, found {key} {texts.get(key)!r:.60}")
+    question = texts["question"]
+    record = {
+        "messages": [{"role": "user", "content": question if "<image>" in question else f"<image>{question}"}],
+        "chosen": {"role": "assistant", "content": texts["chosen"]},
+        "rejected": {"role": "assistant", "content": texts["rejected"]},
+        "images": [_saved(row.get("image"), directory)],
+    }
+    read_record(record, form="preference")  # says what training would say
+    return record
+
+
+def _saved(image: Any, directory: Path) -> str:
+    """Write a picture under a name that its content gives it: pairs about one picture share the file."""
+    content = image.get("bytes") if isinstance(image, Mapping) else image
+    if not isinstance(content, bytes) or not content:
+        raise DataError(f"needs the bytes of a picture in image, found {type(content).__name__}")
+    try:
+        picture = Image.open(io.BytesIO(content))
+        suffix = (picture.format or "bin").lower().replace("jpeg", "jpg")
+        picture.draft("RGB", (1, 1))  # a JPEG is then decoded small; a truncated one still shows
+        picture.load()
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"its picture is damaged or unreadable: {error}") from None
+    name = f"images/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
+    if not (directory / name).exists():
+        (directory / name).write_bytes(content)
+    return name
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("a text holds half of a character (a lone surrogate)") from None
+    return text
+
+
+def _records(found: Sequence[tuple[RecordFile, Places]]) -> Iterator[Record | DataError]:
+    for file, places in found:
+        numbers = range(1, len(places.at) + 1) if places.numbers is None else places.numbers
+        for at, number in zip(places.at, numbers, strict=True):
+            try:
+                yield file.read(int(at), int(number))
+            except DataError as error:
+                yield error
+
+
+def _opened(path: Path) -> RecordFile:
+    try:
+        return open_json(path, Reading())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _refuse_existing(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise DataError(f"{path}: exists already, and nothing is overwritten; choose another name or remove it")
+
+
+def _write_dropped(report: Report, path: Path) -> None:
+    if report.dropped:
+        path.write_text("".join(f"{reason}\n" for _, reason in report.dropped), encoding="utf-8")

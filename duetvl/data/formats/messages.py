@@ -1,0 +1,277 @@
+"""Messages of any dialect to turns: who speaks, what stands in a text for a medium, what is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from duetvl.core.errors import DataError, did_you_mean
+from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Part, RefPart, Turn, VideoPart
+from duetvl.data.formats.parts import PLAIN, MediaRules, image_part, lacks_source, read_part, video_part
+from duetvl.data.formats.tools import calls_text, read_tools, written_calls
+
+Speaker = Literal["system", "user", "assistant", "tool", "call"]  # a call: an assistant whose content is its calls
+
+_SPEAKERS: Final[dict[str, Speaker]] = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant",
+    "tool": "tool", "observation": "tool", "tool_response": "tool", "function": "tool",
+    "function_call": "call", "tool_call": "call",
+}  # fmt: skip
+_TAGS: Final[dict[str, Speaker]] = {
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
+    "function_tag": "call", "system_tag": "system",
+}  # fmt: skip
+_MARKER: Final = re.compile("(<image>|<video>|<ref-object>|<bbox>)")
+_LISTS: Final = {"<image>": "images", "<video>": "videos", "<ref-object>": "objects.ref", "<bbox>": "objects.bbox"}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How messages call their roles and keys.
+
+    `role` and `content` are keys in the order in which they are looked for; `speakers` maps a role's name.
+    """
+
+    role: tuple[str, ...] = ("role", "from")
+    content: tuple[str, ...] = ("content", "value")
+    speakers: Mapping[str, Speaker] = field(default_factory=lambda: _SPEAKERS)
+
+    @staticmethod
+    def from_tags(tags: Mapping[str, str] | None) -> Dialect:
+        """The dialect that LLaMA-Factory's `tags` describe; what they leave out is as usual. Raises DataError."""
+        if not tags:
+            return _USUAL
+        known = ("role_tag", "content_tag", *_TAGS)
+        for name, value in tags.items():
+            if name not in known:
+                raise DataError(f"tags has no {name!r}{did_you_mean(name, known)}")
+            if not isinstance(value, str):
+                raise DataError(f"tags.{name} must be a text, found {value!r:.80}")
+        named = {tags[tag]: speaker for tag, speaker in _TAGS.items() if tag in tags}
+        replaced = set(named.values())
+        usual = {name: speaker for name, speaker in _SPEAKERS.items() if speaker not in replaced}
+        return Dialect(
+            role=(tags["role_tag"],) if "role_tag" in tags else Dialect.role,
+            content=(tags["content_tag"],) if "content_tag" in tags else Dialect.content,
+            speakers={**usual, **named},
+        )
+
+    def speaker(self, message: Any) -> Speaker | None:
+        """Who speaks; None where that cannot be told."""
+        role = _first(message, self.role)
+        return self.speakers.get(role) if isinstance(role, str) else None
+
+    def body(self, message: Any) -> Any:
+        """What is said: a text, parts, or nothing."""
+        return _first(message, self.content)
+
+    def message(self, speaker: Speaker, text: str) -> dict[str, Any]:
+        """A message in this dialect."""
+        role = next(name for name, meant in self.speakers.items() if meant == speaker)
+        return {self.role[0]: role, self.content[0]: text}
+
+
+_USUAL: Final = Dialect()
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a record lists beside its messages, for markers in their texts and for parts without a source."""
+
+    images: Sequence[Any] = ()
+    videos: Sequence[Any] = ()
+    refs: Sequence[RefPart] = ()
+    boxes: Sequence[BoxPart] | None = None  # None: `<bbox>` and `<ref-object>` are plain text
+    rules: MediaRules = PLAIN
+
+
+def read_messages(messages: Any, *, tools: Any = None) -> Conversation:
+    """Messages in the form of Hugging Face and OpenAI, checked.
+
+    A message is {"role": "system" | "user" | "assistant" | "tool", "content": str | [part, ...]}; a part is
+    {"type": "text" | "image" | "image_url" | "video" | "video_url", ...}; an assistant may have `tool_calls`.
+    Texts are taken literally. An optional system message comes first, then the user (or results of tools) and the
+    assistant take turns. Raises DataError naming the message.
+    """
+    turns = read_turns(check_messages(messages), _USUAL, None, literal=True)
+    return Conversation(tuple(turns), read_tools(tools))
+
+
+def check_messages(messages: Any) -> Sequence[Any]:
+    """Whether it is a list with something in it. Raises DataError."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise DataError(f"messages must be a list of messages, found {type(messages).__name__}")
+    if not messages:
+        raise DataError("messages is empty")
+    return messages
+
+
+def read_turns(
+    messages: Sequence[Any], dialect: Dialect, attached: Attached | None, *, literal: bool = False
+) -> list[Turn]:
+    """Turns in order, their roles checked and all of `attached` used.
+
+    `<image>` and its like in texts stand for what is attached, unless `literal`, or unless any message has parts:
+    then texts are taken as they are, and what is attached goes to parts without a source. Raises DataError.
+    """
+    filler = _Filler(attached or Attached(), literal=literal or has_parts(messages, dialect))
+    if not filler.literal:
+        filler.check_counts([dialect.body(message) for message in messages if dialect.speaker(message) != "system"])
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        try:
+            turns.append(_read_message(message, dialect, filler))
+        except DataError as error:
+            raise DataError(f"message {number}: {error}") from None
+    filler.check_all_used()
+    check_order(turns)
+    return turns
+
+
+def read_answer(message: Any, dialect: Dialect, *, literal: bool, grounded: bool) -> Turn:
+    """An answer that stands apart from its conversation: nothing attached is meant for it.
+
+    With `grounded` records `<bbox>` in it is an error. Raises DataError.
+    """
+    turn = _read_message(message, dialect, _Filler(Attached(boxes=() if grounded else None), literal=literal))
+    if turn.role != "assistant":
+        raise DataError(f"an answer must be the assistant's, found the {turn.role}'s")
+    return turn
+
+
+def has_parts(messages: Sequence[Any], dialect: Dialect) -> bool:
+    """Whether any message is a list of parts: then texts are literal."""
+    return any(isinstance(dialect.body(message), list | tuple) for message in messages)
+
+
+def check_order(turns: Sequence[Turn]) -> None:
+    """The optional system turn, then the user or tools and the assistant by turns. Raises DataError."""
+    expected = "user"
+    for number, turn in enumerate(turns, start=1):
+        if number == 1 and turn.role == "system":
+            continue
+        after_call = number > 1 and turns[number - 2].role in ("assistant", "tool")
+        if turn.role == "tool" and after_call:
+            expected = "assistant"
+            continue
+        if turn.role != expected:
+            raise DataError(
+                f"message {number}: expected the {expected}, found the {turn.role}; an optional "
+                f"system message comes first, then user and assistant take turns"
+            )
+        expected = "assistant" if expected == "user" else "user"
+    if turns[-1].role == "system":
+        raise DataError("messages hold a system message alone")
+
+
+class _Filler:
+    """Hands out what is attached, in order."""
+
+    def __init__(self, attached: Attached, *, literal: bool) -> None:
+        self.literal = literal
+        self.rules = attached.rules
+        self._lists: dict[str, Sequence[Any]] = {"<image>": attached.images, "<video>": attached.videos}
+        if attached.boxes is not None:
+            self._lists |= {"<ref-object>": attached.refs, "<bbox>": attached.boxes}
+        self._left: dict[str, Iterator[Any]] = {marker: iter(listed) for marker, listed in self._lists.items()}
+
+    def check_counts(self, texts: Sequence[Any]) -> None:
+        """As many markers in the texts as there are things for them."""
+        for marker, listed in self._lists.items():
+            found = sum(text.count(marker) for text in texts if isinstance(text, str))
+            if found != len(listed):
+                raise DataError(
+                    f"the texts hold {found} {marker} markers, but {_LISTS[marker]} lists {len(listed)}"
+                    f"{'; text that is no marker can be given as a part of type text' if found > len(listed) else ''}"
+                )
+
+    def check_all_used(self) -> None:
+        """Nothing may be left over."""
+        for marker, left in self._left.items():
+            if count := len(list(left)):
+                raise DataError(
+                    f"{_LISTS[marker]} lists {len(self._lists[marker])}, of which {count} belong to no message; "
+                    f"messages made of parts need one part without a source for each"
+                )
+
+    def text(self, text: str) -> list[Part]:
+        """A message's text, its markers replaced."""
+        if self.literal:
+            return [text]
+        return [self._next(piece) if piece in self._lists else piece for piece in _MARKER.split(text) if piece]
+
+    def part(self, part: Any) -> Part:
+        """One of a message's parts."""
+        kind = lacks_source(part)
+        if kind is None or not self._lists[f"<{kind}>"]:
+            return read_part(part, self.rules)
+        return self._next(f"<{kind}>", part)
+
+    def _next(self, marker: str, part: Mapping[str, Any] | None = None) -> Part:
+        thing = next(self._left[marker], None)
+        if thing is None:
+            raise DataError(f"{_LISTS[marker]} lists {len(self._lists[marker])}, which is fewer than the messages need")
+        if isinstance(thing, RefPart | BoxPart):
+            return thing
+        rules = MediaRules(self.rules.root, {**self.rules.settings, **(part or {})})
+        return image_part(thing, rules) if marker == "<image>" else video_part(thing, rules)
+
+
+def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
+    if not isinstance(message, Mapping):
+        raise DataError(f"expected an object with role and content, found {type(message).__name__}")
+    speaker, content = dialect.speaker(message), dialect.body(message)
+    if speaker is None:
+        name = _first(message, dialect.role)
+        raise DataError(f"unknown role {name!r:.80}{did_you_mean(str(name)[:80], dialect.speakers)}")
+    calls = message.get("tool_calls")
+    if content is None and calls:
+        content = ""
+    if speaker == "system":
+        parts: list[Part] = _system(content)
+    elif speaker == "call":
+        parts = [written_calls(_text(content))]
+    elif isinstance(content, list | tuple):
+        parts = [filler.part(part) for part in content]
+    else:
+        parts = filler.text(_text(content))
+    if speaker in ("assistant", "call") and calls:
+        parts += ["\n" if any(parts) else "", calls_text(calls)]
+    role: Literal["system", "user", "assistant", "tool"] = "assistant" if speaker == "call" else speaker
+    if role in ("system", "assistant") and any(isinstance(part, ImagePart | VideoPart) for part in parts):
+        raise DataError(f"pictures and videos belong into user messages, not into the {role}'s")
+    return Turn(role, tuple(part for part in parts if part != ""), _trained(message) if role == "assistant" else None)
+
+
+def _system(content: Any) -> list[Part]:
+    """Markers mean nothing in a system prompt."""
+    parts = [read_part(part) for part in content] if isinstance(content, list | tuple) else [_text(content)]
+    return list(parts)
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, str):
+        raise DataError(f"content must be a text or a list of parts, found {type(content).__name__}")
+    return content
+
+
+def _trained(message: Mapping[str, Any]) -> bool | None:
+    """ms-swift's `loss` and `loss_scale`, LLaMA-Factory's `loss_weight`: whether this answer is trained."""
+    for key in ("loss", "loss_scale", "loss_weight"):
+        value = message.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool | int | float) and value in (0, 1):
+            return bool(value)
+        raise DataError(f"{key} is {value!r:.80}; an answer is trained (true, 1) or not (false, 0), nothing between")
+    return None
+
+
+def _first(message: Any, keys: Sequence[str]) -> Any:
+    if not isinstance(message, Mapping):
+        return None
+    return next((message[key] for key in keys if message.get(key) is not None), None)

@@ -1,0 +1,1 @@
+"""From records to the micro-batches of a step: order, packing, workers, cache."""

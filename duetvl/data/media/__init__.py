@@ -1,0 +1,1 @@
+"""Pictures and videos: sizes from headers, then pixels as patch rows."""

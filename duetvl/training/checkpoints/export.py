@@ -1,0 +1,106 @@
+"""A checkpoint as a model directory for others, at any time and without a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duetvl.core.checkpoint_format import StoredCheckpoint
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.files import staged_directory
+from duetvl.core.tensor_files import TensorSpec
+from duetvl.core.weights_dir import count_and_name, write_shards
+from duetvl.models.hub import model_directory
+from duetvl.models.lora import Adapters
+from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
+from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
+from duetvl.models.qwen_vl.loading import copy_settings, write_config
+from duetvl.training.checkpoints.checkpoint import CheckpointRef, find_checkpoint
+from duetvl.training.checkpoints.run_directory import parse_run
+
+Say = Callable[[str], None]
+
+
+def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
+    """Write a checkpoint, `RUN` or `RUN@STEP`, as transformers loads it, or that of a LoRA run as PEFT does; the
+    directory that is returned.
+
+    Takes the weights as they are stored and the tokenizer and settings of the recipe's model. `target` appears whole
+    or not at all, and one that exists is refused. The run may still be going on. Raises CheckpointError, ConfigError.
+    """
+    directory, step = parse_run(run)
+    ref = find_checkpoint(directory, step)
+    for text in ref.rejected:
+        say(f"damaged, passed over: {text}")
+    kind = "adapter" if ref.meta.recipe.get("lora") is not None else "model"
+    with staged_directory(target) as staging:
+        EXPORTERS[kind](ref, staging, say)
+    say(f"exported step {ref.step} of {directory} to {target}")
+    return Path(target)
+
+
+def _export_model(ref: CheckpointRef, staging: Path, say: Say) -> None:
+    """A checkpoint that has all weights of its model."""
+    if not ref.meta.model_config:
+        raise ConfigError(f"{ref.path}: says nothing of its model, so it cannot be exported")
+    config = ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
+    stored = ref.manifest.tensors["weights"]
+    shapes = parameter_shapes(config)
+    absent = [name for name, shape in shapes.items() if name not in stored or stored[name].shape != shape]
+    if absent or len(stored) != len(shapes):
+        what = count_and_name("tensor(s) absent or of another shape", absent) or "it has tensors of another model"
+        raise CheckpointError(f"{ref.path}: its weights are not those of its model_config: {what}")
+    specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
+    write_shards(staging, specs, _reader(ref))
+    write_config(config, staging, next(iter(specs.values())).dtype)
+    _copy_settings_of(ref.meta.recipe, staging, say)
+
+
+def _export_adapter(ref: CheckpointRef, staging: Path, say: Say) -> None:
+    """A checkpoint that has the adapters of a model alone."""
+    base, stored = ref.meta.extra.get("base_model") or {}, ref.manifest.tensors["weights"]
+    try:
+        config = ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
+        adapters = Adapters.from_json(base["adapters"])
+        shapes = adapters.shapes(linear_shapes(config))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{ref.path}: says nothing usable of its adapters ({error!r})") from None
+    if {name: tensor.shape for name, tensor in stored.items()} != shapes:
+        raise CheckpointError(f"{ref.path}: its weights are not those of the adapters that it names")
+    specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
+    write_adapter_files(staging, config, adapters, specs, _reader(ref), base.get("path"))
+
+
+def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
+    """Reads one tensor at a time, and gives the memory of the one before back."""
+    checkpoint, before = StoredCheckpoint(ref.path, ref.manifest), [""]
+
+    def fetch(name: str) -> np.ndarray:
+        if before[0]:
+            checkpoint.release("weights", before[0])
+        before[0] = name
+        return checkpoint.read("weights", name)[0]
+
+    return fetch
+
+
+def _copy_settings_of(recipe: Any, staging: Path, say: Say) -> None:
+    path = recipe.get("model", {}).get("path", "")
+    try:
+        source = model_directory(path, weights=False)
+    except CheckpointError:
+        source = Path(path)
+    if (source / "config.json").is_file():
+        copy_settings(source, staging)
+    else:
+        say(f"warning: there is no model directory {path!r} here: copy its tokenizer and settings yourself")
+
+
+# What a checkpoint holds -> how it is written to a staging directory.
+EXPORTERS: dict[str, Callable[[CheckpointRef, Path, Say], None]] = {
+    "model": _export_model,
+    "adapter": _export_adapter,
+}

@@ -1,0 +1,167 @@
+"""Where a run is kept, and where a new start of it goes on. Nothing that exists is overwritten without a word.
+
+A run directory holds recipe.yaml, checkpoints/, metrics.jsonl, and as the recipe says tensorboard/, loss.png, export/.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.files import write_text
+from duetvl.training.checkpoints.checkpoint import CheckpointRef, find_checkpoint, has_checkpoint
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.recipe.yaml_values import write_yaml
+
+# What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no
+# result beyond rounding; a new length changes the schedule from here on.
+PACKING = frozenset({"data.pack", "data.pack_tokens", "data.pack_patches"})
+HARMLESS = frozenset(
+    {
+        "train.steps",
+        "train.epochs",
+        "train.eval_every",
+        "train.output_dir",
+        "train.on_nonfinite",
+        "optim.offload",
+        "train.recompute",
+        "data.val",
+        "data.val_max_samples",
+        *PACKING,
+        "data.workers",
+        "data.prefetch",
+        "data.cache",
+        "dpo.cache",
+    }
+)
+HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from `checkpoint`, or from the model's own weights where it is None.
+
+    `history` is another run's directory whose metrics this one goes on from. `notes` are to be told the user.
+    """
+
+    run_dir: Path
+    checkpoint: CheckpointRef | None = None
+    history: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_start(recipe: Recipe, resume: str | None = None) -> Start:
+    """Decide where to start.
+
+    resume None: go on from the newest checkpoint of `train.output_dir` where it has one, else start at the
+    beginning. "": the same, but a checkpoint must be there. "DIR" or "DIR@STEP": go on from a checkpoint of that
+    run, in this recipe's own directory; "@STEP": from that step of its own run.
+    Raises ConfigError where the recipe is not the one that the checkpoint was trained with, CheckpointError where
+    there is no checkpoint.
+    """
+    own = Path(recipe.train.output_dir)
+    if resume is None and not has_checkpoint(own):
+        return Start(own, notes=_restart_notes(own))
+    source, step = parse_run(resume or "", own)
+    other = source.resolve() != own.resolve()
+    if other and has_checkpoint(own):
+        raise ConfigError(
+            f"train.output_dir {own} has checkpoints of its own; to go on from {source} give a new directory: "
+            f"train.output_dir=..."
+        )
+    ref = find_checkpoint(source, step)
+    changed = _refuse_other_recipe(recipe, ref)
+    notes = [f"damaged, passed over: {text}" for text in ref.rejected]
+    notes.append(f"resuming {ref.path} (step {ref.step})")
+    if changed:
+        notes.append(f"changed since then: {', '.join(changed)}")
+    return Start(own, ref, _run_of(ref) if other else None, tuple(notes))
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Create the run directory, and keep every other process from training in it meanwhile."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")  # noqa: SIM115  held open to the end
+    except OSError as error:
+        raise ConfigError(f"train.output_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+    with lock:  # the lock goes with the process, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"train.output_dir {run_dir}: another process is training there; wait, or choose another directory"
+            ) from None
+        yield
+
+
+def write_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """Write the run's recipe, all defaults spelled out."""
+    write_text(run_dir / "recipe.yaml", write_yaml(recipe.model_dump(mode="json")))
+
+
+def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
+    """A run and a step of it, from DIR or DIR@STEP; without DIR it is `own`."""
+    name, at, step = text.rpartition("@")
+    if not at:
+        name, step = text, ""
+    elif not step.isdigit():
+        if not Path(text).exists():  # it could be a directory with an @ in its name
+            raise CheckpointError(f"{text}: after @ comes the number of a step, found {step!r}")
+        name, step = text, ""
+    if not name and own is None:
+        raise CheckpointError(f"{text!r}: names no run directory; give DIR or DIR@STEP")
+    return Path(name) if name or own is None else own, int(step) if step else None
+
+
+def _run_of(ref: CheckpointRef) -> Path:
+    return ref.path.parent.parent
+
+
+def _restart_notes(run_dir: Path) -> tuple[str, ...]:
+    if not (run_dir / "metrics.jsonl").is_file():
+        return ()
+    return (f"{run_dir} holds a run that has saved no checkpoint: starting it over from step 0",)
+
+
+def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
+    """The harmless differences to the recipe of a checkpoint, as text; ConfigError where there are others."""
+    old, new = {**_defaults(), **dict(_flat(ref.meta.recipe))}, dict(_flat(recipe.model_dump(mode="json")))
+    # A section that is absent now is one key here and several there; what only an old version knew has no meaning now.
+    removed = [key for key in old if key not in new and key.partition(".")[0] in new]
+    differences = {
+        key: f"{key} {old.get(key)} -> {new.get(key)}" for key in (*new, *removed) if old.get(key) != new.get(key)
+    }
+    grave = [text for key, text in differences.items() if not _harmless(key, recipe)]
+    if grave:
+        raise ConfigError(
+            f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore these to go on, "
+            f"or begin a new run: train.output_dir=..."
+        )
+    return [text for key, text in differences.items() if key != "train.output_dir"]
+
+
+def _harmless(key: str, recipe: Recipe) -> bool:
+    if key in PACKING and recipe.train.loss == "micro_batch":  # a loss that the micro-batches have a part in
+        return False
+    return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
+
+
+def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, fields in recipe.items():
+        if fields is None:
+            yield section, None
+        for key, value in (fields or {}).items():
+            yield f"{section}.{key}", value
+
+
+def _defaults() -> dict[str, Any]:
+    """What a checkpoint of an earlier version, without a field, was trained with."""
+    blank = Recipe.model_validate({"model": {"path": "-"}, "data": {"train": "-"}})
+    return dict(_flat(blank.model_dump(mode="json")))

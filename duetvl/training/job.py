@@ -1,0 +1,40 @@
+"""What a run is handed: the model, and everything around it that depends on the kind of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from duetvl.core.params import Parameter
+from duetvl.data.draft import Encoder
+from duetvl.training.feed import Feed
+from duetvl.training.objective import Objective
+from duetvl.training.step import TrainableModel
+from duetvl.training.watching.costs import Flops
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others.
+
+    `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a checkpoint says of the
+    model that these belong to, which must be the same (its `fingerprint`) when the run goes on. `flops` counts the
+    operations that a micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it.
+    `before` is called once with the data, while the model has its starting weights also where a run goes on.
+    """
+
+    model: TrainableModel
+    objective: Objective
+    encoder: Encoder
+    export: Callable[[Path], None]
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    stored: Sequence[Parameter] | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
+    flops: Flops | None = None
+    before: Callable[[Feed], None] | None = None
+
+    def checkpointed(self) -> Sequence[Parameter]:
+        """The parameters that a checkpoint keeps."""
+        return tuple(self.model.parameters.values()) if self.stored is None else self.stored

@@ -1,0 +1,179 @@
+"""Direct preference optimisation (Rafailov et al., arXiv:2305.18290): losses of pairs of answers.
+
+A batch holds pairs, each two sequences, the chosen one first. With log-probabilities of whole answers under the
+policy and under the reference, the gap of a pair is how much more the policy prefers the chosen answer than the
+reference does: gap = (policy - reference) of the chosen answer, less the same of the rejected one.
+
+    sigmoid   -(1 - e) log sigmoid(beta gap) - e log sigmoid(-beta gap), e the label smoothing
+    hinge     max(0, 1 - beta gap)                             (SLiC, arXiv:2305.10425, with a reference)
+    ipo_sum   (gap - 1 / (2 beta))^2                           (arXiv:2310.12036)
+    ipo       the same of means over an answer's tokens        (as TRL and LLaMA-Factory compute it)
+
+S sequences, B = S / 2 pairs, N trained tokens of all sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from duetvl.core.autograd import Tape
+from duetvl.core.backend import Backend
+from duetvl.core.batch import Batch
+from duetvl.core.ops import Ops
+from duetvl.training.objective import Evaluated, Forward, Key, trained_samples
+from duetvl.training.recipe.sections import DpoSection
+
+Tensor = Any
+Reference = Callable[[Batch], Tensor]  # the reference's log-probabilities (S,) of whole answers, float32
+
+
+LOGGED: Final = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class PreferenceModel(Protocol):
+    """What the losses of pairs need of a model."""
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities (N,) float32 of the trained tokens in the order of `batch.targets`, without a tape."""
+        ...
+
+    def forward_logprobs(
+        self, batch: Batch, objective: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        """What `objective` makes of them, and the tape of both."""
+        ...
+
+
+class PreferenceObjective:
+    """DPO of a model against a reference: an `Objective`. A step's loss is the mean over its pairs.
+
+    Nothing random happens inside the model, so that policy and reference can be compared: recipes with both `dpo`
+    and dropout are refused.
+    """
+
+    def __init__(self, model: PreferenceModel, reference: Reference, settings: DpoSection, backend: Backend):
+        self.model, self.reference = model, reference
+        self.loss = PreferenceLoss(settings, backend)
+
+    def forward(self, batch: Batch, key: Key = ()) -> Forward:
+        """The sum over pairs."""
+        reference = self.reference(batch)
+
+        def objective(logprobs: Tensor) -> tuple[Tensor, ...]:
+            loss, values = self.loss(batch, logprobs, reference)
+            return loss, *(values[name] for name in LOGGED)
+
+        (loss, *values), tape = self.model.forward_logprobs(batch, objective)
+        return Forward(loss, tape, dict(zip(LOGGED, values, strict=True)))
+
+    def evaluate(self, batch: Batch) -> Evaluated:
+        """The same, without a tape."""
+        return Evaluated(*self.loss(batch, self.model.logprobs(batch), self.reference(batch)))
+
+    def weight(self, batch: Batch) -> float:
+        """The number of pairs."""
+        return pairs(batch)
+
+
+def reference_of(model: PreferenceModel, ops: Ops) -> Reference:
+    """A model as a reference."""
+    return lambda batch: answer_sums(ops, batch, model.logprobs(batch))
+
+
+def pairs(batch: Batch) -> int:
+    """Pairs in a batch of pairs."""
+    return (len(batch.cu_seqlens) - 1) // 2
+
+
+def trained_counts(batch: Batch) -> np.ndarray:
+    """Trained tokens of each sequence (S,) int64."""
+    return np.bincount(trained_samples(batch), minlength=len(batch.cu_seqlens) - 1)
+
+
+def answer_sums(ops: Ops, batch: Batch, logprobs: Tensor) -> Tensor:
+    """Log-probability (S,) of each sequence's trained tokens together, from those (N,) of the tokens."""
+    owned = trained_samples(batch) == np.arange(len(batch.cu_seqlens) - 1)[:, None]
+    return ops.sum(ops.from_numpy(owned.astype(np.float32)) * logprobs[None, :], 1)
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """The loss of pairs as a function of their answers' log-probabilities, and what is logged beside it."""
+
+    settings: DpoSection
+    backend: Backend
+
+    def __call__(self, batch: Batch, logprobs: Tensor, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the pairs' losses, a float32 0-d tensor, and sums over the pairs of what TRL logs, by its names.
+
+        logprobs (N,) of the trained tokens under the policy; reference (S,) of whole answers.
+        """
+        ops = self.backend.ops
+        policy = answer_sums(ops, batch, logprobs)
+        per_token = ops.from_numpy((1.0 / np.maximum(trained_counts(batch), 1)).astype(np.float32))
+        means = policy * per_token
+        if self.settings.loss == "ipo":
+            policy, reference = means, reference * per_token
+        ratios = policy - reference
+        chosen, rejected = _by_answer(ops, ratios)
+        losses = _LOSSES[self.settings.loss](ops, chosen - rejected, self.settings)
+        if self.settings.pref_ftx:
+            losses = losses - _by_answer(ops, means)[0] * self.settings.pref_ftx
+        return ops.sum(losses), self._logged(policy, ratios)
+
+    def _logged(self, policy: Tensor, ratios: Tensor) -> dict[str, Tensor]:
+        ops, constant = self.backend.ops, self.backend.autograd.stop_gradient
+        chosen, rejected = _by_answer(ops, constant(ratios) * self.settings.beta)
+        logps = _by_answer(ops, constant(policy))
+        found = (chosen, rejected, chosen - rejected, ops.cast(chosen > rejected, "float32"), *logps)
+        return {name: ops.sum(values) for name, values in zip(LOGGED, found, strict=True)}
+
+
+def softplus(ops: Ops, x: Tensor) -> Tensor:
+    """log(1 + exp(x)) of any float32 x without overflow: -log sigmoid(-x). Its gradient at 0 is 1/2."""
+    positive = x > 0.0
+    return ops.where(positive, x, ops.zeros(x.shape)) + ops.log(ops.exp(-ops.where(positive, x, -x)) + 1.0)
+
+
+def _sigmoid(ops: Ops, gap: Tensor, settings: DpoSection) -> Tensor:
+    scaled, smoothing = gap * settings.beta, settings.label_smoothing
+    losses = softplus(ops, -scaled)
+    return losses if not smoothing else losses * (1.0 - smoothing) + softplus(ops, scaled) * smoothing
+
+
+def _hinge(ops: Ops, gap: Tensor, settings: DpoSection) -> Tensor:
+    short = 1.0 - gap * settings.beta
+    return ops.where(short > 0.0, short, ops.zeros(short.shape))
+
+
+def _squared(ops: Ops, gap: Tensor, settings: DpoSection) -> Tensor:
+    off = gap - 0.5 / settings.beta
+    return off * off
+
+
+_LOSSES: Final[Mapping[str, Callable[[Ops, Tensor, DpoSection], Tensor]]] = {
+    "sigmoid": _sigmoid,
+    "hinge": _hinge,
+    "ipo": _squared,
+    "ipo_sum": _squared,
+}
+
+
+def _by_answer(ops: Ops, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of all sequences (S,) as those of the chosen answers (B,) and of the rejected ones (B,)."""
+    by_pair = ops.reshape(x, (-1, 2))
+    return by_pair[:, 0], by_pair[:, 1]

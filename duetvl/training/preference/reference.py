@@ -1,0 +1,187 @@
+"""What a policy is compared with in preference training: where the reference's weights come from, and when it runs.
+
+Without `dpo.cache` the reference is held beside the policy and runs on every micro-batch: the model of
+`dpo.reference`, with LoRA the policy's own weights without the adapter, else a second copy of `model.path`. It is
+always that, also after a resume: never the weights of a checkpoint. With `dpo.cache` it runs once over all pairs
+before the first step and is not held after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from duetvl.core.backend import Backend
+from duetvl.core.batch import Batch
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.weights_dir import open_weights
+from duetvl.models.hub import is_id, model_directory
+from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
+from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.models.qwen_vl.loading import load_model
+from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.training.preference.dpo import Reference, reference_of
+from duetvl.training.preference.reference_cache import ReferenceCache, reference_name, short_hash
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.watching.metrics import Progress
+
+Tensor = Any
+
+# Fields of `data` that change neither which pairs there are nor how they are encoded.
+_NOT_ENCODING: Final = (
+    "pack", "pack_tokens", "pack_patches", "shuffle", "shuffle_buffer", "workers", "prefetch", "cache",
+)  # fmt: skip
+
+
+class PairData(Protocol):
+    """All pairs that a run may meet, as a reference sees them that runs before it; `feed.Feed` is one."""
+
+    @property
+    def count(self) -> int:
+        """Records, of which some may give no pair."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Where they are read."""
+        ...
+
+    def everything(self) -> Iterator[Batch]:
+        """Micro-batches of all of them, with digests."""
+        ...
+
+
+def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend) -> Reference:
+    """The reference of a recipe with a section `dpo`; with `dpo.cache`, a `CachedReference` that is yet to be filled.
+
+    `policy` has the weights of `model.path` here, before any checkpoint is read.
+    """
+    assert recipe.dpo is not None
+    if recipe.dpo.cache is not None:
+        return CachedReference(recipe, policy, backend)
+    return reference_of(_held(recipe, policy, backend), backend.ops)
+
+
+class CachedReference:
+    """A reference that runs once, before the first step, and is looked up from then on."""
+
+    def __init__(self, recipe: Recipe, policy: QwenVL, backend: Backend):
+        """Open the cache; what it holds may be incomplete until `prepare`."""
+        assert recipe.dpo is not None and recipe.dpo.cache is not None
+        self.recipe, self.policy, self.backend = recipe, policy, backend
+        name = reference_name(_directory(recipe), recipe.model.dtype)
+        self.cache = ReferenceCache(recipe.dpo.cache, name)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The log-probabilities (S,) of the batch's answers. Raises DataError naming a pair that is not known."""
+        return self.backend.ops.from_numpy(self.cache.sums(batch))
+
+    def prepare(self, data: PairData) -> None:
+        """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
+        name = data_name(self.recipe, data.files)
+        if not self.cache.is_complete(name):
+            fill(self.cache, data, _at_start(self.recipe, self.policy, self.backend), self.backend)
+            self.cache.set_complete(name)
+
+
+def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend) -> None:
+    """Run the model on every pair that the cache lacks. What is done is kept if this is interrupted."""
+    reference = reference_of(model, backend.ops)
+    seen = 0
+    progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
+    try:
+        with cache.filling() as add:
+            for batch in data.everything():
+                if cache.lacks(batch.digests):
+                    add(batch.digests, _checked(batch, backend.to_numpy(reference(batch))))
+                seen += len(batch.digests)
+                progress.step({"step": seen})
+    finally:
+        progress.close()
+
+
+def _checked(batch: Batch, sums: np.ndarray) -> np.ndarray:
+    """The sums (S,), none of which may be kept that is not a number."""
+    wrong = np.flatnonzero(~np.isfinite(sums))
+    if len(wrong):
+        raise CheckpointError(
+            f"the reference's log-probability of sample {batch.sample_ids[int(wrong[0]) // 2]} is not finite: its "
+            f"weights are damaged, or too large for the dtype; try model.dtype bfloat16 or float32"
+        )
+    return sums
+
+
+def data_name(recipe: Recipe, files: Iterable[Path]) -> str:
+    """32 letters that change when a data file does, or what of the recipe and of the model directory encodes it.
+
+    Files are told apart by path, size and time, which does not cost a look into them. Media are not looked at.
+    """
+    settings = recipe.data.model_dump(mode="json", exclude=set(_NOT_ENCODING))
+    directory = model_directory(recipe.model.path, weights=False)
+    beside = [file for pattern in ("*.json", "*.txt") for file in sorted(directory.glob(pattern))]
+    return short_hash([settings, [_identity(file) for file in (*files, *beside)]])
+
+
+def _identity(file: Path) -> list[Any]:
+    found = file.stat()
+    return [str(file.absolute()), found.st_size, found.st_mtime_ns]
+
+
+def _at_start(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
+    """The reference for use before the first step, when the policy itself still has the weights of `model.path`."""
+    assert recipe.dpo is not None
+    own = recipe.dpo.reference is None and recipe.lora is None
+    return policy if own else _held(recipe, policy, backend)
+
+
+def _held(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
+    """The reference for use at any time."""
+    assert recipe.dpo is not None
+    if recipe.dpo.reference is None and recipe.lora is not None:
+        return policy.without_adapters()
+    directory = _directory(recipe)
+    check_same_inputs(policy.config, load_config(directory), directory)
+    model: QwenVL = load_model(directory, backend=backend, dtype=recipe.model.dtype)
+    return model
+
+
+def _directory(recipe: Recipe) -> Path:
+    assert recipe.dpo is not None
+    return model_directory(recipe.dpo.reference or recipe.model.path)
+
+
+def check_same_inputs(policy: ModelConfig, reference: ModelConfig, directory: str | Path) -> None:
+    """Raise ConfigError where a batch for the policy is none for the reference."""
+    one, other = QwenVLFamily(policy), QwenVLFamily(reference)
+    differences = {
+        "other ids for pictures and videos": one.special != other.special,
+        "other patches": one.geometry != other.geometry,
+        "another clock for videos": policy.vision.tokens_per_second != reference.vision.tokens_per_second,
+        "fewer tokens in its vocabulary": reference.text.vocab_size < policy.text.vocab_size,
+    }
+    found = [name for name, differs in differences.items() if differs]
+    if found:
+        raise ConfigError(
+            f"dpo.reference {directory} has {' and '.join(found)} compared with model.path; give a model of the same "
+            f"family"
+        )
+
+
+def describe(recipe: Recipe, policy: ModelConfig) -> str:
+    """One line about the section `dpo`. Raises ConfigError or CheckpointError for a reference that cannot serve."""
+    assert recipe.dpo is not None
+    where = "a second copy of model.path" if recipe.lora is None else "the model without its adapter"
+    if recipe.dpo.reference is not None:
+        where = recipe.dpo.reference
+        directory = model_directory(where, weights=False)
+        config = load_config(directory)
+        check_same_inputs(policy, config, where)
+        if not is_id(where):
+            open_weights(directory, canonical_names(config.tie_word_embeddings)).check(parameter_shapes(config))
+    if recipe.dpo.cache is not None:
+        where = f"{where.replace('a second copy of ', '')}, run once and kept in {recipe.dpo.cache}"
+    return f"dpo: loss {recipe.dpo.loss}, beta {recipe.dpo.beta:g}; reference: {where}"

@@ -1,0 +1,1 @@
+"""The recipe: its sections, reading it, and what is said of it."""

@@ -1,0 +1,171 @@
+"""A recipe in words: one-line errors, and the reference of all fields."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from duetvl.core.errors import did_you_mean
+from duetvl.training.recipe.sections import DataSource, Recipe, Section
+
+
+def one_line(error: ValidationError) -> str:
+    """The first error in one line: unknown names before everything else, as the others may follow from them."""
+    problems = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    paths = {_path(problem) for problem in problems if problem["loc"]}
+    more = len(paths) - 1
+    return _describe(problems[0]) + (f" (and {more} more field{'s' * (more > 1)})" if more > 0 else "")
+
+
+def _describe(problem: ErrorDetails) -> str:
+    path, kind = _path(problem), problem["type"]
+    section, _, key = path.partition(".")
+    if kind == "contradiction":
+        return problem["msg"]
+    if kind == "extra_forbidden":
+        return no_field(section, key) if key else no_section(section)
+    if kind == "missing" and len(problem["loc"]) <= 2:
+        return f"{path} is missing: {_meaning(section, key)}"
+    if not key:
+        return f"{path}: found {show(problem['input'])}, allowed: a section with fields ({', '.join(fields(section))})"
+    return f"{path}: found {show(problem['input'])}, allowed: {_allowed(section, key)}"
+
+
+def _path(problem: ErrorDetails) -> str:
+    """section.field: what lies below is told by the value found."""
+    return ".".join(str(part) for part in problem["loc"][:2])
+
+
+def no_section(name: str) -> str:
+    """There is no section of this name; the nearest known ones."""
+    return f"a recipe has no section {name!r}{did_you_mean(str(name), Recipe.model_fields)}"
+
+
+def no_field(section: str, key: str) -> str:
+    """The section has no field of this name; the nearest known ones."""
+    return f"{section} has no field {key!r}{did_you_mean(str(key), fields(section))}"
+
+
+def fields(section: str) -> Mapping[str, Any]:
+    """The fields of a section by name."""
+    return section_type(section).model_fields
+
+
+def section_type(section: str) -> type[Section]:
+    """The class of a section, whether it may be absent or not."""
+    annotation = Recipe.model_fields[section].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next(kind for kind in kinds if issubclass(kind, Section))
+
+
+def _meaning(section: str, key: str) -> str:
+    if key:
+        return str(fields(section)[key].description)
+    required = [name for name, field in fields(section).items() if field.is_required()]
+    return f"a recipe needs the section with {', '.join(f'{section}.{name}' for name in required)}"
+
+
+def show(value: Any) -> str:
+    """A value as it stands in a recipe, cut where it is long."""
+    text = repr(value) if isinstance(value, str) else _yaml_form(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# -- what is allowed, for errors and for the reference -----------------------------------------------------------------
+
+
+def recipe_reference() -> str:
+    """All fields of a recipe as markdown tables; docs/recipe.md holds exactly this."""
+    lines = ["# Recipe", "", _PREFACE.strip(), ""]
+    for section in Recipe.model_fields:
+        kind = section_type(section)
+        lines += [
+            f"## {section}",
+            "",
+            inspect.cleandoc(kind.__doc__ or ""),
+            "",
+            "| field | allowed | default | |",
+            "|---|---|---|---|",
+        ]
+        for name, info in fields(section).items():
+            default = "required" if info.is_required() else f"`{_yaml_form(info.default)}`"
+            allowed = _allowed(section, name).replace("|", "\\|")
+            lines.append(f"| `{name}` | {allowed} | {default} | {info.description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_PREFACE = """
+<!-- Made by `duetvl.training.recipe.text.recipe_reference()`; a test holds that it is current. -->
+
+One YAML or JSON file says everything about a run. An unknown section or field is an error that names the nearest
+known one. Any field can be given on the command line instead: `duetvl train run.yaml optim.lr=3e-5 train.steps=100`.
+
+Paths are relative to the working directory. Paths of images inside a data file are relative to `data.image_root`, or
+to the data file. Numbers are read as in JSON (`1e-5` is a number), `true` and `false` are the only booleans.
+"""
+
+
+def _allowed(section: str, key: str) -> str:
+    info = fields(section)[key]
+    bounds = [_bound(item) for item in info.metadata]
+    words = [_type_words(info.annotation), *(bound for bound in bounds if bound)]
+    return ", ".join(words)
+
+
+def _bound(item: Any) -> str:
+    signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+    parts = [f"{sign} {_power(getattr(item, name))}" for name, sign in signs if getattr(item, name, None) is not None]
+    if getattr(item, "min_length", None):
+        parts.append("not empty")
+    parts += filter(None, map(_bound, getattr(item, "metadata", ())))
+    return ", ".join(parts)
+
+
+def _power(number: float) -> str:
+    return "2^63" if number == 2**63 else f"{number:g}"
+
+
+def _type_words(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return ", ".join([_type_words(parts[0]), *filter(None, map(_bound, parts[1:]))])
+    if origin is Literal:
+        return ", ".join(str(part) for part in parts)
+    if origin in (Union, types.UnionType):
+        if set(parts) == {int, float}:
+            return "a number"
+        return " or ".join(_type_words(part) for part in parts)
+    if origin is tuple and parts[-1] is Ellipsis and get_origin(_plain(parts[0])) is tuple:
+        return "numbers of layers, one for each stage, or a list of them for each virtual stage"
+    if origin is tuple and parts[-1] is Ellipsis:
+        return "a path or a list of sources" if parts[0] is DataSource else f"one or a list of {_type_words(parts[0])}"
+    if origin is dict:
+        return f"a mapping of {_type_words(parts[0])} to {_type_words(parts[1])}"
+    if origin is tuple:
+        return f"{len(parts)} numbers, each: {_type_words(parts[0])}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names[kind]
+
+
+def _plain(kind: Any) -> Any:
+    """The type itself, without bounds."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _yaml_form(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_yaml_form(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_yaml_form(item) for item in value)}]"
+    if isinstance(value, float) and value and not math.isclose(value, round(value, 3)):
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+    return str(value)

@@ -1,0 +1,64 @@
+"""The way in: from a recipe to a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from duetvl.core.backend import Backend, load_backend
+from duetvl.training.checkpoints.run_directory import find_start
+from duetvl.training.feed import DataSets
+from duetvl.training.job import Job
+from duetvl.training.loop import Run, TrainResult
+from duetvl.training.recipe.reading import check_world, load_recipe, make_recipe
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.watching.callbacks import Callback
+from duetvl.training.watching.trackers import check_trackers
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    backend: Backend | None = None,
+    resume: str | None = None,
+    prepare: Callable[[Recipe, Backend], Job] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Run a recipe: a file, a mapping of its sections, or a `Recipe`.
+
+    `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
+    checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step.
+    `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. `callbacks` are called
+    as the run goes along. However it ends, no file is left half-written.
+    """
+    given = read_recipe(recipe, overrides)
+    check_trackers(given.log)
+    check_world(given, world_size())
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
+        raise SystemExit(0)
+    start = find_start(given, resume)
+    sets = DataSets(given.data)
+    backend = backend or load_backend(given.backend.name, given.backend.device)
+    job = (prepare or _sft)(given, backend)
+    return Run(given, job, backend, start, sets, callbacks).run()
+
+
+def _sft(recipe: Recipe, backend: Backend) -> Job:
+    from duetvl.training.sft import prepare
+
+    return prepare(recipe, backend)
+
+
+def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from whatever `train` takes."""
+    if isinstance(recipe, Recipe):
+        return make_recipe(recipe.model_dump(mode="json"), overrides) if overrides else recipe
+    return make_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
+
+
+def world_size() -> int:
+    """Processes that torchrun or msrun has started."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("MS_WORKER_NUM") or 1)

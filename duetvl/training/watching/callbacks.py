@@ -1,0 +1,83 @@
+"""What a user hangs into a run: functions that are called as it goes along, and may ask it to stop.
+
+class StopWhenGood(Callback):
+    def on_eval(self, run, row):
+        if row["eval_loss"] < 0.5:
+            run.stop("good enough")
+
+duetvl.train("recipe.yaml", callbacks=[StopWhenGood()])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from duetvl.core.backend import Backend
+from duetvl.core.batch import Pair, Sample
+from duetvl.training.recipe.sections import Recipe
+
+Row = Mapping[str, Any]
+
+
+class Running(Protocol):
+    """What a callback sees of the run, and may ask of it."""
+
+    recipe: Recipe
+    backend: Backend
+    run_dir: Path
+    step: int  # optimizer steps done
+    total: int  # optimizer steps of the whole run
+
+    @property
+    def model(self) -> Any:
+        """The model in training. Its tensors are for reading."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asks to stop: give up what takes long, the run wants to save."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show a line to whoever watches."""
+        ...
+
+    def log(self, row: Row) -> None:
+        """Add numbers to metrics.jsonl and every tracker; `step` is added."""
+        ...
+
+    def log_answers(self, rows: Sequence[Row]) -> None:
+        """Add texts (`sample`, `prompt`, `answer`, `expected`) to samples.jsonl and every tracker."""
+        ...
+
+    def validation_samples(self, count: int) -> list[Sample | Pair]:
+        """The first so many samples of the validation data; none where there is no such data."""
+        ...
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step as if it were the last one: evaluated, saved, exported."""
+        ...
+
+
+class Callback:
+    """Does nothing; override what you need. All are called by the training thread, between two steps.
+
+    An exception ends the run, which then leaves no file half-written.
+    """
+
+    def on_start(self, run: Running) -> None:
+        """Before the first step of this start; `run.step` is not 0 where it goes on from a checkpoint."""
+
+    def on_step(self, run: Running, row: Row) -> None:
+        """After a step; `row` is what metrics.jsonl gets."""
+
+    def on_eval(self, run: Running, row: Row) -> None:
+        """After an evaluation; `row` has `eval_loss` and `eval_tokens`."""
+
+    def on_save(self, run: Running, path: Path) -> None:
+        """A checkpoint is on disk; in the background, some steps after it was taken."""
+
+    def on_end(self, run: Running, error: BaseException | None) -> None:
+        """Once, however the run ended: `error` is None where it ended well, which a polite stop is."""

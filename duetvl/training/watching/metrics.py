@@ -1,0 +1,212 @@
+"""What a run tells: metrics.jsonl, trackers, and lines or a progress bar on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from duetvl.core.files import write_text
+from duetvl.training.watching.trackers import Guarded, Tracker
+
+Row = dict[str, Any]
+METRICS = "metrics.jsonl"
+ANSWERS = "samples.jsonl"
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """The rows of a run's metrics.jsonl; a last line that a kill has cut off is left out."""
+    return read_rows(run / METRICS)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file of JSON lines, up to one that is cut off."""
+    if not file.is_file():
+        return []
+    rows: list[Row] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class JsonLines:
+    """A file of rows, one JSON object a line, that outlives kills and full disks.
+
+    What cannot be written is kept, and written before the next row.
+    """
+
+    def __init__(self, file: Path, *, after: int = 0, history: Path | None = None):
+        """Start after step `after`: rows of later steps, from a run that was killed, are removed.
+
+        `history` is the file whose rows up to there are taken over, where it is not this one.
+        """
+        self.path = file
+        kept = [row for row in read_rows(history or file) if row["step"] <= after]
+        write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(file, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+        self._waiting = b""
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, on disk as soon as the system writes. OSError where they have to wait."""
+        self._waiting += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        while self._waiting:  # a disk that fills up takes a part
+            count = self._file.write(self._waiting)
+            self._waiting = self._waiting[count:]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MetricsLog:
+    """Writes the rows of a run to all its places. A row is a mapping with `step`, the number of updates done."""
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        after: int = 0,
+        history: Path | None = None,
+        trackers: Sequence[Tracker] = (),
+        say: Callable[[str], None] = print,
+    ):
+        """Start after step `after`, see `JsonLines`; `history` is the run whose rows are taken over.
+
+        `trackers` get the rows as well; `say` is told what cannot be written, once for each place.
+        """
+        self.run, self._after, self._history, self._say = run, after, history, say
+        self._files = {METRICS: self._open(METRICS)}
+        if (history or run).joinpath(ANSWERS).exists():
+            self._files[ANSWERS] = self._open(ANSWERS)
+        self._failing: set[str] = set()
+        self._trackers = [Guarded(tracker, say) for tracker in trackers]
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; numbers that are not finite become null."""
+        clean = {key: _finite(value) for key, value in row.items()}
+        self._append(METRICS, [clean])
+        numbers = {key: value for key, value in clean.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.call("write", numbers)
+
+    def write_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append generated answers to samples.jsonl."""
+        if ANSWERS not in self._files:
+            self._files[ANSWERS] = self._open(ANSWERS)
+        self._append(ANSWERS, [{"step": step, **row} for row in rows])
+        for tracker in self._trackers:
+            tracker.call("write_texts", step, rows)
+
+    def close(self) -> None:
+        """Close the files and the trackers. Rows that still cannot be written are lost, which is told."""
+        for name, file in self._files.items():
+            try:
+                file.write([])
+            except OSError as error:
+                self._say(f"warning: the last rows of {self.run / name} are lost: {error.strerror or error}")
+            file.close()
+        for tracker in self._trackers:
+            tracker.call("close")
+
+    def _open(self, name: str) -> JsonLines:
+        history = None if self._history is None else self._history / name
+        return JsonLines(self.run / name, after=self._after, history=history)
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A full disk does not end a run: what was computed is worth more than what is told of it."""
+        try:
+            self._files[name].write(rows)
+            self._failing.discard(name)
+        except OSError as error:
+            if name not in self._failing:
+                self._failing.add(name)
+                reason = error.strerror or error
+                self._say(f"warning: {self.run / name} cannot be written: {reason}; its rows are kept for later")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+class Progress:
+    """Shows a run: a bar with the time left on a terminal, a plain line every `every` steps elsewhere."""
+
+    def __init__(self, total: int, *, done: int = 0, every: int = 1, unit: str = "step", stream: IO[str] | None = None):
+        """`done` steps of `total` are behind. `unit` is what is counted where it is not steps."""
+        self.stream = stream or sys.stdout
+        self.total, self.every, self.started_at, self.unit = total, every, done, unit
+        self._told = done
+        self.started = time.monotonic()
+        self.lost = 0  # lines that could not be shown
+        self._bar: Any = None
+        if _has_room(self.stream):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit=unit, file=self.stream, dynamic_ncols=True)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show one step."""
+        step = row["step"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(_numbers(row), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step // self.every > self._told // self.every or step == self.total:
+            self.say("  ".join(filter(None, (f"{self.unit} {step}/{self.total}", _numbers(row), self._left(step)))))
+            self._told = step
+
+    def say(self, text: str) -> None:
+        """Show a line without disturbing the bar. A run does not end because nobody reads it any more."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+            return
+        try:
+            self.stream.write(text + "\n")
+            self.stream.flush()
+        except BrokenPipeError:  # `duetvl train ... | head`
+            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+        except OSError:  # `duetvl train ... > file` on a full disk
+            self.lost += 1
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _left(self, step: int) -> str:
+        per_step = (time.monotonic() - self.started) / max(1, step - self.started_at)
+        seconds = round(per_step * (self.total - step))
+        return f"left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _has_room(stream: IO[str]) -> bool:
+    """Whether a bar would be seen: pseudo-terminals of build machines often have no size."""
+    if not stream.isatty():
+        return False
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except OSError:
+        return True
+
+
+# What a line shows, in this order: loss to so many places that a small improvement shows, the rest short.
+_FORMS: dict[str, Callable[[Any], str]] = {
+    "loss": "loss {:.4f}".format,
+    "grad_norm": "grad_norm {:.3g}".format,
+    "lr": "lr {:.3g}".format,
+    "tokens_per_s": "{:.0f} tokens/s".format,
+    "mfu": "mfu {:.1%}".format,
+    "step_s": "{:.3g} s".format,
+    "data_wait": "data wait {:.0%}".format,
+    "peak_memory": lambda count: f"{count / 2**30:.2f} GiB",
+}
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+    return "  ".join(form(row[key]) for key, form in _FORMS.items() if row.get(key) is not None)
