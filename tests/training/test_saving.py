@@ -154,14 +154,6 @@ def test_a_program_that_ends_at_once_leaves_nothing_half_written(tmp_path):
 # -- no space ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def limits():
-    """The kernel's limits of this process are as before afterwards."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 class NoSpace(Callback):
     """After the steps `first` to `last - 1` no file may grow beyond `count` bytes: a write fails as on a full disk."""
 
@@ -174,9 +166,13 @@ class NoSpace(Callback):
             run.saver.wait()  # what is under way belongs to the steps before
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.count if run.step == self.first else hard, hard))
 
+    def on_end(self, run, error):
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # before pytest writes its report into a file
+
 
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_a_full_disk_is_told_and_the_run_goes_on(limits, torch_be, recipe, tmp_path, capsys, background):
+def test_a_full_disk_is_told_and_the_run_goes_on(torch_be, recipe, tmp_path, capsys, background):
     """Steps 4 and 6 are not saved; not even a row of metrics can be written then, and none is lost."""
     seen = []
 
@@ -203,7 +199,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(limits, torch_be, recipe, tmp_p
     assert leftovers(tmp_path / "run") == []
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(limits, torch_be, recipe, tmp_path):
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(torch_be, recipe, tmp_path):
     with pytest.raises(CheckpointError, match="the checkpoint of step 12 could not be written"):
         run(torch_be, recipe, callbacks=[NoSpace(11, 99, 1000)])
     assert leftovers(tmp_path / "run") == []
