@@ -375,9 +375,6 @@ def _check_base(ref: CheckpointRef, base: Mapping[str, Any]) -> None:
     stored = ref.meta.extra.get("base_model") or {}
     if stored.get("fingerprint") == base.get("fingerprint"):
         return
-    if not stored or not base:
-        kind = "of a LoRA run" if stored else "of a run without LoRA"
-        raise CheckpointError(f"{ref.path}: is {kind}, unlike this recipe; restore its section lora")
     raise CheckpointError(
         f"{ref.path}: its adapters belong to other weights than those of {base['path']} now (fingerprint "
         f"{stored['fingerprint']}, found {base['fingerprint']}); restore {stored['path']}, or begin a new run"

@@ -245,7 +245,7 @@ def test_other_base_weights_are_noticed(straight, be, recipe, tmp_path):
 def test_a_lora_run_is_not_resumed_without_its_section(straight, be, recipe, tmp_path):
     values = json.loads(recipe.read_text())
     del values["lora"]
-    with pytest.raises(CheckpointError, match="is of a LoRA run"):
+    with pytest.raises(ConfigError, match=r"with another recipe: lora\.rank \d+ -> None"):
         train(values, [f"train.output_dir={tmp_path}/run"], backend=be, resume=str(straight))
 
 
