@@ -216,7 +216,10 @@ def _plot(args: argparse.Namespace) -> int:
         if not read_metrics(run):
             raise ConfigError(f"{run}: has no metrics.jsonl with a step in it; give the directory of a run")
     target = args.output or (args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png"))
-    plot_runs(args.runs, target, args.key)
+    try:
+        plot_runs(args.runs, target, args.key)
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error.strerror or error}") from None
     _say(str(target))
     return 0
 

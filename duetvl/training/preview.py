@@ -31,7 +31,7 @@ def preview(
     """The first samples of training, each as a text of several lines; what is trained stands between `marks`.
 
     Their pictures and frames after processing are drawn into the PNG file `sheet`, where there are any. Records that
-    the recipe leaves out are told. Raises DataError for a bad one.
+    the recipe leaves out are told. Raises DataError for a bad one, ConfigError where the sheet cannot be written.
     """
     if count < 1:
         raise ConfigError(f"{count} samples are asked for; there must be at least one")
@@ -48,7 +48,10 @@ def preview(
     picture = contact_sheet(shown, processor) if sheet is not None else None
     if sheet is not None and picture is not None:
         picture.save(content := io.BytesIO(), format="png")
-        write_bytes(sheet, content.getvalue())
+        try:
+            write_bytes(sheet, content.getvalue())
+        except OSError as error:
+            raise ConfigError(f"{sheet}: cannot be written: {error.strerror or error}") from None
         yield f"pixels drawn: {sheet}"
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from duetvl.core.errors import DataError, did_you_mean
 
+INFO_NAME: Final = "dataset_info.json"
 _REMOTE: Final = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _FORMATS: Final = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 _COMMON: Final = ("system", "tools", "images", "videos", "audios", "chosen", "rejected")
@@ -55,7 +56,21 @@ def read_dataset_info(path: str | Path, name: str) -> SourceInfo:
     )
 
 
+def info_names(path: str | Path) -> str:
+    """The names of all entries, for messages: ` (alpaca_en_demo, mllm_demo)`. Raises DataError."""
+    return f" ({', '.join(sorted(_entries(Path(path))))})"
+
+
 def _entry(path: Path, name: str) -> Mapping[str, Any]:
+    entries = _entries(path)
+    if name not in entries:
+        raise DataError(f"{path}: has no data set {name!r}{did_you_mean(name, entries)}")
+    if not isinstance(entries[name], dict):
+        raise DataError(f"{path}:{name}: expected an object, found {type(entries[name]).__name__}")
+    return dict(entries[name])
+
+
+def _entries(path: Path) -> Mapping[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -64,11 +79,7 @@ def _entry(path: Path, name: str) -> Mapping[str, Any]:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(entries, dict):
         raise DataError(f"{path}: expected an object of data sets, found {type(entries).__name__}")
-    if name not in entries:
-        raise DataError(f"{path}: has no data set {name!r}{did_you_mean(name, entries)}")
-    if not isinstance(entries[name], dict):
-        raise DataError(f"{path}:{name}: expected an object, found {type(entries[name]).__name__}")
-    return dict(entries[name])
+    return entries
 
 
 def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path, ...]:

@@ -98,7 +98,10 @@ def _named(source: object) -> Iterator[None]:
         raise DataError(f"{describe(source)}: is not an image") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{describe(source)}: is too large to decode safely: {error}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, ArithmeticError, LookupError) as error:
+    except OSError as error:  # the system's have a number, Pillow's about a damaged file have none
+        words = f"cannot be read: {error.strerror}" if error.errno else f"is damaged or unreadable: {error}"
+        raise DataError(f"{describe(source)}: {words}") from None
+    except (ValueError, SyntaxError, EOFError, struct.error, ArithmeticError, LookupError) as error:
         # Pillow's decoders raise any of these on damaged files.
         raise DataError(f"{describe(source)}: is damaged or unreadable: {str(error) or type(error).__name__}") from None
 

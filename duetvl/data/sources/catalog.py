@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from duetvl.core.errors import DataError
-from duetvl.data.formats.dataset_info import read_dataset_info
+from duetvl.data.formats.dataset_info import INFO_NAME, info_names, read_dataset_info
 from duetvl.data.sources.records import Places, Reading, Record, RecordFile, Ref, describe_os_error, open_json
 from duetvl.data.sources.tables import ParquetFile, TsvFile
 from duetvl.data.sources.tar import TarShard
@@ -38,7 +38,10 @@ AnySource = Source | str | os.PathLike[str]
 def open_source(source: AnySource) -> list[RecordFile]:
     """The files of a data set: one, those that match a pattern, or those in a directory. Raises DataError."""
     source = as_source(source)
-    paths = _paths(source.path) if source.files is None else source.files
+    try:
+        paths = _paths(source.path) if source.files is None else source.files
+    except OSError as error:
+        raise describe_os_error(source.path, error) from None
     return [_open(path, source.reading) for path in paths]
 
 
@@ -47,6 +50,8 @@ def resolve(source: Source) -> Source:
 
     The recipe's own layout, columns and tags come first, and so does its `max_samples`. Raises DataError.
     """
+    if Path(source.path).name == INFO_NAME:
+        raise DataError(f"{source.path}: lists data sets, name one of them: {source.path}:NAME{info_names(source.path)}")
     path, colon, name = source.path.rpartition(":")
     if not colon or not path.endswith(".json"):
         return source

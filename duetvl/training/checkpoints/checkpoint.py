@@ -392,11 +392,15 @@ def _candidates(run_dir: Path) -> dict[int, Path]:
     """Step -> directory, best first: the latest, those before it backwards, then any after it backwards.
 
     Steps after the latest are of a branch that the run has gone back from, or killed just before `latest` was moved.
+    Raises CheckpointError where the directory may not be read.
     """
-    if (run_dir / MANIFEST).exists() and (match := _STEP.fullmatch(run_dir.name)):
-        return {int(match[1]): run_dir}
     folder = checkpoints_dir(run_dir)
-    entries = list(folder.iterdir()) if folder.is_dir() else []
+    try:
+        if (run_dir / MANIFEST).exists() and (match := _STEP.fullmatch(run_dir.name)):
+            return {int(match[1]): run_dir}
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: cannot be looked into: {error.strerror or error}") from None
     found = {match[1]: path for path in entries if (match := _REPLACED.fullmatch(path.name))}
     found |= {path.name: path for path in entries if _STEP.fullmatch(path.name)}
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def plot_runs(runs: Sequence[Path], target: Path, keys: Sequence[str] = ()) -> N
         FigureCanvasAgg(figure).print_png(temporary)
         os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what prevented the writing may prevent this too
+            temporary.unlink(missing_ok=True)
         raise
 
 
