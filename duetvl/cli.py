@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 tr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 2 for a mistake of the user, 128 + n after signal n."""
+    _quiet()
     try:
         return _run(_parse(sys.argv[1:] if argv is None else list(argv)))
     except DuetvlError as error:
@@ -34,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _quiet() -> None:
+    """Pillow warns of pictures from half of its limit on; those beyond the limit are errors of their own."""
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

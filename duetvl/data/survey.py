@@ -11,17 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.core.files import write_bytes
+from duetvl.core.files import write_bytes, write_text
 from duetvl.data.draft import Draft, Dropped, Outcome
 
 _BINS = 12
 _BAR = 40  # characters of the longest bar
-_EXAMPLES = 5  # records named for each kind of finding
+_EXAMPLES = 5  # records named on the terminal for each kind of finding
+_LISTED = 100_000  # records named in the file of them
+
+
+_TITLES = {"dropped": "left out", "bad": "bad"}
 
 
 @dataclass
 class Survey:
-    """Sums over drafts; memory is four bytes a record and a few examples."""
+    """Sums over drafts; memory is four bytes a record, and the words about those that are left out."""
 
     lengths: array[int] = field(default_factory=lambda: array("i"))
     trained_tokens: int = 0
@@ -33,6 +37,7 @@ class Survey:
     dropped: int = 0
     bad: int = 0
     examples: dict[str, list[str]] = field(default_factory=lambda: {"dropped": [], "bad": []})
+    left_out: list[str] = field(default_factory=list)
 
     def add(self, outcome: Outcome, merge: int) -> None:
         """Take in one record: its draft, or why there is none. `merge` patches along a side make a token."""
@@ -41,6 +46,8 @@ class Survey:
             setattr(self, kind, getattr(self, kind) + 1)
             if len(self.examples[kind]) < _EXAMPLES:
                 self.examples[kind].append(str(outcome))
+            if len(self.left_out) < _LISTED:
+                self.left_out.append(f"{_TITLES[kind]}: {outcome}")
             return
         self.lengths.append(outcome.tokens)
         self.trained_tokens += outcome.trained_tokens
@@ -58,12 +65,13 @@ class Survey:
 
     def lines(self) -> Iterator[str]:
         """The findings, for a terminal."""
-        yield f"{self.records} records: {len(self.lengths)} good, {self.dropped} left out, {self.bad} bad"
+        all_of_them = f"{self.records} record{'s' * (self.records != 1)}"
+        yield f"{all_of_them}: {len(self.lengths)} good, {self.dropped} left out, {self.bad} bad"
         if self.lengths:
             yield from self._lengths()
         for note, count in sorted(self.notes.items()):
             yield f"{note}: {count} samples"
-        for kind, title in (("dropped", "left out"), ("bad", "bad")):
+        for kind, title in _TITLES.items():
             yield from (f"  {title}: {text}" for text in self.examples[kind])
             more = getattr(self, kind) - len(self.examples[kind])
             if more > 0:
@@ -86,6 +94,17 @@ class Survey:
 
     def _text_share(self, total: int) -> float:
         return (total - self.image_tokens - self.video_tokens) / total
+
+    def list_left_out(self, target: Path) -> bool:
+        """Name every record that is left out or bad, a line each, in a text file; without any there is no file."""
+        if not self.left_out:
+            target.unlink(missing_ok=True)
+            return False
+        more = self.dropped + self.bad - len(self.left_out)
+        lines = [*self.left_out, *([f"and {more} more"] if more else [])]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, "".join(f"{line}\n" for line in lines))
+        return True
 
     def draw(self, target: Path) -> None:
         """A PNG of the lengths, which appears whole or not at all."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.weights_dir import open_weights
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
@@ -112,6 +113,9 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
     lines = found.lines()
     yield f"{name}: {next(lines)}"
     yield from (f"  {line}" for line in lines)
+    with _writing_to(way.run_dir):
+        if found.list_left_out(every := way.run_dir / f"{name}.left_out.txt"):
+            yield f"  each of them listed: {every}"
     if found.bad and not way.skip_bad:
         raise DataError(
             f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
@@ -120,8 +124,17 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
     if not found.lengths:
         raise DataError(f"{name}: has no usable record")
     picture = way.run_dir / f"{name}.lengths.png"
-    found.draw(picture)
+    with _writing_to(way.run_dir):
+        found.draw(picture)
     yield f"  lengths drawn: {picture}"
+
+
+@contextmanager
+def _writing_to(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # as training would say it
+        raise ConfigError(f"train.output_dir {run_dir}: cannot be written: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ class Run:
             with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
                 for note in self.start.notes:
                     self.say(note)
-                self._steps()
-                self._finish()
+                with self._kept():
+                    self._steps()
+                    self._finish()
         return self._result()
 
     # -- what is open while it runs, closed however it ends ----------------------------------------------------------
@@ -142,6 +143,16 @@ class Run:
                 callback.on_start(self)
                 ends.push(_ending(callback, self))
             yield
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """A bad record that is met late, be it of the evaluation, does not cost the steps done before it."""
+        try:
+            yield
+        except DataError:
+            if self.step > max(self.first_step, self.saved_step):
+                self.saver.save(self._snapshot)
+            raise
 
     @contextmanager
     def _profiled(self) -> Iterator[ExitStack]:

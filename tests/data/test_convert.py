@@ -181,6 +181,10 @@ def test_rlhf_v_with_nothing_to_keep(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["data", "convert", "rlhf-v", "--parquet", str(file), "-o", str(tmp_path / "pairs")]) == 2
     assert "no record could be converted, 1 were found" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["1.parquet"]
+    missing = tmp_path / "2.parquet"
+    argv = ["data", "convert", "rlhf-v", "--parquet", str(file), str(missing), "-o", str(tmp_path / "pairs")]
+    assert main(argv) == 2
+    assert capsys.readouterr().err == f"error: {missing}: no such file\n"
 
 
 def test_a_staged_file_never_replaces_another(tmp_path: Path) -> None:

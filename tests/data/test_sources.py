@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -260,6 +261,17 @@ def test_an_entry_of_dataset_info(tmp_path):
     assert [str(file.path) for file in open_source(source)] == [f"{tmp_path}/a.jsonl"]
     with pytest.raises(DataError, match=r"has no data set 'mind'; did you mean 'mine'"):
         resolve(Source(f"{tmp_path}/dataset_info.json:mind"))
+    with pytest.raises(DataError, match=r"name one of them: .*dataset_info\.json:NAME \(mine\)"):
+        resolve(Source(f"{tmp_path}/dataset_info.json"))
+
+
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root, as in containers, may read everything
+    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path))}: cannot be read: Permission denied$"):
+        open_source(str(tmp_path))
 
 
 def test_an_index_is_eight_bytes_a_record(tmp_path):

@@ -36,7 +36,7 @@ def test_good_left_out_and_bad_records_are_told_apart_and_named():
 
 
 def test_a_set_without_a_good_record_has_no_lengths():
-    assert list(survey([DataError("x")], merge=2).lines()) == ["1 records: 0 good, 0 left out, 1 bad", "  bad: x"]
+    assert list(survey([DataError("x")], merge=2).lines()) == ["1 record: 0 good, 0 left out, 1 bad", "  bad: x"]
 
 
 def test_the_histogram_has_round_edges_and_counts_everything():
@@ -52,3 +52,14 @@ def test_the_picture_of_lengths_is_written(tmp_path):
     found.draw(tmp_path / "new" / "lengths.png")
     assert (tmp_path / "new" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_every_record_left_out_is_named_in_a_file_which_goes_when_there_is_none(tmp_path):
+    target = tmp_path / "new" / "left_out.txt"
+    outcomes = [Dropped("a.jsonl:3: is too long"), *(DataError(f"a.jsonl:{line}: no") for line in range(4, 12))]
+    assert survey(outcomes, merge=2).list_left_out(target)
+    lines = target.read_text().splitlines()
+    assert lines[0] == "left out: a.jsonl:3: is too long"
+    assert lines[1:] == [f"bad: a.jsonl:{line}: no" for line in range(4, 12)]
+    assert not survey([draft(5)], merge=2).list_left_out(target)
+    assert not target.exists()

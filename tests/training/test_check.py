@@ -69,8 +69,25 @@ def test_the_command_line_prints_the_findings_before_the_error(home, tmp_path, c
     shown = capsys.readouterr()
     assert "data.train: 13 records: 12 good, 0 left out, 1 bad" in shown.out
     assert "bad.jsonl:1" in shown.err and shown.err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    listed = tmp_path / "run" / "data.train.left_out.txt"
+    assert list((tmp_path / "run").iterdir()) == [listed]
+    assert listed.read_text() == f"bad: {home}/bad.jsonl:1: messages is empty\n"
     assert main(["check", *argv, "data.on_bad_sample=skip"]) == 0
+    assert listed.is_file()
+    assert main(["check", argv[0], argv[2]]) == 0
+    assert not listed.exists(), "it was of other data"
+
+
+def test_what_cannot_be_written_is_one_line(home, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["check", str(home / "tiny.json"), f"train.output_dir={tmp_path}/file/run"]) == 2
+    preview_argv = [str(home / "tiny.json"), "data.shuffle=false", "-o", f"{tmp_path}/file/sheet.png"]
+    assert main(["data", "preview", *preview_argv]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [
+        f"error: train.output_dir {tmp_path}/file/run: cannot be written: Not a directory",
+        f"error: {tmp_path}/file/sheet.png: cannot be written: Not a directory",
+    ]
 
 
 def test_preview_shows_samples_in_training_order_and_draws_their_pixels(home, tmp_path, capsys):

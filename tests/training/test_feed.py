@@ -98,7 +98,7 @@ def test_a_position_in_other_data_is_refused(files):
     position = Feed(recipe, DataSets(recipe.data), BagEncoder()).position
     with open(files / "a.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(DataError, match=r"there are 1 files of \d+ bytes, but the data position is one in 1 files of"):
+    with pytest.raises(DataError, match=r"has \d+ bytes in 1 file, but the data position is one in \d+ bytes in 1"):
         Feed(recipe, DataSets(recipe.data), BagEncoder(), position)
     with pytest.raises(DataError, match=r"is not that of a stream; set data\.streaming as it was"):
         Feed(recipe, DataSets(recipe.data), BagEncoder(), {"epoch": 0, "index": 0, "records": 20})
@@ -179,12 +179,26 @@ def test_records_left_out_are_told_and_counted(files, capsys):
     assert bad >= 2 and f"records: {bad} bad" in out
 
 
+def test_a_bad_record_that_is_met_late_costs_no_step(files, capsys):
+    lines = (files / "a.jsonl").read_text().splitlines()
+    (files / "a.jsonl").write_text("\n".join([*lines[:15], "[]"]))
+    late = f"data.train={files}/a.jsonl", "data.shuffle=false", "train.global_batch=5", "train.steps=4"
+    with pytest.raises(DataError, match=r"a\.jsonl:16: expected an object"):
+        run(files, "run", *late)
+    assert "saved" in capsys.readouterr().out
+    run(files, "run", *late, "data.on_bad_sample=skip")
+    assert "step-0000003 (step 3)" in capsys.readouterr().out
+    whole = run(files, "whole", *late, "data.on_bad_sample=skip")
+    assert read_metrics(files / "run")[-1]["loss"] == whole.loss
+
+
 def test_an_evaluation_skips_bad_records_too(files, capsys):
     with open(files / "b.jsonl", "a") as file:
         file.write("[]\n")
     val = f"data.val={files}/b.jsonl", f"data.train={files}/a.jsonl", "train.steps=2"
     with pytest.raises(DataError, match=r"b\.jsonl:11: expected an object"):
-        run(files, "error", *val)
-    result = run(files, "skip", *val, "data.on_bad_sample=skip")
+        run(files, "run", *val)
+    result = run(files, "run", *val, "data.on_bad_sample=skip")
     assert result.eval_loss is not None
+    assert [row["step"] for row in read_metrics(files / "run") if "loss" in row] == [1, 2]
     assert "b.jsonl:11: expected an object" in capsys.readouterr().out

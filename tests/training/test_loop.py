@@ -243,7 +243,17 @@ def test_a_section_that_is_absent_now_makes_another_recipe(torch_be, recipe):
 def test_harmless_differences_are_said(torch_be, recipe, capsys):
     run(torch_be, recipe, "train.steps=5")
     assert run(torch_be, recipe, "train.steps=6", "data.pack_tokens=64").step == 6
-    assert "changed since then: data.pack_tokens 32 -> 64, train.steps 5 -> 6" in capsys.readouterr().out
+    changed = "data.cutoff_len 32 -> 64, data.pack_tokens 32 -> 64, train.steps 5 -> 6"
+    assert f"changed since then: {changed}" in capsys.readouterr().out
+
+
+def test_what_becomes_of_long_samples_may_change_until_one_was_cut(torch_be, recipe):
+    run(torch_be, recipe, "train.steps=5")
+    assert run(torch_be, recipe, "train.steps=6", "data.too_long=drop", "data.on_bad_sample=skip").step == 6
+    with pytest.raises(ConfigError, match=r"with another recipe: data.cutoff_len 32 -> 64; restore"):
+        run(torch_be, recipe, "train.steps=7", "data.too_long=drop", "data.pack_tokens=64")
+    same = "data.too_long=drop", "data.cutoff_len=32", "data.pack_tokens=64"
+    assert run(torch_be, recipe, "train.steps=7", *same).step == 7
 
 
 def test_other_packs_are_another_run_where_the_loss_sees_them(torch_be, recipe):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from duetvl.core.errors import DataError
@@ -85,6 +85,9 @@ def convert_rlhf_v(files: Sequence[Path], output: Path) -> Report:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(f"{output}: exists already, and nothing is overwritten; choose another directory")
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
     report = Report(output / PAIRS)
     with staged_directory(output) as staging:
         (staging / "images").mkdir()
@@ -170,6 +173,8 @@ def _saved(image: Any, directory: Path) -> str:
         suffix = (picture.format or "bin").lower().replace("jpeg", "jpg")
         picture.draft("RGB", (1, 1))  # a JPEG is then decoded small; a truncated one still shows
         picture.load()
+    except UnidentifiedImageError:
+        raise DataError("its picture is not an image") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"its picture is damaged or unreadable: {error}") from None
     name = f"images/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"

@@ -57,8 +57,8 @@ def read_dataset_info(path: str | Path, name: str) -> SourceInfo:
 
 
 def info_names(path: str | Path) -> str:
-    """The names of all entries, for messages: ` (alpaca_en_demo, mllm_demo)`. Raises DataError."""
-    return f" ({', '.join(sorted(_entries(Path(path))))})"
+    """The names of all entries, for messages: `alpaca_en_demo, mllm_demo`. Raises DataError."""
+    return ", ".join(sorted(_entries(Path(path))))
 
 
 def _entry(path: Path, name: str) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ _SPEAKERS: Final[dict[str, Speaker]] = {
     "tool": "tool", "observation": "tool", "tool_response": "tool", "function": "tool",
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
+_NO_MORE: Final = object()  # a list may hold null, which is an error of its own
 _TAGS: Final[dict[str, Speaker]] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
     "function_tag": "call", "system_tag": "system",
@@ -212,8 +213,8 @@ class _Filler:
         return self._next(f"<{kind}>", part)
 
     def _next(self, marker: str, part: Mapping[str, Any] | None = None) -> Part:
-        thing = next(self._left[marker], None)
-        if thing is None:
+        thing = next(self._left[marker], _NO_MORE)
+        if thing is _NO_MORE:
             raise DataError(f"{_LISTS[marker]} lists {len(self._lists[marker])}, which is fewer than the messages need")
         if isinstance(thing, RefPart | BoxPart):
             return thing

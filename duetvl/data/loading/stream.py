@@ -109,8 +109,8 @@ class StreamCursor:
         found = {key: position[key] for key in self._data}
         if found != self._data:
             raise DataError(
-                f"there are {self._data['files']} files of {self._data['bytes']} bytes, but the data position is one "
-                f"in {found['files']} files of {found['bytes']} bytes"
+                f"has {self._data['bytes']} bytes in {_files(self._data['files'])}, but the data position is one in "
+                f"{found['bytes']} bytes in {_files(found['files'])}"
             )
         self._epoch, self._next, self._draws = (int(position[key]) for key in ("epoch", "next", "draws"))
         self._buffer = [Ref(*map(int, ref)) for ref in position["buffer"]]
@@ -157,6 +157,10 @@ class StreamCursor:
     def _opened(self, number: int, after: int) -> _Open:
         file, start, stop = self.source.shards[int(self.mixture.epoch(self._epoch)[number])]
         return _Open(number, after, self.source.scan(file, start, stop, None if after < 0 else after))
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' * (count != 1)}"
 
 
 class _Open:

@@ -51,7 +51,8 @@ def resolve(source: Source) -> Source:
     The recipe's own layout, columns and tags come first, and so does its `max_samples`. Raises DataError.
     """
     if Path(source.path).name == INFO_NAME:
-        raise DataError(f"{source.path}: lists data sets, name one of them: {source.path}:NAME{info_names(source.path)}")
+        names = info_names(source.path)
+        raise DataError(f"{source.path}: lists data sets, name one of them: {source.path}:NAME ({names})")
     path, colon, name = source.path.rpartition(":")
     if not colon or not path.endswith(".json"):
         return source

@@ -36,9 +36,11 @@ HARMLESS = frozenset(
         "data.workers",
         "data.prefetch",
         "data.cache",
+        "data.on_bad_sample",  # what a run that has met a bad record is resumed with
         "dpo.cache",
     }
 )
+LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
 HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log"})
 
 
@@ -133,12 +135,14 @@ def _restart_notes(run_dir: Path) -> tuple[str, ...]:
 def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
     """The harmless differences to the recipe of a checkpoint, as text; ConfigError where there are others."""
     old, new = {**_defaults(), **dict(_flat(ref.meta.recipe))}, dict(_flat(recipe.model_dump(mode="json")))
+    for values in (old, new):  # the longest sample follows the packs where it is not given
+        values["data.cutoff_len"] = values["data.cutoff_len"] or values["data.pack_tokens"]
     # A section that is absent now is one key here and several there; what only an old version knew has no meaning now.
     removed = [key for key in old if key not in new and key.partition(".")[0] in new]
     differences = {
         key: f"{key} {old.get(key)} -> {new.get(key)}" for key in (*new, *removed) if old.get(key) != new.get(key)
     }
-    grave = [text for key, text in differences.items() if not _harmless(key, recipe)]
+    grave = [text for key, text in differences.items() if not _harmless(key, old, recipe)]
     if grave:
         raise ConfigError(
             f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore these to go on, "
@@ -147,7 +151,9 @@ def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
     return [text for key, text in differences.items() if key != "train.output_dir"]
 
 
-def _harmless(key: str, recipe: Recipe) -> bool:
+def _harmless(key: str, old: Mapping[str, Any], recipe: Recipe) -> bool:
+    if key in LENGTHS:  # so far no sample was too long, or none of those was used
+        return bool(old["data.too_long"] == "error")
     if key in PACKING and recipe.train.loss == "micro_batch":  # a loss that the micro-batches have a part in
         return False
     return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
