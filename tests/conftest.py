@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 # Tensors are tiny here: a second thread only waits, and on a busy machine it makes a test five times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts a background job with Ctrl-C ignored, which its children inherit; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import oracle
