@@ -11,8 +11,6 @@ from typing import Any
 
 # Tensors are tiny here: a second thread only waits, and on a busy machine it makes a test five times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell starts a background job with Ctrl-C ignored, which its children inherit; some tests send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import oracle
@@ -21,6 +19,9 @@ from frameworks import FRAMEWORKS
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
+
+# A shell starts a background job with Ctrl-C ignored, which its children inherit; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
