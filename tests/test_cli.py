@@ -59,7 +59,7 @@ def test_mistakes_are_one_line_and_status_2(capsys, recipe, monkeypatch):
     assert "no backend 'tourch'; did you mean 'torch'?" in error_of(capsys, "train", str(recipe), "--backend", "tourch")
     assert "has no metrics.jsonl" in error_of(capsys, "plot", str(recipe.parent))
     monkeypatch.setenv("DUETVL_BACKEND", "nothing")
-    assert "no backend 'nothing'" in error_of(capsys, "train", str(recipe))
+    assert "no backend 'nothing'; there are mindspore, ms, " in error_of(capsys, "train", str(recipe))
     assert not (recipe.parent / "runs").exists()
 
 

@@ -27,8 +27,8 @@ class DataError(DuetvlError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: `"; did you mean 'lr'? (betas, lr, schedule)"`, nearest first, then all."""
+    """A hint for a misspelt name: `"; did you mean 'lr'? (betas, lr, schedule)"`, or all names where none is near."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{hint} ({', '.join(names)})"
+    listed = ", ".join(names)
+    return f"; did you mean {near[0]!r}? ({listed})" if near else f"; there are {listed}"

@@ -95,7 +95,7 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
     """
     target = Path(target).absolute()
     if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists already; choose another directory, or ask for overwrite")
+        raise CheckpointError(f"{target}: exists already; choose another directory, or move it away")
     staging = target.with_name(f".{target.name}.saving")
     shutil.rmtree(staging, ignore_errors=True)  # a killed run's
     try:

@@ -18,6 +18,7 @@ from duetvl.data.loading.loader import Step
 from duetvl.training.checkpoints.checkpoint import (
     CheckpointRef,
     Snapshot,
+    go_on_from,
     load_checkpoint,
     remove_leftovers,
     take_snapshot,
@@ -101,6 +102,8 @@ class Run:
         with self.feed.started(self.total - self.step), locked(self.run_dir):
             remove_leftovers(self.run_dir)
             write_recipe(self.recipe, self.run_dir)
+            if self.start.checkpoint is not None:
+                go_on_from(self.start.checkpoint, self.run_dir)
             with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
                 for note in self.start.notes:
                     self.say(note)
@@ -302,7 +305,8 @@ class Run:
         values = {f"eval_{name}": value for name, value in found.values.items()}
         row = {"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values}
         self.log_file.write(row)
-        self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  over {found.tokens} tokens")
+        over = f"over {found.weight:.0f} {self.job.objective.unit}"
+        self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  {over}")
         self.evaluated_step = self.step
         self._call("on_eval", row)
 

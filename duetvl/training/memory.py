@@ -68,8 +68,9 @@ class Memory:
     def describe(self) -> str:
         """One line."""
         parts = ("weights", "gradients", "optimizer", "activations", "passing")
-        listed = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in parts)
-        return f"memory: tensors of about {self.peak / 2**30:.2f} GiB at the peak on each rank ({listed})"
+        unit, size, form = ("GiB", 2**30, ".2f") if self.peak >= 2**27 else ("MiB", 2**20, ".1f")
+        listed = ", ".join(f"{name} {getattr(self, name) / size:{form}}" for name in parts)
+        return f"memory: tensors of about {self.peak / size:{form}} {unit} at the peak on each rank ({listed})"
 
 
 def memory_line(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, drafts: Iterable[Any]) -> str | None:

@@ -43,6 +43,8 @@ class Objective(Protocol):
     distribution over processes needs to be known here.
     """
 
+    unit: str  # what weights count, for whoever reads: tokens, pairs
+
     def forward(self, batch: Batch, key: Key = ()) -> Forward:
         """Run the micro-batch and record it. `key` names its random numbers (dropout): seed, step, micro-batch."""
         ...
@@ -86,6 +88,7 @@ class TokenLoss:
 
     def __init__(self, model: TokenModel, mode: LossMode = "token"):
         self.model, self.mode = model, mode
+        self.unit = {"token": "tokens", "micro_batch": "micro-batches", "sample": "samples"}[mode]
 
     def forward(self, batch: Batch, key: Key = ()) -> Forward:
         """The sum of the means, or of the tokens' losses."""

@@ -58,10 +58,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The objective's means over the batches, and their trained tokens. Without any, the loss is nan."""
+    """The objective's means over the batches, their trained tokens, and what was averaged over: so many of its `unit`.
+
+    Without any, the loss is nan.
+    """
 
     loss: float
     tokens: int
+    weight: float
     values: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -110,7 +114,7 @@ class Trainer:
         sums, values = self._accumulate(batches, number, scale / weight)
         norm = self.backend.optimizer.grad_norm(self.trained) / scale
         means = {**self._means(values, weight), **({"loss_scale": scale} if self.loss_scale else {})}
-        skipped = self._unusable(sums, norm, batches)
+        skipped = self._unusable(sums, norm, batches, number)
         if skipped is None:
             self._update(lr, norm, scale)
         else:
@@ -139,7 +143,7 @@ class Trainer:
                 total += self._number(found.loss)
                 values.append(found.values)
                 weight, tokens = weight + part, tokens + batch.trained_tokens
-        return Evaluation(total / weight if weight else math.nan, tokens, self._means(values, weight))
+        return Evaluation(total / weight if weight else math.nan, tokens, weight, self._means(values, weight))
 
     def _accumulate(
         self, batches: Sequence[Batch], number: int, scale: float
@@ -165,7 +169,7 @@ class Trainer:
             totals[name] = totals.get(name, 0.0) + self._number(value)
         return {name: total / weight for name, total in totals.items()}
 
-    def _unusable(self, sums: Sequence[float], norm: float, batches: Sequence[Batch]) -> str | None:
+    def _unusable(self, sums: Sequence[float], norm: float, batches: Sequence[Batch], number: int) -> str | None:
         """Why there must be no update, or None. Raises NonFiniteError where that is to stop the run."""
         whole = all(map(math.isfinite, sums))
         if whole and self.loss_scale and (overflow := self.loss_scale.update(norm)):
@@ -179,7 +183,10 @@ class Trainer:
         if self.on_nonfinite == "skip":
             return text
         self._drop_gradients()
-        raise NonFiniteError(text)
+        raise NonFiniteError(
+            f"step {number + 1}: {text}; no update was made. Look at these samples and at optim.lr, or go on without "
+            f"such steps: train.on_nonfinite=skip"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps beside parameters and optimizer state."""

@@ -74,7 +74,7 @@ kinds = pytest.mark.parametrize("kind", list(KINDS))
 
 
 @kinds
-def test_a_run_learns_the_preference(recipe, be, tmp_path, kind):
+def test_a_run_learns_the_preference(recipe, be, tmp_path, kind, capsys):
     result = train(recipe, [f"train.output_dir={tmp_path}/run", *KINDS[kind]], backend=be)
     logged = rows(result.run_dir)
     assert len(logged) == 8
@@ -88,6 +88,9 @@ def test_a_run_learns_the_preference(recipe, be, tmp_path, kind):
     evaluated = [row for row in read_metrics(result.run_dir) if "eval_loss" in row][-1]
     assert evaluated["eval_loss"] == result.eval_loss < 0.6 * np.log(2)
     assert evaluated["eval_rewards/accuracies"] == 1.0
+    shown = capsys.readouterr().out
+    assert "  accuracy 100%  margin " in shown
+    assert f"eval_loss {result.eval_loss:.4f}  over 12 pairs\n" in shown
 
 
 @kinds

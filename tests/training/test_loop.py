@@ -245,6 +245,9 @@ def test_harmless_differences_are_said(torch_be, recipe, capsys):
     assert run(torch_be, recipe, "train.steps=6", "data.pack_tokens=64").step == 6
     changed = "data.cutoff_len 32 -> 64, data.pack_tokens 32 -> 64, train.steps 5 -> 6"
     assert f"changed since then: {changed}" in capsys.readouterr().out
+    val = recipe["data"]["train"]
+    assert run(torch_be, recipe, "train.steps=6", "data.pack_tokens=64", f"data.val={val}").step == 6
+    assert f"changed since then: data.val [] -> ['{val}']\n" in capsys.readouterr().out
 
 
 def test_what_becomes_of_long_samples_may_change_until_one_was_cut(torch_be, recipe):
@@ -279,6 +282,15 @@ def test_resume_from_an_earlier_step(torch_be, recipe, tmp_path):
         run(torch_be, recipe, resume="@7")
     with pytest.raises(CheckpointError, match="after @ comes the number of a step"):
         run(torch_be, recipe, resume="x@last")
+
+
+def test_a_run_that_went_back_stays_there_when_it_is_killed_before_it_saves(torch_be, recipe, tmp_path):
+    run(torch_be, recipe)
+    with pytest.raises(Interrupted):
+        run(torch_be, recipe, "checkpoint.every=null", resume="@5", at=6, what=interrupt)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-0000005\n"
+    run(torch_be, recipe)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 21))
 
 
 def test_another_run_never_replaces_this_one(torch_be, recipe, tmp_path):

@@ -11,7 +11,7 @@ import duetvl
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.adapters import add_adapters, layers
 from duetvl.models.qwen_vl.config import load_config
-from duetvl.training.memory import Load, estimate
+from duetvl.training.memory import Load, Memory, estimate
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.step import Trainer
@@ -117,3 +117,9 @@ def test_packs_of_a_recipe():
     assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 9000}), sizes) == Load(1600, 400, 320, 1)
     assert Load.of(recipe_of(data={"train": "d", "pack": False}), sizes) == Load(300, 60, 80, 8)
     assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 200, "cutoff_len": 500}), sizes) == Load(300, 60, 80, 6)
+
+
+def test_small_models_are_told_in_small_units():
+    parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "passing"), 3 * 2**20)
+    assert "about 12.0 MiB at the peak on each rank (weights 3.0, " in Memory(**parts, peak=12 * 2**20).describe()
+    assert "about 2.00 GiB at the peak on each rank (weights 0.00, " in Memory(**parts, peak=2**31).describe()

@@ -151,7 +151,7 @@ def test_a_gradient_alone_may_be_what_is_not_finite(be):
             return 1e-320  # a number that no finite norm survives the division by
 
     trainer = Trainer(model, Steep(model), be, OptimSection())
-    with pytest.raises(NonFiniteError, match=r"^the gradient is not finite; samples of the step: s0, s3$"):
+    with pytest.raises(NonFiniteError, match=r"^step 1: the gradient is not finite; samples of the step: s0, s3; "):
         trainer.step(step_of(model), 0.05)
 
 

@@ -122,7 +122,9 @@ def test_what_is_not_finite_is_named_and_leaves_the_weights(be):
     samples = [Sample(np.full(3, token), np.full(3, token), id=f"s{token}") for token in (3, 7)]
     batches = tuple(model.pack([sample]) for sample in samples)
     trainer, before = Trainer(model, TokenLoss(model), be, OPTIM), weights(model)
-    with pytest.raises(NonFiniteError, match=r"the loss is not finite; samples of the step: s7$"):
+    with pytest.raises(
+        NonFiniteError, match=r"^step 1: the loss is not finite; samples of the step: s7; .*on_nonfinite=skip$"
+    ):
         trainer.step(Step(batches, ("s3", "s7")), 0.1)
     assert (before["head.weight"] == weights(model)["head.weight"]).all()
     assert all(p.main_grad is None for p in model.parameters.values())
@@ -130,6 +132,8 @@ def test_what_is_not_finite_is_named_and_leaves_the_weights(be):
 
 class Doubled:
     """Any objective: the loss of each token twice, weighed by samples, with values and the key to be seen."""
+
+    unit = "samples"
 
     def __init__(self, model):
         self.model, self.keys = model, []
@@ -166,4 +170,5 @@ def test_an_objective_says_what_is_minimised_and_logged(be, tmp_path):
     assert found.grad_norm == pytest.approx(2 * ratio * expected.grad_norm, rel=1e-5)
     assert found.values == pytest.approx({"single": found.loss / 2, "triple": found.loss * 1.5}, rel=1e-6)
     assert (evaluated.loss, evaluated.values["single"]) == pytest.approx((found.loss, found.loss / 2), rel=1e-6)
+    assert evaluated.weight == 12
     assert trainer.objective.keys == [(5, 7, index) for index in range(len(work.batches))]

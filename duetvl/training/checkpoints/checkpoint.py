@@ -351,6 +351,16 @@ def find_checkpoint(run_dir: str | Path, step: int | None = None) -> CheckpointR
     raise CheckpointError("; ".join(rejected) + "; no other checkpoint can be used instead")
 
 
+def go_on_from(ref: CheckpointRef, run_dir: str | Path) -> None:
+    """Make a checkpoint of the run its latest, before rows of later steps are removed from its metrics.
+
+    Else a run that went back to an earlier step and was killed before it saved would go on in the branch that it left.
+    """
+    folder = checkpoints_dir(run_dir)
+    if ref.path.parent.resolve() == folder.resolve():
+        write_text(folder / "latest", ref.path.name + "\n")
+
+
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether a run has saved anything, damaged or not."""
     return bool(_candidates(Path(run_dir)))

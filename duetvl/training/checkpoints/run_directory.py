@@ -15,7 +15,7 @@ from typing import Any
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.files import write_text
 from duetvl.training.checkpoints.checkpoint import CheckpointRef, find_checkpoint, has_checkpoint
-from duetvl.training.recipe.sections import Recipe
+from duetvl.training.recipe.sections import DataSource, Recipe
 from duetvl.training.recipe.yaml_values import write_yaml
 
 # What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no
@@ -140,7 +140,9 @@ def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
     # A section that is absent now is one key here and several there; what only an old version knew has no meaning now.
     removed = [key for key in old if key not in new and key.partition(".")[0] in new]
     differences = {
-        key: f"{key} {old.get(key)} -> {new.get(key)}" for key in (*new, *removed) if old.get(key) != new.get(key)
+        key: f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}"
+        for key in (*new, *removed)
+        if old.get(key) != new.get(key)
     }
     grave = [text for key, text in differences.items() if not _harmless(key, old, recipe)]
     if grave:
@@ -149,6 +151,15 @@ def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
             f"or begin a new run: train.output_dir=..."
         )
     return [text for key, text in differences.items() if key != "train.output_dir"]
+
+
+def _shown(value: Any) -> str:
+    """A value of a recipe in a line; of a data source the fields that are not the defaults."""
+    if not isinstance(value, list):
+        return str(value)
+    blank = DataSource(path="-").model_dump(mode="json")
+    short = [{k: v for k, v in one.items() if v != blank.get(k)} if isinstance(one, dict) else one for one in value]
+    return str([one["path"] if isinstance(one, dict) and list(one) == ["path"] else one for one in short])
 
 
 def _harmless(key: str, old: Mapping[str, Any], recipe: Recipe) -> bool:

@@ -141,8 +141,8 @@ class Values:
     def _refusal(self, key: str, cannot: str | None) -> str:
         if cannot is not None:
             return f"{key}: {cannot}"
-        near = did_you_mean(key, self.table.known()).partition(" (")[0].rstrip(";")
-        return f"{key} is not known{near}"
+        near, listed, _ = did_you_mean(key, self.table.known()).partition("? (")
+        return f"{key} is not known{near}?" if listed else f"{key} is not known"
 
 
 def _look_up(table: Mapping[str, str], key: str) -> str | None:

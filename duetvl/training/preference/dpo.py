@@ -62,6 +62,8 @@ class PreferenceObjective:
     and dropout are refused.
     """
 
+    unit = "pairs"
+
     def __init__(self, model: PreferenceModel, reference: Reference, settings: DpoSection, backend: Backend):
         self.model, self.reference = model, reference
         self.loss = PreferenceLoss(settings, backend)

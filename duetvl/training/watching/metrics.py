@@ -200,6 +200,8 @@ _FORMS: dict[str, Callable[[Any], str]] = {
     "loss": "loss {:.4f}".format,
     "grad_norm": "grad_norm {:.3g}".format,
     "lr": "lr {:.3g}".format,
+    "rewards/accuracies": "accuracy {:.0%}".format,
+    "rewards/margins": "margin {:.3g}".format,
     "tokens_per_s": "{:.0f} tokens/s".format,
     "mfu": "mfu {:.1%}".format,
     "step_s": "{:.3g} s".format,

@@ -34,7 +34,7 @@ def plot_runs(runs: Sequence[Path], target: Path, keys: Sequence[str] = ()) -> N
             _draw_keys(parts, keys, one, label)
         else:
             _draw_run(parts[0], parts[1], one, label)
-    for axes, name in zip(parts, keys or ("loss per trained token", "learning rate"), strict=True):
+    for axes, name in zip(parts, keys or ("loss", "learning rate"), strict=True):
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
     parts[-1].set_xlabel("step")
