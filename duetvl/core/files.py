@@ -94,7 +94,7 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
     `.NAME.replaced`), and whatever else it held stays.
     """
     target = Path(target).absolute()
-    if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not overwrite and _holds_something(target):
         raise CheckpointError(f"{target}: exists already; choose another directory, or move it away")
     staging = target.with_name(f".{target.name}.saving")
     shutil.rmtree(staging, ignore_errors=True)  # a killed run's
@@ -108,6 +108,13 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
         if isinstance(error, OSError):
             raise CheckpointError(f"{target}: could not be written: {error.strerror or error}") from error
         raise
+
+
+def _holds_something(target: Path) -> bool:
+    try:
+        return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be looked into: {error.strerror or error}") from None
 
 
 def _swap(staging: Path, target: Path) -> None:

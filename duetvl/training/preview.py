@@ -31,7 +31,8 @@ def preview(
     """The first samples of training, each as a text of several lines; what is trained stands between `marks`.
 
     Their pictures and frames after processing are drawn into the PNG file `sheet`, where there are any. Records that
-    the recipe leaves out are told. Raises DataError for a bad one, ConfigError where the sheet cannot be written.
+    the recipe leaves out are told. Raises DataError for a bad one, unless those are skipped,
+    ConfigError where the sheet cannot be written.
     """
     if count < 1:
         raise ConfigError(f"{count} samples are asked for; there must be at least one")
@@ -40,8 +41,10 @@ def preview(
     processor = recipe_processor(given)
     shown: list[Sample | Pair] = []
     for found in _first(sets, SampleMaker(sets.files, record_encoder(given)), count):
-        if isinstance(found, Dropped):
-            yield f"left out: {found}"
+        if isinstance(found, DataError):
+            if not isinstance(found, Dropped) and given.data.on_bad_sample == "error":
+                raise found
+            yield f"{'left out' if isinstance(found, Dropped) else 'bad'}: {found}"
         else:
             shown.append(found)
             yield text_view(found, processor, marks) + "\n"
@@ -55,18 +58,13 @@ def preview(
         yield f"pixels drawn: {sheet}"
 
 
-def _first(sets: DataSets, maker: SampleMaker, count: int) -> Iterator[Sample | Pair | Dropped]:
-    """So many samples in the order of training, within the first epoch, and the records left out between them."""
+def _first(sets: DataSets, maker: SampleMaker, count: int) -> Iterator[Sample | Pair | DataError]:
+    """So many samples in the order of training, within the first epoch, and what is wrong with those between them."""
     cursor, total = sets.cursor(), sets.train_count
     seen = 0
     while count and (total is None or seen < total) and cursor.epoch == 0:
         (outcome,) = maker.drafts(cursor.take(1))
         seen += 1
-        if isinstance(outcome, Dropped):
-            yield outcome
-            continue
         sample = outcome if isinstance(outcome, DataError) else maker.load(outcome)
-        if isinstance(sample, DataError):
-            raise sample
-        count -= 1
+        count -= not isinstance(sample, DataError)
         yield sample

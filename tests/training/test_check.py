@@ -90,6 +90,17 @@ def test_what_cannot_be_written_is_one_line(home, tmp_path, capsys):
     ]
 
 
+def test_preview_leaves_out_what_training_would(home, tmp_path, capsys):
+    (home / "some.jsonl").write_text('{"messages": []}\n' + (home / "data.jsonl").read_text())
+    argv = [str(home / "tiny.json"), f"data.train={home}/some.jsonl", "data.shuffle=false", "-n", "1"]
+    argv += ["-o", f"{tmp_path}/sheet.png"]
+    assert main(["data", "preview", *argv]) == 2
+    assert "some.jsonl:1: messages is empty" in capsys.readouterr().err
+    assert main(["data", "preview", *argv, "data.on_bad_sample=skip"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"bad: {home}/some.jsonl:1: messages is empty\nsome.jsonl:2: ")
+
+
 def test_preview_shows_samples_in_training_order_and_draws_their_pixels(home, tmp_path, capsys):
     argv = [str(home / "tiny.json"), "data.shuffle=false", "-n", "2", "-o", str(tmp_path / "sheet.png")]
     assert main(["data", "preview", *argv]) == 0

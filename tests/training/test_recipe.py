@@ -84,6 +84,23 @@ def test_an_error_names_the_field_what_was_found_and_what_is_allowed(override, e
 
 
 @pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=[a, {path: b, weight: -1}]", "data.train[1].weight: found -1, allowed: a number, > 0"),
+        ("data.train={pth: b}", "data.train[0] has no field 'pth'; did you mean 'path'?"),
+        ("data.train={weight: 2}", "data.train[0].path is missing: File (JSON"),
+        ("data.val={path: b, format: lava}", "data.val[0].format: found 'lava', allowed: auto, messages, sharegpt"),
+        ("data.train={path: b, columns: {image: x}}", "b: columns has no 'image'; did you mean 'images'?"),
+        ("data.train={path: b, tags: {usertag: x}}", "b: tags has no 'usertag'; did you mean 'user_tag'?"),
+    ],
+)
+def test_an_error_in_a_data_set_names_its_field(override, expected):
+    with pytest.raises(ConfigError) as caught:
+        make_recipe({"model": {"path": "m"}, "data": {"train": "d"}}, [override])
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (("train.steps=5", "train.epochs=2"), "train.steps 5 and train.epochs 2 both say how long to train; keep one"),

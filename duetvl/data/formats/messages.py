@@ -26,6 +26,7 @@ _TAGS: Final[dict[str, Speaker]] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
     "function_tag": "call", "system_tag": "system",
 }  # fmt: skip
+TAGS: Final = ("role_tag", "content_tag", *_TAGS)  # the names that LLaMA-Factory gives to them
 _MARKER: Final = re.compile("(<image>|<video>|<ref-object>|<bbox>)")
 _LISTS: Final = {"<image>": "images", "<video>": "videos", "<ref-object>": "objects.ref", "<bbox>": "objects.bbox"}
 
@@ -46,10 +47,9 @@ class Dialect:
         """The dialect that LLaMA-Factory's `tags` describe; what they leave out is as usual. Raises DataError."""
         if not tags:
             return _USUAL
-        known = ("role_tag", "content_tag", *_TAGS)
         for name, value in tags.items():
-            if name not in known:
-                raise DataError(f"tags has no {name!r}{did_you_mean(name, known)}")
+            if name not in TAGS:
+                raise DataError(f"tags has no {name!r}{did_you_mean(name, TAGS)}")
             if not isinstance(value, str):
                 raise DataError(f"tags.{name} must be a text, found {value!r:.80}")
         named = {tags[tag]: speaker for tag, speaker in _TAGS.items() if tag in tags}

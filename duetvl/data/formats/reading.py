@@ -25,6 +25,7 @@ _KEYS: Final[dict[str, tuple[str, ...]]] = {
     "response": ("output", "response", "completion", "answer"), "history": ("history",),
     "chosen": ("chosen",), "rejected": ("rejected", "rejected_response"),
 }  # fmt: skip
+COLUMNS: Final = tuple(_KEYS)
 
 
 def read_record(

@@ -9,7 +9,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from duetvl.core.errors import did_you_mean
 from duetvl.core.mesh import AXES, Mesh
+from duetvl.data.formats.messages import TAGS
+from duetvl.data.formats.reading import COLUMNS
 
 
 def _as_tuple(value: Any) -> Any:
@@ -90,6 +93,14 @@ class DataSource(Section):
         "pixels of the picture's file, or thousandths of its sides; the latter two are brought to what the family "
         "expects.",
     )
+
+    @model_validator(mode="after")
+    def _known_names(self) -> DataSource:
+        for field, given, known in (("columns", self.columns, COLUMNS), ("tags", self.tags, TAGS)):
+            for name in given:
+                if name not in known:
+                    raise _contradiction(f"{self.path}: {field} has no {name!r}{did_you_mean(name, known)}")
+        return self
 
 
 def _sources(value: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from duetvl.core.errors import did_you_mean
@@ -28,6 +29,8 @@ def _describe(problem: ErrorDetails) -> str:
     section, _, key = path.partition(".")
     if kind == "contradiction":
         return problem["msg"]
+    if len(problem["loc"]) > 3 and path in ("data.train", "data.val"):
+        return _of_source(f"{path}[{problem['loc'][2]}]", str(problem["loc"][3]), problem)
     if kind == "extra_forbidden":
         return no_field(section, key) if key else no_section(section)
     if kind == "missing" and len(problem["loc"]) <= 2:
@@ -35,6 +38,16 @@ def _describe(problem: ErrorDetails) -> str:
     if not key:
         return f"{path}: found {show(problem['input'])}, allowed: a section with fields ({', '.join(fields(section))})"
     return f"{path}: found {show(problem['input'])}, allowed: {_allowed(section, key)}"
+
+
+def _of_source(source: str, key: str, problem: ErrorDetails) -> str:
+    """What is wrong with one of the data sets."""
+    known = DataSource.model_fields
+    if key not in known:
+        return f"{source} has no field {key!r}{did_you_mean(key, known)}"
+    if problem["type"] == "missing":
+        return f"{source}.{key} is missing: {known[key].description}"
+    return f"{source}.{key}: found {show(problem['input'])}, allowed: {_values(known[key])}"
 
 
 def _path(problem: ErrorDetails) -> str:
@@ -113,7 +126,10 @@ to the data file. Numbers are read as in JSON (`1e-5` is a number), `true` and `
 
 
 def _allowed(section: str, key: str) -> str:
-    info = fields(section)[key]
+    return _values(fields(section)[key])
+
+
+def _values(info: FieldInfo) -> str:
     bounds = [_bound(item) for item in info.metadata]
     words = [_type_words(info.annotation), *(bound for bound in bounds if bound)]
     return ", ".join(words)
