@@ -219,6 +219,17 @@ def test_a_huge_line_is_an_error_and_passed_over(tmp_path, monkeypatch):
     assert [ref.at for ref in StreamSource([open_source(tmp_path / "a.jsonl")]).refs()] == [0, 9, 519]
 
 
+def test_lines_longer_than_shards_are_had_once_and_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "SHARD_BYTES", 64)
+    content = "".join(json.dumps({"text": "x" * size}) + "\n" for size in (1000, 1, 500, 40, 54, 53, 52))
+    (tmp_path / "a.jsonl").write_text(content)
+    (file,) = open_source(str(tmp_path / "a.jsonl"))
+    found = [at for start, stop in file.shards() for at, _ in file.scan(start, stop)]
+    assert found == list(file.places().at) and len(found) == 7
+    line = io.BytesIO(b"x" * 100 + b"\n")
+    assert records_module._skip_line(line, 10) == 10 and line.tell() == 10
+
+
 def test_a_file_that_is_cut_off_says_so(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": "abc')
     with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON: .*the file may be cut off"):

@@ -142,7 +142,7 @@ class JsonLines:
         with open(self.path, "rb") as file:
             if at:
                 file.seek(at - 1)
-                at += _skip_line(file) - 1
+                at += _skip_line(file, stop - at + 1) - 1
             while at < stop:
                 line = file.readline(LONGEST_LINE)
                 length = len(line) if line.endswith(b"\n") else len(line) + _skip_line(file)
@@ -275,10 +275,13 @@ def _line_at(file: Any, start: int) -> bytes:
     return file.readline(LONGEST_LINE + 1)
 
 
-def _skip_line(file: Any) -> int:
-    """Go behind the next line end; returns the number of bytes passed."""
+def _skip_line(file: Any, most: int = 1 << 62) -> int:
+    """Go behind the next line end, or where it is not within `most` bytes so far; returns the bytes passed.
+
+    A line may reach through many shards: each looks for its end within itself alone.
+    """
     passed = 0
-    while piece := file.readline(_SEARCH):
+    while piece := file.readline(min(_SEARCH, most - passed)):
         passed += len(piece)
         if piece.endswith(b"\n"):
             break
