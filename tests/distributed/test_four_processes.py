@@ -5,11 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import pytest
+from frameworks import FRAMEWORKS
 
 from .cases import CASES
 from .world import World
-
-FRAMEWORKS = {"torch_npu": "torch", "mindspore": "mindspore"}
 
 
 @pytest.fixture(scope="session", params=list(FRAMEWORKS))
