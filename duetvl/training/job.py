@@ -20,9 +20,10 @@ class Job:
     """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others.
 
     `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a checkpoint says of the
-    model that these belong to, which must be the same (its `fingerprint`) when the run goes on. `flops` counts the
-    operations that a micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it.
-    `before` is called once with the data, while the model has its starting weights also where a run goes on.
+    model that these belong to, and `reference` of the one that a policy is compared with: they must be the same (by
+    `fingerprint`, wherever they lie) when the run goes on. `flops` counts the operations that a micro-batch asks for,
+    forward and backward, for the utilisation shown; none is shown without it. `before` is called once with the data,
+    while the model has its starting weights also where a run goes on.
     """
 
     model: TrainableModel
@@ -32,6 +33,7 @@ class Job:
     model_config: Mapping[str, Any] = field(default_factory=dict)
     stored: Sequence[Parameter] | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
+    reference: Mapping[str, Any] = field(default_factory=dict)
     flops: Flops | None = None
     before: Callable[[Feed], None] | None = None
 

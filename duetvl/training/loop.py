@@ -324,6 +324,7 @@ class Run:
                     "totals": dict(self.totals),
                     "trainer": self.trainer.to_json(),
                     "base_model": dict(self.job.base),
+                    "reference": dict(self.job.reference),
                 },
             ),
             backend=self.backend,
@@ -336,7 +337,8 @@ class Run:
         self._call("on_save", path)
 
     def _restore(self, ref: CheckpointRef) -> None:
-        _check_base(ref, self.job.base)
+        _check_same(ref, "base_model", self.job.base, "its adapters belong to")
+        _check_same(ref, "reference", self.job.reference, "its policy was compared with")
         load_checkpoint(
             ref,
             parameters=self.job.checkpointed(),
@@ -385,15 +387,14 @@ def _ending(callback: Callback, run: Run) -> Callable[..., None]:
     return end
 
 
-def _check_base(ref: CheckpointRef, base: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the weights that are not in the checkpoint are those that it was trained on."""
-    stored = ref.meta.extra.get("base_model") or {}
-    if stored.get("fingerprint") == base.get("fingerprint"):
-        return
-    raise CheckpointError(
-        f"{ref.path}: its adapters belong to other weights than those of {base['path']} now (fingerprint "
-        f"{stored['fingerprint']}, found {base['fingerprint']}); restore {stored['path']}, or begin a new run"
-    )
+def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:
+    """Raise CheckpointError unless weights that are not in the checkpoint are those that it was trained with."""
+    stored = ref.meta.extra.get(key) or {}
+    if stored and stored["fingerprint"] != found.get("fingerprint"):
+        raise CheckpointError(
+            f"{ref.path}: {what} other weights than those of {found.get('path')} now (fingerprint "
+            f"{stored['fingerprint']}, found {found.get('fingerprint')}); restore {stored['path']}, or begin a new run"
+        )
 
 
 def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

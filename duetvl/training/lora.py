@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from duetvl.core.params import Parameter
-from duetvl.core.weights_dir import fingerprint, open_weights
 from duetvl.models.lora import Adapters, Size, is_adapter
 from duetvl.models.peft_files import StoredAdapter
 from duetvl.models.qwen_vl.adapters import (
@@ -20,9 +19,9 @@ from duetvl.models.qwen_vl.adapters import (
     save_merged,
 )
 from duetvl.models.qwen_vl.config import ModelConfig, count_parameters
-from duetvl.models.qwen_vl.loading import save_model
+from duetvl.models.qwen_vl.loading import identity, save_model
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.models.qwen_vl.names import canonical_name, canonical_names
+from duetvl.models.qwen_vl.names import canonical_name
 from duetvl.training.recipe.sections import Recipe
 
 
@@ -79,8 +78,7 @@ def base_of(model: QwenVL) -> Mapping[str, Any]:
     """What a checkpoint says of its adapters and of the model that they belong to; nothing without adapters."""
     if model.adapters is None or model.source is None:
         return {}
-    weights = open_weights(model.source, canonical_names(model.config.tie_word_embeddings))
-    return {"path": str(model.source), "fingerprint": fingerprint(weights), "adapters": model.adapters.to_json()}
+    return {**identity(model.source, model.config), "adapters": model.adapters.to_json()}
 
 
 def exporter(recipe: Recipe) -> Callable[..., None]:

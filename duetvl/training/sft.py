@@ -28,7 +28,7 @@ from duetvl.training.job import Job
 from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
-from duetvl.training.preference.reference import CachedReference, make_reference
+from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity
 from duetvl.training.recipe.sections import DataSection, Recipe
 from duetvl.training.watching.costs import Flops
 
@@ -57,6 +57,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         model.config.to_dict(),
         stored=stored_parameters(model),
         base=base_of(model),
+        reference=reference_identity(recipe),
         flops=_flops(recipe, model),
         before=before,
     )

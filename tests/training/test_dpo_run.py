@@ -16,6 +16,7 @@ from PIL import Image
 
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
+from duetvl.models.qwen_vl.loading import load_model, save_model
 from duetvl.training.check import check
 from duetvl.training.preference.dpo import LOGGED
 from duetvl.training.train import train
@@ -229,6 +230,22 @@ def test_pairs_without_the_section_are_named(recipe, be, tmp_path):
     options = ["data.val=null", f"train.output_dir={tmp_path}/run"]
     with pytest.raises(DataError, match=r"pairs\.jsonl:\d+: is a preference record .*no section dpo"):
         train(values, options, backend=be)
+
+
+def test_a_reference_that_has_changed_is_noticed(recipe, tmp_path):
+    """Wherever it lies: its weights are what counts."""
+    be = load_backend("torch_npu", "cpu")
+    own = [f"train.output_dir={tmp_path}/run"]
+    model = Path(json.loads(recipe.read_text())["model"]["path"])
+    train(recipe, [*own, "train.steps=2"], backend=be)
+    shutil.copytree(model, tmp_path / "copy")
+    assert train(recipe, [*own, "train.steps=3", f"dpo.reference={tmp_path}/copy"], backend=be).step == 3
+    other = load_model(model, backend=be)
+    norm = other.parameters["model.norm.weight"]
+    be.ops.assign(norm.tensor, be.ops.from_numpy(np.full(norm.shape, 2, np.float32)))
+    save_model(other, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="its policy was compared with other weights than those of"):
+        train(recipe, [*own, "train.steps=4", f"dpo.reference={tmp_path}/other"], backend=be)
 
 
 def test_check_says_what_the_reference_is(recipe, tiny, tmp_path):

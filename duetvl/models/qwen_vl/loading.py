@@ -15,7 +15,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.files import WEIGHT_FILES, staged_directory, write_text
 from duetvl.core.params import Parameter
 from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import load_parameters, write_shards, write_weights
+from duetvl.core.weights_dir import fingerprint, load_parameters, open_weights, write_shards, write_weights
 from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
 from duetvl.models.qwen_vl.init import initial_weights
@@ -84,6 +84,12 @@ def write_random_model(
         write_config(config, staging, "float32")
         if settings is not None:
             settings(staging)
+
+
+def identity(directory: Path, config: ModelConfig) -> dict[str, Any]:
+    """Where a model's weights lie, and by what they are known wherever they lie."""
+    weights = open_weights(directory, canonical_names(config.tie_word_embeddings))
+    return {"path": str(directory), "fingerprint": fingerprint(weights)}
 
 
 def write_config(config: ModelConfig, directory: Path, dtype: str) -> None:

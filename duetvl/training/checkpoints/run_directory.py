@@ -38,8 +38,14 @@ HARMLESS = frozenset(
         "data.cache",
         "data.on_bad_sample",  # what a run that has met a bad record is resumed with
         "dpo.cache",
+        # A run may be gone on with where things lie elsewhere. What they are is known by other means: the model by
+        # the checkpoint's own weights or a fingerprint, the data by the number of their records.
+        "model.path",
+        "dpo.reference",
+        "data.image_root",
     }
 )
+PLACES = frozenset({"path", "image_root"})  # of a data set
 LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
 HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log"})
 
@@ -163,11 +169,21 @@ def _shown(value: Any) -> str:
 
 
 def _harmless(key: str, old: Mapping[str, Any], recipe: Recipe) -> bool:
+    if key == "data.train":
+        sources = [source.model_dump(mode="json") for source in recipe.data.train]
+        return _without_places(old[key]) == _without_places(sources)
     if key in LENGTHS:  # so far no sample was too long, or none of those was used
         return bool(old["data.too_long"] == "error")
     if key in PACKING and recipe.train.loss == "micro_batch":  # a loss that the micro-batches have a part in
         return False
     return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
+
+
+def _without_places(sources: Any) -> list[Any]:
+    """Data sets by all but where they lie; old checkpoints name them by their paths alone."""
+    blank = DataSource(path="-").model_dump(mode="json")
+    whole = [one if isinstance(one, dict) else blank for one in sources]
+    return [{key: value for key, value in one.items() if key not in PLACES} for one in whole]
 
 
 def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

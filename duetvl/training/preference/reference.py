@@ -21,7 +21,7 @@ from duetvl.core.weights_dir import open_weights
 from duetvl.models.hub import is_id, model_directory
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
 from duetvl.models.qwen_vl.host import QwenVLFamily
-from duetvl.models.qwen_vl.loading import load_model
+from duetvl.models.qwen_vl.loading import identity, load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.training.preference.dpo import Reference, reference_of
@@ -147,6 +147,14 @@ def _held(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
     check_same_inputs(policy.config, load_config(directory), directory)
     model: QwenVL = load_model(directory, backend=backend, dtype=recipe.model.dtype)
     return model
+
+
+def reference_identity(recipe: Recipe) -> dict[str, Any]:
+    """What a checkpoint says of the reference's weights; nothing without a section `dpo`."""
+    if recipe.dpo is None:
+        return {}
+    directory = _directory(recipe)
+    return identity(directory, load_config(directory))
 
 
 def _directory(recipe: Recipe) -> Path:
