@@ -107,7 +107,7 @@ def test_mistakes_are_named_before_anything_is_written(recipe, tmp_path, overrid
     with pytest.raises(error, match=expected):
         train(recipe, [*overrides, "data.shuffle=false"]) if what == "train" else list(check(recipe, overrides))
     written = [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert written == [] or what == "check" and all(name.endswith(".left_out.txt") for name in written)
+    assert written == [] or (what == "check" and all(name.endswith(".left_out.txt") for name in written))
 
 
 def test_a_model_without_weights_is_named(recipe, tmp_path):
