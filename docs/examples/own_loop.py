@@ -40,4 +40,6 @@ def main(path, target, *overrides):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
@@ -97,21 +97,20 @@ def recipe_reference() -> str:
     """All fields of a recipe as markdown tables; docs/recipe.md holds exactly this."""
     lines = ["# Recipe", "", _PREFACE.strip(), ""]
     for section in Recipe.model_fields:
-        kind = section_type(section)
-        lines += [
-            f"## {section}",
-            "",
-            inspect.cleandoc(kind.__doc__ or ""),
-            "",
-            "| field | allowed | default | |",
-            "|---|---|---|---|",
-        ]
-        for name, info in fields(section).items():
-            default = "required" if info.is_required() else f"`{_yaml_form(info.default)}`"
-            allowed = _allowed(section, name).replace("|", "\\|")
-            lines.append(f"| `{name}` | {allowed} | {default} | {info.description} |")
-        lines.append("")
+        lines += _table(f"## {section}", section_type(section))
+        if section == "data":
+            lines += _table("### A data set of `data.train` or `data.val`", DataSource)
     return "\n".join(lines)
+
+
+def _table(title: str, kind: type[Section]) -> Iterator[str]:
+    yield from (title, "", inspect.cleandoc(kind.__doc__ or ""), "")
+    yield from ("| field | allowed | default | |", "|---|---|---|---|")
+    for name, info in kind.model_fields.items():
+        default = "required" if info.is_required() else f"`{_yaml_form(info.get_default(call_default_factory=True))}`"
+        allowed = _values(info).replace("|", "\\|")
+        yield f"| `{name}` | {allowed} | {default} | {info.description} |"
+    yield ""
 
 
 _PREFACE = """
