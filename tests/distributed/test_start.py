@@ -100,7 +100,8 @@ start = time.monotonic()
 try:
     be.collectives.all_reduce(be.ops.zeros((4,)))
 except Exception as error:
-    print(type(error).__name__, round(time.monotonic() - start), error)
+    # Flushed, as a thread of gloo that still runs may abort the process at its end.
+    print(type(error).__name__, round(time.monotonic() - start), error, flush=True)
 """
 
 

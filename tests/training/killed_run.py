@@ -1,10 +1,10 @@
 """Starts the tiny run of `tiny_run.py` over and over, and kills it: python killed_run.py BACKEND RECIPE [override ...]
 
 Reads a moment, a run directory and more overrides from each line, tabs between them, and answers with `killed` or
-`done`. `call 17` kills the process before its 17th call
-that changes a directory or waits for the disk, whichever thread makes it; `after 0.2` that many seconds after training
-has begun; `never` lets it run to its end. Each start is a fork: the framework is imported once, before any of its
-threads exist, and nothing of one start is left for the next but its files.
+`done`. `call 17` kills the process before its 17th call that changes a directory or waits for the disk, whichever
+thread makes it; `save 2` before the second file of a checkpoint is on the disk; `after 0.2` that many seconds after
+training has begun; `never` lets it run to its end. Each start is a fork: the framework is imported once, before any
+of its threads exist, and nothing of one start is left for the next but its files.
 """
 
 from __future__ import annotations
@@ -52,6 +52,18 @@ def die_at_call(moment):
         setattr(os, name, counted(getattr(os, name)))
 
 
+def die_in_save(moment):
+    """Before the checkpoint being written has its file number `moment` on the disk."""
+    numbers, real = count(1), os.fsync
+
+    def call(descriptor):
+        if ".saving" in os.readlink(f"/proc/self/fd/{descriptor}") and next(numbers) == moment:
+            die()
+        return real(descriptor)
+
+    os.fsync = call
+
+
 def die_after(seconds):
     def wait():
         time.sleep(seconds)
@@ -61,8 +73,8 @@ def die_after(seconds):
 
 
 def run(backend, recipe, overrides, how, value):
-    if how == "call":
-        die_at_call(int(value))
+    if how in ("call", "save"):
+        (die_at_call if how == "call" else die_in_save)(int(value))
     action = (lambda: die_after(float(value))) if how == "after" else (lambda: None)
     train(recipe, overrides, backend=load_backend(backend, "cpu"), callbacks=[Begin(action)])
 

@@ -59,9 +59,11 @@ def starter(request, tmp_path):
 
 
 def moments(number, seed):
-    """Half at a call that changes the directory, half at a time; half of each while saving in the background."""
+    """The first one inside of a save; then half at a call that changes the directory, half at a time; half of each
+    while saving in the background."""
+    yield "save 2", True
     chosen = random.Random(seed)
-    for index in range(number):
+    for index in range(1, number):
         call, after = chosen.randint(1, LAST_CALL), chosen.uniform(0, LONGEST)
         yield (f"call {call}" if index % 2 == 0 else f"after {after:.3f}"), index % 4 < 2
 
