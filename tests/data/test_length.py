@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from duetvl.api import load_processor
@@ -240,6 +240,7 @@ def test_truncated_samples_are_whole(processor: Processor, turns: Any, limit: in
 
 @SMALL
 @given(TURNS, st.integers(20, 120))
+@example([([picture(15, 81)], ""), ([picture(42, 71)], "")], 50)  # the first would grow from 12 to 16 patches
 def test_shrunk_samples_keep_their_text(processor: Processor, turns: Any, limit: int) -> None:
     found = record(*(part for turn in turns for part in turn))
     whole = drafted(processor, found)

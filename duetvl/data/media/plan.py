@@ -80,8 +80,10 @@ def shrunk(medium: Medium, scale: float, settings: MediaSettings, geometry: Patc
     height, width = medium.size
     least, most, *_ = _bounds(medium, settings, geometry)
     assert least is not None and most is not None
-    # A narrow picture may be larger than it should, where its short side can get no shorter.
-    return _sized(medium, settings, geometry, most=max(least, min(most, int(height * width * scale))))
+    # A narrow picture may be larger than it should, where its short side can get no shorter, and then even larger than
+    # it was, as its sides are rounded otherwise.
+    smaller = _sized(medium, settings, geometry, most=max(least, min(most, int(height * width * scale))))
+    return smaller if smaller.size[0] * smaller.size[1] < height * width else medium
 
 
 def load(medium: Medium, settings: MediaSettings, geometry: PatchGeometry) -> PatchRows:
