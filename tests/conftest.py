@@ -16,12 +16,16 @@ import numpy as np
 import oracle
 import pytest
 from frameworks import FRAMEWORKS
+from hypothesis import settings
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
 
 # A shell starts a background job with Ctrl-C ignored, which its children inherit; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same examples in every run; `--hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
