@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from duetvl.core.errors import CheckpointError
+from duetvl.core.errors import CheckpointError, DuetvlError
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -30,6 +31,19 @@ def sync_files(directory: Path) -> None:
             with open(Path(folder) / name, "rb") as handle:
                 os.fsync(handle.fileno())
         sync_directory(Path(folder))
+
+
+def read_object(path: Path, error: type[DuetvlError], what: str = "an object") -> dict[str, Any]:
+    """The JSON object in a small file, in UTF-8 with or without a mark. Raises `error` for whatever it is instead."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: cannot be read as JSON: {problem}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected {what}, found {type(value).__name__}")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

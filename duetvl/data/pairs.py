@@ -18,36 +18,6 @@ DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
-class PairEncoder:
-    """An `Encoder` for preference training: every record must have a rejected answer. With `digests`, its batches
-    carry those of their pairs."""
-
-    encoder: Encoder
-    digests: bool = False
-
-    def draft(self, record: Record) -> Draft:
-        """Raises DataError naming file and line of a record with one answer."""
-        draft = self.encoder.draft(record)
-        if draft.rejected is None:
-            raise DataError(
-                f"{record.where}: has no rejected answer, which dpo needs; give `chosen` and `rejected` (or "
-                f"`rejected_response`), or remove the recipe's section dpo to train on the answers as they are"
-            )
-        return draft
-
-    def load(self, draft: Draft) -> Sample | Pair:
-        """The pair with its pixels."""
-        return self.encoder.load(draft)
-
-    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
-        """Lay pairs end to end."""
-        batch = self.encoder.pack(samples)
-        if not self.digests:
-            return batch
-        return replace(batch, digests=tuple(pair_digest(given) for given in samples if isinstance(given, Pair)))
-
-
-@dataclass(frozen=True)
 class AnswerEncoder:
     """An `Encoder` for supervised training: a record with a rejected answer is an error, as a choice is lost there."""
 
@@ -64,12 +34,37 @@ class AnswerEncoder:
         return draft
 
     def load(self, draft: Draft) -> Sample | Pair:
-        """The sample with its pixels."""
+        """The sample, or the pair, with its pixels."""
         return self.encoder.load(draft)
 
     def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end."""
         return self.encoder.pack(samples)
+
+
+@dataclass(frozen=True)
+class PairEncoder(AnswerEncoder):
+    """An `Encoder` for preference training: every record must have a rejected answer. With `digests`, its batches
+    carry those of their pairs."""
+
+    digests: bool = False
+
+    def draft(self, record: Record) -> Draft:
+        """Raises DataError naming file and line of a record with one answer."""
+        draft = self.encoder.draft(record)
+        if draft.rejected is None:
+            raise DataError(
+                f"{record.where}: has no rejected answer, which dpo needs; give `chosen` and `rejected` (or "
+                f"`rejected_response`), or remove the recipe's section dpo to train on the answers as they are"
+            )
+        return draft
+
+    def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
+        """Lay pairs end to end."""
+        batch = super().pack(samples)
+        if not self.digests:
+            return batch
+        return replace(batch, digests=tuple(pair_digest(given) for given in samples if isinstance(given, Pair)))
 
 
 def pair_digest(pair: Pair) -> bytes:

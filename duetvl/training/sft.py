@@ -88,7 +88,7 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
     export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
-def record_encoder(recipe: Recipe) -> PairEncoder | AnswerEncoder:
+def record_encoder(recipe: Recipe) -> AnswerEncoder:
     """From records to samples, or to pairs with `dpo`, as the recipe says."""
     data = recipe.data
     settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)

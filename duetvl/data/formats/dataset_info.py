@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.files import read_object
 
 INFO_NAME: Final = "dataset_info.json"
 _REMOTE: Final = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -62,24 +62,12 @@ def info_names(path: str | Path) -> str:
 
 
 def _entry(path: Path, name: str) -> Mapping[str, Any]:
-    entries = _entries(path)
+    entries = read_object(path, DataError, "an object of data sets")
     if name not in entries:
         raise DataError(f"{path}: has no data set {name!r}{did_you_mean(name, entries)}")
     if not isinstance(entries[name], dict):
         raise DataError(f"{path}:{name}: expected an object, found {type(entries[name]).__name__}")
     return dict(entries[name])
-
-
-def _entries(path: Path) -> Mapping[str, Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(entries, dict):
-        raise DataError(f"{path}: expected an object of data sets, found {type(entries).__name__}")
-    return entries
 
 
 def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path, ...]:

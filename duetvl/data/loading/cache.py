@@ -110,11 +110,11 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         package = module.partition(".")[0]
-        found = super().find_class(module, name)
-        if package in self._packages and isinstance(found, type) and found.__module__ == module:
-            return found
-        if (package == "numpy" and name in _NUMPY) or (package == "pathlib" and isinstance(found, type)):
-            return found
+        if package in (*self._packages, "pathlib") or (package == "numpy" and name in _NUMPY):
+            found = super().find_class(module, name)  # after it is known to be of a package that may be imported
+            own = package in self._packages and isinstance(found, type) and found.__module__ == module
+            if own or package == "numpy" or (package == "pathlib" and isinstance(found, type)):
+                return found
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a draft")
 
 

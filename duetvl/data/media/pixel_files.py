@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Final
 
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.family import PatchGeometry
+from duetvl.core.files import read_object
 from duetvl.data.media.pixels import PixelSettings
 
 FRAME_PIXELS: Final = 768 * 28 * 28
@@ -41,24 +41,16 @@ def read_pixel_settings(directory: Path, geometry: PatchGeometry) -> tuple[Pixel
 
 def _setting_files(directory: Path) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
     """What each file says: (kind, (file name, content)); a later one replaces an earlier one."""
-    merged = _read_json(directory / "processor_config.json") or {}
+    merged = _if_there(directory / "processor_config.json") or {}
     for kind in ("image", "video"):
         if merged.get(f"{kind}_processor"):
             yield kind, ("processor_config.json", merged[f"{kind}_processor"])
     names = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
     for kind, name in names.items():
-        data = _read_json(directory / name)
+        data = _if_there(directory / name)
         if data is not None:
             yield kind, (name, data)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}")
-    return data
+def _if_there(path: Path) -> dict[str, Any] | None:
+    return read_object(path, CheckpointError) if path.is_file() else None

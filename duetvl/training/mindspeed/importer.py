@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
+from duetvl.core.files import read_object
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
 from duetvl.training.mindspeed.data_keys import data_section
 from duetvl.training.mindspeed.report import Report, Values
@@ -44,8 +45,8 @@ def import_run(
     """
     report = Report()
     values = {
-        "data": Values(DATA, _flat(_read_json(data)), report),
-        "model": Values(MODEL, _flat(_read_json(model)), report),
+        "data": Values(DATA, _flat(read_object(data, ConfigError)), report),
+        "model": Values(MODEL, _flat(read_object(model, ConfigError)), report),
     }
     read = _read_script(script, variables or {})
     values["script"] = Values(SCRIPT, _arguments(read, script, report, allow_unknown), report)
@@ -242,18 +243,6 @@ def _attribute(config: ModelConfig | None, path: str) -> Any:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

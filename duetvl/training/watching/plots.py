@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError, did_you_mean
+from duetvl.core.files import write_bytes
 from duetvl.training.watching.metrics import read_metrics
 
 Row = Mapping[str, Any]
@@ -40,14 +40,8 @@ def plot_runs(runs: Sequence[Path], target: Path, keys: Sequence[str] = ()) -> N
     parts[-1].set_xlabel("step")
     if parts[0].get_legend_handles_labels()[1]:
         parts[0].legend()
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_png(temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):  # what prevented the writing may prevent this too
-            temporary.unlink(missing_ok=True)
-        raise
+    FigureCanvasAgg(figure).print_png(content := io.BytesIO())
+    write_bytes(target, content.getvalue())
 
 
 def _check_keys(keys: Sequence[str], runs: Sequence[Sequence[Row]]) -> None:
