@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from duetvl.convert.streaming import plan_tensor_file
-from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import plan_shards, write_shards
 from duetvl.models.qwen_vl.config import parameter_shapes, published_config
 from duetvl.models.qwen_vl.loading import write_config
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.storage.weights_dir import plan_shards, write_shards
 
 RESULTS = Path(__file__).parent / "results" / "convert.md"
 TIME_AIM, MEMORY_AIM = 3.0, 1.5e9

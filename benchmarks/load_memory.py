@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from duetvl.core.backend import load_backend
-from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import load_parameters, write_shards
 from duetvl.models.qwen_vl.config import count_parameters, load_config, parameter_shapes, published_config
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.storage.weights_dir import load_parameters, write_shards
 
 RESULTS = Path(__file__).parent / "results" / "load_memory.md"
 AIM = 1.15

@@ -172,8 +172,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _import_mindspeed(args: argparse.Namespace) -> int:
-    from duetvl.core.files import write_text
-    from duetvl.training.mindspeed.importer import import_run
+    from duetvl.migrate.importer import import_run
+    from duetvl.storage.files import write_text
 
     if args.output.exists():
         raise ConfigError(f"{args.output}: exists already; choose another name, or move it away")

@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, Final
 
-import duetvl
 from duetvl.convert import commands
 from duetvl.convert.layouts import Layout
 from duetvl.convert.options import (
@@ -33,6 +32,7 @@ from duetvl.convert.options import (
 from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import ConfigError, DuetvlError, did_you_mean
+from duetvl.version import __version__
 
 DIFFERENT: Final = 1
 USER_ERROR: Final = 2
@@ -94,7 +94,7 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         return _tell(_HELP)
     if argv[0] == "--version":
-        return _tell(f"mm-convert {duetvl.__version__}")
+        return _tell(f"mm-convert {__version__}")
     if argv[0] == "verify":
         return _verify(argv[1:])
     if argv[0] not in CONVERTERS:

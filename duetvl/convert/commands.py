@@ -26,11 +26,11 @@ from duetvl.convert.sources import INDEX, open_adapter, open_source, shard_map
 from duetvl.convert.streaming import FetchedTensors, LogicalTensors, Output, plan_tensor_file
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.files import WEIGHT_FILES
-from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import MAX_SHARD_BYTES, plan_shards
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import module_name
+from duetvl.storage.files import WEIGHT_FILES
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.storage.weights_dir import MAX_SHARD_BYTES, plan_shards
 
 FAMILIES: Final = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
 _VISION_BIAS: Final = "image_encoder.encoder.blocks.layers.0.input_layernorm.bias"

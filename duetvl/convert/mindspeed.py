@@ -45,8 +45,8 @@ from duetvl.convert.streaming import (
 from duetvl.convert.torch_zip import TorchFile, plan_torch_file
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.tensor_files import TensorFile, TensorSpec
-from duetvl.core.weights_dir import count_and_name
+from duetvl.storage.tensor_files import TensorFile, TensorSpec
+from duetvl.storage.weights_dir import count_and_name
 
 Format = Literal["pt", "safetensors"]
 FORMATS: Final[tuple[Format, Format]] = ("pt", "safetensors")

@@ -18,7 +18,7 @@ from duetvl.convert.names import Tower
 from duetvl.convert.streaming import CHUNK, LogicalTensors, Output, Progress, row_chunks, write_files
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.files import staged_directory, write_text
+from duetvl.storage.files import staged_directory, write_text
 
 _LOG: Final = logging.getLogger(__name__)
 _BASE_MEMORY: Final = 120 * 10**6  # Python, numpy, headers

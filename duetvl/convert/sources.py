@@ -12,12 +12,12 @@ from typing import Final
 from duetvl.convert.layouts import Model, Shape
 from duetvl.convert.streaming import Fragment, FragmentedTensors
 from duetvl.core.boxes import Box
-from duetvl.core.checkpoint_format import MANIFEST, Manifest, StoredTensor, box_name
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.tensor_files import TensorFile
-from duetvl.core.weights_dir import StoredWeights, open_weights
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names
+from duetvl.storage.checkpoint_format import MANIFEST, Manifest, StoredTensor, box_name
+from duetvl.storage.tensor_files import TensorFile
+from duetvl.storage.weights_dir import StoredWeights, open_weights
 
 INDEX: Final = "model.safetensors.index.json"
 

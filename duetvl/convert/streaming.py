@@ -25,8 +25,8 @@ import numpy as np
 from duetvl.convert.layouts import Piece
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.core.tensor_files import NUMPY_DTYPES, TensorSpec
-from duetvl.core.weights_dir import count_and_name
+from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
+from duetvl.storage.weights_dir import count_and_name
 
 CHUNK: Final = 1 << 24
 _PATIENCE: Final = 0.1  # seconds

@@ -31,7 +31,7 @@ import numpy as np
 
 from duetvl.convert.streaming import PlannedFile
 from duetvl.core.errors import CheckpointError
-from duetvl.core.tensor_files import NUMPY_DTYPES, TensorSpec
+from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
 
 OPAQUE: Final = type("Opaque", (), {"__slots__": (), "__repr__": lambda self: "OPAQUE"})()
 ALIGNMENT: Final = 64

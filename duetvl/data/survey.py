@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.core.files import write_bytes, write_text
 from duetvl.data.draft import Draft, Dropped, Outcome
+from duetvl.storage.files import write_bytes, write_text
 
 _BINS = 12
 _BAR = 40  # characters of the longest bar

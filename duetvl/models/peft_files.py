@@ -18,10 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.files import write_text
-from duetvl.core.tensor_files import TensorFile, TensorSpec, write_tensor_file
-from duetvl.core.weights_dir import count_and_name
 from duetvl.models.lora import MAGNITUDE, A, Adapters, Size
+from duetvl.storage.files import write_text
+from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
+from duetvl.storage.weights_dir import count_and_name
 
 Shape = tuple[int, ...]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.core.weights_dir import open_weights
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.hub import is_id, model_directory
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
 from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.storage.weights_dir import open_weights
 from duetvl.training.checkpoints.run_directory import find_start
 from duetvl.training.feed import DataSets
 from duetvl.training.groups import check_patterns

@@ -12,9 +12,9 @@ from typing import Any
 
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
-from duetvl.core.checkpoint_format import Meta
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loading.loader import Step
+from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import (
     CheckpointRef,
     Snapshot,

@@ -10,10 +10,10 @@ from typing import Any
 
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.core.files import write_bytes
 from duetvl.data.draft import Dropped
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.preview import PLAIN, contact_sheet, text_view
+from duetvl.storage.files import write_bytes
 from duetvl.training.feed import DataSets
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.sft import recipe_processor, record_encoder

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from duetvl.convert import streaming
 from duetvl.convert.cli import main
-from duetvl.core.tensor_files import TensorFile
+from duetvl.storage.tensor_files import TensorFile
 from tests.convert.test_round_trips import fingerprint
 from tests.convert.tiny import mm_files, read_hf, same, tiny_config, write_hf
 

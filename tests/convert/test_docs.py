@@ -11,10 +11,10 @@ from duetvl.convert import plans
 from duetvl.convert.cli import main
 from duetvl.convert.names import lora_rules
 from duetvl.convert.streaming import Output, PlannedFile, plan_tensor_file
-from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import plan_shards
 from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes, published_config
 from duetvl.models.qwen_vl.loading import write_config
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.storage.weights_dir import plan_shards
 
 DOCS = Path(__file__).parents[2] / "docs" / "mm_convert.md"
 ORIGINAL_KEYS = (

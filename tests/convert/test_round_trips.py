@@ -19,7 +19,7 @@ from duetvl.convert.names import VisionOrder
 from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.tensor_files import TensorFile
+from duetvl.storage.tensor_files import TensorFile
 from tests.convert.tiny import mm_files, random_bits, read_hf, same, tiny_config, write_hf
 
 QUIET = Options()
@@ -140,9 +140,9 @@ def first_half(bits: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_new_names_of_transformers_are_read(tmp_path: Path) -> None:
-    from duetvl.core.tensor_files import TensorSpec, write_tensor_file
     from duetvl.models.qwen_vl.config import parameter_shapes
     from duetvl.models.qwen_vl.loading import write_config
+    from duetvl.storage.tensor_files import TensorSpec, write_tensor_file
 
     config = tiny_config(tied=True)
     rng = np.random.default_rng(0)

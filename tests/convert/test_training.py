@@ -15,7 +15,7 @@ from duetvl.convert.verify import Difference, verify
 from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.params import Parameter
-from duetvl.core.tensor_files import TensorSpec
+from duetvl.storage.tensor_files import TensorSpec
 from duetvl.training.checkpoints.checkpoint import Meta, save_checkpoint
 from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny_config, write_hf
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from duetvl.core.tensor_files import NUMPY_DTYPES, TensorSpec
-from duetvl.core.weights_dir import open_weights, write_shards
 from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
 from duetvl.models.qwen_vl.loading import write_config
+from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
+from duetvl.storage.weights_dir import open_weights, write_shards
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

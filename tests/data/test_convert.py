@@ -13,9 +13,9 @@ from PIL import Image
 
 from duetvl.cli import main
 from duetvl.core.errors import CheckpointError, DataError
-from duetvl.core.files import staged_file
 from duetvl.data.conversation import Conversation, Preference
 from duetvl.data.formats.reading import read_record
+from duetvl.storage.files import staged_file
 
 
 def picture(color: int, kind: str = "PNG") -> bytes:

@@ -12,10 +12,10 @@ import pytest
 from duetvl.core.backend import load_backend
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.core.files import staged_directory
-from duetvl.core.tensor_files import TensorFile, TensorSpec, write_tensor_file
-from duetvl.core.weights_dir import load_parameters, open_weights, plan_shards, write_shards, write_weights
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.storage.files import staged_directory
+from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
+from duetvl.storage.weights_dir import load_parameters, open_weights, plan_shards, write_shards, write_weights
 
 SHAPES = {
     "visual.patch_embed.proj.weight": (8, 3, 2, 2, 2),
@@ -290,7 +290,7 @@ def test_transformers_reads_what_we_write_and_we_what_it_writes(tmp_path, max_sh
 MEASURE = """
 import sys, threading
 from duetvl.core.backend import load_backend
-from duetvl.core.weights_dir import load_parameters, open_weights
+from duetvl.storage.weights_dir import load_parameters, open_weights
 def status(field):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
 be = load_backend({backend!r}, "cpu")

@@ -19,11 +19,11 @@ from duetvl.cli import main
 from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.random import philox
-from duetvl.core.tensor_files import TensorFile
 from duetvl.models.lora import Adapters, Size, is_adapter
 from duetvl.models.qwen_vl.adapters import add_adapters, layers, peft_targets
 from duetvl.models.qwen_vl.config import load_config, parameter_shapes
 from duetvl.models.qwen_vl.names import module_name
+from duetvl.storage.tensor_files import TensorFile
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")

@@ -14,11 +14,11 @@ from numpy_backend import SHAPES, numpy_backend, optimizer_state, parameters
 
 import duetvl
 from duetvl.core.boxes import Box
-from duetvl.core.checkpoint_format import Manifest, Meta, StoredCheckpoint
 from duetvl.core.errors import CheckpointError
 from duetvl.core.optimizer import Group
 from duetvl.core.params import Parameter
-from duetvl.core.tensor_files import TensorFile
+from duetvl.storage.checkpoint_format import Manifest, Meta, StoredCheckpoint
+from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
 
 META = Meta(
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("duetvl.core.tensor_files.os.fsync", full)
+    monkeypatch.setattr("duetvl.storage.tensor_files.os.fsync", full)
     with pytest.raises(CheckpointError, match="step 20 could not be written: No space left on device; earlier ones"):
         save(tmp_path, 20)
     assert steps(tmp_path) == ["step-0000010"]

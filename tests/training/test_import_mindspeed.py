@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from duetvl.cli import main
 from duetvl.core.errors import ConfigError
-from duetvl.training.mindspeed.importer import Imported, import_run, key_tables
-from duetvl.training.mindspeed.script import Text, options, read_script
-from duetvl.training.mindspeed.tables import TABLES
+from duetvl.migrate.importer import Imported, import_run, key_tables
+from duetvl.migrate.script import Text, options, read_script
+from duetvl.migrate.tables import TABLES
 from duetvl.training.recipe.reading import load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import parse_yaml
@@ -398,7 +398,7 @@ def test_windows_line_ends(tmp_path):
 def test_the_table_of_keys_is_current():
     document = ROOT / "docs" / "migrating_keys.md"
     assert document.read_text(encoding="utf-8") == key_tables(), (
-        "make it anew: python -c 'from duetvl.training.mindspeed.importer import key_tables as t; "
+        "make it anew: python -c 'from duetvl.migrate.importer import key_tables as t; "
         'open("docs/migrating_keys.md", "w").write(t())\''
     )
 

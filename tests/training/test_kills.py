@@ -16,7 +16,7 @@ import pytest
 import tiny_run
 from frameworks import FRAMEWORKS
 
-from duetvl.core.tensor_files import TensorFile
+from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints.checkpoint import checkpoints_dir, find_checkpoint, has_checkpoint
 from duetvl.training.watching.metrics import read_metrics
 

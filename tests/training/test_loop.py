@@ -17,7 +17,7 @@ from bag_model import write_records
 
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
-from duetvl.core.tensor_files import TensorFile
+from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints.run_directory import locked
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.schedule import total_steps

@@ -19,10 +19,10 @@ from duetvl.convert.layouts import Layout
 from duetvl.convert.plans import Options
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.tensor_files import TensorFile
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.adapters import merge_directories
 from duetvl.models.qwen_vl.config import load_config
+from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.check import check
 from duetvl.training.checkpoints.checkpoint import find_checkpoint
 from duetvl.training.checkpoints.export import export_run

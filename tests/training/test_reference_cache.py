@@ -14,8 +14,8 @@ from test_dpo import batch_of
 
 from duetvl.core.batch import Pair, PatchBytes
 from duetvl.core.errors import CheckpointError, DataError
-from duetvl.core.tensor_files import TensorFile, write_tensor_file
 from duetvl.data.pairs import pair_digest
+from duetvl.storage.tensor_files import TensorFile, write_tensor_file
 from duetvl.training.preference.reference_cache import ReferenceCache, reference_name
 
 DIGESTS = [bytes([number]) * 16 for number in range(4)]

@@ -21,7 +21,7 @@ from numpy_backend import numpy_backend, optimizer_state, parameters
 import duetvl
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError
-from duetvl.core.tensor_files import TensorFile
+from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
 from duetvl.training.checkpoints.saving import SaveGivenUp, Saver
 from duetvl.training.train import train

@@ -21,8 +21,8 @@ import tiny_run
 from PIL import Image, ImageDraw
 
 from duetvl.core.backend import Backend, load_backend
-from duetvl.core.tensor_files import TensorFile
 from duetvl.models.qwen_vl.loading import load_model
+from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import load_recipe

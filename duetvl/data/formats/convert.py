@@ -19,12 +19,12 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from duetvl.core.errors import DataError
-from duetvl.core.files import staged_directory, staged_file
 from duetvl.data.conversation import Conversation, ImagePart, VideoPart
 from duetvl.data.formats.reading import read_record
 from duetvl.data.formats.tools import parse_json
 from duetvl.data.sources.records import Places, Reading, Record, RecordFile, open_json
 from duetvl.data.sources.tables import ParquetFile
+from duetvl.storage.files import staged_directory, staged_file
 
 PAIRS: Final = "rlhf-v.jsonl"
 DROPPED: Final = "dropped.txt"

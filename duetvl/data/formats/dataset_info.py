@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from duetvl.core.errors import DataError, did_you_mean
-from duetvl.core.files import read_object
+from duetvl.storage.files import read_object
 
 INFO_NAME: Final = "dataset_info.json"
 _REMOTE: Final = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -62,12 +62,16 @@ def info_names(path: str | Path) -> str:
 
 
 def _entry(path: Path, name: str) -> Mapping[str, Any]:
-    entries = read_object(path, DataError, "an object of data sets")
+    entries = _entries(path)
     if name not in entries:
         raise DataError(f"{path}: has no data set {name!r}{did_you_mean(name, entries)}")
     if not isinstance(entries[name], dict):
         raise DataError(f"{path}:{name}: expected an object, found {type(entries[name]).__name__}")
     return dict(entries[name])
+
+
+def _entries(path: Path) -> Mapping[str, Any]:
+    return read_object(path, DataError, "an object of data sets")
 
 
 def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path, ...]:

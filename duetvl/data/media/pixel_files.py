@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.family import PatchGeometry
-from duetvl.core.files import read_object
 from duetvl.data.media.pixels import PixelSettings
+from duetvl.storage.files import read_object
 
 FRAME_PIXELS: Final = 768 * 28 * 28
 

@@ -10,10 +10,6 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.errors import ConfigError
-from duetvl.core.files import staged_directory
-from duetvl.core.half import narrowed, widened
-from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import open_weights, write_shards
 from duetvl.models.hub import model_directory
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
@@ -21,6 +17,10 @@ from duetvl.models.qwen_vl.config import ModelConfig, Shape, load_config, parame
 from duetvl.models.qwen_vl.loading import copy_settings, write_config
 from duetvl.models.qwen_vl.model import PARTS, QwenVL
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names, module_name
+from duetvl.storage.files import staged_directory
+from duetvl.storage.half import narrowed, widened
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.storage.weights_dir import open_weights, write_shards
 
 Tensor = Any
 Fetch = Callable[[str], np.ndarray]

@@ -12,15 +12,15 @@ import numpy as np
 
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
-from duetvl.core.files import WEIGHT_FILES, staged_directory, write_text
 from duetvl.core.params import Parameter
-from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import fingerprint, load_parameters, open_weights, write_shards, write_weights
 from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
 from duetvl.models.qwen_vl.init import initial_weights
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.storage.files import WEIGHT_FILES, staged_directory, write_text
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.storage.weights_dir import fingerprint, load_parameters, open_weights, write_shards, write_weights
 
 Tensor = Any
 AnyModel = TypeVar("AnyModel", bound=QwenVL)

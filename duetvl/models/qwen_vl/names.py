@@ -33,7 +33,7 @@ def canonical_name(stored: str, *, tied: bool) -> str | None:
 
 
 def canonical_names(tied: bool) -> Callable[[str], str | None]:
-    """`canonical_name` for one model, as `duetvl.core.weights_dir.open_weights` takes it."""
+    """`canonical_name` for one model, as `duetvl.storage.weights_dir.open_weights` takes it."""
     return lambda stored: canonical_name(stored, tied=tied)
 
 

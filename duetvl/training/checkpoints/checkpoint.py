@@ -19,10 +19,12 @@ from typing import Any, Final
 
 import numpy as np
 
-import duetvl
 from duetvl.core.backend import Backend
 from duetvl.core.boxes import Box
-from duetvl.core.checkpoint_format import (
+from duetvl.core.errors import CheckpointError
+from duetvl.core.optimizer import AdamWState
+from duetvl.core.params import Parameter
+from duetvl.storage.checkpoint_format import (
     KINDS,
     MANIFEST,
     Manifest,
@@ -33,12 +35,10 @@ from duetvl.core.checkpoint_format import (
     box_name,
     file_name,
 )
-from duetvl.core.errors import CheckpointError
-from duetvl.core.files import remove_directory, sync_directory, write_text
-from duetvl.core.optimizer import AdamWState
-from duetvl.core.params import Parameter
-from duetvl.core.tensor_files import FileRecord, TensorSpec, file_record, write_tensor_file
-from duetvl.core.weights_dir import count_and_name
+from duetvl.storage.files import remove_directory, sync_directory, write_text
+from duetvl.storage.tensor_files import FileRecord, TensorSpec, file_record, write_tensor_file
+from duetvl.storage.weights_dir import count_and_name
+from duetvl.version import __version__
 
 Tensor = Any
 
@@ -215,7 +215,7 @@ class _Held:
 def writer_names(backend: Backend) -> dict[str, str]:
     """Who writes a checkpoint, for its manifest."""
     framework = backend.capabilities.framework
-    return {"duetvl": duetvl.__version__, "backend": backend.name, "framework": framework}
+    return {"duetvl": __version__, "backend": backend.name, "framework": framework}
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from duetvl.core.checkpoint_format import StoredCheckpoint
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.files import staged_directory
-from duetvl.core.tensor_files import TensorSpec
-from duetvl.core.weights_dir import count_and_name, write_shards
 from duetvl.models.hub import model_directory
 from duetvl.models.lora import Adapters
 from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
 from duetvl.models.qwen_vl.loading import copy_settings, write_config
+from duetvl.storage.checkpoint_format import StoredCheckpoint
+from duetvl.storage.files import staged_directory
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.storage.weights_dir import count_and_name, write_shards
 from duetvl.training.checkpoints.checkpoint import CheckpointRef, find_checkpoint
 from duetvl.training.checkpoints.run_directory import parse_run
 

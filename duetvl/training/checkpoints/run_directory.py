@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.files import write_text
+from duetvl.storage.files import write_text
 from duetvl.training.checkpoints.checkpoint import CheckpointRef, find_checkpoint, has_checkpoint
 from duetvl.training.recipe.sections import DataSource, Recipe
 from duetvl.training.recipe.yaml_values import write_yaml

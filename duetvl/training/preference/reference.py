@@ -17,13 +17,13 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.core.weights_dir import open_weights
 from duetvl.models.hub import is_id, model_directory
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import identity, load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.storage.weights_dir import open_weights
 from duetvl.training.preference.dpo import Reference, reference_of
 from duetvl.training.preference.reference_cache import ReferenceCache, reference_name, short_hash
 from duetvl.training.recipe.sections import Recipe

@@ -23,11 +23,11 @@ import numpy as np
 
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, DataError
-from duetvl.core.files import write_text
-from duetvl.core.weights_dir import open_weights
 from duetvl.data.pairs import DIGEST_BYTES
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.storage.files import write_text
+from duetvl.storage.weights_dir import open_weights
 
 _ENTRY = np.dtype([("digest", "u1", (DIGEST_BYTES,)), ("logps", "<f4", (2,)), ("check", "<u4")])
 _HEAD = b"duetvl answers' logps v1\n".ljust(_ENTRY.itemsize, b"\0")

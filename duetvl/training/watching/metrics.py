@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from duetvl.core.files import write_text
+from duetvl.storage.files import write_text
 from duetvl.training.watching.trackers import Guarded, Tracker
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError, did_you_mean
-from duetvl.core.files import write_bytes
+from duetvl.storage.files import write_bytes
 from duetvl.training.watching.metrics import read_metrics
 
 Row = Mapping[str, Any]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from duetvl.core.errors import ConfigError
-from duetvl.core.files import write_text
+from duetvl.storage.files import write_text
 from duetvl.training.recipe.sections import LogSection, Recipe
 
 Row = Mapping[str, Any]

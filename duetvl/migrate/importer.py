@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
-from duetvl.core.files import read_object
+from duetvl.migrate.data_keys import data_section
+from duetvl.migrate.report import Report, Values
+from duetvl.migrate.script import Script, Text, options, read_script
+from duetvl.migrate.tables import DATA, FAMILIES, MODEL, SCRIPT, SHAPES, TABLES
+from duetvl.migrate.training_keys import Devices, Wanted, sections
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
-from duetvl.training.mindspeed.data_keys import data_section
-from duetvl.training.mindspeed.report import Report, Values
-from duetvl.training.mindspeed.script import Script, Text, options, read_script
-from duetvl.training.mindspeed.tables import DATA, FAMILIES, MODEL, SCRIPT, SHAPES, TABLES
-from duetvl.training.mindspeed.training_keys import Devices, Wanted, sections
+from duetvl.storage.files import read_object
 from duetvl.training.recipe.reading import check_layers, make_recipe
 from duetvl.training.recipe.yaml_values import write_yaml
 
@@ -348,7 +348,7 @@ def _rows_of(keys: Mapping[str, str], words: Callable[[str], str]) -> Iterator[s
 
 
 _PREFACE = """
-<!-- Made by `duetvl.training.mindspeed.importer.key_tables()`; a test holds that it is current. -->
+<!-- Made by `duetvl.migrate.importer.key_tables()`; a test holds that it is current. -->
 
 What [`duetvl import-mindspeed`](migrating.md) does with every key of `data.json` and `model.json` and every argument of
 a training script. `*` stands for anything. Fields are described in [recipe.md](recipe.md).

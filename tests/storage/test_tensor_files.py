@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from duetvl.core.errors import CheckpointError
-from duetvl.core.files import staged_directory, write_text
-from duetvl.core.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec, file_record, write_tensor_file
+from duetvl.storage.files import staged_directory, write_text
+from duetvl.storage.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec, file_record, write_tensor_file
 
 RANDOM = np.random.default_rng(0)
 ARRAYS = {

@@ -16,9 +16,9 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.core.files import WEIGHT_FILES, write_text
-from duetvl.core.half import widened
-from duetvl.core.tensor_files import TensorFile, TensorSpec, write_tensor_file
+from duetvl.storage.files import WEIGHT_FILES, write_text
+from duetvl.storage.half import widened
+from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 
 Tensor = Any
 Shape = tuple[int, ...]
@@ -184,7 +184,7 @@ def write_shards(
     """Write `model.safetensors`, or shards with an index, and return the files of tensors.
 
     `fetch(name)` gives a tensor's bits when its turn comes: one at a time is held. A directory that has weights
-    already is refused: write to the one that `duetvl.core.files.staged_directory` gives, which also takes what the
+    already is refused: write to the one that `duetvl.storage.files.staged_directory` gives, which also takes what the
     caller adds (config.json, tokenizer) and appears under its name only when all is there.
     """
     directory = Path(directory)

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError
-from duetvl.training.mindspeed.report import Report, Values
-from duetvl.training.mindspeed.tables import DATA, PIXEL_DEFAULTS, SMALLEST_PICTURE, USUAL_TAGS
+from duetvl.migrate.report import Report, Values
+from duetvl.migrate.tables import DATA, PIXEL_DEFAULTS, SMALLEST_PICTURE, USUAL_TAGS
 
 _PRE: Final = "dataset_param.preprocess_parameters."
 _BASIC: Final = "dataset_param.basic_parameters."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from duetvl.core.tensor_files import NUMPY_DTYPES
+from duetvl.storage.tensor_files import NUMPY_DTYPES
 
 
 def widened(bits: np.ndarray, dtype: str) -> np.ndarray:

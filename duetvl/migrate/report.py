@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import Any, Literal
 
 from duetvl.core.errors import ConfigError, did_you_mean
-from duetvl.training.mindspeed.tables import Table
+from duetvl.migrate.tables import Table
 
 Kind = Literal["used", "changed", "not needed", "contradiction", "unknown"]
 TITLES: dict[Kind, str] = {

@@ -27,7 +27,7 @@ import numpy as np
 
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.core.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec
+from duetvl.storage.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec
 
 FORMAT: Final = "duetvl training checkpoint"
 VERSION: Final = 1

@@ -33,14 +33,37 @@ def sync_files(directory: Path) -> None:
         sync_directory(Path(folder))
 
 
-def read_object(path: Path, error: type[DuetvlError], what: str = "an object") -> dict[str, Any]:
-    """The JSON object in a small file, in UTF-8 with or without a mark. Raises `error` for whatever it is instead."""
+def parse_json(content: bytes, where: str | Path, error: type[DuetvlError]) -> Any:
+    """The value of a JSON text in UTF-8, with or without a byte-order mark.
+
+    `error` names `where` and what is wrong, in one line, for whatever json itself refuses, for nesting too deep to
+    read, and for a lone surrogate (`"\\ud800"`), which is no text and could not be written again.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"))
+        if b"\\u" in content:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise error(f"{where}: cannot be read as JSON: it is nested too deeply") from None
+    except ValueError as problem:
+        raise error(f"{where}: cannot be read as JSON: {problem}") from None
+    return value
+
+
+def read_json(path: Path, error: type[DuetvlError]) -> Any:
+    """The value in a small JSON file; see `parse_json`. Raises `error` where it cannot be read."""
+    try:
+        content = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"{path}: cannot be read as JSON: {problem}") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None
+    return parse_json(content, path, error)
+
+
+def read_object(path: Path, error: type[DuetvlError], what: str = "an object") -> dict[str, Any]:
+    """The JSON object in a small file. Raises `error` for whatever it is instead."""
+    value = read_json(path, error)
     if not isinstance(value, dict):
         raise error(f"{path}: expected {what}, found {type(value).__name__}")
     return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from duetvl.core.errors import ConfigError
-from duetvl.training.mindspeed.shell import Assignment, Command, Part, Template, commands, double_quoted, plain
+from duetvl.migrate.shell import Assignment, Command, Part, Template, commands, double_quoted, plain
 
 LONGEST: Final = 1_000_000  # of a value; a script that doubles one again and again is not meant to be read
 _BRACES: Final = re.compile(r"(?P<name>[A-Za-z_]\w*|[@*])(?P<all>\[[@*]\])?(?P<default>:?[-=](?P<text>.*))?", re.DOTALL)

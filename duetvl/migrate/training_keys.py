@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
-from duetvl.training.mindspeed.report import Report, Values
-from duetvl.training.mindspeed.script import Script, Text, options
-from duetvl.training.mindspeed.tables import (
+from duetvl.migrate.report import Report, Values
+from duetvl.migrate.script import Script, Text, options
+from duetvl.migrate.tables import (
     APPLY_MODULES,
     CP_ALGORITHMS,
     LORA_PREFIX,

@@ -1,0 +1,1 @@
+"""What is on disk: files that appear whole, safetensors, model directories and checkpoints; numpy, no framework."""
