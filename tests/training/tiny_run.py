@@ -27,39 +27,53 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def config() -> ModelConfig:
+QWEN2_5 = {
+    "model_type": "qwen2_5_vl",
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "vision_config": {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2,
+        "tokens_per_second": 2, "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+QWEN2 = {
+    "model_type": "qwen2_vl",
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2},
+}
+FAMILIES = {"qwen2_vl": QWEN2, "qwen2_5_vl": QWEN2_5}
+
+
+def config(family: str = "qwen2_5_vl") -> ModelConfig:
     letters = tokenizer()
     names = ("vision_start", "vision_end", "image_pad", "video_pad")
     ids = {name: letters.token_to_id(f"<|{name}|>") for name in names}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2}
     return ModelConfig.from_dict(
         {
-            "model_type": "qwen2_5_vl",
+            **FAMILIES[family],
             "vocab_size": letters.get_vocab_size(),
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "num_key_value_heads": 1,
             "rms_norm_eps": 1e-6,
             "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-            "tie_word_embeddings": True,
             "vision_start_token_id": ids["vision_start"],
             "vision_end_token_id": ids["vision_end"],
             "image_token_id": ids["image_pad"],
             "video_token_id": ids["video_pad"],
-            "vision_config": {**vision, "tokens_per_second": 2, "fullatt_block_indexes": [1]},
         }
     )
 
 
-def write_model(target: Path, std: float = 0.02) -> Path:
+def write_model(target: Path, std: float = 0.02, family: str = "qwen2_5_vl") -> Path:
     def settings(directory: Path) -> None:
         tokenizer().save(str(directory / "tokenizer.json"))
         sizes = {"min_pixels": 28 * 28, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
         (directory / "preprocessor_config.json").write_text(json.dumps(sizes))
 
-    write_random_model(replace(config(), initializer_range=std), target, seed=1, settings=settings)
+    write_random_model(replace(config(family), initializer_range=std), target, seed=1, settings=settings)
     return target
 
 
