@@ -47,8 +47,8 @@ def duetvl_step(directory: Path, framework: str) -> Step:
 
     model = duetvl_model(directory, framework)
     reference = reference_of(model.without_adapters(), model.backend.ops)
-    objective = PreferenceObjective(model, reference, DpoSection(beta=BETA), model.backend)
-    trainer = Trainer(model, objective, model.backend, OptimSection(lr=LR))
+    objective = PreferenceObjective(DpoSection(beta=BETA), model.backend)
+    trainer = Trainer(model, objective, model.backend, OptimSection(lr=LR), reference=reference)
     no_pixels: dict[str, Any] = {"pixel_values": None}
     given = [Pair(duetvl.Sample(**a), duetvl.Sample(**{**b, **no_pixels})) for a, b in pairs()]
 

@@ -114,7 +114,7 @@ def measure(name: str, model: str) -> dict[str, float]:
     made = load_model(model, backend=backend, dtype=recipe.model.dtype)
     adapt(made, recipe, plan)
     made.recompute = recipe.train.recompute
-    trainer = Trainer(made, TokenLoss(made), backend, recipe.optim)
+    trainer = Trainer(made, TokenLoss(backend.ops), backend, recipe.optim)
     batches = tuple(made.pack([sample]) for sample in samples(micro_batches))
     work = Step(batches, ("-",), None)
     for number in range(2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from duetvl.models.hub import model_directory
 from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
-from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.models.qwen_vl.model import LastStage, QwenVL
 from duetvl.training import train as train_module
 from duetvl.training.job import Job
 from duetvl.training.loop import TrainResult
+from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.train import read_recipe
 from duetvl.training.watching.callbacks import Callback
@@ -57,7 +58,7 @@ class Generation:
 class Model(QwenVL):
     """A model on one backend; made by `load_model`.
 
-    `pack`, `vision`, `logits`, `parameters`, `adapters`, `config` and `freeze` come from QwenVL.
+    `pack`, `features`, `logits`, `parameters`, `adapters`, `config` and `freeze` come from QwenVL.
     """
 
     @cached_property
@@ -66,6 +67,22 @@ class Model(QwenVL):
         if self.source is None:
             raise ConfigError("this model was not read from a directory, so it has no tokenizer; pass a Sample")
         return Processor.from_directory(self.source, self.family)
+
+    def forward_loss(self, batch: Batch, *, key: tuple[int, ...] = ()) -> tuple[Any, Any]:
+        """Sum of the trained tokens' cross-entropies, float32 and 0-d, and the tape that leads back from it.
+
+        `key` names the random numbers of the pass, for the dropout of an adapter; without one there is none.
+        """
+        (loss,), tape = self.forward(batch, self._loss_of(batch), key=key)
+        return loss, tape
+
+    def eval_loss(self, batch: Batch) -> Any:
+        """The same sum, without a tape and without dropout."""
+        return self.evaluate(batch, self._loss_of(batch))[0]
+
+    def _loss_of(self, batch: Batch) -> LastStage:
+        objective = TokenLoss(self.backend.ops)
+        return partial(objective.loss, prepared=objective.prepare(batch))
 
     def loss_and_grads(self, batch: Batch) -> tuple[float, dict[str, Any]]:
         """Mean cross-entropy of the trained tokens, and its float32 gradient to every trainable parameter by name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,13 +24,14 @@ class Autograd(Protocol):
         self,
         fn: Callable[..., Any],
         inputs: Sequence[Tensor],
-        trainable: Sequence[Parameter],
-        frozen: Sequence[Parameter] = (),
+        parameters: Sequence[Parameter],
+        needs: Sequence[bool] | None = None,
     ) -> tuple[tuple[Tensor, ...], Tape]:
-        """Run `fn(*inputs, *trainable tensors, *frozen tensors)` and record it.
+        """Run `fn(leaves, *inputs)` and record it; `leaves` gives the tensor of a parameter by its path (`Leaves`).
 
-        `fn` returns a tensor or a tuple of tensors; the outputs come back as a tuple. Inputs and trainable
-        parameters are differentiated; frozen parameters and tensors that `fn` closes over are not.
+        `fn` returns a tensor or a tuple of tensors; the outputs come back as a tuple. Trainable parameters are
+        differentiated, and the inputs that `needs` says so of (by default: all); frozen parameters and tensors that
+        `fn` closes over are not, and nothing is recorded before the first tensor that is.
         """
         ...
 
@@ -44,7 +45,8 @@ class Autograd(Protocol):
     ) -> tuple[Tensor | None, ...]:
         """Pull the cotangents of a stage's outputs back and return the gradients of its inputs.
 
-        A cotangent of None counts as zero; an input that no output depends on has gradient None. The complete
+        A cotangent of None counts as zero; an input that no output depends on, or that needs none, has gradient None.
+        The complete
         gradient of each trainable parameter is cast to float32 and added to its `main_grad`, once per tape,
         whatever the number of its uses and recomputation. With `last` (the step's last micro-batch), `on_ready`
         is called exactly once for each trainable parameter, as soon as its gradient is final; those that this tape
@@ -79,6 +81,32 @@ class Autograd(Protocol):
     def no_grad(self) -> AbstractContextManager[None]:
         """Nothing is recorded inside."""
         ...
+
+
+class Leaves(Mapping[str, Tensor]):
+    """The parameters of a stage by path. A trainable one is tapped when it is first looked up.
+
+    An engine pulls back in the reverse order of recording. So a parameter that is looked up just before the block that
+    uses it gives its gradient as soon as that block is pulled back, and no second set of gradients waits for the end
+    of the backward pass. Look up outside of `checkpoint`, whose function runs twice.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], tap: Callable[[Parameter], Tensor]):
+        self._parameters = {parameter.path: parameter for parameter in parameters}
+        self._tap = tap
+        self._taken: dict[str, Tensor] = {}
+
+    def __getitem__(self, path: str) -> Tensor:
+        if path not in self._taken:
+            parameter = self._parameters[path]
+            self._taken[path] = self._tap(parameter) if parameter.trainable else parameter.tensor
+        return self._taken[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
 
 
 @dataclass(eq=False)

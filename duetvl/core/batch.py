@@ -131,6 +131,21 @@ class Batch:
     sample_ids: tuple[str, ...] = ()
     digests: tuple[bytes, ...] = ()
 
+    @classmethod
+    def of_tokens(cls, ids: np.ndarray, position_ids: np.ndarray, lengths: np.ndarray) -> Batch:
+        """Sequences of tokens alone: ids (T,) and position_ids (3, T) of sequences of these lengths, end to end."""
+        none = np.zeros(0, np.int32)
+        return cls(
+            input_ids=np.asarray(ids, np.int32),
+            position_ids=np.asarray(position_ids, np.int32),
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+            targets=np.full(len(ids), IGNORE, np.int32),
+            pixel_rows=np.zeros((0, 1), np.float32),
+            grids=_no_grids(),
+            visual_dst=none,
+            visual_src=none,
+        )
+
     @property
     def tokens(self) -> int:
         """Tokens of all samples: real ones, as there is no padding."""

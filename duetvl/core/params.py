@@ -33,36 +33,50 @@ class Parameter:
 class Weights:
     """A view of flat paths as a tree: `w.layers[3].self_attn.q_proj.weight`.
 
-    Leaves are tensors, or records of what belongs to them. `get` answers None where a leaf is optional, such as a
-    bias.
+    Leaves are tensors, or records of what belongs to them; each is looked up in `leaves` when it is used. An item, as
+    `w.layers[3]`, is a block: all its leaves are looked up when it is taken, before anything of the block is computed
+    (`Leaves` in core/autograd.py says why). `get` answers None where a leaf is optional, such as a bias.
     """
 
-    __slots__ = ("_children",)
+    __slots__ = ("_children", "_leaves")
 
-    def __init__(self, leaves: Mapping[str, Any]):
-        nested: dict[str, dict[str, Any]] = {}
-        self._children: dict[str, Any] = {}
-        for path, tensor in leaves.items():
+    def __init__(self, leaves: Mapping[str, Any], prefix: str = "", below: Iterable[str] | None = None):
+        """The leaves whose paths begin with `prefix`, the rest of which is `below` (by default: all of them)."""
+        nested: dict[str, list[str]] = {}
+        self._leaves = leaves
+        self._children: dict[str, str | Weights] = {}
+        for path in leaves if below is None else below:
             head, _, rest = path.partition(".")
             if rest:
-                nested.setdefault(head, {})[rest] = tensor
+                nested.setdefault(head, []).append(rest)
             else:
-                self._children[head] = tensor
-        for head, below in nested.items():
-            self._children[head] = Weights(below)
+                self._children[head] = prefix + head
+        for head, rests in nested.items():
+            self._children[head] = Weights(leaves, f"{prefix}{head}.", rests)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self._children[name]
-        except KeyError:
-            raise AttributeError(f"no weight {name!r} here; there are {', '.join(sorted(self._children))}") from None
+        found = self.get(name)
+        if found is None:
+            raise AttributeError(f"no weight {name!r} here; there are {', '.join(sorted(self._children))}")
+        return found
 
     def __getitem__(self, index: int) -> Any:
-        return self._children[str(index)]
+        block = self._children[str(index)]
+        assert isinstance(block, Weights)
+        block._take()
+        return block
 
     def get(self, name: str) -> Any | None:
         """The leaf or branch of this name, or None."""
-        return self._children.get(name)
+        child = self._children.get(name)
+        return self._leaves[child] if isinstance(child, str) else child
+
+    def _take(self) -> None:
+        for child in self._children.values():
+            if isinstance(child, str):
+                self._leaves[child]
+            else:
+                child._take()
 
 
 def split_trainable(parameters: Iterable[Parameter]) -> tuple[list[Parameter], list[Parameter]]:

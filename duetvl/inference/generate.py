@@ -26,9 +26,9 @@ class Generator(Protocol):
 
     def create_cache(self, slots: int, capacity: int) -> Cache: ...
 
-    def prefill(self, batch: Batch, cache: Cache, append: Append) -> Tensor: ...
+    def features(self, batch: Batch) -> Tensor: ...
 
-    def decode(self, ids: np.ndarray, position_ids: np.ndarray, cache: Cache, append: Append) -> Tensor: ...
+    def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor: ...
 
 
 @dataclass
@@ -76,7 +76,8 @@ def generate(
     cache = model.create_cache(len(prompts), int(lengths.max()) + max_new_tokens)
     sequences = [_begin(slot, sample, model.family) for slot, sample in enumerate(prompts)]
     slots = np.arange(len(prompts))
-    logits = to_numpy(model.prefill(batch, cache, Append(slots, np.zeros_like(slots), lengths)))
+    features = model.features(batch) if len(batch.grids) else None
+    logits = to_numpy(model.extend(batch, features, cache, Append(slots, np.zeros_like(slots), lengths)))
     running = sequences
     while running:
         for sequence, row in zip(running, logits, strict=True):
@@ -115,4 +116,5 @@ def _decode(model: Generator, running: Sequence[_Sequence], cache: Cache) -> Ten
         before=np.array([s.cached for s in running]),
         new=np.ones(len(running), np.int64),
     )
-    return model.decode(ids, np.broadcast_to(positions, (3, len(running))), cache, append)
+    batch = Batch.of_tokens(ids, np.broadcast_to(positions, (3, len(running))), append.new)
+    return model.extend(batch, None, cache, append)

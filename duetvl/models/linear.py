@@ -25,14 +25,17 @@ class Adapter:
 
 
 def linear(ops: Ops, w: Weights, x: Tensor) -> Tensor:
-    """x (..., I) times the leaf record's weight (O, I), plus its bias (O,) and its adapter's part -> (..., O)."""
-    y = ops.linear(x, w.weight, w.get("bias"))
-    adapter = w.get("lora")
-    return y if adapter is None else y + adapter_part(ops, w, adapter, x, y)
+    """x (..., I) times the leaf record's weight (O, I), plus its adapter's part, plus its bias (O,) -> (..., O)."""
+    adapter, bias = w.get("lora"), w.get("bias")
+    if adapter is None:
+        return ops.linear(x, w.weight, bias)
+    y = ops.linear(x, w.weight)
+    y = y + adapter_part(ops, w, adapter, x, y)
+    return y if bias is None else y + bias
 
 
 def adapter_part(ops: Ops, w: Weights, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-    """What an adapter adds to y, the layer's own output: scale * B A x, or with magnitudes m what makes the sum DoRA's.
+    """What an adapter adds to y = W x: scale * B A x, or with magnitudes m what makes the sum DoRA's.
 
     Adapters are float32; they are cast to x's dtype where they are used, as under autocast, and get float32 gradients.
     DoRA (arXiv:2402.09353): m / |W + scale B A| * (W + scale B A) x, its row norms taken as constants (section 4.3).
@@ -46,9 +49,5 @@ def adapter_part(ops: Ops, w: Weights, adapter: Adapter, x: Tensor, y: Tensor) -
     if magnitude is None:
         return update
     ratio = magnitude.weight / ops.low_rank_row_norms(w.weight, w.lora_A.weight, w.lora_B.weight, adapter.scale)
-    if adapter.key and adapter.dropout:
-        own = ops.cast(ops.linear(dropped, w.weight), "float32")
-    else:
-        own = ops.cast(y, "float32")
-        own = own if w.get("bias") is None else own - ops.cast(w.bias, "float32")
+    own = ops.cast(ops.linear(dropped, w.weight) if adapter.key and adapter.dropout else y, "float32")
     return ops.cast(own * (ratio - 1.0) + ops.cast(update, "float32") * ratio, dtype)

@@ -10,7 +10,7 @@ from typing import Any
 from duetvl.core.params import Parameter
 from duetvl.data.draft import Encoder
 from duetvl.training.feed import Feed
-from duetvl.training.objective import Objective
+from duetvl.training.objective import Objective, Reference
 from duetvl.training.step import TrainableModel
 from duetvl.training.watching.costs import Flops
 
@@ -23,7 +23,8 @@ class Job:
     model that these belong to, and `reference` of the one that a policy is compared with: they must be the same (by
     `fingerprint`, wherever they lie) when the run goes on. `flops` counts the operations that a micro-batch asks for,
     forward and backward, for the utilisation shown; none is shown without it. `before` is called once with the data,
-    while the model has its starting weights also where a run goes on.
+    while the model has its starting weights also where a run is resumed. `compared_with` gives what the objective needs
+    of a reference, if it needs one.
     """
 
     model: TrainableModel
@@ -36,6 +37,7 @@ class Job:
     reference: Mapping[str, Any] = field(default_factory=dict)
     flops: Flops | None = None
     before: Callable[[Feed], None] | None = None
+    compared_with: Reference | None = None
 
     def checkpointed(self) -> Sequence[Parameter]:
         """The parameters that a checkpoint keeps."""

@@ -72,6 +72,7 @@ class Run:
             job.objective,
             backend,
             recipe.optim,
+            reference=job.compared_with,
             seed=recipe.data.seed,
             on_nonfinite=recipe.train.on_nonfinite,
         )

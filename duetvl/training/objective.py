@@ -2,75 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from duetvl.core.autograd import Tape
 from duetvl.core.batch import IGNORE, Batch
+from duetvl.core.ops import Ops
+from duetvl.core.params import Weights
+from duetvl.models import vocabulary
 
 Tensor = Any
-Key = tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Forward:
-    """One micro-batch, run forward.
-
-    `loss` is a 0-d float32 tensor: a sum, of as many terms as the objective's `weight` says. `values` are 0-d float32
-    sums of the same terms to be logged, by name. `tape` has the loss and then the values, in their order, as outputs.
-    """
-
-    loss: Tensor
-    tape: Tape
-    values: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluated:
-    """The sums of a `Forward`, without a tape."""
-
-    loss: Tensor
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+Reference = Callable[[Batch], Tensor]  # a reference's log-probabilities (S,) of whole answers, float32
 
 
 class Objective(Protocol):
     """A loss over micro-batches. The loss of a step is the sum of its micro-batches' losses over that of their weights.
 
     The division happens once a step, in the optimizer: neither the split of a step into micro-batches nor their
-    distribution over processes needs to be known here.
+    distribution over processes needs to be known here. An objective has two halves: what is prepared of a micro-batch
+    on the host, and the function of the model's last rows; who runs the model is not its business.
     """
 
-    unit: str  # what weights count, for whoever reads: tokens, pairs
-
-    def forward(self, batch: Batch, key: Key = ()) -> Forward:
-        """Run the micro-batch and record it. `key` names its random numbers (dropout): seed, step, micro-batch."""
-        ...
-
-    def evaluate(self, batch: Batch) -> Evaluated:
-        """The same without a tape and without dropout."""
-        ...
+    unit: str  # what weights count, for the log: tokens, pairs
+    logged: tuple[str, ...]  # names of the values beside the loss
+    needs_reference: bool  # whether `prepare` wants the log-probabilities of a reference
 
     def weight(self, batch: Batch) -> float:
         """What the micro-batch adds to the divisor: its trained tokens, samples, pairs. 0: it is not run at all."""
         ...
 
-
-class TokenModel(Protocol):
-    """What the losses over tokens need of a model.
-
-    `weights` (N,) float32 belong to the trained positions of `batch.targets`, in their order; None: all are 1.
-    """
-
-    def forward_loss(self, batch: Batch, *, weights: np.ndarray | None = None, key: Key = ()) -> tuple[Tensor, Tape]:
-        """Weighted sum of the losses of all trained tokens, float32 and 0-d, and the tape that leads back from it."""
+    def prepare(self, batch: Batch, reference: Tensor | None = None) -> Any:
+        """What `loss` needs to know of the micro-batch, on the device; `reference` (S,) float32 of whole answers."""
         ...
 
-    def eval_loss(self, batch: Batch, *, weights: np.ndarray | None = None) -> Tensor:
-        """The same sum, without a tape."""
+    def loss(self, hidden: Tensor, w: Weights, prepared: Any) -> tuple[Tensor, ...]:
+        """The micro-batch's loss, then its values in the order of `logged`: 0-d float32 sums of as many terms as
+        `weight` says.
+
+        hidden (N, D): the rows behind the final norm whose next token is trained, in the order of `batch.targets`;
+        w: the leaf record of the vocabulary's matrix (models/vocabulary.py).
+        """
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The tokens (N,) that are trained. The loss of each counts `weights` (N,) float32, or 1, times `scale`."""
+
+    labels: Tensor
+    weights: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, ops: Ops, batch: Batch, weights: np.ndarray | None = None) -> Targets:
+        """Those of a batch; `weights` (N,) float32 in the order of `batch.targets`."""
+        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE])
+        if weights is None:
+            return cls(labels, None, 1.0)
+        # The largest weight is taken out, to be applied in float32: the gradients of logits may be float16 numbers.
+        scale = float(np.max(weights, initial=0.0))
+        relative = None if (weights == scale).all() else ops.from_numpy(weights / np.float32(scale))
+        return cls(labels, relative, scale)
 
 
 LossMode = Literal["token", "micro_batch", "sample"]
@@ -86,23 +80,27 @@ class TokenLoss:
     A micro-batch or sample without a trained token has no mean and does not count.
     """
 
-    def __init__(self, model: TokenModel, mode: LossMode = "token"):
-        self.model, self.mode = model, mode
+    logged: tuple[str, ...] = ()
+    needs_reference = False
+
+    def __init__(self, ops: Ops, mode: LossMode = "token"):
+        self.ops, self.mode = ops, mode
         self.unit = {"token": "tokens", "micro_batch": "micro-batches", "sample": "samples"}[mode]
-
-    def forward(self, batch: Batch, key: Key = ()) -> Forward:
-        """The sum of the means, or of the tokens' losses."""
-        return Forward(*self.model.forward_loss(batch, weights=token_weights(batch, self.mode), key=key))
-
-    def evaluate(self, batch: Batch) -> Evaluated:
-        """The same, without a tape."""
-        return Evaluated(self.model.eval_loss(batch, weights=token_weights(batch, self.mode)))
 
     def weight(self, batch: Batch) -> float:
         """Trained tokens, 1 for a micro-batch with any, or samples with any."""
         if self.mode == "sample":
             return len(np.unique(trained_samples(batch)))
         return batch.trained_tokens if self.mode == "token" else min(1, batch.trained_tokens)
+
+    def prepare(self, batch: Batch, reference: Tensor | None = None) -> Targets:
+        """Labels and weights."""
+        return Targets.of(self.ops, batch, token_weights(batch, self.mode))
+
+    def loss(self, hidden: Tensor, w: Weights, prepared: Targets) -> tuple[Tensor]:
+        """The sum of the means, or of the tokens' losses."""
+        total = vocabulary.cross_entropy(self.ops, w, hidden, prepared.labels, prepared.weights)
+        return (total * prepared.scale,)
 
 
 def trained_samples(batch: Batch) -> np.ndarray:

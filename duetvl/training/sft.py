@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.training.feed import Feed
 from duetvl.training.job import Job
 from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
 from duetvl.training.objective import Objective, TokenLoss
@@ -48,10 +46,10 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
     export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else exporter(recipe)
-    objective, before = _objective(recipe, model, backend)
+    reference = None if recipe.dpo is None else make_reference(recipe, model, backend)
     return Job(
         model,
-        objective,
+        _objective(recipe, backend),
         encoder,
         partial(export, model, overwrite=True),
         model.config.to_dict(),
@@ -59,17 +57,16 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         base=base_of(model),
         reference=reference_identity(recipe),
         flops=_flops(recipe, model),
-        before=before,
+        before=reference.prepare if isinstance(reference, CachedReference) else None,
+        compared_with=reference,
     )
 
 
-def _objective(recipe: Recipe, model: QwenVL, backend: Backend) -> tuple[Objective, Callable[[Feed], None] | None]:
-    """What is minimised, and what must run over the data before that."""
+def _objective(recipe: Recipe, backend: Backend) -> Objective:
+    """What is minimised."""
     if recipe.dpo is None:
-        return TokenLoss(model, recipe.train.loss), None
-    reference = make_reference(recipe, model, backend)
-    before = reference.prepare if isinstance(reference, CachedReference) else None
-    return PreferenceObjective(model, reference, recipe.dpo, backend), before
+        return TokenLoss(backend.ops, recipe.train.loss)
+    return PreferenceObjective(recipe.dpo, backend)
 
 
 def _flops(recipe: Recipe, model: QwenVL) -> Flops:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import DuetvlError
 from duetvl.core.optimizer import AdamWState
-from duetvl.core.params import Parameter
+from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import Parts
 from duetvl.data.loading.loader import Step
 from duetvl.training.groups import parameter_groups
-from duetvl.training.objective import Objective
+from duetvl.training.objective import Objective, Reference
 from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.scaling import START, WINDOW, LossScale
 
 Tensor = Any
+# (hidden states (N, D) of the trained rows behind the final norm, the vocabulary's leaf record) -> 0-d tensors
+LastStage = Callable[[Tensor, Weights], tuple[Tensor, ...]]
 
 
 class TrainableModel(Protocol):
@@ -32,6 +36,17 @@ class TrainableModel(Protocol):
 
     def pack(self, samples: Sequence[Sample]) -> Batch:
         """Lay samples end to end; numpy only, as it runs in the data thread."""
+        ...
+
+    def forward(self, batch: Batch, last: LastStage, *, key: tuple[int, ...] = ()) -> tuple[tuple[Tensor, ...], Tape]:
+        """What `last` makes of the batch's trained rows, and the tape that leads back to the parameters.
+
+        `key` names the random numbers of the pass (dropout): seed, step, pack. Without one there is none.
+        """
+        ...
+
+    def evaluate(self, batch: Batch, last: LastStage) -> tuple[Tensor, ...]:
+        """The same without a tape and without dropout."""
         ...
 
 
@@ -79,16 +94,19 @@ class Trainer:
         backend: Backend,
         optim: OptimSection,
         *,
+        reference: Reference | None = None,
         seed: int = 0,
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ):
-        """The optimizer starts with zero moments. `seed` is that of the random numbers inside the model.
+        """The optimizer starts with zero moments. `seed` is that of the random numbers inside the model; `reference`
+        is asked where the objective needs one.
 
         Of a loss or a gradient that is not finite no update is made: NonFiniteError is raised, or with `skip` the
         result says so. Where the model has float16 weights the loss is scaled, and an overflow of that makes no
         update either, whatever `on_nonfinite` says.
         """
-        self.model, self.objective, self.seed, self.on_nonfinite = model, objective, seed, on_nonfinite
+        self.model, self.objective, self.reference = model, objective, reference
+        self.seed, self.on_nonfinite = seed, on_nonfinite
         self.backend = backend
         self.optim = optim
         self.groups = parameter_groups(model.parameters, optim, model.parts)
@@ -106,12 +124,13 @@ class Trainer:
         summed; the division by the weights of the whole step happens once, in the optimizer, which makes the result
         independent of the split into micro-batches as far as the weights are.
         """
-        batches = [batch for batch in work.batches if self.objective.weight(batch)]
-        if not batches:
+        packs = {pack: batch for pack, batch in work.packs() if self.objective.weight(batch)}
+        if not packs:
             return None
+        batches = list(packs.values())
         weight = sum(self.objective.weight(batch) for batch in batches)
         scale = self.loss_scale.scale if self.loss_scale else weight  # of the mean loss, in the main gradients
-        sums, values = self._accumulate(batches, number, scale / weight)
+        sums, values = self._accumulate(packs, number, scale / weight)
         norm = self.backend.optimizer.grad_norm(self.trained) / scale
         means = {**self._means(values, weight), **({"loss_scale": scale} if self.loss_scale else {})}
         skipped = self._unusable(sums, norm, batches, number)
@@ -136,38 +155,44 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective's means over the batches."""
         total, weight, tokens = 0.0, 0.0, 0
-        values: list[Mapping[str, Tensor]] = []
+        values: list[Sequence[Tensor]] = []
         for batch in batches:
             if part := self.objective.weight(batch):
-                found = self.objective.evaluate(batch)
-                total += self._number(found.loss)
-                values.append(found.values)
+                loss, *logged = self.model.evaluate(batch, self._last_stage(batch))
+                total += self._number(loss)
+                values.append(logged)
                 weight, tokens = weight + part, tokens + batch.trained_tokens
         return Evaluation(total / weight if weight else math.nan, tokens, weight, self._means(values, weight))
 
+    def _last_stage(self, batch: Batch) -> LastStage:
+        """The objective's function of the model's last rows, with what it needs to know of the batch."""
+        reference = None
+        if self.objective.needs_reference:
+            assert self.reference is not None, "the objective compares with a reference, and there is none"
+            reference = self.reference(batch)
+        return partial(self.objective.loss, prepared=self.objective.prepare(batch, reference))
+
     def _accumulate(
-        self, batches: Sequence[Batch], number: int, scale: float
-    ) -> tuple[list[float], list[Mapping[str, Tensor]]]:
+        self, packs: Mapping[int, Batch], number: int, scale: float
+    ) -> tuple[list[float], list[Sequence[Tensor]]]:
         """`scale` times the gradients of all micro-batches into the main gradients; the loss and values of each."""
         one = self.backend.ops.from_numpy(np.array(scale, np.float32))
-        losses, values = [], []
-        for index, batch in enumerate(batches):
+        losses: list[Tensor] = []
+        values: list[Sequence[Tensor]] = []
+        for place, (pack, batch) in enumerate(packs.items(), 1):
             if self.give_up():
                 self._drop_gradients()
                 raise StepGivenUp
-            found = self.objective.forward(batch, (self.seed, number, index))
-            cotangents = [one, *[None] * len(found.values)]
-            self.backend.autograd.backward(found.tape, cotangents, last=index == len(batches) - 1)
-            losses.append(found.loss)
-            values.append(found.values)
+            (loss, *logged), tape = self.model.forward(batch, self._last_stage(batch), key=(self.seed, number, pack))
+            self.backend.autograd.backward(tape, [one, *[None] * len(logged)], last=place == len(packs))
+            losses.append(loss)
+            values.append(logged)
         return [self._number(loss) for loss in losses], values  # read at the end: the device need not wait in between
 
-    def _means(self, values: Sequence[Mapping[str, Tensor]], weight: float) -> dict[str, float]:
-        """Sums over micro-batches, divided by the weight of them all."""
-        totals: dict[str, float] = {}
-        for name, value in (item for one in values for item in one.items()):
-            totals[name] = totals.get(name, 0.0) + self._number(value)
-        return {name: total / weight for name, total in totals.items()}
+    def _means(self, values: Sequence[Sequence[Tensor]], weight: float) -> dict[str, float]:
+        """Sums over micro-batches of what the objective logs, divided by the weight of them all."""
+        totals = (sum(map(self._number, column)) for column in zip(*values, strict=True))
+        return {name: total / weight for name, total in zip(self.objective.logged, totals, strict=False)}
 
     def _unusable(self, sums: Sequence[float], norm: float, batches: Sequence[Batch], number: int) -> str | None:
         """Why there must be no update, or None. Raises NonFiniteError where that is to stop the run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from duetvl.core.autograd import MissingGradient
-from duetvl.core.backend import Backend, load_backend
-from duetvl.core.params import Parameter
+from duetvl.core.backend import Backend
+from duetvl.core.params import Parameter, Weights
 
 from .cases import integers, normal
 
@@ -30,11 +30,19 @@ def numbers(be: Backend, x: Any) -> Any:
     return be.to_numpy(x).tolist()
 
 
+def run_stage(
+    be: Backend, fn: Callable[..., Any], inputs: Any, parameters: Any, needs: Any = None
+) -> tuple[tuple[Any, ...], Any]:
+    """`fn(*inputs, *parameters)` on a tape."""
+    paths = [p.path for p in parameters]
+    return be.autograd.run_stage(lambda w, *xs: fn(*xs, *(w[path] for path in paths)), inputs, parameters, needs)
+
+
 def train(
     be: Backend, fn: Callable[..., Any], *parameters: Parameter, inputs: tuple[Any, ...] = (), **options: Any
 ) -> Any:
     """One tape, pulled back with ones; the gradients of the inputs."""
-    outputs, tape = be.autograd.run_stage(fn, inputs, parameters)
+    outputs, tape = run_stage(be, fn, inputs, parameters)
     ones = [y * 0.0 + 1.0 for y in outputs]
     return be.autograd.backward(tape, ones, **options)
 
@@ -47,7 +55,7 @@ def test_three_tapes_are_pulled_back_in_any_order(be: Backend, order: tuple[int,
     """A parameter used twice in each of three micro-batches: d(x w w) = 2 x w."""
     w = parameter(be, "w", [2.0, 3.0])
     xs = [np.array([i + 1.0, 10.0 * i], np.float32) for i in range(3)]
-    tapes = [be.autograd.run_stage(lambda x, w: x * w * w, [tensor(be, x)], [w]) for x in xs]
+    tapes = [run_stage(be, lambda x, w: x * w * w, [tensor(be, x)], [w]) for x in xs]
     expected = np.zeros(2, np.float32)
     for position, i in enumerate(order):
         (dx,) = be.autograd.backward(tapes[i][1], [tensor(be, [1.0, 2.0])], last=position == 2)
@@ -67,8 +75,8 @@ def test_1f1b_over_two_stages(be: Backend) -> None:
     flight, seen = [], 0
     for step in range(6):
         if step < 4:
-            (middle,), tape_1 = be.autograd.run_stage(stage, [tensor(be, rows[step])], [first])
-            (out,), tape_2 = be.autograd.run_stage(stage, [middle], [second])
+            (middle,), tape_1 = run_stage(be, stage, [tensor(be, rows[step])], [first])
+            (out,), tape_2 = run_stage(be, stage, [middle], [second])
             flight.append((tape_1, tape_2, out * 0.0 + 1.0))
         if step >= 2:
             tape_1, tape_2, ones = flight.pop(0)
@@ -86,7 +94,7 @@ def test_1f1b_over_two_stages(be: Backend) -> None:
 
 def test_cotangent_of_none_counts_as_zero(be: Backend) -> None:
     w = parameter(be, "w", [2.0])
-    outputs, tape = be.autograd.run_stage(lambda x, w: (x * w, x * x), [tensor(be, [3.0])], [w])
+    outputs, tape = run_stage(be, lambda x, w: (x * w, x * x), [tensor(be, [3.0])], [w])
     assert [numbers(be, y) for y in outputs] == [[6.0], [9.0]]
     (dx,) = be.autograd.backward(tape, [tensor(be, [1.0]), None])
     assert (numbers(be, dx), numbers(be, w.main_grad)) == ([2.0], [3.0])
@@ -105,7 +113,7 @@ def test_outputs_may_be_inputs_parameters_or_constants(be: Backend) -> None:
 
 def test_outputs_are_not_differentiable_further(be: Backend) -> None:
     """What leaves a stage is a plain tensor: the next stage starts from it."""
-    (middle,), _ = be.autograd.run_stage(lambda x: x * 3.0, [tensor(be, [1.0])], [])
+    (middle,), _ = run_stage(be, lambda x: x * 3.0, [tensor(be, [1.0])], [])
     needs = Probe(be)
     needs.call(middle)
     assert needs.seen == [(False,)]
@@ -114,7 +122,7 @@ def test_outputs_are_not_differentiable_further(be: Backend) -> None:
 def test_a_stage_records_under_no_grad_too(be: Backend) -> None:
     w = parameter(be, "w", [2.0])
     with be.autograd.no_grad():
-        _, tape = be.autograd.run_stage(lambda x, w: x * w, [tensor(be, [3.0])], [w])
+        _, tape = run_stage(be, lambda x, w: x * w, [tensor(be, [3.0])], [w])
     (dx,) = be.autograd.backward(tape, [tensor(be, [1.0])])
     assert (numbers(be, dx), numbers(be, w.main_grad)) == ([2.0], [3.0])
 
@@ -188,7 +196,7 @@ def test_frozen_parameters_cost_no_tape(be: Backend) -> None:
     def fn(w: Any, frozen: Any) -> Any:
         return needs.call(frozen * frozen) * needs.call(w)
 
-    _, tape = be.autograd.run_stage(fn, [], [w], [frozen])
+    _, tape = run_stage(be, fn, [], [w, frozen])
     be.autograd.backward(tape, [tensor(be, [1.0])])
     assert needs.seen == [(False,), (True,)]
     assert (numbers(be, w.main_grad), frozen.main_grad) == ([100.0], None)
@@ -202,7 +210,7 @@ def test_half_precision_weights_accumulate_in_float32(be: Backend, dtype: str) -
     cotangent, tapes = tensor(be, [[1.0]], dtype), 1000 if be.name == "torch_npu" else 50
 
     def pull(w: Parameter, value: float) -> None:
-        _, tape = be.autograd.run_stage(be.ops.linear, [tensor(be, [[value]], dtype)], [w])
+        _, tape = run_stage(be, be.ops.linear, [tensor(be, [[value]], dtype)], [w])
         be.autograd.backward(tape, [cotangent], last=False)
 
     narrow = torch.tensor(1.0, dtype=getattr(torch, dtype))
@@ -446,7 +454,7 @@ def test_tapes_free_their_memory_at_once(be: Backend, pulled: bool) -> None:
         return keeps_output(ops.swiglu(x * w, x)) + x
 
     def once() -> None:
-        outputs, tape = ag.run_stage(fn, [x], [w])
+        outputs, tape = run_stage(be, fn, [x], [w])
         if pulled:
             ag.backward(tape, outputs)
         w.main_grad = None
@@ -471,9 +479,9 @@ def resident() -> float:
         return int(pages.read().split()[1]) * 4096 / 1e6
 
 
-def test_a_gradient_is_taken_as_soon_as_it_is_complete() -> None:
-    """And not when all are, which would hold a second set of them. MindSpore's engine pulls taps back last."""
-    be = load_backend("torch_npu", "cpu")
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_a_gradient_is_taken_as_soon_as_it_is_complete(be: Backend, again: bool) -> None:
+    """And not when all are, which would hold a second set of them: a block's, before the block below is pulled back."""
     happened: list[str] = []
 
     def marked(i: int, x: Any) -> Any:
@@ -483,14 +491,36 @@ def test_a_gradient_is_taken_as_soon_as_it_is_complete() -> None:
 
         return be.autograd.custom_vjp(lambda needs, x: (be.ops.reshape(x, x.shape), ()), backward)(x)
 
-    def layers(x: Any, *weights: Any) -> Any:
-        for i, w in enumerate(weights):
-            x = be.ops.linear(marked(i, x), w)
+    def layers(leaves: Mapping[str, Any], x: Any) -> Any:
+        w = Weights(leaves)
+        for i in range(3):
+            block = w.layers[i]
+
+            def run(x: Any, block: Any = block, i: int = i) -> Any:
+                return be.ops.linear(marked(i, x), block.weight)
+
+            x = be.autograd.checkpoint(run, x) if again else run(x)
         return be.ops.sum(x)
 
-    ones = be.ops.from_numpy(np.ones((2, 2), np.float32))
-    parameters = [Parameter(f"weight {i}", be.ops.from_numpy(np.ones((2, 2), np.float32))) for i in range(2)]
+    ones = tensor(be, np.ones((2, 2)))
+    parameters = [parameter(be, f"layers.{i}.weight", np.ones((2, 2))) for i in range(3)]
     _, tape = be.autograd.run_stage(layers, (ones,), parameters)
-    one = be.ops.from_numpy(np.ones((), np.float32))
-    be.autograd.backward(tape, [one], on_ready=lambda p: happened.append(p.path))
-    assert happened == ["weight 1", "layer 1", "weight 0", "layer 0"]
+    be.autograd.backward(tape, [tensor(be, 1.0)], on_ready=lambda p: happened.append(p.path))
+    order = [name for i in (2, 1, 0) for name in (f"layers.{i}.weight", f"layer {i}")]
+    assert [name for name in happened if name.startswith("layers")] == order[::2]
+    for i in (2, 1):
+        assert happened.index(f"layers.{i}.weight") < happened.index(f"layer {i - 1}")
+
+
+def test_only_the_inputs_that_need_one_get_a_gradient(be: Backend) -> None:
+    """Nothing is recorded for the others: behind a frozen part of a model there is no backward pass."""
+    probe, w = Probe(be), parameter(be, "w", [2.0])
+
+    def fn(leaves: Mapping[str, Any], x: Any, y: Any) -> Any:
+        return probe.call(x) * leaves["w"], probe.call(y)
+
+    x, y = tensor(be, [3.0]), tensor(be, [5.0])
+    _, tape = be.autograd.run_stage(fn, (x, y), [w], needs=(False, True))
+    dx, dy = be.autograd.backward(tape, [tensor(be, [1.0]), tensor(be, [1.0])])
+    assert probe.seen == [(False,), (True,)]
+    assert (dx, numbers(be, dy), numbers(be, w.main_grad)) == (None, [2.0], [6.0])

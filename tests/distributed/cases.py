@@ -443,7 +443,7 @@ def whole_mlp(be: Backend) -> tuple[np.ndarray, list[np.ndarray]]:
     def run(h: Any, up: Any, down: Any) -> Any:
         return be.ops.linear(be.ops.silu(be.ops.linear(h, up)), down)
 
-    (y,), tape = be.autograd.run_stage(run, [be.ops.from_numpy(x)], parameters)
+    (y,), tape = be.autograd.run_stage(lambda w, h: run(h, w["up"], w["down"]), [be.ops.from_numpy(x)], parameters)
     be.autograd.backward(tape, [y])
     return be.to_numpy(y), [be.to_numpy(p.main_grad) for p in parameters]
 
@@ -464,7 +464,7 @@ def split_mlp(be: Backend, run: Callable[..., Any], tp: Team, dp: Team, rows_out
         Parameter("down", be.ops.from_numpy(np.split(down, 2, 1)[tp.index])),
     ]
     entry = mine if rows_out is None else pieces(mine, rows_out, 0)[tp.index]
-    (y,), tape = be.autograd.run_stage(run, [be.ops.from_numpy(entry)], parameters)
+    (y,), tape = be.autograd.run_stage(lambda w, h: run(h, w["up"], w["down"]), [be.ops.from_numpy(entry)], parameters)
     be.autograd.backward(tape, [y])
     wanted, gradients = whole_mlp(be)
     wanted = pieces(wanted, ROWS, 0)[dp.index]

@@ -73,7 +73,7 @@ def test_logits_of_everything_in_one_batch(tiny, be, samples, name):
 def test_features_of_the_vision_tower(tiny, be, samples, name):
     model = tiny.ours(name, be)
     with_media = [samples[kind] for kind in KINDS if kind != "text"]
-    found = array(be, model.vision(model.pack(with_media)))
+    found = array(be, model.features(model.pack(with_media)))
     expected = np.concatenate([oracle.features(tiny.theirs(name), given) for given in with_media])
     np.testing.assert_allclose(found, expected, rtol=0, atol=FEATURES)
 
@@ -197,7 +197,7 @@ def test_text_alone_leaves_the_vision_tower(tiny, be, samples, name):
         return {path: array(be, parameter.tensor) for path, parameter in model.parameters.items()}
 
     before = weights()
-    trainer = Trainer(model, TokenLoss(model), be, OptimSection(lr=1e-2, weight_decay=0.1))
+    trainer = Trainer(model, TokenLoss(be.ops), be, OptimSection(lr=1e-2, weight_decay=0.1))
     assert trainer.step(Step([batch], ("text",)), 1e-2).loss == pytest.approx(loss, rel=LOSS)
     after = weights()
     moved = {path for path in before if not np.array_equal(before[path], after[path])}

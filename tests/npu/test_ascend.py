@@ -135,7 +135,8 @@ def both(ops: AscendOps, fn: Callable[[MindSporeOps], Callable[..., Any]], input
     wide = [ms.ops.cast(x, ms.float32) for x in (*inputs, d)]
     results = []
     for chosen, tensors in ((ops, [*inputs, d]), (composed, wide)):
-        outputs, tape = chosen.autograd.run_stage(fn(chosen), tensors[:-1], ())
+        run = fn(chosen)
+        outputs, tape = chosen.autograd.run_stage(lambda _, *xs, run=run: run(*xs), tensors[:-1], ())
         gradients = chosen.autograd.backward(tape, [tensors[-1], None][: len(outputs)])
         results.append((outputs[0], *gradients))
     for found, wanted in zip(*results, strict=True):

@@ -57,7 +57,7 @@ def expect_gradients(fn: Callable[..., Tensor], inputs: list[Tensor], d: Tensor)
 
 
 def find_gradients(ops: NpuOps, fn: Callable[..., Any], inputs: list[Tensor], d: Tensor) -> list[Tensor]:
-    _, tape = ops.autograd.run_stage(fn, inputs, ())
+    _, tape = ops.autograd.run_stage(lambda _, *xs: fn(*xs), inputs, ())
     return list(ops.autograd.backward(tape, [d, None][: len(tape.outputs)]))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Sample
 from duetvl.core.errors import DataError
-from duetvl.core.params import Parameter, split_trainable
+from duetvl.core.params import Parameter, Weights
 from duetvl.core.random import philox
 from duetvl.data.draft import Draft
 from duetvl.data.sources.records import Record
@@ -43,32 +43,24 @@ class BagModel:
     def pack(self, samples):
         return pack(samples)
 
-    def forward_loss(self, batch, *, weights=None, key=()):
-        trainable, frozen = split_trainable(self.parameters.values())
-        paths = [p.path for p in (*trainable, *frozen)]
+    def forward(self, batch, last, *, key=()):
+        parameters = tuple(self.parameters.values())
+        return self.backend.autograd.run_stage(lambda leaves: self._last(Weights(leaves), batch, last), (), parameters)
 
-        def stage(*tensors):
-            return self._loss(dict(zip(paths, tensors, strict=True)), batch, weights)
-
-        (loss,), tape = self.backend.autograd.run_stage(stage, (), trainable, frozen)
-        return loss, tape
-
-    def eval_loss(self, batch, *, weights=None):
+    def evaluate(self, batch, last):
         with self.backend.autograd.no_grad():
-            return self._loss({path: p.tensor for path, p in self.parameters.items()}, batch, weights)
+            return self._last(Weights({path: p.tensor for path, p in self.parameters.items()}), batch, last)
 
-    def _loss(self, w, batch, weights=None):
+    def _last(self, w, batch, last):
         ops = self.backend.ops
         rows = np.flatnonzero(batch.targets != IGNORE).astype(np.int32)
-        word = ops.take_rows(w["embed.weight"], ops.from_numpy(batch.input_ids))
+        word = ops.take_rows(w.embed.weight, ops.from_numpy(batch.input_ids))
         lengths = np.diff(batch.cu_seqlens)
         mean = np.kron(np.eye(len(lengths)), [[1.0]]).repeat(lengths, axis=0)
         mean = (mean @ (mean / lengths).T).astype(np.float32)
         whole = ops.matmul(ops.from_numpy(mean), ops.cast(word, "float32"))
-        hidden = ops.rms_norm(word + ops.cast(whole, ops.dtype_of(word)), w["norm.weight"], eps=1e-6)
-        hidden = ops.take_rows(hidden, ops.from_numpy(rows))
-        counted = None if weights is None else ops.from_numpy(weights)
-        return ops.linear_cross_entropy(hidden, w["head.weight"], ops.from_numpy(batch.targets[rows]), counted)
+        hidden = ops.rms_norm(word + ops.cast(whole, ops.dtype_of(word)), w.norm.weight, eps=1e-6)
+        return last(ops.take_rows(hidden, ops.from_numpy(rows)), w.head)
 
 
 def pack(samples) -> Batch:
@@ -118,7 +110,7 @@ def encode(record: Record) -> Sample:
 
 def prepare(recipe, backend) -> Job:
     model = BagModel(backend, recipe.model.dtype)
-    return Job(model, TokenLoss(model), BagEncoder(), export=lambda target: target.mkdir())
+    return Job(model, TokenLoss(backend.ops), BagEncoder(), export=lambda target: target.mkdir())
 
 
 def write_records(path: Path, count: int, seed: int = 0) -> Path:

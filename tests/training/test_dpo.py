@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import oracle
 import pytest
@@ -148,14 +150,11 @@ def test_an_answer_without_a_trained_token_counts_as_nothing(be):
 OPTIM = OptimSection(lr=3e-3, clip=None)
 
 
-def objective_of(model, reference, be, **settings) -> PreferenceObjective:
-    return PreferenceObjective(model, reference_of(reference, be.ops), DpoSection(**settings), be)
-
-
 def steps_of(tiny, be, name, batches, count, **settings) -> tuple[list, dict[str, np.ndarray]]:
     """Results of some steps from the model's weights against those as the reference, and the weights after them."""
     model = load_model(tiny.directory(name), backend=be)
-    trainer = Trainer(model, objective_of(model, tiny.ours(name, be), be, **settings), be, OPTIM)
+    objective, reference = PreferenceObjective(DpoSection(**settings), be), reference_of(tiny.ours(name, be), be.ops)
+    trainer = Trainer(model, objective, be, OPTIM, reference=reference)
     work = Step(tuple(model.pack(given) for given in batches), ())
     results = [trainer.step(work, 3e-3) for _ in range(count)]
     return results, {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
@@ -212,14 +211,14 @@ def test_loss_of_a_step_is_that_of_transformers_log_probabilities(tiny, be):
     settings = {"loss": "sigmoid", "beta": 0.2, "label_smoothing": 0.1, "pref_ftx": 0.5}
     expected, logged = formulas(torch, answers(policy), answers(reference), **settings)
     model = tiny.ours(policy, be)
-    objective = objective_of(model, tiny.ours(reference, be), be, **settings)
+    objective = PreferenceObjective(DpoSection(**settings), be)
     batch = model.pack(given)
-    evaluated = objective.evaluate(batch)
-    assert float(be.to_numpy(evaluated.loss)) / 3 == pytest.approx(float(expected), rel=1e-5)
-    recorded = objective.forward(batch)
-    assert list(recorded.values) == list(LOGGED) == list(evaluated.values)
-    assert float(be.to_numpy(recorded.loss)) / 3 == pytest.approx(float(expected), rel=1e-5)
+    sums = reference_of(tiny.ours(reference, be), be.ops)(batch)
+    last = partial(objective.loss, prepared=objective.prepare(batch, sums))
     assert objective.weight(batch) == 3
-    for name, number in logged.items():
-        for found in (recorded, evaluated):
-            assert float(be.to_numpy(found.values[name])) / 3 == pytest.approx(number, rel=1e-5, abs=2e-4), name
+    assert objective.logged == LOGGED
+    for outputs in (model.evaluate(batch, last), model.forward(batch, last)[0]):
+        loss, *values = (float(be.to_numpy(x)) / 3 for x in outputs)
+        assert loss == pytest.approx(float(expected), rel=1e-5)
+        for name, number in logged.items():
+            assert values[LOGGED.index(name)] == pytest.approx(number, rel=1e-5, abs=2e-4), name

@@ -123,15 +123,15 @@ def run(tmp_path, name, *overrides, stop_at=None):
 
     def prepare(recipe, backend):
         job = bag_model.prepare(recipe, backend)
-        plain, seen = job.model.forward_loss, []
+        plain, seen = job.model.forward, []
 
-        def forward_loss(batch, **options):
+        def forward(batch, last, **options):
             seen.append(batch)
             if len(seen) == stop_at:
                 raise Interrupted
-            return plain(batch, **options)
+            return plain(batch, last, **options)
 
-        job.model.forward_loss = forward_loss
+        job.model.forward = forward
         return job
 
     be = load_backend("torch_npu", "cpu")

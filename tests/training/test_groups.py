@@ -43,7 +43,7 @@ def test_mistakes_in_patterns(be):
     for parameter in model.parameters.values():
         parameter.trainable = False
     with pytest.raises(ConfigError, match="nothing would be trained: every parameter is frozen"):
-        Trainer(model, TokenLoss(model), be, OptimSection())
+        Trainer(model, TokenLoss(be.ops), be, OptimSection())
 
 
 def test_a_recipe_is_checked_by_names_alone():
@@ -60,7 +60,7 @@ def test_rates_are_scaled(be):
     model = BagModel(be)
     before = {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
     samples = [Sample(np.arange(11), np.arange(11), id="s")]
-    trainer = Trainer(model, TokenLoss(model), be, OptimSection(lr_scale={"head": 0.25}))
+    trainer = Trainer(model, TokenLoss(be.ops), be, OptimSection(lr_scale={"head": 0.25}))
     trainer.step(Step((model.pack(samples),), ("s",)), 0.01)
     moved = {path: np.abs(be.to_numpy(p.tensor) - before[path]).max() for path, p in model.parameters.items()}
     assert moved == pytest.approx({"embed.weight": 0.01, "norm.weight": 0.01, "head.weight": 0.0025}, rel=1e-3)
@@ -114,7 +114,7 @@ def test_what_is_frozen_with_nothing_trained_before_it_is_not_recorded(
     model = duetvl.load_model(tiny.directory("qwen2.5-untied"), backend=be)
     model.freeze(freeze)
     seen = Recorded(be, monkeypatch).found
-    trainer = Trainer(model, TokenLoss(model), be, OptimSection(lr=1e-2))
+    trainer = Trainer(model, TokenLoss(be.ops), be, OptimSection(lr=1e-2))
     before = {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
     trainer.step(Step((model.pack([samples["image"]]),), ("s",)), 1e-2)
     vision_blocks, projector, layers = recorded

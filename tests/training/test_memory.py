@@ -57,7 +57,7 @@ def test_parts_are_the_sizes_of_tensors(tiny, name, sections):
     model = duetvl.load_model(tiny.directory(name), backend=be, dtype=recipe.model.dtype)
     model.freeze(recipe.model.freeze)
     model.recompute = recipe.train.recompute
-    trainer = Trainer(model, TokenLoss(model), be, recipe.optim)
+    trainer = Trainer(model, TokenLoss(be.ops), be, recipe.optim)
     batch = model.pack([SAMPLE])
     found = estimate(model.config, recipe, load_of(batch))
 

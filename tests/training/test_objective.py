@@ -64,7 +64,7 @@ def test_loss_and_gradient_are_the_formula(be, mode, split):
     expected = formula({n: token_losses(torch, start, s) for n, s in enumerate(SAMPLES)}, SPLITS[split], mode)
     expected.backward()
     norm = float(sum((w.grad**2).sum() for w in start.values())) ** 0.5
-    trainer = Trainer(model, TokenLoss(model, mode), be, OptimSection(clip=None))
+    trainer = Trainer(model, TokenLoss(be.ops, mode), be, OptimSection(clip=None))
     work = step_of(model, SPLITS[split])
     evaluated = trainer.evaluate(work.batches)
     found = trainer.step(work, 1e-3)
@@ -79,7 +79,7 @@ def test_only_micro_batch_depends_on_the_split(be):
         for split in SPLITS.values():
             model = BagModel(be)
             losses.append(
-                Trainer(model, TokenLoss(model, mode), be, OptimSection()).step(step_of(model, split), 0).loss
+                Trainer(model, TokenLoss(be.ops, mode), be, OptimSection()).step(step_of(model, split), 0).loss
             )
         spread = max(losses) / min(losses) - 1
         assert spread > 1e-3 if mode == "micro_batch" else spread < 1e-6
@@ -88,7 +88,7 @@ def test_only_micro_batch_depends_on_the_split(be):
 def test_nothing_trained_is_no_step(be):
     for mode in MODES:
         model = BagModel(be)
-        trainer = Trainer(model, TokenLoss(model, mode), be, OptimSection())
+        trainer = Trainer(model, TokenLoss(be.ops, mode), be, OptimSection())
         assert trainer.step(step_of(model, [[2], [2]]), 1.0) is None
         assert np.isnan(trainer.evaluate(step_of(model, [[2]]).batches).loss)
 
@@ -106,14 +106,14 @@ def test_micro_batches_as_transformers_accumulates_them(tiny, be, samples, name)
         expected += loss.item()
     norm = float(sum((w.grad.double() ** 2).sum() for w in theirs.parameters() if w.grad is not None)) ** 0.5
     theirs.zero_grad(set_to_none=True)
-    trainer = Trainer(model, TokenLoss(model, "micro_batch"), be, OptimSection(clip=None))
+    trainer = Trainer(model, TokenLoss(be.ops, "micro_batch"), be, OptimSection(clip=None))
     batches = tuple(model.pack([given]) for given in chosen)
     before = {path: np.array(be.to_numpy(p.tensor)) for path, p in model.parameters.items()}
     found = trainer.step(Step(batches, ("s",)), 0.0)
     assert found.loss == pytest.approx(expected, rel=2e-6)
     assert found.grad_norm == pytest.approx(norm, rel=2e-5)
     assert all((before[path] == be.to_numpy(p.tensor)).all() for path, p in model.parameters.items())  # lr 0
-    by_token = Trainer(model, TokenLoss(model), be, OptimSection()).evaluate(batches).loss
+    by_token = Trainer(model, TokenLoss(be.ops), be, OptimSection()).evaluate(batches).loss
     assert abs(by_token / found.loss - 1) > 1e-3  # the samples' lengths differ enough to tell
 
 

@@ -49,7 +49,7 @@ def test_float16_learns_as_float32_does(be):
     found = {}
     for dtype in ("float32", "float16"):
         model = BagModel(be, dtype)
-        trainer, work = Trainer(model, TokenLoss(model), be, OptimSection(loss_scale=1024.0)), step_of(model)
+        trainer, work = Trainer(model, TokenLoss(be.ops), be, OptimSection(loss_scale=1024.0)), step_of(model)
         found[dtype] = [trainer.step(work, 0.05) for _ in range(15)]
     for half, whole in zip(found["float16"], found["float32"], strict=True):
         assert half.loss == pytest.approx(whole.loss, rel=0.02, abs=2e-3)
@@ -69,7 +69,7 @@ def test_small_gradients_live_by_the_scale(be):
             def weight(self, batch):
                 return super().weight(batch) * 2.0**26  # the step's mean, and its gradient, are smaller by this
 
-        trainer = Trainer(model, Faint(model), be, OptimSection(loss_scale=start))
+        trainer = Trainer(model, Faint(be.ops), be, OptimSection(loss_scale=start))
         before = np.array(be.to_numpy(trainer.state.master["head.weight"]))
         trainer.step(step_of(model), 0.01)
         moved[start] = (before != be.to_numpy(trainer.state.master["head.weight"])).mean()
@@ -79,7 +79,7 @@ def test_small_gradients_live_by_the_scale(be):
 
 def test_an_overflow_makes_no_update_and_halves_the_scale(be):
     model = BagModel(be, "float16")
-    trainer, before = Trainer(model, TokenLoss(model), be, OptimSection(loss_scale=2.0**22)), weights(model)
+    trainer, before = Trainer(model, TokenLoss(be.ops), be, OptimSection(loss_scale=2.0**22)), weights(model)
     result = trainer.step(step_of(model), 0.05)
     assert result.skipped == (
         "the gradient overflowed float16 at loss scale 4.1943e+06, which is 2.09715e+06 from now on"
@@ -130,7 +130,7 @@ def poisoned(be) -> BagModel:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_skipping_leaves_everything_as_it_was(be):
     model = poisoned(be)
-    trainer = Trainer(model, TokenLoss(model), be, OptimSection(), on_nonfinite="skip")
+    trainer = Trainer(model, TokenLoss(be.ops), be, OptimSection(), on_nonfinite="skip")
     before = weights(model)
     result = trainer.step(step_of(model), 0.05)
     assert result.skipped == "the loss is not finite; samples of the step: s3"
@@ -150,7 +150,7 @@ def test_a_gradient_alone_may_be_what_is_not_finite(be):
         def weight(self, batch):
             return 1e-320  # a number that no finite norm survives the division by
 
-    trainer = Trainer(model, Steep(model), be, OptimSection())
+    trainer = Trainer(model, Steep(be.ops), be, OptimSection())
     with pytest.raises(NonFiniteError, match=r"^step 1: the gradient is not finite; samples of the step: s0, s3; "):
         trainer.step(step_of(model), 0.05)
 

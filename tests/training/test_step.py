@@ -12,7 +12,7 @@ from duetvl.core.batch import IGNORE, Sample
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.packing import pack
 from duetvl.data.sources.catalog import Records
-from duetvl.training.objective import Evaluated, Forward, TokenLoss
+from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.step import NonFiniteError, Trainer
 
@@ -35,7 +35,7 @@ def test_the_split_into_micro_batches_changes_nothing(be, tmp_path):
     found = []
     for pack_tokens in (12, 50, 1000):
         model = BagModel(be)
-        trainer, work = Trainer(model, TokenLoss(model), be, OPTIM), step_of(model, tmp_path, pack_tokens)
+        trainer, work = Trainer(model, TokenLoss(be.ops), be, OPTIM), step_of(model, tmp_path, pack_tokens)
         results = [trainer.step(work, 0.05) for _ in range(3)]
         found.append((len(work.batches), results, weights(model)))
     assert [count for count, _, _ in found][-1] == 1 < found[1][0] < found[0][0]
@@ -59,7 +59,7 @@ def test_same_as_plain_torch(be, tmp_path):
         {"params": [start["norm.weight"]], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95))
-    trainer = Trainer(model, TokenLoss(model), be, OPTIM)
+    trainer = Trainer(model, TokenLoss(be.ops), be, OPTIM)
     for _ in range(4):
         optimizer.zero_grad()
         losses = [token for sample in samples for token in plain_losses(torch, start, sample)]
@@ -87,7 +87,7 @@ def test_frozen_parameters_stay(be, tmp_path):
     model = BagModel(be)
     model.parameters["embed.weight"].trainable = False
     before = weights(model)
-    Trainer(model, TokenLoss(model), be, OPTIM).step(step_of(model, tmp_path, 100), 0.05)
+    Trainer(model, TokenLoss(be.ops), be, OPTIM).step(step_of(model, tmp_path, 100), 0.05)
     after = weights(model)
     assert (before["embed.weight"] == after["embed.weight"]).all()
     assert (before["head.weight"] != after["head.weight"]).any()
@@ -95,7 +95,7 @@ def test_frozen_parameters_stay(be, tmp_path):
 
 def test_evaluation_is_the_mean_over_tokens(be, tmp_path):
     model = BagModel(be)
-    trainer = Trainer(model, TokenLoss(model), be, OPTIM)
+    trainer = Trainer(model, TokenLoss(be.ops), be, OPTIM)
     small, large = step_of(model, tmp_path, 12), step_of(model, tmp_path, 1000)
     found = trainer.evaluate(small.batches)
     assert found.tokens == large.trained_tokens
@@ -108,7 +108,7 @@ def test_a_step_without_a_trained_token_changes_nothing(be):
     model = BagModel(be)
     before = weights(model)
     batch = model.pack([Sample(np.array([1, 2]), np.array([IGNORE, IGNORE]), id="s")])
-    trainer = Trainer(model, TokenLoss(model), be, OPTIM)
+    trainer = Trainer(model, TokenLoss(be.ops), be, OPTIM)
     assert trainer.step(Step((batch,), ("s",)), 0.1) is None
     assert all((before[path] == values).all() for path, values in weights(model).items())
     assert trainer.state.step["head.weight"] == 0
@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_named_and_leaves_the_weights(be):
     be.ops.assign(model.parameters["embed.weight"].tensor, be.ops.from_numpy(bad))
     samples = [Sample(np.full(3, token), np.full(3, token), id=f"s{token}") for token in (3, 7)]
     batches = tuple(model.pack([sample]) for sample in samples)
-    trainer, before = Trainer(model, TokenLoss(model), be, OPTIM), weights(model)
+    trainer, before = Trainer(model, TokenLoss(be.ops), be, OPTIM), weights(model)
     with pytest.raises(
         NonFiniteError, match=r"^step 1: the loss is not finite; samples of the step: s7; .*on_nonfinite=skip$"
     ):
@@ -130,29 +130,18 @@ def test_what_is_not_finite_is_named_and_leaves_the_weights(be):
     assert all(p.main_grad is None for p in model.parameters.values())
 
 
-class Doubled:
-    """Any objective: the loss of each token twice, weighed by samples, with values and the key to be seen."""
+class Doubled(TokenLoss):
+    """Any objective: the loss of each token twice, weighed by samples, with values to be seen."""
 
-    unit = "samples"
+    logged = ("single", "triple")
 
-    def __init__(self, model):
-        self.model, self.keys = model, []
+    def __init__(self, ops):
+        super().__init__(ops)
+        self.unit = "samples"
 
-    def forward(self, batch, key=()):
-        self.keys.append(key)
-        trainable = list(self.model.parameters.values())
-        paths = [p.path for p in trainable]
-
-        def stage(*tensors):
-            loss = self.model._loss(dict(zip(paths, tensors, strict=True)), batch)
-            return loss + loss, loss, loss * 3.0
-
-        (loss, single, triple), tape = self.model.backend.autograd.run_stage(stage, (), trainable)
-        return Forward(loss, tape, {"single": single, "triple": triple})
-
-    def evaluate(self, batch):
-        loss = self.model.eval_loss(batch)
-        return Evaluated(loss + loss, {"single": loss})
+    def loss(self, hidden, w, prepared):
+        (loss,) = super().loss(hidden, w, prepared)
+        return loss + loss, loss, loss * 3.0
 
     def weight(self, batch):
         return len(batch.sample_ids)
@@ -161,14 +150,37 @@ class Doubled:
 def test_an_objective_says_what_is_minimised_and_logged(be, tmp_path):
     ours, plain = BagModel(be), BagModel(be)
     work = step_of(ours, tmp_path, 50)
-    trainer = Trainer(ours, Doubled(ours), be, OPTIM, seed=5)
+    keys = keys_of_passes(ours)
+    trainer = Trainer(ours, Doubled(be.ops), be, OPTIM, seed=5)
     evaluated = trainer.evaluate(work.batches)
     found = trainer.step(work, 0.05, 7)
-    expected = Trainer(plain, TokenLoss(plain), be, OPTIM).step(work, 0.05)
+    expected = Trainer(plain, TokenLoss(be.ops), be, OPTIM).step(work, 0.05)
     ratio = work.trained_tokens / 12
     assert found.loss == pytest.approx(2 * ratio * expected.loss, rel=1e-6)
     assert found.grad_norm == pytest.approx(2 * ratio * expected.grad_norm, rel=1e-5)
     assert found.values == pytest.approx({"single": found.loss / 2, "triple": found.loss * 1.5}, rel=1e-6)
     assert (evaluated.loss, evaluated.values["single"]) == pytest.approx((found.loss, found.loss / 2), rel=1e-6)
     assert evaluated.weight == 12
-    assert trainer.objective.keys == [(5, 7, index) for index in range(len(work.batches))]
+    assert keys == [(5, 7, pack) for pack in range(len(work.batches))]
+
+
+def keys_of_passes(model) -> list[tuple[int, ...]]:
+    """The keys that the model will be run with."""
+    plain, keys = model.forward, []
+
+    def forward(batch, last, *, key=()):
+        keys.append(key)
+        return plain(batch, last, key=key)
+
+    model.forward = forward
+    return keys
+
+
+def test_random_numbers_are_named_by_the_packs_number_in_the_step(be, tmp_path):
+    """Not by a rank's count of its own: a rank that holds packs 1 and 3 draws what one process draws for them."""
+    model = BagModel(be)
+    keys = keys_of_passes(model)
+    work = step_of(model, tmp_path, 12)
+    own = Step(work.batches[1:4:2], work.sample_ids, numbers=(1, 3))
+    Trainer(model, TokenLoss(be.ops), be, OPTIM, seed=2).step(own, 0.05, 9)
+    assert keys == [(2, 9, 1), (2, 9, 3)]

@@ -167,7 +167,7 @@ def stored_tensors(run: Path) -> dict[str, bytes]:
 def test_the_restored_state_is_what_was_in_memory(killed, recipe):
     """Bit for bit, on both backends."""
     model = load_model(load_recipe(recipe).model.path, backend=killed.be)
-    trainer = Trainer(model, TokenLoss(model), killed.be, load_recipe(recipe).optim)
+    trainer = Trainer(model, TokenLoss(killed.be.ops), killed.be, load_recipe(recipe).optim)
     ref = find_checkpoint(killed.run)
     assert ref.step == 10
     options = {"parameters": model.parameters.values(), "optimizer_state": trainer.state, "backend": killed.be}

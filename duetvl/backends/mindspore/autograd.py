@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from duetvl.core.autograd import Arrivals, Backward, Forward
+from duetvl.core.autograd import Arrivals, Backward, Forward, Leaves
 from duetvl.core.errors import BackendError
 from duetvl.core.params import Parameter
 
@@ -46,14 +47,13 @@ class MindSporeAutograd:
         self,
         fn: Callable[..., Any],
         inputs: Sequence[Tensor],
-        trainable: Sequence[Parameter],
-        frozen: Sequence[Parameter] = (),
+        parameters: Sequence[Parameter],
+        needs: Sequence[bool] | None = None,
     ) -> tuple[tuple[Tensor, ...], Tape]:
-        tape = Tape((), tuple(trainable), [None] * len(inputs))
+        tape = Tape((), tuple(p for p in parameters if p.trainable), [None] * len(inputs))
+        leaves = Leaves(parameters, partial(_tap, arrivals=tape.arrivals))
         with _recording(True):
-            leaves = _input_leaves(inputs, tape.gradients)
-            tapped = [_Tap.apply(_leaf(p.tensor), p, tape.arrivals) for p in trainable]
-            outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
+            outputs = fn(leaves, *_input_leaves(inputs, tape.gradients, needs))
         tape.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(ops.stop_gradient(x) for x in tape.outputs), tape
 
@@ -121,9 +121,19 @@ def _leaf(x: Tensor) -> Tensor:
     return leaf
 
 
-def _input_leaves(inputs: Sequence[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
-    """Tensors to differentiate to; their gradients will be put into `gradients`."""
-    return [_InputTap.apply(_leaf(x), gradients, i) for i, x in enumerate(inputs)]
+def _tap(parameter: Parameter, arrivals: Arrivals) -> Tensor:
+    return _Tap.apply(_leaf(parameter.tensor), parameter, arrivals)
+
+
+def _input_leaves(
+    inputs: Sequence[Tensor], gradients: list[Tensor | None], needs: Sequence[bool] | None = None
+) -> list[Tensor]:
+    """The inputs, tapped where their gradients are needed, which will be put into `gradients`."""
+    wanted = needs or [True] * len(inputs)
+    return [
+        _InputTap.apply(_leaf(x), gradients, i) if need else ops.stop_gradient(x)
+        for i, (x, need) in enumerate(zip(inputs, wanted, strict=True))
+    ]
 
 
 def _pull(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from duetvl.core.autograd import Arrivals, Backward, Forward
+from duetvl.core.autograd import Arrivals, Backward, Forward, Leaves
 from duetvl.core.params import Parameter
 
 Tensor = torch.Tensor
@@ -33,14 +34,15 @@ class TorchAutograd:
         self,
         fn: Callable[..., Any],
         inputs: Sequence[Tensor],
-        trainable: Sequence[Parameter],
-        frozen: Sequence[Parameter] = (),
+        parameters: Sequence[Parameter],
+        needs: Sequence[bool] | None = None,
     ) -> tuple[tuple[Tensor, ...], Tape]:
-        leaves = tuple(x.detach().requires_grad_() for x in inputs)
-        tape = Tape(leaves, (), tuple(trainable))
+        wanted = needs or [True] * len(inputs)
+        taken = tuple(x.detach().requires_grad_(need) for x, need in zip(inputs, wanted, strict=True))
+        tape = Tape(taken, (), tuple(p for p in parameters if p.trainable))
+        leaves = Leaves(parameters, partial(_tap, arrivals=tape.arrivals))
         with torch.enable_grad():
-            tapped = [_tap(p, tape.arrivals) for p in trainable]
-            outputs = fn(*leaves, *tapped, *(p.tensor for p in frozen))
+            outputs = fn(leaves, *taken)
         tape.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(x.detach() for x in tape.outputs), tape
 

@@ -33,9 +33,10 @@ from duetvl.data.sources.records import Ref, with_line
 class Step:
     """What one optimizer step sees.
 
-    `batches` are the micro-batches of this rank, `sample_ids` the samples of all ranks. `end` is the data position
-    after the step. `counts` says how many records were "dropped" by a rule, "bad" and left out, or kept with a note
-    ("truncated", "shrunk"); `left_out` is what was said about the first two.
+    `batches` are the micro-batches of this rank and `numbers` their numbers among those of all ranks (by default: there
+    are no others), `sample_ids` the samples of all ranks. `end` is the data position after the step. `counts` says how
+    many records were "dropped" by a rule, "bad" and left out, or kept with a note ("truncated", "shrunk"); `left_out`
+    is what was said about the first two.
     """
 
     batches: tuple[Batch, ...]
@@ -43,6 +44,11 @@ class Step:
     end: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def packs(self) -> Iterator[tuple[int, Batch]]:
+        """The micro-batches of this rank with their numbers."""
+        return zip(self.numbers or range(len(self.batches)), self.batches, strict=True)
 
     @property
     def tokens(self) -> int:
@@ -130,8 +136,8 @@ class BatchMaker:
     def _planned(self, drafts: list[Draft], findings: Findings, end: Mapping[str, Any]) -> Planned:
         packs = self.packing.packs(drafts)
         costs = [(sum(drafts[i].tokens for i in p), sum(drafts[i].patches for i in p)) for p in packs]
-        own = [packs[i] for i in assign(costs, self.dp)[self.rank]]
-        loads = [[self.pool.load(drafts[i]) for i in members] for members in own]
+        own = {number: packs[number] for number in assign(costs, self.dp)[self.rank]}
+        loads = [[self.pool.load(drafts[i]) for i in members] for members in own.values()]
         return Planned(self.encoder, drafts, own, loads, findings, end)
 
 
@@ -141,7 +147,7 @@ class Planned:
 
     encoder: Encoder
     drafts: list[Draft]
-    own: list[list[int]]
+    own: Mapping[int, list[int]]  # number of a pack -> its samples
     loads: list[list[Future[Sample | Pair | DataError]]]
     findings: Findings
     end: Mapping[str, Any]
@@ -149,8 +155,8 @@ class Planned:
     def finish(self) -> Step:
         """Wait for the pixels. A sample whose media are bad leaves its micro-batch, where that is allowed."""
         lost: set[int] = set()
-        batches = []
-        for members, loads in zip(self.own, self.loads, strict=True):
+        batches: dict[int, Batch] = {}
+        for (number, members), loads in zip(self.own.items(), self.loads, strict=True):
             samples: list[Sample | Pair] = []
             for i, load in zip(members, loads, strict=True):
                 made = load.result()
@@ -160,10 +166,13 @@ class Planned:
                 else:
                     samples.append(made)
             if samples:
-                batches.append(self.encoder.pack(samples))
+                batches[number] = self.encoder.pack(samples)
             loads.clear()
         names = tuple(draft.id for i, draft in enumerate(self.drafts) if i not in lost)
-        return Step(tuple(batches), names, self.end, dict(self.findings.counts), tuple(self.findings.left_out))
+        findings = self.findings
+        return Step(
+            tuple(batches.values()), names, self.end, dict(findings.counts), tuple(findings.left_out), tuple(batches)
+        )
 
 
 class StepLoader:

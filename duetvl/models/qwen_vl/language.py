@@ -5,26 +5,25 @@ T tokens, D width, H heads, G key-value groups, K head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
+from duetvl.models.attention import Attend
 from duetvl.models.linear import linear
 from duetvl.models.qwen_vl.config import TextConfig
 from duetvl.models.recompute import KEEP, Recompute
 
 Tensor = Any
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> out (T, H, K)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """What the tokens of a pass bring to every layer: rotary tables (T, K / 2), and who sees whom.
 
-    `attend` may keep a cache; `recompute` says what is run again on the way back.
+    `attend` may keep a cache; `recompute` says what is run again in the backward pass.
     """
 
     cos: Tensor
@@ -33,9 +32,14 @@ class Tokens:
     recompute: Recompute = KEEP
 
 
-def decoder(ops: Ops, config: TextConfig, w: Weights, x_TD: Tensor, tokens: Tokens) -> Tensor:
-    """All layers, before the final norm: (T, D) -> (T, D)."""
-    for layer in range(config.num_layers):
+def place_features(ops: Ops, x_TD: Tensor, dst: Tensor, features: Tensor) -> Tensor:
+    """Put features (V, D) of pictures and videos in the places dst (V,) of their placeholder tokens."""
+    return ops.scatter_rows(x_TD, dst, features)
+
+
+def decoder_layers(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, layers: range, x_TD: Tensor) -> Tensor:
+    """Some layers one after the other: (T, D) -> (T, D). The final norm is not among them."""
+    for layer in layers:
         run = partial(decoder_layer, ops, config, w.layers[layer], tokens, layer)
         x_TD = tokens.recompute.block(run, x_TD)
     return x_TD

@@ -1,9 +1,12 @@
-"""Qwen2-VL and Qwen2.5-VL in one: the parts put together, as functions of the parameters."""
+"""Qwen2-VL and Qwen2.5-VL in one: the pieces put together, as functions of the parameters.
+
+T tokens, N rows whose next token is trained, D width, M merged features, S sequences.
+"""
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,50 +17,27 @@ from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.kv_cache import Append, Cache
-from duetvl.core.params import Parameter, Weights, split_trainable
+from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import Parts, require_matching
+from duetvl.models import vocabulary
+from duetvl.models.attention import Attend
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
-from duetvl.models.qwen_vl.language import Attend, Tokens, decoder
-from duetvl.models.qwen_vl.vision import VisionInput, vision_input, vision_tower
+from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
+from duetvl.models.qwen_vl.language import decoder_layers, place_features
+from duetvl.models.qwen_vl.vision import vision_tower
 from duetvl.models.recompute import Mode, towers
 
 Tensor = Any
+# (hidden states (N, D) of the trained rows, the vocabulary's leaf record) -> 0-d tensors, a loss first
+LastStage = Callable[[Tensor, Weights], tuple[Tensor, ...]]
 
 PARTS: Parts = {  # what `freeze` names, and the paths that belong to it
     "vision": ("visual.patch_embed.", "visual.blocks."),
     "projector": ("visual.merger.",),
     "language": ("model.", "lm_head."),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class ModelInput:
-    """A batch on the device. `visual` is None where the batch has no pictures.
-
-    ids (T,), targets (N,) and their rows (N,) in the batch; `visual_dst` (V,) token rows take the rows
-    `visual_src` (V,) of the vision tower's output, or all of them in order where it is None.
-    """
-
-    ids: Tensor
-    tokens: Tokens
-    visual: VisionInput | None
-    visual_dst: Tensor | None
-    visual_src: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class Targets:
-    """Rows (N,) of a batch whose next token is trained, those tokens (N,), and what their losses count for.
-
-    The weight of each is `weights` (N,) float32, or 1 where it is None, times `scale`.
-    """
-
-    rows: Tensor
-    labels: Tensor
-    weights: Tensor | None
-    scale: float
 
 
 class QwenVL:
@@ -115,65 +95,48 @@ class QwenVL:
 
     # -- what a batch gives -----------------------------------------------------------------------------------------
 
-    def vision(self, batch: Batch) -> Tensor:
-        """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
-        ops = self.backend.ops
-        tables = self.family.vision_tables(batch.grids)
+    def forward(self, batch: Batch, last: LastStage, *, key: tuple[int, ...] = ()) -> tuple[tuple[Tensor, ...], Tape]:
+        """What `last` makes of the batch's trained rows, and the tape that leads back to the parameters.
+
+        `key` names the random numbers of this pass, for the dropout of adapters; without one there is none.
+        """
+        backend = self.backend
+        vision, language = towers(self.recompute, backend.autograd.checkpoint)
+        given, rows = self._input(batch).recomputing(vision, language), self._trained(batch)
+
+        def stage(leaves: Mapping[str, Tensor]) -> Any:
+            w = self._tree(leaves, key)
+            return last(self._rows(w, given, rows), self._vocabulary(w))
+
+        return backend.autograd.run_stage(stage, (), tuple(self.parameters.values()))
+
+    def evaluate(self, batch: Batch, last: LastStage) -> tuple[Tensor, ...]:
+        """The same without a tape and without dropout."""
         with self.backend.autograd.no_grad():
-            merged = vision_tower(ops, self.config.vision, self._weights.visual, self._vision_input(batch, tables))
-            return merged if tables.inverse is None else ops.take_rows(merged, ops.from_numpy(tables.inverse))
+            hidden = self._rows(self._weights, self._input(batch), self._trained(batch))
+            return last(hidden, self._vocabulary(self._weights))
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities (N,) float32 of the N trained tokens in the order of `batch.targets`, without a tape."""
+        ops = self.backend.ops
+        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE])
+        return self.evaluate(batch, lambda hidden, w: (vocabulary.logprobs(ops, w, hidden, labels),))[0]
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (T, vocabulary) of every token, in the weights' dtype."""
         with self.backend.autograd.no_grad():
-            hidden = self._hidden(self._weights, self._input(batch))
-            return self._head(self._weights, hidden)
+            return self._logits(self._hidden(self._weights, self._input(batch)))
 
-    def eval_loss(self, batch: Batch, *, weights: np.ndarray | None = None) -> Tensor:
-        """Sum of the trained tokens' cross-entropies, float32, without a tape; see `forward_loss`."""
+    def features(self, batch: Batch) -> Tensor:
+        """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
+        ops = self.backend.ops
+        tables = self.family.vision_tables(batch.grids)
+        given = vision_input(ops, self.family, batch, tables, self.dtype)
         with self.backend.autograd.no_grad():
-            return self._loss(self._weights, self._input(batch), self._targets(batch, weights))
+            merged = vision_tower(ops, self.config.vision, self._weights.visual, given)
+            return merged if tables.inverse is None else ops.take_rows(merged, ops.from_numpy(tables.inverse))
 
-    def forward_loss(
-        self, batch: Batch, *, weights: np.ndarray | None = None, key: tuple[int, ...] = ()
-    ) -> tuple[Tensor, Tape]:
-        """Sum of the trained tokens' cross-entropies, float32, and the tape that leads back to the parameters.
-
-        `weights` (N,) float32 multiplies those of the N trained positions, in their order. `key` names the random
-        numbers of this pass, for the dropout of adapters; without one there is none.
-        """
-        (loss,), tape = self._record(batch, self._loss, weights, key)
-        return loss, tape
-
-    def logprobs(self, batch: Batch) -> Tensor:
-        """Log-probabilities (N,) float32 of the N tokens in `batch.targets` that are trained, without a tape."""
-        with self.backend.autograd.no_grad():
-            return self._logprobs(self._weights, self._input(batch), self._targets(batch))
-
-    def forward_logprobs(
-        self, batch: Batch, objective: Callable[[Tensor], tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], Tape]:
-        """What `objective` makes of the log-probabilities (N,) of the trained tokens, and the tape of both."""
-        return self._record(batch, lambda *given: objective(self._logprobs(*given)))
-
-    def _record(
-        self,
-        batch: Batch,
-        fn: Callable[..., Any],
-        weights: np.ndarray | None = None,
-        key: tuple[int, ...] = (),
-    ) -> tuple[tuple[Tensor, ...], Tape]:
-        """`fn(weights, input, targets)` on a tape."""
-        trainable, frozen = split_trainable(self.parameters.values())
-        given, targets = self._recorded_input(batch), self._targets(batch, weights)
-        paths = [p.path for p in (*trainable, *frozen)]
-
-        def stage(*tensors: Tensor) -> Any:
-            return fn(self._tree(dict(zip(paths, tensors, strict=True)), key), given, targets)
-
-        return self.backend.autograd.run_stage(stage, (), trainable, frozen)
-
-    # -- generation -------------------------------------------------------------------------------------------------
+    # -- sequences that grow ----------------------------------------------------------------------------------------
 
     def create_cache(self, slots: int, capacity: int) -> Cache:
         """A key-value cache for `slots` sequences of at most `capacity` tokens."""
@@ -187,27 +150,18 @@ class QwenVL:
             dtype=self.dtype,
         )
 
-    def prefill(self, batch: Batch, cache: Cache, append: Append) -> Tensor:
-        """Run whole prompts into the cache; logits (S, vocabulary) after the last token of each."""
-        given = self._input(batch, self._attend_cached(cache, append))
-        return self._next_logits(given, batch.cu_seqlens[1:] - 1)
+    def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor:
+        """Put a pass of tokens behind what the cache has: whole prompts, parts of them, single tokens, in any mixture.
 
-    def decode(self, ids: np.ndarray, position_ids: np.ndarray, cache: Cache, append: Append) -> Tensor:
-        """One more token of each sequence: ids (S,), position_ids (3, S) -> logits (S, vocabulary)."""
-        given = ModelInput(
-            ids=self.backend.ops.from_numpy(ids.astype(np.int32)),
-            tokens=self._tokens(*self.family.rope_tables(position_ids), self._attend_cached(cache, append)),
-            visual=None,
-            visual_dst=None,
-            visual_src=None,
-        )
-        return self._next_logits(given, np.arange(len(ids)))
-
-    def _next_logits(self, given: ModelInput, rows: np.ndarray) -> Tensor:
+        `batch` has the new rows of the sequences in `append`, end to end, with their positions; `features` (M, D) those
+        that `batch.visual_src` counts, None where it counts none. Its pixels and targets are not looked at. Returns
+        the logits (S, vocabulary) after the last row of each sequence.
+        """
         ops = self.backend.ops
         with self.backend.autograd.no_grad():
-            hidden = self._hidden(self._weights, given)
-            return self._head(self._weights, ops.take_rows(hidden, ops.from_numpy(rows.astype(np.int32))))
+            given = text_input(ops, self.family, batch, self._attend_cached(cache, append))
+            hidden = self._language(self._weights, given, features)
+            return self._logits(ops.take_rows(hidden, ops.from_numpy(batch.cu_seqlens[1:] - 1)))
 
     def _attend_cached(self, cache: Cache, append: Append) -> Attend:
         store = self.backend.kv_cache
@@ -220,40 +174,37 @@ class QwenVL:
 
     # -- the model as a function of its weights ---------------------------------------------------------------------
 
-    def _loss(self, w: Weights, given: ModelInput, targets: Targets) -> Tensor:
-        hidden, vocabulary = self._trained_rows(w, given, targets), self._vocabulary(w)
-        loss = self.backend.ops.linear_cross_entropy(hidden, vocabulary, targets.labels, targets.weights)
-        return loss * targets.scale
-
-    def _logprobs(self, w: Weights, given: ModelInput, targets: Targets) -> Tensor:
-        hidden = self._trained_rows(w, given, targets)
-        return self.backend.ops.linear_logprobs(hidden, self._vocabulary(w), targets.labels)[0]
-
-    def _trained_rows(self, w: Weights, given: ModelInput, targets: Targets) -> Tensor:
-        """Only the rows that are trained meet the final norm and the vocabulary."""
-        return self._norm(w, self.backend.ops.take_rows(self._hidden(w, given), targets.rows))
-
     def _hidden(self, w: Weights, given: ModelInput) -> Tensor:
         """Hidden states (T, D) before the final norm."""
-        ops = self.backend.ops
-        x_TD = ops.take_rows(w.model.embed_tokens.weight, given.ids)
-        if given.visual is not None:
-            features = vision_tower(ops, self.config.vision, w.visual, given.visual)
-            if given.visual_src is not None:
-                features = ops.take_rows(features, given.visual_src)
-            x_TD = ops.scatter_rows(x_TD, given.visual_dst, features)
-        return decoder(ops, self.config.text, w.model, x_TD, given.tokens)
+        if given.visual is None:
+            return self._language(w, given, None)
+        return self._language(w, given, vision_tower(self.backend.ops, self.config.vision, w.visual, given.visual))
+
+    def _language(self, w: Weights, given: ModelInput, features: Tensor | None) -> Tensor:
+        """Hidden states (T, D) before the final norm, of tokens some of which take features (M, D)."""
+        ops, text = self.backend.ops, self.config.text
+        x_TD = vocabulary.embed(ops, w.model.embed_tokens, given.ids)
+        if given.routes is not None:
+            assert features is not None, "the batch has tokens of pictures and no features for them"
+            chosen = features if given.routes.src is None else ops.take_rows(features, given.routes.src)
+            x_TD = place_features(ops, x_TD, given.routes.dst, chosen)
+        return decoder_layers(ops, text, w.model, given.tokens, range(text.num_layers), x_TD)
+
+    def _rows(self, w: Weights, given: ModelInput, rows: Tensor) -> Tensor:
+        """Hidden states (N, D) behind the final norm, of some rows: the others meet neither it nor the vocabulary."""
+        return self._norm(w, self.backend.ops.take_rows(self._hidden(w, given), rows))
 
     def _norm(self, w: Weights, x: Tensor) -> Tensor:
         return self.backend.ops.rms_norm(x, w.model.norm.weight, eps=self.config.text.norm_eps)
 
-    def _vocabulary(self, w: Weights) -> Tensor:
-        return w.model.embed_tokens.weight if self.config.tie_word_embeddings else w.lm_head.weight
+    def _vocabulary(self, w: Weights) -> Weights:
+        """The leaf record of the last product's matrix."""
+        head: Weights = w.model.embed_tokens if self.config.tie_word_embeddings else w.lm_head
+        return head
 
-    def _head(self, w: Weights, hidden: Tensor) -> Tensor:
-        return self.backend.ops.linear(self._norm(w, hidden), self._vocabulary(w))
-
-    # -- batches on the device --------------------------------------------------------------------------------------
+    def _logits(self, hidden: Tensor) -> Tensor:
+        w = self._weights
+        return vocabulary.logits(self.backend.ops, self._vocabulary(w), self._norm(w, hidden))
 
     @property
     def dtype(self) -> str:
@@ -264,53 +215,14 @@ class QwenVL:
     def _weights(self) -> Weights:
         return self._tree({path: parameter.tensor for path, parameter in self.parameters.items()})
 
-    def _tree(self, tensors: Mapping[str, Tensor], key: Sequence[int] = ()) -> Weights:
+    def _tree(self, leaves: Mapping[str, Tensor], key: Sequence[int] = ()) -> Weights:
         """The tensors, and with adapters what `linear` must know of them in the pass that `key` names."""
-        return Weights({**tensors, **(self.adapters.leaves(key) if self.adapters else {})})
+        records = self.adapters.leaves(key) if self.adapters else {}
+        return Weights(ChainMap(dict[str, Any](records), leaves))  # type: ignore[arg-type]  # it is never written to
 
-    def _input(self, batch: Batch, attend: Attend | None = None) -> ModelInput:
-        ops = self.backend.ops
-        tables = self.family.prepare(batch)
-        spans = tables.language.spans
-        visual = dst = src = None
-        if len(batch.grids):
-            visual = self._vision_input(batch, tables.vision)
-            dst, src = (None if x is None else ops.from_numpy(x) for x in _routes(batch, tables.vision.inverse))
-        attend = attend or (lambda layer, q, k, v: ops.attention(q, k, v, spans)[0])
-        return ModelInput(
-            ids=ops.from_numpy(batch.input_ids),
-            tokens=self._tokens(tables.language.cos, tables.language.sin, attend),
-            visual=visual,
-            visual_dst=dst,
-            visual_src=src,
-        )
+    def _input(self, batch: Batch) -> ModelInput:
+        return model_input(self.backend.ops, self.family, batch, self.dtype)
 
-    def _tokens(self, cos: np.ndarray, sin: np.ndarray, attend: Attend) -> Tokens:
-        return Tokens(self.backend.ops.from_numpy(cos), self.backend.ops.from_numpy(sin), attend)
-
-    def _recorded_input(self, batch: Batch) -> ModelInput:
-        """The input of a pass on a tape, which runs again what `recompute` says."""
-        vision, language = towers(self.recompute, self.backend.autograd.checkpoint)
-        given = self._input(batch)
-        visual = None if given.visual is None else replace(given.visual, recompute=vision)
-        return replace(given, visual=visual, tokens=replace(given.tokens, recompute=language))
-
-    def _vision_input(self, batch: Batch, tables: Any) -> VisionInput:
-        return vision_input(self.backend.ops, batch.pixel_rows, tables, self.dtype)
-
-    def _targets(self, batch: Batch, weights: np.ndarray | None = None) -> Targets:
-        make = self.backend.ops.from_numpy
-        rows = np.flatnonzero(batch.targets != IGNORE).astype(np.int32)
-        scale = 1.0 if weights is None else float(np.max(weights, initial=0.0))
-        # The largest weight is taken out, to be applied in float32: the gradients of logits may be float16 numbers.
-        relative = None if weights is None or (weights == scale).all() else make(weights / np.float32(scale))
-        return Targets(make(rows), make(batch.targets[rows]), relative, scale)
-
-
-def _routes(batch: Batch, inverse: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Where the tower's output rows go: (token rows, output rows), the latter None for all in order."""
-    src = batch.visual_src if inverse is None else inverse[batch.visual_src]
-    by_row = np.argsort(src, kind="stable")
-    if np.array_equal(src[by_row], np.arange(len(src))):  # each feature is used once: no gather is needed
-        return batch.visual_dst[by_row], None
-    return batch.visual_dst, src.astype(np.int32)
+    def _trained(self, batch: Batch) -> Tensor:
+        """The rows (N,) of the batch whose next token is trained."""
+        return self.backend.ops.from_numpy(np.flatnonzero(batch.targets != IGNORE).astype(np.int32))

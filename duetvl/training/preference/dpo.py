@@ -20,15 +20,15 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
-from duetvl.core.batch import Batch
+from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.ops import Ops
-from duetvl.training.objective import Evaluated, Forward, Key, trained_samples
+from duetvl.core.params import Weights
+from duetvl.models import vocabulary
+from duetvl.training.objective import Reference, trained_samples
 from duetvl.training.recipe.sections import DpoSection
 
 Tensor = Any
-Reference = Callable[[Batch], Tensor]  # the reference's log-probabilities (S,) of whole answers, float32
 
 
 LOGGED: Final = (
@@ -41,54 +41,55 @@ LOGGED: Final = (
 )
 
 
-class PreferenceModel(Protocol):
-    """What the losses of pairs need of a model."""
+class AnswerModel(Protocol):
+    """What a reference needs of a model."""
 
     def logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities (N,) float32 of the trained tokens in the order of `batch.targets`, without a tape."""
         ...
 
-    def forward_logprobs(
-        self, batch: Batch, objective: Callable[[Tensor], tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], Tape]:
-        """What `objective` makes of them, and the tape of both."""
-        ...
+
+@dataclass(frozen=True, eq=False)
+class PreparedPairs:
+    """A batch of pairs, the tokens (N,) that are trained, and the reference's log-probabilities (S,)."""
+
+    batch: Batch
+    labels: Tensor
+    reference: Tensor
 
 
 class PreferenceObjective:
-    """DPO of a model against a reference: an `Objective`. A step's loss is the mean over its pairs.
+    """DPO against a reference: an `Objective`. A step's loss is the mean over its pairs.
 
     Nothing random happens inside the model, so that policy and reference can be compared: recipes with both `dpo`
     and dropout are refused.
     """
 
     unit = "pairs"
+    logged: tuple[str, ...] = LOGGED
+    needs_reference = True
 
-    def __init__(self, model: PreferenceModel, reference: Reference, settings: DpoSection, backend: Backend):
-        self.model, self.reference = model, reference
-        self.loss = PreferenceLoss(settings, backend)
-
-    def forward(self, batch: Batch, key: Key = ()) -> Forward:
-        """The sum over pairs."""
-        reference = self.reference(batch)
-
-        def objective(logprobs: Tensor) -> tuple[Tensor, ...]:
-            loss, values = self.loss(batch, logprobs, reference)
-            return loss, *(values[name] for name in LOGGED)
-
-        (loss, *values), tape = self.model.forward_logprobs(batch, objective)
-        return Forward(loss, tape, dict(zip(LOGGED, values, strict=True)))
-
-    def evaluate(self, batch: Batch) -> Evaluated:
-        """The same, without a tape."""
-        return Evaluated(*self.loss(batch, self.model.logprobs(batch), self.reference(batch)))
+    def __init__(self, settings: DpoSection, backend: Backend):
+        self.ops = backend.ops
+        self.answer_loss = PreferenceLoss(settings, backend)
 
     def weight(self, batch: Batch) -> float:
         """The number of pairs."""
         return pairs(batch)
 
+    def prepare(self, batch: Batch, reference: Tensor | None = None) -> PreparedPairs:
+        """Labels, beside what the reference says."""
+        assert reference is not None
+        return PreparedPairs(batch, self.ops.from_numpy(batch.targets[batch.targets != IGNORE]), reference)
 
-def reference_of(model: PreferenceModel, ops: Ops) -> Reference:
+    def loss(self, hidden: Tensor, w: Weights, prepared: PreparedPairs) -> tuple[Tensor, ...]:
+        """The sums over pairs."""
+        logprobs = vocabulary.logprobs(self.ops, w, hidden, prepared.labels)
+        loss, values = self.answer_loss(prepared.batch, logprobs, prepared.reference)
+        return loss, *(values[name] for name in LOGGED)
+
+
+def reference_of(model: AnswerModel, ops: Ops) -> Reference:
     """A model as a reference."""
     return lambda batch: answer_sums(ops, batch, model.logprobs(batch))
 

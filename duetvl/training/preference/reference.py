@@ -24,7 +24,8 @@ from duetvl.models.qwen_vl.loading import identity, load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.storage.weights_dir import open_weights
-from duetvl.training.preference.dpo import Reference, reference_of
+from duetvl.training.objective import Reference
+from duetvl.training.preference.dpo import reference_of
 from duetvl.training.preference.reference_cache import ReferenceCache, reference_name, short_hash
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.metrics import Progress
