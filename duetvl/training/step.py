@@ -17,6 +17,7 @@ from duetvl.core.errors import DuetvlError
 from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import Parts
+from duetvl.core.ranks import Ranks
 from duetvl.data.loading.loader import Step
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective, Reference
@@ -106,6 +107,7 @@ class Trainer:
         update either, whatever `on_nonfinite` says.
         """
         self.model, self.objective, self.reference = model, objective, reference
+        self.ranks = Ranks(backend.collectives)
         self.seed, self.on_nonfinite = seed, on_nonfinite
         self.backend = backend
         self.optim = optim
@@ -125,20 +127,23 @@ class Trainer:
         independent of the split into micro-batches as far as the weights are.
         """
         packs = {pack: batch for pack, batch in work.packs() if self.objective.weight(batch)}
-        if not packs:
-            return None
         batches = list(packs.values())
-        weight = sum(self.objective.weight(batch) for batch in batches)
+        (weight,) = self.ranks.sum([sum(self.objective.weight(batch) for batch in batches)])
+        if not weight:
+            return None
         scale = self.loss_scale.scale if self.loss_scale else weight  # of the mean loss, in the main gradients
         sums, values = self._accumulate(packs, number, scale / weight)
         norm = self.backend.optimizer.grad_norm(self.trained) / scale
-        means = {**self._means(values, weight), **({"loss_scale": scale} if self.loss_scale else {})}
+        loss, *logged = (total / weight for total in self.ranks.sum([sum(sums), *self._totals(values)]))
+        means = dict(zip(self.objective.logged, logged, strict=True))
+        if self.loss_scale:
+            means["loss_scale"] = scale
         skipped = self._unusable(sums, norm, batches, number)
         if skipped is None:
             self._update(lr, norm, scale)
         else:
             self._drop_gradients()
-        return StepResult(sum(sums) / weight, norm, means, skipped)
+        return StepResult(loss, norm, means, skipped)
 
     def _update(self, lr: float, norm: float, scale: float) -> None:
         clip = self.optim.clip
@@ -154,15 +159,15 @@ class Trainer:
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective's means over the batches."""
-        total, weight, tokens = 0.0, 0.0, 0
-        values: list[Sequence[Tensor]] = []
+        own = np.zeros(3 + len(self.objective.logged))  # weight, tokens, loss, values
         for batch in batches:
             if part := self.objective.weight(batch):
-                loss, *logged = self.model.evaluate(batch, self._last_stage(batch))
-                total += self._number(loss)
-                values.append(logged)
-                weight, tokens = weight + part, tokens + batch.trained_tokens
-        return Evaluation(total / weight if weight else math.nan, tokens, weight, self._means(values, weight))
+                outputs = self.model.evaluate(batch, self._last_stage(batch))
+                own += [part, batch.trained_tokens, *map(self._number, outputs)]
+        weight, tokens, *totals = self.ranks.sum(own.tolist())
+        loss, *logged = (total / weight if weight else math.nan for total in totals)
+        values = dict(zip(self.objective.logged, logged, strict=True)) if weight else {}
+        return Evaluation(loss, round(tokens), weight, values)
 
     def _last_stage(self, batch: Batch) -> LastStage:
         """The objective's function of the model's last rows, with what it needs to know of the batch."""
@@ -189,10 +194,9 @@ class Trainer:
             values.append(logged)
         return [self._number(loss) for loss in losses], values  # read at the end: the device need not wait in between
 
-    def _means(self, values: Sequence[Sequence[Tensor]], weight: float) -> dict[str, float]:
-        """Sums over micro-batches of what the objective logs, divided by the weight of them all."""
-        totals = (sum(map(self._number, column)) for column in zip(*values, strict=True))
-        return {name: total / weight for name, total in zip(self.objective.logged, totals, strict=False)}
+    def _totals(self, values: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Each value that the objective logs, summed over the micro-batches of this rank."""
+        return [sum(self._number(logged[place]) for logged in values) for place in range(len(self.objective.logged))]
 
     def _unusable(self, sums: Sequence[float], norm: float, batches: Sequence[Batch], number: int) -> str | None:
         """Why there must be no update, or None. Raises NonFiniteError where that is to stop the run."""

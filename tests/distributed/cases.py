@@ -12,6 +12,7 @@ from duetvl.core.backend import Backend
 from duetvl.core.collectives import Receive, Send
 from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
+from duetvl.core.ranks import Ranks
 from duetvl.parallel import differentiable as par
 from duetvl.parallel.differentiable import Team
 
@@ -45,6 +46,16 @@ def same(be: Backend, found: Any, wanted: np.ndarray, dtype: str | None = None) 
 def close(be: Backend, found: Any, wanted: np.ndarray) -> None:
     """Equal up to the order of float32 sums."""
     np.testing.assert_allclose(be.to_numpy(found), wanted, rtol=2e-5, atol=2e-5)
+
+
+@case
+def ranks_decide_together(be: Backend) -> None:
+    ranks = Ranks(be.collectives)
+    assert (ranks.index, ranks.count, ranks.writes) == (be.collectives.rank, WORLD, be.collectives.rank == 0)
+    assert ranks.sum([0.1 * (ranks.index + 1), 1.0]) == [0.1 + 0.2 + 0.1 * 3 + 0.4, 4.0]
+    assert ranks.any(ranks.index == 2)
+    assert not ranks.any(False)
+    assert ranks.agree(f"the clock of {ranks.index}") == "the clock of 0"
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------
