@@ -1,4 +1,4 @@
-"""Which activations are kept for the way back, and which are computed again."""
+"""Which activations are kept for the backward pass, and which are computed again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def towers(mode: Mode, again: Run) -> tuple[Recompute, Recompute]:
     """How the vision tower and the language model run; `again` is `Autograd.checkpoint`.
 
     full: of every block its input alone is kept. vision, language: that tower does so, the other keeps all.
-    selective: MLPs run again, which hold most of a block's activations; attention, which is dear to run, is kept.
+    selective: MLPs run again, which hold most of a block's activations; attention, which is expensive to run, is kept.
     """
     whole, mlps = Recompute(block=again), Recompute(mlp=again)
     return {
