@@ -44,3 +44,30 @@ class Box:
     def seen_from(self, other: Box) -> Box:
         """The same block in the coordinates of a box that contains it."""
         return Box(tuple(a - b for a, b in zip(self.offset, other.offset, strict=True)), self.shape)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The part of a whole tensor that is held as one: boxes of it, joined along an axis in their order.
+
+    A rank's share of a fused [q; k; v] is three boxes.
+    """
+
+    boxes: tuple[Box, ...]
+    axis: int = 0
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Slices:
+        """All of a tensor of this shape."""
+        return cls((Box.whole(shape),))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the joined boxes have; nothing for none."""
+        if not self.boxes:
+            return ()
+        first = self.boxes[0].shape
+        if not first:
+            return first
+        length = sum(box.shape[self.axis] for box in self.boxes)
+        return (*first[: self.axis], length, *first[self.axis + 1 :])
