@@ -60,7 +60,12 @@ def add_adapters(model: QwenVL, adapters: Adapters, seed: int) -> None:
 
 def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapter:
     """An adapter on disk, checked to fit a model; CheckpointError or ConfigError where it does not."""
-    return open_adapter(directory, linear_shapes(config), lambda name: canonical_name(name, tied=False) or name)
+    return open_adapter(
+        directory,
+        linear_shapes(config),
+        rename=lambda name: canonical_name(name, tied=False) or name,
+        spell=lambda module: (module_name(module), module),
+    )
 
 
 def load_adapter(model: QwenVL, stored: StoredAdapter) -> None:
