@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from duetvl.core.backend import load_backend
-from duetvl.models.qwen_vl.config import count_parameters, load_config, parameter_shapes, published_config
+from duetvl.models.qwen_vl.config import load_config, published_config
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.models.qwen_vl.parameters import count_parameters, parameter_shapes
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import load_parameters, write_shards
 

@@ -72,8 +72,8 @@ def open_adapter(
     """Read the configuration and the header of an adapter, and check that it fits a model.
 
     `weights` are the shapes (out, in) of the weights that may have an adapter, `rename` makes a module's name in
-    transformers ours, and `spell` gives what transformers calls ours, now and in the past. CheckpointError for what is missing, damaged or of another model, ConfigError for what duetvl
-    does not implement.
+    transformers ours, and `spell` gives what transformers calls ours, now and in the past. CheckpointError for what is
+    missing, damaged or of another model, ConfigError for what duetvl does not implement.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -197,9 +197,9 @@ def _sizes(
     """
     rank_of = _Pattern(config, "r", "rank_pattern", where)
     alpha_of = _Pattern(config, "lora_alpha", "alpha_pattern", where)
-    names = {module: (name, spell(module)[0]) for module, name in own.items()}
+    names: dict[str, Sequence[str]] = {module: (name, spell(module)[0]) for module, name in own.items()}
     if any(rank_of(names[module]) != rank for module, rank in ranks.items()):
-        every = {module: (name, *spell(module)) for module, name in own.items()}
+        every: dict[str, Sequence[str]] = {module: (name, *spell(module)) for module, name in own.items()}
         if all(rank_of(every[module]) == rank for module, rank in ranks.items()):
             names = every
     sizes: dict[str, Size] = {}

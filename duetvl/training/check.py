@@ -15,9 +15,10 @@ from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.hub import is_id, model_directory
-from duetvl.models.qwen_vl.config import load_config, parameter_shapes
+from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.weights_dir import open_weights
 from duetvl.training.checkpoints.run_directory import find_start
 from duetvl.training.feed import DataSets

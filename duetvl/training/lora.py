@@ -18,10 +18,11 @@ from duetvl.models.qwen_vl.adapters import (
     save_adapter,
     save_merged,
 )
-from duetvl.models.qwen_vl.config import ModelConfig, count_parameters
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import identity, save_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_name
+from duetvl.models.qwen_vl.parameters import count_parameters
 from duetvl.training.recipe.sections import Recipe
 
 

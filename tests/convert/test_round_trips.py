@@ -140,8 +140,8 @@ def first_half(bits: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_new_names_of_transformers_are_read(tmp_path: Path) -> None:
-    from duetvl.models.qwen_vl.config import parameter_shapes
     from duetvl.models.qwen_vl.loading import write_config
+    from duetvl.models.qwen_vl.parameters import parameter_shapes
     from duetvl.storage.tensor_files import TensorSpec, write_tensor_file
 
     config = tiny_config(tied=True)

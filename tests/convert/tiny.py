@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
 from duetvl.storage.weights_dir import open_weights, write_shards
 

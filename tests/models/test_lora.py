@@ -21,8 +21,9 @@ from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.random import philox
 from duetvl.models.lora import Adapters, Size, is_adapter
 from duetvl.models.qwen_vl.adapters import add_adapters, layers, open_adapter_for, peft_targets
-from duetvl.models.qwen_vl.config import load_config, parameter_shapes
+from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.names import module_name
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorFile
 
 peft = pytest.importorskip("peft")

@@ -13,10 +13,11 @@ from duetvl.core.errors import ConfigError
 from duetvl.models.hub import model_directory
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
-from duetvl.models.qwen_vl.config import ModelConfig, Shape, load_config, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.loading import copy_settings, write_config
 from duetvl.models.qwen_vl.model import PARTS, QwenVL
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names, module_name
+from duetvl.models.qwen_vl.parameters import Shape, parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.half import narrowed, widened
 from duetvl.storage.tensor_files import TensorSpec

@@ -14,10 +14,11 @@ from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
 from duetvl.core.params import Parameter
 from duetvl.models.hub import model_directory
-from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.init import initial_weights
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.files import WEIGHT_FILES, staged_directory, write_text
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import fingerprint, load_parameters, open_weights, write_shards, write_weights

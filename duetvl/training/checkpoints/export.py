@@ -12,8 +12,9 @@ from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.hub import model_directory
 from duetvl.models.lora import Adapters
 from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import copy_settings, write_config
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.checkpoint_format import StoredCheckpoint
 from duetvl.storage.files import staged_directory
 from duetvl.storage.tensor_files import TensorSpec

@@ -18,11 +18,12 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.hub import is_id, model_directory
-from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import identity, load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.weights_dir import open_weights
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
