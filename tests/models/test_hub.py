@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from duetvl.core.errors import CheckpointError
-from duetvl.models.hub import is_id, model_directory
+from duetvl.models.hub import is_id
+from duetvl.models.model_directory import open_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny_run
@@ -71,7 +72,7 @@ def test_the_interface_takes_ids(tmp_path):
         "import duetvl\n"
         f"be = duetvl.load_backend({BACKEND!r}, device='cpu')\n"
         "model = duetvl.load_model('Qwen/Tiny-VL', backend=be)\n"
-        "print(model.source, len(duetvl.load_processor('Qwen/Tiny-VL')([{'role': 'user', 'content': 'hi'}])))\n"
+        "print(model.source.path, len(duetvl.load_processor('Qwen/Tiny-VL')([{'role': 'user', 'content': 'hi'}])))\n"
     )
     done = run(tmp_path, "-c", program, HF_HUB_OFFLINE="1")
     assert done.stdout.startswith(f"{snapshot} "), done.stderr
@@ -96,28 +97,28 @@ def test_a_directory_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_run.write_model(tmp_path / "Qwen" / "Tiny-VL")
     assert not is_id("Qwen/Tiny-VL")
-    assert model_directory("Qwen/Tiny-VL") == Path("Qwen/Tiny-VL")
+    assert open_model("Qwen/Tiny-VL").path == Path("Qwen/Tiny-VL")
 
 
 @pytest.mark.parametrize("path", ["model", "./a/b", "/a/b", "a/b/c", "../b", "a/.b", "C:/x"])
 def test_what_is_no_id_is_left_to_whoever_reads_it(path):
     assert not is_id(path)
-    assert model_directory(path) == Path(path)
+    assert open_model(path).path == Path(path)
 
 
 def test_modelscope_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(CheckpointError) as caught:
-        model_directory("modelscope:Qwen/Qwen2.5-VL-7B-Instruct")
+        open_model("modelscope:Qwen/Qwen2.5-VL-7B-Instruct")
     assert "needs the modelscope library, which is not installed: pip install modelscope" in str(caught.value)
     with pytest.raises(CheckpointError, match="is no id of ModelScope: expected OWNER/NAME"):
-        model_directory("modelscope:Qwen2.5-VL-7B-Instruct")
+        open_model("modelscope:Qwen2.5-VL-7B-Instruct")
 
 
 def test_modelscope_takes_the_cache_where_there_is_no_network(tmp_path):
     if find_spec("modelscope") is None:
         pytest.skip("modelscope is not installed")
     snapshot = tiny_run.write_model(tmp_path / "models" / "Qwen--Tiny-VL" / "snapshots" / "master")
-    program = "from duetvl.models.hub import model_directory as d; print(d('modelscope:Qwen/Tiny-VL'))"
+    program = "from duetvl.models.model_directory import open_model as o; print(o('modelscope:Qwen/Tiny-VL').path)"
     done = run(tmp_path, "-c", program, MODELSCOPE_CACHE=str(tmp_path), MODELSCOPE_ENDPOINT=NOWHERE)
     assert done.stdout.splitlines()[-1:] == [str(snapshot)], done.stderr

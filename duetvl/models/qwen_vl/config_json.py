@@ -47,13 +47,11 @@ class Section:
             raise ConfigError(f"{self.where}: {key} is {shown(value)}, expected an integer from {least} to {most}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A positive number."""
+    def number(self, key: str, default: Any = _REQUIRED, most: float = LARGEST) -> float:
+        """A positive number of at most `most`."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
-            raise ConfigError(
-                f"{self.where}: {key} is {shown(value)}, expected a positive number of at most {LARGEST:g}"
-            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            raise ConfigError(f"{self.where}: {key} is {shown(value)}, expected a positive number of at most {most:g}")
         return value
 
     def integers(self, key: str, default: Any = _REQUIRED) -> tuple[int, ...]:
@@ -114,8 +112,8 @@ def _size(name: str, field: str, default: Any = _REQUIRED, most: int = MOST) -> 
     return _plain(name, field, lambda section: section.integer(name, default, 1, most))
 
 
-def _number(name: str, field: str, default: Any = _REQUIRED) -> Key:
-    return _plain(name, field, lambda section: section.number(name, default))
+def _number(name: str, field: str, default: Any = _REQUIRED, most: float = LARGEST) -> Key:
+    return _plain(name, field, lambda section: section.number(name, default, most))
 
 
 def _token(name: str, default: int) -> Key:
@@ -189,7 +187,7 @@ _QWEN2_5_VISION: Final = (
         lambda vision: vision.integers("fullatt_block_indexes", (7, 15, 23, 31)),
         lambda vision: list(vision.full_attention_layers),
     ),
-    _number("tokens_per_second", "tokens_per_second"),
+    _number("tokens_per_second", "tokens_per_second", most=1000),
 )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from duetvl.core.patterns import Parts, require_matching
 from duetvl.models import vocabulary
 from duetvl.models.attention import Attend
 from duetvl.models.lora import Adapters, is_adapter
+from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
@@ -55,7 +55,7 @@ class QwenVL:
         self.family = QwenVLFamily(config)
         self.adapters: Adapters | None = None
         self.recompute: Mode = "none"  # what a pass on a tape does not keep
-        self.source: Path | None = None  # the directory it was read from
+        self.source: ModelDirectory | None = None  # what it was read from
         self._mark_conditional()
 
     def freeze(self, patterns: Sequence[str]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.models.hub import model_directory
 from duetvl.models.lora import Adapters
+from duetvl.models.model_directory import open_model
 from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.loading import copy_settings, write_config
+from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.checkpoint_format import StoredCheckpoint
 from duetvl.storage.files import staged_directory
@@ -91,11 +91,12 @@ def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
 def _copy_settings_of(recipe: Any, staging: Path, say: Say) -> None:
     path = recipe.get("model", {}).get("path", "")
     try:
-        source = model_directory(path, weights=False)
+        source = open_model(path, weights=False)
+        known = (source.path / "config.json").is_file()
     except CheckpointError:
-        source = Path(path)
-    if (source / "config.json").is_file():
-        copy_settings(source, staging)
+        known = False
+    if known:
+        source.copy_settings(staging)
     else:
         say(f"warning: there is no model directory {path!r} here: copy its tokenizer and settings yourself")
 
