@@ -61,8 +61,8 @@ def write_hf(
     write_shards(directory, specs, tensors.__getitem__, max_shard_bytes=shard_bytes)
     write_config(config, directory, dtype)
     (directory / "tokenizer.json").write_text("{}")
-    (directory / "extra").mkdir()
-    (directory / "extra" / "notes.txt").write_text("kept")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("kept")
     return tensors
 
 
