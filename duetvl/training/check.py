@@ -51,7 +51,8 @@ def check(
     if given.dpo is not None:
         yield describe(given, source.config)
     maker = SampleMaker(sets.files, record_encoder(given, source))
-    way = _Way(source.config.vision.merge, decode, given.data.on_bad_sample == "skip", start.run_dir)
+    skip_bad, config = given.data.on_bad_sample == "skip", source.config
+    way = _Way(config.vision.merge, decode, skip_bad, start.run_dir, config.text.max_positions)
     yield from _walked("data.train", sets.train_refs(), sets.train_count, maker, way)
     val = sets.val_refs()
     if val is not None:
@@ -114,6 +115,11 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
         )
     if not found.lengths:
         raise DataError(f"{name}: has no usable record")
+    if beyond := sum(length > way.most_positions for length in found.lengths):
+        yield (
+            f"  warning: {beyond} of {len(found.lengths)} samples have more tokens than the {way.most_positions} "
+            f"positions that the model is made for (max_position_embeddings)"
+        )
     picture = way.run_dir / f"{name}.lengths.png"
     with _writing_to(way.run_dir):
         found.draw(picture)
@@ -136,3 +142,4 @@ class _Way:
     decode: bool
     skip_bad: bool
     run_dir: Path
+    most_positions: int

@@ -1,5 +1,6 @@
 """The host side: positions, windows and tables by literals and against transformers; packing."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -399,3 +400,17 @@ def test_every_number_comes_from_the_config() -> None:
     index, _ = family.position_index(np.array([12] * 3), NO_GRIDS, np.array([[3, 1, 1]]))
     assert index[0].tolist() == [0, 25, 50]
     assert family.vision_tables(np.array([[1, 4, 4]])).window_spans.lengths.tolist() == [4] * 4
+
+
+def test_positions_beyond_the_models_are_told_once() -> None:
+    config = published_config("Qwen2.5-VL-7B")
+    family = QwenVLFamily(replace(config, text=replace(config.text, max_positions=8)))
+    ids = np.arange(9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        family.pack([Sample(ids[:8], None), Sample(ids[:8], None)])
+    with pytest.warns(UserWarning, match=r"sample 'long' has 9 positions, the model is made for 8 \(max_position_emb"):
+        family.pack([Sample(ids[:3], None), Sample(ids, None, id="long")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        family.pack([Sample(ids, None)])

@@ -8,6 +8,7 @@ where text resumes; neither is followed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -67,6 +68,7 @@ class QwenVLFamily:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+        self._warned = False
         vision = config.vision
         self.geometry = PatchGeometry(vision.channels, vision.patch, vision.temporal, vision.merge)
         self.special = SpecialTokens(
@@ -112,11 +114,13 @@ class QwenVLFamily:
     def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end; a pair is two sequences, the chosen one first, over one copy of its pictures.
 
-        Raises DataError naming the sample whose tokens and media disagree.
+        Raises DataError naming the sample whose tokens and media disagree. Warns, once, of one with positions beyond
+        those that the model was made for.
         """
         if not samples:
             raise DataError("cannot pack an empty list of samples")
         parts = [part for index, given in enumerate(samples) for part in self._checked(given, index)]
+        self._warn_of_positions(parts)
         media = [pixels for part in parts for pixels in part.media]
         merged = np.cumsum([0, *(part.features for part in parts)])
         starts = np.cumsum([0, *(len(part.sample) for part in parts)])
@@ -131,6 +135,17 @@ class QwenVLFamily:
             visual_src=_offset([part.src for part in parts], merged),
             sample_ids=tuple(given.id for given in samples),
         )
+
+    def _warn_of_positions(self, parts: Sequence[_Part]) -> None:
+        most = self.config.text.max_positions
+        longest = max(parts, key=lambda part: int(part.positions.max(initial=-1)))
+        if not self._warned and longest.positions.max(initial=-1) >= most:
+            self._warned = True
+            warnings.warn(
+                f"sample {longest.sample.id!r} has {longest.positions.max() + 1} positions, the model is made for "
+                f"{most} (max_position_embeddings in its config.json), and answers worse beyond them",
+                stacklevel=3,
+            )
 
     def prepare(self, batch: Batch) -> HostTables:
         """Window order, spans and rotary tables of a batch."""
