@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from duetvl.models.hub import MODELSCOPE, fetch, is_id
+from duetvl.models.hub import fetch, is_id
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.parameters import parameter_shapes
@@ -55,11 +55,6 @@ class ModelDirectory:
     def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer, in either of its forms."""
         return any((self.path / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-
-    @property
-    def base_name(self) -> str:
-        """What the configuration of an adapter calls this model: the user's name, an id without its hub."""
-        return self.name.removeprefix(MODELSCOPE)
 
     def identity(self) -> dict[str, Any]:
         """Which model this is, as JSON: the user's name for it, and by what its weights are known wherever they lie."""

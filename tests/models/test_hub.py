@@ -72,10 +72,16 @@ def test_the_interface_takes_ids(tmp_path):
         "import duetvl\n"
         f"be = duetvl.load_backend({BACKEND!r}, device='cpu')\n"
         "model = duetvl.load_model('Qwen/Tiny-VL', backend=be)\n"
+        "from duetvl.models.lora import Adapters, Size\n"
+        "from duetvl.models.qwen_vl.adapters import add_adapters\n"
+        "add_adapters(model, Adapters({'model.layers.0.mlp.up_proj': Size(2, 2.0)}), seed=0)\n"
+        "model.save_adapter('adapter')\n"
         "print(model.source.path, len(duetvl.load_processor('Qwen/Tiny-VL')([{'role': 'user', 'content': 'hi'}])))\n"
     )
     done = run(tmp_path, "-c", program, HF_HUB_OFFLINE="1")
     assert done.stdout.startswith(f"{snapshot} "), done.stderr
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "Qwen/Tiny-VL"
 
 
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOWHERE}], ids=["offline", "no net"])

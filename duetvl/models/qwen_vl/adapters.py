@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.errors import ConfigError
+from duetvl.models.hub import MODELSCOPE
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
 from duetvl.models.model_directory import open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
@@ -85,7 +86,7 @@ def save_adapter(model: QwenVL, directory: str | Path, *, overwrite: bool = Fals
         return model.backend.checkpoint_io.save(tensors[path])[0].reshape(specs[path].shape)
 
     with staged_directory(directory, overwrite=overwrite) as staging:
-        base = None if model.source is None else model.source.base_name
+        base = None if model.source is None else model.source.name
         write_adapter_files(staging, model.config, adapters, specs, fetch, base)
 
 
@@ -97,8 +98,12 @@ def write_adapter_files(
     fetch: Fetch,
     base: str | None,
 ) -> None:
-    """Write PEFT's two files; `specs` and `fetch` by our paths, `base` what the user calls the model below."""
+    """Write PEFT's two files; `specs` and `fetch` by our paths, `base` what the user calls the model below.
+
+    An id is written without its hub, which PEFT does not know.
+    """
     targets = peft_targets(config, adapters.sizes)
+    base = None if base is None else base.removeprefix(MODELSCOPE)
     write_adapter(staging, adapters, specs, fetch, rename=module_name, targets=targets, base=base)
 
 

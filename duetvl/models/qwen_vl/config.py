@@ -199,7 +199,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory}: no such directory; give a local model directory with a config.json")
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f"{directory}: has no config.json")
     return ModelConfig.from_dict(read_json(path, CheckpointError), source=str(path))
 

@@ -72,7 +72,8 @@ def _export_adapter(ref: CheckpointRef, staging: Path, say: Say) -> None:
     if {name: tensor.shape for name, tensor in stored.items()} != shapes:
         raise CheckpointError(f"{ref.path}: its weights are not those of the adapters that it names")
     specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
-    write_adapter_files(staging, config, adapters, specs, _reader(ref), base.get("path"))
+    named = ref.meta.recipe.get("model", {}).get("path") or base.get("path")
+    write_adapter_files(staging, config, adapters, specs, _reader(ref), named)
 
 
 def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
