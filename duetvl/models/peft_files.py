@@ -85,15 +85,17 @@ def open_adapter(
     heads = {path.removesuffix(f".{A}"): name for path, name in tensors.items() if path.endswith(f".{A}")}
     own = {module: name.removeprefix(PREFIX).partition(".lora_A")[0] for module, name in heads.items()}
     ranks = {module: (*file.specs[name].shape, 0)[0] for module, name in heads.items()}
-    sizes = _sizes(config, directory / CONFIG, own, ranks, spell)
+    sizes, unused = _sizes(config, directory / CONFIG, own, ranks, spell)
     adapters = Adapters(
         sizes,
         dropout=_dropout(config, directory / CONFIG),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
+        rslora=_flag(config, "use_rslora", directory / CONFIG),
+        dora=_flag(config, "use_dora", directory / CONFIG),
     )
     stored = StoredAdapter(directory, adapters, file, tensors)
     _check(stored, weights)
+    for text in unused:
+        warnings.warn(f"{directory / CONFIG}: {text}", stacklevel=3)
     return stored
 
 
@@ -178,6 +180,13 @@ def _refuse_unimplemented(config: Mapping[str, Any], directory: Path) -> None:
         raise ConfigError(f"{where}: {', '.join(f'{key} {config[key]!r}' for key in other)}: not implemented")
 
 
+def _flag(config: Mapping[str, Any], key: str, where: Path) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key} {value!r} must be true or false")
+    return bool(value)
+
+
 def _dropout(config: Mapping[str, Any], where: Path) -> float:
     value = config.get("lora_dropout") or 0.0
     if not isinstance(value, int | float) or not 0 <= value < 1:
@@ -187,8 +196,9 @@ def _dropout(config: Mapping[str, Any], where: Path) -> float:
 
 def _sizes(
     config: Mapping[str, Any], where: Path, own: Mapping[str, str], ranks: Mapping[str, int], spell: Spell
-) -> dict[str, Size]:
+) -> tuple[dict[str, Size], list[str]]:
     """Rank and alpha of each module, patterns included; the rank that the configuration says must be the tensors'.
+    And what is to be said of patterns that match nothing.
 
     `own` has the name in the file of each module, `ranks` the rows of its A, both by our path. Patterns are of the
     names that the adapter was trained with, which are those of its tensors. Where none of them matches a module, its
@@ -210,9 +220,8 @@ def _sizes(
         if rank != stored:
             raise CheckpointError(f"{where.parent}: {module}.{A} has {stored} rows, {CONFIG} says rank {rank:g}")
         sizes[module] = Size(int(rank), alpha)
-    for pattern in (rank_of, alpha_of):
-        pattern.warn_unmatched(names.values(), where)
-    return sizes
+    unused = [text for pattern in (rank_of, alpha_of) if (text := pattern.unused(names.values()))]
+    return sizes, unused
 
 
 class _Pattern:
@@ -236,13 +245,11 @@ class _Pattern:
         matches = (value for name in names for pattern, value in self.patterns.values() if pattern.match(name))
         return next(matches, self.default)
 
-    def warn_unmatched(self, modules: Iterable[Sequence[str]], where: Path) -> None:
-        """Warn of patterns that match no module, as PEFT does."""
+    def unused(self, modules: Iterable[Sequence[str]]) -> str:
+        """What is to be said of patterns that match no module, of which PEFT warns too; empty where there are none."""
         names = [name for module in modules for name in module]
-        unmatched = [one for one, (pattern, _) in self.patterns.items() if not any(map(pattern.match, names))]
-        if unmatched:
-            text = f"{where}: {self.field}: {unmatched[0]!r} matches no layer of the adapter, so it has no effect"
-            warnings.warn(text, stacklevel=2)
+        found = [one for one, (pattern, _) in self.patterns.items() if not any(map(pattern.match, names))]
+        return f"{self.field}: {found[0]!r} matches no layer of the adapter, so it has no effect" if found else ""
 
 
 # -- the tensors ------------------------------------------------------------------------------------------------------

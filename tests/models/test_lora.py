@@ -370,6 +370,7 @@ def test_other_names_of_tensors_are_read(tiny, be, trained, tmp_path, names):
         (CheckpointError, {"r": 5}, r"has 3 rows, adapter_config.json says rank 5"),
         (CheckpointError, {"alpha_pattern": {"(": 5}}, "cannot be read"),
         (ConfigError, {"alpha_pattern": {"qkv": -1}}, "rank 3 and alpha -1 must be more than 0"),
+        (ConfigError, {"use_rslora": "false"}, "use_rslora 'false' must be true or false"),
         (ConfigError, {"lora_dropout": "much"}, "lora_dropout 'much' must be a number"),
         (CheckpointError, {"use_dora": True}, "absent .*lora_magnitude_vector"),
         (CheckpointError, {"lora_alpha": None}, "cannot be read"),
