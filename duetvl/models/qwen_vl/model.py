@@ -26,6 +26,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
 from duetvl.models.qwen_vl.language import decoder_layers, place_features
+from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
 from duetvl.models.recompute import Mode, towers
 
@@ -130,7 +131,7 @@ class QwenVL:
     def features(self, batch: Batch) -> Tensor:
         """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
         ops = self.backend.ops
-        tables = self.family.vision_tables(batch.grids)
+        tables = vision_tables(self.config.vision, batch.grids)
         given = vision_input(ops, self.family, batch, tables, self.dtype)
         with self.backend.autograd.no_grad():
             merged = vision_tower(ops, self.config.vision, self._weights.visual, given)
