@@ -84,6 +84,28 @@ def test_the_interface_takes_ids(tmp_path):
     assert saved["base_model_name_or_path"] == "Qwen/Tiny-VL"
 
 
+def test_exports_of_a_lora_run_name_the_id_and_no_place_in_a_cache(tmp_path):
+    cached(tmp_path, "Qwen/Tiny-VL")
+    tiny_run.write_data(tmp_path)
+    recipe = {
+        "model": {"path": "Qwen/Tiny-VL"},
+        "data": {"train": "data.jsonl", "pack_tokens": 250},
+        "lora": {"rank": 2},
+        "train": {"output_dir": "run", "global_batch": 2, "steps": 1},
+        "checkpoint": {"export": True},
+        "log": {"tensorboard": False, "plot": False},
+    }
+    (tmp_path / "tiny.json").write_text(json.dumps(recipe))
+    device = ("--backend", BACKEND, "--device", "cpu")
+    trained = run(tmp_path, "-m", "duetvl.cli", "train", "tiny.json", *device, HF_HUB_OFFLINE="1")
+    assert trained.returncode == 0, trained.stderr
+    exported = run(tmp_path, "-m", "duetvl.cli", "export", "run", "-o", "again", HF_HUB_OFFLINE="1")
+    assert exported.returncode == 0, exported.stderr
+    for directory in ("run/export", "again"):
+        saved = json.loads((tmp_path / directory / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == "Qwen/Tiny-VL"
+
+
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOWHERE}], ids=["offline", "no net"])
 def test_what_is_neither_here_nor_in_the_cache_is_one_line(tmp_path, environment):
     tiny_run.write_data(tmp_path)
