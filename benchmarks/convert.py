@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from duetvl.convert.streaming import plan_tensor_file
-from duetvl.models.qwen_vl.config import parameter_shapes, published_config
+from duetvl.models.qwen_vl.config import published_config
 from duetvl.models.qwen_vl.loading import write_config
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import plan_shards, write_shards
 

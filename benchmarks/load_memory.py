@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from duetvl.core.backend import load_backend
-from duetvl.models.qwen_vl.config import count_parameters, load_config, parameter_shapes, published_config
-from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.models.qwen_vl.config import load_config, published_config
+from duetvl.models.qwen_vl.parameters import count_parameters, parameter_shapes
+from duetvl.models.qwen_vl.weights import open_model_weights
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import load_parameters, write_shards
 
@@ -99,7 +100,7 @@ def measure(folder: str, name: str, dtype: str) -> dict[str, float | str]:
     before = status("RssAnon")
     started = time.perf_counter()
     with peaks("RssAnon", "RssFile") as found:
-        loaded = load_parameters(shapes, folder, backend, dtype, rename=canonical_names(config.tie_word_embeddings))
+        loaded = load_parameters(shapes, open_model_weights(folder, config), backend, dtype)
         seconds = time.perf_counter() - started
     assert len(loaded) == len(shapes)
     peak = found["RssAnon"] - before

@@ -9,9 +9,7 @@ import numpy as np
 from duetvl.core.batch import IGNORE, Pair, Sample
 from duetvl.data.encode import Processor
 from duetvl.inference.generate import generate
-from duetvl.models.hub import model_directory
-from duetvl.models.qwen_vl.config import load_config
-from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.models.model_directory import open_model
 from duetvl.training.watching.callbacks import Callback, Row, Running
 
 
@@ -23,8 +21,8 @@ class SampleAnswers(Callback):
 
     def on_start(self, run: Running) -> None:
         """Read the samples and the tokenizer."""
-        directory = model_directory(run.recipe.model.path, weights=False)
-        self.processor = Processor.from_directory(directory, QwenVLFamily(load_config(directory)))
+        source = open_model(run.recipe.model.path, weights=False)
+        self.processor = Processor.from_directory(source.path, source.family)
         given = run.validation_samples(run.recipe.log.generate)
         self.samples = [sample.chosen if isinstance(sample, Pair) else sample for sample in given]
         self.prompts = [prompt_of(sample) for sample in self.samples]

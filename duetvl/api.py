@@ -19,10 +19,8 @@ from duetvl.core.params import split_trainable
 from duetvl.data.encode import Processor
 from duetvl.inference.generate import generate
 from duetvl.inference.sampling import Sampling
-from duetvl.models.hub import model_directory
+from duetvl.models.model_directory import open_model
 from duetvl.models.qwen_vl import adapters, loading
-from duetvl.models.qwen_vl.config import load_config
-from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.model import LastStage, QwenVL
 from duetvl.training import train as train_module
 from duetvl.training.job import Job
@@ -66,7 +64,7 @@ class Model(QwenVL):
         """The processor of the directory that the model was read from."""
         if self.source is None:
             raise ConfigError("this model was not read from a directory, so it has no tokenizer; pass a Sample")
-        return Processor.from_directory(self.source, self.family)
+        return Processor.from_directory(self.source.path, self.family)
 
     def forward_loss(self, batch: Batch, *, key: tuple[int, ...] = ()) -> tuple[Any, Any]:
         """Sum of the trained tokens' cross-entropies, float32 and 0-d, and the tape that leads back from it.
@@ -171,10 +169,7 @@ class Model(QwenVL):
         adapters.save_adapter(self, directory, overwrite=overwrite)
 
     def _processor_if_any(self) -> Processor | None:
-        has_tokenizer = self.source is not None and (
-            (self.source / "tokenizer.json").is_file() or (self.source / "vocab.json").is_file()
-        )
-        return self.processor if has_tokenizer else None
+        return self.processor if self.source is not None and self.source.has_tokenizer else None
 
 
 class _Teller:
@@ -212,9 +207,9 @@ def load_model(
     weights, in float32, and is then all that is trained. Raises CheckpointError for what is missing, damaged or of
     another model, ConfigError for what duetvl does not implement.
     """
-    directory = model_directory(path)
-    stored = None if adapter is None else adapters.open_adapter_for(load_config(directory), adapter)
-    model = loading.load_model(directory, backend=backend, dtype=dtype, make=Model)
+    source = open_model(path)
+    stored = None if adapter is None else adapters.open_adapter_for(source.config, adapter)
+    model = loading.load_model(source, backend=backend, dtype=dtype, make=Model)
     if stored is not None:
         adapters.load_adapter(model, stored)
     return model
@@ -244,5 +239,5 @@ def load_processor(path: str | Path) -> Processor:
     Needs config.json, tokenizer.json and preprocessor_config.json; no weights, no framework. Raises
     CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
     """
-    directory = model_directory(path, weights=False)
-    return Processor.from_directory(directory, QwenVLFamily(load_config(directory)))
+    source = open_model(path, weights=False)
+    return Processor.from_directory(source.path, source.family)

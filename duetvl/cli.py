@@ -207,10 +207,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from duetvl.models.hub import model_directory
     from duetvl.models.qwen_vl.adapters import merge_directories
 
-    layers = merge_directories(model_directory(args.model), args.adapter, args.output)
+    layers = merge_directories(args.model, args.adapter, args.output)
     _say(f"merged {layers} layers into {args.output}")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -28,13 +27,12 @@ from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import module_name
-from duetvl.storage.files import WEIGHT_FILES
+from duetvl.models.settings import model_settings
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import MAX_SHARD_BYTES, plan_shards
 
 FAMILIES: Final = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
 _VISION_BIAS: Final = "image_encoder.encoder.blocks.layers.0.input_layernorm.bias"
-_HIDDEN: Final = (".git", ".cache", ".ipynb_checkpoints")
 
 
 def hf_to_mm(
@@ -245,12 +243,6 @@ def _whole(name: str, spec: TensorSpec) -> tuple[Piece, ...]:
 
 
 def _beside(directory: Path) -> dict[str, Path]:
-    """All that lies beside the weights, at any depth."""
-    found = {}
-    for folder, names, files in os.walk(directory):
-        names[:] = sorted(name for name in names if name not in _HIDDEN)
-        for name in files:
-            path = Path(folder) / name
-            if path.suffix != ".safetensors" and not any(path.match(pattern) for pattern in WEIGHT_FILES):
-                found[str(path.relative_to(directory))] = path
-    return found
+    """The configuration, and the files that belong to the model beside its weights."""
+    files = [Path("config.json"), *model_settings(directory)]
+    return {str(file): directory / file for file in files}

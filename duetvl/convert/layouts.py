@@ -14,7 +14,8 @@ from typing import Final
 from duetvl.convert.names import INTERLEAVED, TOWERS, Part, Rule, Tower, VisionOrder, lora_rules, rules, tied_head
 from duetvl.core.boxes import Box
 from duetvl.core.errors import ConfigError
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 
 Shape = tuple[int, ...]
 Layers = tuple[tuple[int, ...], ...]

@@ -15,6 +15,7 @@ from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names
+from duetvl.models.qwen_vl.weights import open_model_weights
 from duetvl.storage.checkpoint_format import MANIFEST, Manifest, StoredTensor, box_name
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.storage.weights_dir import StoredWeights, open_weights
@@ -41,7 +42,7 @@ def open_source(directory: Path, language: Path | None = None) -> Source:
         return _open_checkpoint(checkpoint)
     config = load_config(directory)
     model = Model.of(config)
-    weights = open_weights(directory, canonical_names(config.tie_word_embeddings))
+    weights = open_model_weights(directory, config)
     if language is not None:
         weights = _with_language(weights, language, config.tie_word_embeddings)
     weights.check(model.shapes)

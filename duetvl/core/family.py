@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -69,8 +69,4 @@ class Family(Protocol):
 
         Raises DataError naming the sample whose tokens and media disagree.
         """
-        ...
-
-    def prepare(self, batch: Batch) -> Any:
-        """Everything about a batch that is computed on the host and used by the model: window order, spans, tables."""
         ...

@@ -1,4 +1,4 @@
-"""Where a model is: a directory, or an id whose files are fetched from Hugging Face or ModelScope.
+"""Ids of models, whose files are fetched from Hugging Face or ModelScope.
 
 `ckpt/Qwen2.5-VL-7B-Instruct` is a directory if there is one, whatever its name looks like. Otherwise
 `Qwen/Qwen2.5-VL-7B-Instruct` is fetched by huggingface_hub and `modelscope:Qwen/Qwen2.5-VL-7B-Instruct` by modelscope.
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from duetvl.core.errors import CheckpointError
+from duetvl.models.settings import SETTINGS
 
 MODELSCOPE: Final = "modelscope:"
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SETTINGS: Final = ("*.json", "*.txt", "*.jinja", "LICENSE*")  # tokenizers, templates, settings
+_CONFIG: Final = ("config.json", "*.safetensors.index.json")
 _WEIGHTS: Final = ("*.safetensors",)
 
 
@@ -26,19 +27,15 @@ def is_id(path: str | Path) -> bool:
     return not Path(path).is_dir() and (text.startswith(MODELSCOPE) or _ID.fullmatch(text) is not None)
 
 
-def model_directory(path: str | Path, *, weights: bool = True) -> Path:
-    """The directory of a model, fetched if `path` is an id; without `weights` only what is needed to encode records.
+def fetch(model: str, *, weights: bool) -> Path:
+    """The directory that an id's files were fetched to; without `weights` only what is needed to encode records.
 
-    Raises CheckpointError where an id is given and it can neither be fetched nor is in the cache. What is neither a
-    directory nor an id is handed back as it is: who reads it says what it lacks.
+    Raises CheckpointError where they can neither be fetched nor are in the cache.
     """
-    if not is_id(path):
-        return Path(path)
-    patterns = [*_SETTINGS, *(_WEIGHTS if weights else ())]
-    text = str(path)
-    if text.startswith(MODELSCOPE):
-        return _fetched(text.removeprefix(MODELSCOPE), "ModelScope", _modelscope, patterns)
-    return _fetched(text, "Hugging Face", _hugging_face, patterns)
+    patterns = [*_CONFIG, *SETTINGS, *(_WEIGHTS if weights else ())]
+    if model.startswith(MODELSCOPE):
+        return _fetched(model.removeprefix(MODELSCOPE), "ModelScope", _modelscope, patterns)
+    return _fetched(model, "Hugging Face", _hugging_face, patterns)
 
 
 Download = Callable[[str, list[str], bool], str]

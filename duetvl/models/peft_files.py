@@ -8,9 +8,11 @@ error: an adapter never loses a part without a word.
 from __future__ import annotations
 
 import json
+import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +21,12 @@ import numpy as np
 
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.lora import MAGNITUDE, A, Adapters, Size
-from duetvl.storage.files import write_text
+from duetvl.storage.files import read_object, write_text
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 from duetvl.storage.weights_dir import count_and_name
 
 Shape = tuple[int, ...]
+Spell = Callable[[str], tuple[str, str]]
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -63,12 +66,14 @@ class StoredAdapter:
         return self.file.specs[self.tensors[path]].shape
 
 
-def open_adapter(directory: str | Path, weights: Mapping[str, Shape], rename: Callable[[str], str]) -> StoredAdapter:
+def open_adapter(
+    directory: str | Path, weights: Mapping[str, Shape], rename: Callable[[str], str], spell: Spell
+) -> StoredAdapter:
     """Read the configuration and the header of an adapter, and check that it fits a model.
 
     `weights` are the shapes (out, in) of the weights that may have an adapter, `rename` makes a module's name in
-    transformers ours. CheckpointError for what is missing, damaged or of another model, ConfigError for what duetvl
-    does not implement.
+    transformers ours, and `spell` gives what transformers calls ours, now and in the past. CheckpointError for what is
+    missing, damaged or of another model, ConfigError for what duetvl does not implement.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -77,15 +82,20 @@ def open_adapter(directory: str | Path, weights: Mapping[str, Shape], rename: Ca
         raise CheckpointError(f"{directory}: has no {WEIGHTS}{_pickled(directory)}")
     file = TensorFile(directory / WEIGHTS)
     tensors = _paths(file, rename)
-    sizes = _sizes(config, directory, {path: file.specs[name].shape for path, name in tensors.items()}, rename)
+    heads = {path.removesuffix(f".{A}"): name for path, name in tensors.items() if path.endswith(f".{A}")}
+    own = {module: name.removeprefix(PREFIX).partition(".lora_A")[0] for module, name in heads.items()}
+    ranks = {module: (*file.specs[name].shape, 0)[0] for module, name in heads.items()}
+    sizes, unused = _sizes(config, directory / CONFIG, own, ranks, spell)
     adapters = Adapters(
         sizes,
-        dropout=float(config.get("lora_dropout") or 0.0),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
+        dropout=_dropout(config, directory / CONFIG),
+        rslora=_flag(config, "use_rslora", directory / CONFIG),
+        dora=_flag(config, "use_dora", directory / CONFIG),
     )
     stored = StoredAdapter(directory, adapters, file, tensors)
     _check(stored, weights)
+    for text in unused:
+        warnings.warn(f"{directory / CONFIG}: {text}", stacklevel=3)
     return stored
 
 
@@ -141,17 +151,11 @@ def write_adapter(
 def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give the directory of an adapter in PEFT's layout")
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (directory / CONFIG).is_file():
         run = (directory / "checkpoints").is_dir() or (directory / "manifest.json").is_file()
         hint = "; write a run's adapter with `duetvl export`" if run else ""
-        raise CheckpointError(f"{directory}: has no {CONFIG}, so it is no adapter in PEFT's layout{hint}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{directory / CONFIG}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{directory / CONFIG}: is not a JSON object")
-    return config
+        raise CheckpointError(f"{directory}: has no {CONFIG}, so it is no adapter in PEFT's layout{hint}")
+    return read_object(directory / CONFIG, CheckpointError)
 
 
 def _refuse_unimplemented(config: Mapping[str, Any], directory: Path) -> None:
@@ -176,43 +180,76 @@ def _refuse_unimplemented(config: Mapping[str, Any], directory: Path) -> None:
         raise ConfigError(f"{where}: {', '.join(f'{key} {config[key]!r}' for key in other)}: not implemented")
 
 
+def _flag(config: Mapping[str, Any], key: str, where: Path) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key} {value!r} must be true or false")
+    return bool(value)
+
+
+def _dropout(config: Mapping[str, Any], where: Path) -> float:
+    value = config.get("lora_dropout") or 0.0
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{where}: lora_dropout {value!r} must be a number from 0 to below 1")
+    return float(value)
+
+
 def _sizes(
-    config: Mapping[str, Any], directory: Path, shapes: Mapping[str, Shape], rename: Callable[[str], str]
-) -> dict[str, Size]:
-    """Rank and alpha of each module, patterns included; the rank that the configuration says must be the tensors'."""
-    found: dict[str, Size] = {}
-    where = directory / CONFIG
-    try:
-        ranks = _Pattern(config.get("rank_pattern"), int(config["r"]), rename)
-        alphas = _Pattern(config.get("alpha_pattern"), float(config["lora_alpha"]), rename)
-        for path, shape in shapes.items():
-            if path.endswith(f".{A}"):
-                module = path.removesuffix(f".{A}")
-                size = Size(int(ranks.of(module)), float(alphas.of(module)))
-                if size.rank < 1 or not size.alpha > 0:
-                    raise ConfigError(f"{where}: rank {size.rank} and alpha {size.alpha:g} must be more than 0")
-                if shape[:1] != (size.rank,):
-                    raise CheckpointError(f"{directory}: {path} is {list(shape)}, {CONFIG} says rank {size.rank}")
-                found[module] = size
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise CheckpointError(f"{where}: r, lora_alpha or their patterns cannot be read: {error!r}") from None
-    return found
+    config: Mapping[str, Any], where: Path, own: Mapping[str, str], ranks: Mapping[str, int], spell: Spell
+) -> tuple[dict[str, Size], list[str]]:
+    """Rank and alpha of each module, patterns included; the rank that the configuration says must be the tensors'.
+    And what is to be said of patterns that match nothing.
+
+    `own` has the name in the file of each module, `ranks` the rows of its A, both by our path. Patterns are of the
+    names that the adapter was trained with, which are those of its tensors. Where none of them matches a module, its
+    current name is tried, as PEFT does today with an old file; and its old one where the ranks prove that those are
+    meant.
+    """
+    rank_of = _Pattern(config, "r", "rank_pattern", where)
+    alpha_of = _Pattern(config, "lora_alpha", "alpha_pattern", where)
+    names: dict[str, Sequence[str]] = {module: (name, spell(module)[0]) for module, name in own.items()}
+    if any(rank_of(names[module]) != rank for module, rank in ranks.items()):
+        every: dict[str, Sequence[str]] = {module: (name, *spell(module)) for module, name in own.items()}
+        if all(rank_of(every[module]) == rank for module, rank in ranks.items()):
+            names = every
+    sizes: dict[str, Size] = {}
+    for module, stored in ranks.items():
+        rank, alpha = rank_of(names[module]), alpha_of(names[module])
+        if not rank > 0 or not 0 < alpha < math.inf:
+            raise ConfigError(f"{where}: {module}: rank {rank:g} and alpha {alpha:g} must be more than 0")
+        if rank != stored:
+            raise CheckpointError(f"{where.parent}: {module}.{A} has {stored} rows, {CONFIG} says rank {rank:g}")
+        sizes[module] = Size(int(rank), alpha)
+    unused = [text for pattern in (rank_of, alpha_of) if (text := pattern.unused(names.values()))]
+    return sizes, unused
 
 
 class _Pattern:
-    """PEFT's rule: the first pattern that matches the end of a module's name, at a dot, gives its value."""
+    """A number of PEFT's configuration that may differ between modules.
 
-    def __init__(self, patterns: Mapping[str, Any] | None, default: float, rename: Callable[[str], str]):
-        self.patterns, self.default = {**(patterns or {})}, default
-        self.exact = {rename(name): value for name, value in self.patterns.items()}
+    The first pattern that matches the whole name of a module, or its end after a dot, gives it, else the default.
+    """
 
-    def of(self, module: str) -> float:
-        if module in self.exact:
-            return self.exact[module]
-        for pattern, value in self.patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return self.default
+    def __init__(self, config: Mapping[str, Any], default: str, patterns: str, where: Path):
+        self.field = patterns
+        try:
+            self.default = float(config[default])
+            given = dict(config.get(patterns) or {}).items()
+            # The same groups as in PEFT, so that a pattern with a back reference means the same.
+            self.patterns = {one: (re.compile(rf"(.*\.)?({one})$"), float(value)) for one, value in given}
+        except (KeyError, TypeError, ValueError, OverflowError, re.error) as error:
+            raise CheckpointError(f"{where}: {default} or {patterns} cannot be read: {error!r}") from None
+
+    def __call__(self, names: Sequence[str]) -> float:
+        """The number of a module; a later name of it counts where no pattern matches an earlier one."""
+        matches = (value for name in names for pattern, value in self.patterns.values() if pattern.match(name))
+        return next(matches, self.default)
+
+    def unused(self, modules: Iterable[Sequence[str]]) -> str:
+        """What is to be said of patterns that match no module, of which PEFT warns too; empty where there are none."""
+        names = [name for module in modules for name in module]
+        found = [one for one, (pattern, _) in self.patterns.items() if not any(map(pattern.match, names))]
+        return f"{self.field}: {found[0]!r} matches no layer of the adapter, so it has no effect" if found else ""
 
 
 # -- the tensors ------------------------------------------------------------------------------------------------------

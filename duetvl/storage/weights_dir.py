@@ -128,21 +128,19 @@ def fingerprint(weights: StoredWeights) -> str:
 
 def load_parameters(
     shapes: Mapping[str, Shape],
-    directory: str | Path,
+    weights: StoredWeights,
     backend: Backend,
     dtype: str,
     *,
     boxes: Mapping[str, Box] | None = None,
-    rename: Rename | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Read parameters straight to the device, one after the other, in the order of `shapes`.
 
     `shapes` are those of the whole tensors; a tensor that has an entry in `boxes` is read as that slice only. At no
     time is more held than the result and one tensor. `progress` is told the bytes of each tensor. CheckpointError
-    when the directory does not hold exactly these tensors, before any is read.
+    when `weights` are not exactly these tensors, before any is read.
     """
-    weights = open_weights(directory, rename)
     weights.check(shapes)
     loaded: dict[str, Tensor | None] = dict.fromkeys(shapes)
     for name in sorted(shapes, key=lambda name: _place_on_disk(weights, name)):

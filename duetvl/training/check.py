@@ -14,11 +14,9 @@ from typing import Any
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
-from duetvl.models.hub import is_id, model_directory
-from duetvl.models.qwen_vl.config import load_config, parameter_shapes
+from duetvl.models.model_directory import ModelDirectory, open_model
 from duetvl.models.qwen_vl.model import PARTS
-from duetvl.models.qwen_vl.names import canonical_names
-from duetvl.storage.weights_dir import open_weights
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.training.checkpoints.run_directory import find_start
 from duetvl.training.feed import DataSets
 from duetvl.training.groups import check_patterns
@@ -48,22 +46,19 @@ def check(
     yield _steps_line(given, sets.per_epoch)
     start = find_start(given)
     yield from start.notes or (f"run directory: {start.run_dir}, new",)
-    yield from _model_lines(given)
+    source = open_model(given.model.path, weights=False)
+    yield from _model_lines(given, source)
     if given.dpo is not None:
-        yield describe(given, load_config(model_directory(given.model.path, weights=False)))
-    maker = SampleMaker(sets.files, record_encoder(given))
-    way = _way(given, start.run_dir, decode)
+        yield describe(given, source.config)
+    maker = SampleMaker(sets.files, record_encoder(given, source))
+    skip_bad, config = given.data.on_bad_sample == "skip", source.config
+    way = _Way(config.vision.merge, decode, skip_bad, start.run_dir, config.text.max_positions)
     yield from _walked("data.train", sets.train_refs(), sets.train_count, maker, way)
     val = sets.val_refs()
     if val is not None:
         yield from _walked("data.val", val, sets.val_count, maker, way)
-    yield from _memory_lines(given, maker.drafts(list(islice(sets.train_refs(), FIRST))))
+    yield from _memory_lines(given, source, maker.drafts(list(islice(sets.train_refs(), FIRST))))
     check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
-
-
-def _way(recipe: Recipe, run_dir: Path, decode: bool) -> _Way:
-    merge = load_config(model_directory(recipe.model.path, weights=False)).vision.merge
-    return _Way(merge, decode, recipe.data.on_bad_sample == "skip", run_dir)
 
 
 def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
@@ -73,30 +68,27 @@ def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
     return f"recipe: {steps} steps of {group} samples, {steps * group / float(per_epoch):.2f} epochs"
 
 
-def _model_lines(recipe: Recipe) -> Iterator[str]:
+def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
     """Configuration, the headers of the weights, and adapters."""
-    path = model_directory(recipe.model.path, weights=False)
-    config = load_config(path)
+    config = source.config
     check_layers(recipe.parallel, config)
     shapes = parameter_shapes(config)
     plan = plan_adapters(recipe, config)
     adapters = plan.adapters.shapes(shapes) if plan else {}
     check_patterns([*shapes, *adapters], recipe.model.freeze, recipe.optim, PARTS)
-    fetched = not is_id(recipe.model.path) or any(path.glob("*.safetensors"))
-    if fetched:
-        open_weights(path, canonical_names(config.tie_word_embeddings)).check(shapes)
+    if source.has_weights:
+        _ = source.weights  # opened, and so checked
     numbers = sum(_volume(shape) for shape in shapes.values())
     known = f"{config.model_type}, {numbers / 1e6:.1f} million parameters in {recipe.model.dtype}"
-    yield f"model: {path}, {known}{'' if fetched else '; its weights are fetched when it is trained'}"
+    yield f"model: {source.path}, {known}{'' if source.has_weights else '; its weights are fetched when it is trained'}"
     if plan:
         yield plan.describe(config)
 
 
-def _memory_lines(recipe: Recipe, outcomes: Iterable[Any]) -> Iterator[str]:
+def _memory_lines(recipe: Recipe, source: ModelDirectory, outcomes: Iterable[Any]) -> Iterator[str]:
     """The estimate, from the sizes of the first samples."""
-    config = load_config(model_directory(recipe.model.path, weights=False))
-    plan = plan_adapters(recipe, config)
-    if line := memory_line(recipe, config, plan.adapters if plan else None, outcomes):
+    plan = plan_adapters(recipe, source.config)
+    if line := memory_line(recipe, source.config, plan.adapters if plan else None, outcomes):
         yield line
 
 
@@ -123,6 +115,11 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
         )
     if not found.lengths:
         raise DataError(f"{name}: has no usable record")
+    if beyond := sum(length > way.most_positions for length in found.lengths):
+        yield (
+            f"  warning: {beyond} of {len(found.lengths)} samples have more tokens than the {way.most_positions} "
+            f"positions that the model is made for (max_position_embeddings)"
+        )
     picture = way.run_dir / f"{name}.lengths.png"
     with _writing_to(way.run_dir):
         found.draw(picture)
@@ -145,3 +142,4 @@ class _Way:
     decode: bool
     skip_bad: bool
     run_dir: Path
+    most_positions: int

@@ -18,10 +18,11 @@ from duetvl.models.qwen_vl.adapters import (
     save_adapter,
     save_merged,
 )
-from duetvl.models.qwen_vl.config import ModelConfig, count_parameters
-from duetvl.models.qwen_vl.loading import identity, save_model
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.loading import save_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_name
+from duetvl.models.qwen_vl.parameters import count_parameters
 from duetvl.training.recipe.sections import Recipe
 
 
@@ -78,7 +79,7 @@ def base_of(model: QwenVL) -> Mapping[str, Any]:
     """What a checkpoint says of its adapters and of the model that they belong to; nothing without adapters."""
     if model.adapters is None or model.source is None:
         return {}
-    return {**identity(model.source, model.config), "adapters": model.adapters.to_json()}
+    return {**model.source.identity(), "adapters": model.adapters.to_json()}
 
 
 def exporter(recipe: Recipe) -> Callable[..., None]:

@@ -16,8 +16,9 @@ from duetvl.core.composed.ops import LEAST_ROWS, LOGIT_BUDGET
 from duetvl.core.patterns import matching
 from duetvl.data.draft import Draft
 from duetvl.models.lora import Adapters, is_adapter
-from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
 from duetvl.models.qwen_vl.model import PARTS
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.training.recipe.sections import Recipe
 
 Shape = tuple[int, ...]

@@ -15,18 +15,16 @@ from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.media.plan import MediaSettings
 from duetvl.data.media.video import FrameRule
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
-from duetvl.models.hub import model_directory
+from duetvl.models.model_directory import ModelDirectory, open_model
 from duetvl.models.qwen_vl.adapters import merged_tensors
-from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
-from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.job import Job
 from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
-from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity
+from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity, reference_model
 from duetvl.training.recipe.sections import DataSection, Recipe
 from duetvl.training.watching.costs import Flops
 
@@ -40,9 +38,10 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     dtype = recipe.model.dtype
     if not backend.device.supports(dtype):
         raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
-    encoder = record_encoder(recipe)
-    plan = plan_adapters(recipe, load_config(model_directory(recipe.model.path, weights=False)))
-    model: QwenVL = load_model(recipe.model.path, backend=backend, dtype=dtype)
+    source = open_model(recipe.model.path)
+    encoder = record_encoder(recipe, source)
+    plan = plan_adapters(recipe, source.config)
+    model: QwenVL = load_model(source, backend=backend, dtype=dtype)
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
     export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else exporter(recipe)
@@ -74,7 +73,7 @@ def _flops(recipe: Recipe, model: QwenVL) -> Flops:
     policy = partial(training_flops, model.config, model.parameters)
     if recipe.dpo is None or recipe.dpo.cache is not None:
         return policy
-    reference = load_config(model_directory(recipe.dpo.reference or recipe.model.path, weights=False))
+    reference = reference_model(recipe).config
     return lambda batch: policy(batch) + inference_flops(reference, batch)
 
 
@@ -85,18 +84,18 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
     export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
-def record_encoder(recipe: Recipe) -> AnswerEncoder:
-    """From records to samples, or to pairs with `dpo`, as the recipe says."""
+def record_encoder(recipe: Recipe, source: ModelDirectory | None = None) -> AnswerEncoder:
+    """From records to samples, or to pairs with `dpo`, as the recipe says; `source` is the recipe's model, opened."""
     data = recipe.data
     settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
-    encoder = RecordEncoder(recipe_processor(recipe), settings)
+    encoder = RecordEncoder(recipe_processor(recipe, source), settings)
     return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
 
 
-def recipe_processor(recipe: Recipe) -> Processor:
+def recipe_processor(recipe: Recipe, source: ModelDirectory | None = None) -> Processor:
     """The processor of the recipe's model with what the recipe says of pictures and videos."""
-    directory = model_directory(recipe.model.path, weights=False)
-    processor = Processor.from_directory(directory, QwenVLFamily(load_config(directory)))
+    source = source or open_model(recipe.model.path, weights=False)
+    processor = Processor.from_directory(source.path, source.family)
     processor.media = media_settings(processor.media, recipe.data)
     return processor
 

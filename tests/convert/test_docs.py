@@ -11,8 +11,9 @@ from duetvl.convert import plans
 from duetvl.convert.cli import main
 from duetvl.convert.names import lora_rules
 from duetvl.convert.streaming import Output, PlannedFile, plan_tensor_file
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes, published_config
+from duetvl.models.qwen_vl.config import ModelConfig, published_config
 from duetvl.models.qwen_vl.loading import write_config
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import plan_shards
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from duetvl.convert.cli import main
-from duetvl.models.qwen_vl.config import parameter_shapes
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 from tests.convert.tiny import mm_files, random_bits, tiny_config
 

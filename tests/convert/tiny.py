@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
 from duetvl.storage.weights_dir import open_weights, write_shards
 
@@ -60,8 +61,8 @@ def write_hf(
     write_shards(directory, specs, tensors.__getitem__, max_shard_bytes=shard_bytes)
     write_config(config, directory, dtype)
     (directory / "tokenizer.json").write_text("{}")
-    (directory / "extra").mkdir()
-    (directory / "extra" / "notes.txt").write_text("kept")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("kept")
     return tensors
 
 

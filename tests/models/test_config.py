@@ -9,14 +9,8 @@ import pytest
 
 import duetvl.models.qwen_vl.config as config_module
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.models.qwen_vl.config import (
-    ModelConfig,
-    count_parameters,
-    load_config,
-    parameter_shapes,
-    published_config,
-    published_names,
-)
+from duetvl.models.qwen_vl.config import ModelConfig, load_config, published_config, published_names
+from duetvl.models.qwen_vl.parameters import count_parameters, parameter_shapes
 
 PUBLISHED = {  # total, vision tower with merger, merger in millions
     "Qwen2-VL-2B": (2_208_985_600, 665_271_296, 34.1),
@@ -155,6 +149,63 @@ def test_writing_loses_nothing(name: str) -> None:
     assert source["vision_config"].items() <= written["vision_config"].items()
 
 
+# What the vision towers' classes have by default in transformers 4.45 to 4.49, which leave such keys out.
+CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "depth": 32, "embed_dim": 1280, "hidden_size": 3584, "hidden_act": "quick_gelu", "mlp_ratio": 4,
+        "num_heads": 16, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+    "qwen2_5_vl": {
+        "depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420, "num_heads": 16,
+        "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 4,
+        "window_size": 112, "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}  # fmt: skip
+OLD = {"qwen2_vl": ["4.45.0.dev0", "4.45.2", "4.46.3", "4.47.1", "4.48.3", "4.49.0"], "qwen2_5_vl": ["4.49.0"]}
+
+
+def as_saved_by(version: str, data: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as these versions write it."""
+    defaults = CLASS_DEFAULTS[data["model_type"]]
+    tower = {key: value for key, value in data["vision_config"].items() if value != defaults.get(key, ...)}
+    return {**data, "vision_config": tower, "transformers_version": version}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_files_of_old_versions_leave_out_the_defaults_of_their_class(name: str) -> None:
+    published = published_config(name)
+    for version in [*OLD[published.model_type], "4.50.0.dev0"]:
+        old = as_saved_by(version, published.to_dict())
+        assert "depth" not in old["vision_config"]
+        assert ModelConfig.from_dict(old) == published
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_left_out_is_the_class_default_and_not_a_published_value(model_type: str) -> None:
+    """A width and a clock that no published model has, and the language model's width not in the place of 3584."""
+    changes = {"hidden_size": 3584, "num_attention_heads": 224, "num_key_value_heads": 2}
+    whole = flat(model_type, **changes, vision_config=dict(CLASS_DEFAULTS[model_type]))
+    old = as_saved_by("4.49.0", whole)
+    assert old["vision_config"] == {}
+    assert ModelConfig.from_dict(old) == ModelConfig.from_dict(whole)
+    with pytest.raises(ConfigError, match="makes features of 3584 numbers, the language model takes 64"):
+        ModelConfig.from_dict(flat(model_type, vision_config={}, transformers_version="4.49.0"))
+
+
+@pytest.mark.parametrize("version", ["4.41.2", "4.50.0", "4.57.6", "5.24.0", None, "old", 5])
+def test_other_versions_leave_nothing_out(version: Any) -> None:
+    old = as_saved_by("4.49.0", published_config("Qwen2.5-VL-7B").to_dict())
+    with pytest.raises(ConfigError, match="vision_config: depth is missing"):
+        ModelConfig.from_dict({**old, "transformers_version": version})
+
+
+def test_rotary_base_of_the_vision_tower_in_transformers_5() -> None:
+    config = ModelConfig.from_dict(flat() | vision(rope_parameters={"rope_type": "axial", "rope_theta": 5000.0}))
+    assert config.vision.rope_theta == 5000
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert "rope_parameters" not in ModelConfig.from_dict(flat()).to_dict()["vision_config"]
+
+
 def test_rope_parameters_of_transformers_5() -> None:
     data = flat()
     nested = {key: data.pop(key) for key in TEXT if key != "rope_theta"}
@@ -234,6 +285,24 @@ def test_full_attention_layers() -> None:
         (vision(tokens_per_second=None), "tokens_per_second"),
         (vision(fullatt_block_indexes=["7"]), "list of integers"),
         (vision(window_size=20), "smaller than one merged patch"),
+        (vision(rope_parameters={"rope_type": "yarn"}), "rope_parameters: rope_type 'yarn' is not implemented"),
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000, expected an integer from 1 to 1000"),
+        (vision(depth=10_000_000), "depth is 10000000"),
+        ({"vocab_size": 10**15}, "vocab_size is 1000000000000000, expected"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000"),
+        (vision(patch_size=10**9), "patch_size is 1000000000"),
+        (vision(in_chans=10**9), "in_channels is 1000000000"),
+        (vision(fullatt_block_indexes=[7] * 10**6), "fullatt_block_indexes is [7, 7"),
+        (vision(fullatt_block_indexes=[-1]), "list of integers from 0"),
+        ({"model_type": "qwen2_vl", "vision_config": {**VISION["qwen2_vl"], "mlp_ratio": 1e9}}, "MLP of 32000000000"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"model_type": ["qwen2_vl"]}, "model_type is ['qwen2_vl']"),
+        ({"model_type": "x" * 10**6}, "model_type is 'xxx"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        ({"text_config": [1]}, "text_config: expected an object"),
+        ({"layer_types": 3, "hidden_size": "a\nb"}, r"hidden_size is 'a\nb'"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line_that_names_the_file(changes: dict[str, Any], message: str) -> None:
@@ -241,7 +310,7 @@ def test_refusals_are_one_line_that_names_the_file(changes: dict[str, Any], mess
         ModelConfig.from_dict({**flat(), **changes}, source="model/config.json")
     assert message in str(caught.value)
     assert str(caught.value).startswith("model/config.json: ")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_unreadable_directories(tmp_path: Path) -> None:
@@ -252,6 +321,11 @@ def test_unreadable_directories(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(flat()), encoding="utf-8-sig")
+    assert load_config(tmp_path) == ModelConfig.from_dict(flat())
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="expected an object"):
         load_config(tmp_path)

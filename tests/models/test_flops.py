@@ -12,6 +12,7 @@ from duetvl.core.batch import Sample
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.models.qwen_vl.flops import forward_flops, inference_flops, training_flops
 from duetvl.models.qwen_vl.model import PARTS
+from duetvl.models.qwen_vl.tables import vision_tables
 
 FREEZES = [(), ("vision",), ("vision", "projector"), ("language",)]
 
@@ -80,7 +81,7 @@ def test_windows_are_counted_as_they_are_cut(tiny):
         vision = model.config.vision
         for kind in ("image", "three images", "image and video"):
             batch = packed(model, kind)
-            tables = model.family.vision_tables(batch.grids)
+            tables = vision_tables(model.config.vision, batch.grids)
             pairs = sum(
                 int((np.diff(spans.cu_seqlens).astype(np.int64) ** 2).sum())
                 for layer in range(vision.depth)

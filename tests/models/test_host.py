@@ -1,5 +1,6 @@
 """The host side: positions, windows and tables by literals and against transformers; packing."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import pytest
 from duetvl.core.batch import IGNORE, Sample
 from duetvl.core.errors import DataError
 from duetvl.models.qwen_vl.config import ModelConfig, published_config
-from duetvl.models.qwen_vl.host import QwenVLFamily, window_order
+from duetvl.models.qwen_vl.host import QwenVLFamily
+from duetvl.models.qwen_vl.tables import batch_tables, rope_tables, vision_tables, window_order
 
 START, END, IMAGE, VIDEO = 151652, 151653, 151655, 151656
 QWEN2 = QwenVLFamily(published_config("Qwen2-VL-2B"))
@@ -117,14 +119,14 @@ def test_windows_keep_frames_contiguous_and_runs_short(grid: tuple[int, int, int
     order, _ = window_order([grid], 2, 4)
     frame = order // (height * width // 4)
     assert (np.diff(frame) >= 0).all()
-    tables = QWEN25.vision_tables(np.array([grid]))
+    tables = vision_tables(QWEN25.config.vision, np.array([grid]))
     assert len(tables.window_spans.runs) <= 4 * frames
     assert tables.frame_spans.lengths.tolist() == [height * width] * frames
     assert tables.window_spans.rows == tables.frame_spans.rows == frames * height * width
 
 
 def test_inverse_undoes_the_order_of_merged_rows() -> None:
-    tables = QWEN25.vision_tables(np.array(GRIDS))
+    tables = vision_tables(QWEN25.config.vision, np.array(GRIDS))
     assert tables.order is not None and tables.inverse is not None
     merged = tables.order.reshape(-1, 4)[:, 0] // 4
     assert np.array_equal(merged[tables.inverse], np.arange(len(merged)))
@@ -133,13 +135,13 @@ def test_inverse_undoes_the_order_of_merged_rows() -> None:
 
 
 def test_no_windows_no_permutation() -> None:
-    tables = QWEN2.vision_tables(np.array(GRIDS))
+    tables = vision_tables(QWEN2.config.vision, np.array(GRIDS))
     assert tables.order is None and tables.inverse is None
     assert tables.window_spans is tables.frame_spans
 
 
 def test_no_media() -> None:
-    tables = QWEN25.vision_tables(NO_GRIDS)
+    tables = vision_tables(QWEN25.config.vision, NO_GRIDS)
     assert tables.order is None and tables.frame_spans.rows == 0
     assert tables.cos.shape == tables.sin.shape == (0, 40)
 
@@ -150,7 +152,7 @@ def test_vision_rotary_tables_are_those_of_transformers(family: QwenVLFamily) ->
     hf = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     tower = SimpleNamespace(spatial_merge_size=2, rotary_pos_emb=hf.Qwen2_5_VisionRotaryEmbedding(40))
     angles = hf.Qwen2_5_VisionTransformerPretrainedModel.rot_pos_emb(tower, torch.tensor(GRIDS))
-    tables = family.vision_tables(np.array(GRIDS))
+    tables = vision_tables(family.config.vision, np.array(GRIDS))
     order = np.arange(len(angles)) if tables.order is None else tables.order
     assert tables.cos.dtype == np.float32
     np.testing.assert_allclose(tables.cos, angles.cos().numpy()[order], rtol=0, atol=1.2e-7)
@@ -172,7 +174,7 @@ def test_language_rotary_tables_are_those_of_transformers(family: QwenVLFamily) 
     )
     positions = np.random.default_rng(0).integers(0, 9000, (3, 50))
     cos, sin = theirs(torch.zeros(1), torch.tensor(positions)[:, None])
-    for ours, full in zip(family.rope_tables(positions), (cos, sin), strict=True):
+    for ours, full in zip(rope_tables(family.config.text, positions), (cos, sin), strict=True):
         doubled = full.split(list(text.mrope_section) * 2, dim=-1)
         mixed = torch.cat([part[i % 3] for i, part in enumerate(doubled)], dim=-1)[0].numpy()
         assert ours.dtype == np.float32 and ours.shape == (50, 64)
@@ -181,9 +183,9 @@ def test_language_rotary_tables_are_those_of_transformers(family: QwenVLFamily) 
 
 
 def test_mrope_sections_follow_their_axes() -> None:
-    cos, _ = QWEN25.rope_tables(np.array([[5], [0], [0]]))
+    cos, _ = rope_tables(QWEN25.config.text, np.array([[5], [0], [0]]))
     assert (cos[0, :16] != 1).any() and (cos[0, 16:] == 1).all()
-    cos, _ = QWEN25.rope_tables(np.array([[0], [0], [5]]))
+    cos, _ = rope_tables(QWEN25.config.text, np.array([[0], [0], [5]]))
     assert (cos[0, :40] == 1).all() and (cos[0, 40:] != 1).any()
 
 
@@ -301,14 +303,14 @@ def test_pack_without_media() -> None:
     assert batch.pixel_rows.shape == (0, 1176) and batch.grids.shape == (0, 3)
     assert batch.visual_dst.shape == (0,) and batch.trained_tokens == 2
     assert batch.sample_ids == ("a",)
-    tables = QWEN25.prepare(batch)
+    tables = batch_tables(QWEN25.config, batch)
     assert tables.language.spans.causal and tables.language.cos.shape == (3, 64)
 
 
 def test_prepare_describes_the_whole_batch() -> None:
     rng = np.random.default_rng(8)
     batch = QWEN25.pack([random_sample(rng, QWEN25) for _ in range(4)])
-    tables = QWEN25.prepare(batch)
+    tables = batch_tables(QWEN25.config, batch)
     rows = len(batch.pixel_rows)
     assert rows and tables.vision.cos.shape == (rows, 40) and tables.vision.frame_spans.rows == rows
     assert not tables.vision.frame_spans.causal and not tables.vision.window_spans.causal
@@ -398,4 +400,18 @@ def test_every_number_comes_from_the_config() -> None:
     assert family.placeholder_count((1, 4, 6)) == 24
     index, _ = family.position_index(np.array([12] * 3), NO_GRIDS, np.array([[3, 1, 1]]))
     assert index[0].tolist() == [0, 25, 50]
-    assert family.vision_tables(np.array([[1, 4, 4]])).window_spans.lengths.tolist() == [4] * 4
+    assert vision_tables(family.config.vision, np.array([[1, 4, 4]])).window_spans.lengths.tolist() == [4] * 4
+
+
+def test_positions_beyond_the_models_are_told_once() -> None:
+    config = published_config("Qwen2.5-VL-7B")
+    family = QwenVLFamily(replace(config, text=replace(config.text, max_positions=8)))
+    ids = np.arange(9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        family.pack([Sample(ids[:8], None), Sample(ids[:8], None)])
+    with pytest.warns(UserWarning, match=r"sample 'long' has 9 positions, the model is made for 8 \(max_position_emb"):
+        family.pack([Sample(ids[:3], None), Sample(ids, None, id="long")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        family.pack([Sample(ids, None)])

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from duetvl.core.errors import CheckpointError
-from duetvl.models.hub import is_id, model_directory
+from duetvl.models.hub import is_id
+from duetvl.models.model_directory import open_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny_run
@@ -71,10 +72,38 @@ def test_the_interface_takes_ids(tmp_path):
         "import duetvl\n"
         f"be = duetvl.load_backend({BACKEND!r}, device='cpu')\n"
         "model = duetvl.load_model('Qwen/Tiny-VL', backend=be)\n"
-        "print(model.source, len(duetvl.load_processor('Qwen/Tiny-VL')([{'role': 'user', 'content': 'hi'}])))\n"
+        "from duetvl.models.lora import Adapters, Size\n"
+        "from duetvl.models.qwen_vl.adapters import add_adapters\n"
+        "add_adapters(model, Adapters({'model.layers.0.mlp.up_proj': Size(2, 2.0)}), seed=0)\n"
+        "model.save_adapter('adapter')\n"
+        "print(model.source.path, len(duetvl.load_processor('Qwen/Tiny-VL')([{'role': 'user', 'content': 'hi'}])))\n"
     )
     done = run(tmp_path, "-c", program, HF_HUB_OFFLINE="1")
     assert done.stdout.startswith(f"{snapshot} "), done.stderr
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "Qwen/Tiny-VL"
+
+
+def test_exports_of_a_lora_run_name_the_id_and_no_place_in_a_cache(tmp_path):
+    cached(tmp_path, "Qwen/Tiny-VL")
+    tiny_run.write_data(tmp_path)
+    recipe = {
+        "model": {"path": "Qwen/Tiny-VL"},
+        "data": {"train": "data.jsonl", "pack_tokens": 250},
+        "lora": {"rank": 2},
+        "train": {"output_dir": "run", "global_batch": 2, "steps": 1},
+        "checkpoint": {"export": True},
+        "log": {"tensorboard": False, "plot": False},
+    }
+    (tmp_path / "tiny.json").write_text(json.dumps(recipe))
+    device = ("--backend", BACKEND, "--device", "cpu")
+    trained = run(tmp_path, "-m", "duetvl.cli", "train", "tiny.json", *device, HF_HUB_OFFLINE="1")
+    assert trained.returncode == 0, trained.stderr
+    exported = run(tmp_path, "-m", "duetvl.cli", "export", "run", "-o", "again", HF_HUB_OFFLINE="1")
+    assert exported.returncode == 0, exported.stderr
+    for directory in ("run/export", "again"):
+        saved = json.loads((tmp_path / directory / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == "Qwen/Tiny-VL"
 
 
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOWHERE}], ids=["offline", "no net"])
@@ -96,28 +125,28 @@ def test_a_directory_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_run.write_model(tmp_path / "Qwen" / "Tiny-VL")
     assert not is_id("Qwen/Tiny-VL")
-    assert model_directory("Qwen/Tiny-VL") == Path("Qwen/Tiny-VL")
+    assert open_model("Qwen/Tiny-VL").path == Path("Qwen/Tiny-VL")
 
 
 @pytest.mark.parametrize("path", ["model", "./a/b", "/a/b", "a/b/c", "../b", "a/.b", "C:/x"])
 def test_what_is_no_id_is_left_to_whoever_reads_it(path):
     assert not is_id(path)
-    assert model_directory(path) == Path(path)
+    assert open_model(path).path == Path(path)
 
 
 def test_modelscope_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(CheckpointError) as caught:
-        model_directory("modelscope:Qwen/Qwen2.5-VL-7B-Instruct")
+        open_model("modelscope:Qwen/Qwen2.5-VL-7B-Instruct")
     assert "needs the modelscope library, which is not installed: pip install modelscope" in str(caught.value)
     with pytest.raises(CheckpointError, match="is no id of ModelScope: expected OWNER/NAME"):
-        model_directory("modelscope:Qwen2.5-VL-7B-Instruct")
+        open_model("modelscope:Qwen2.5-VL-7B-Instruct")
 
 
 def test_modelscope_takes_the_cache_where_there_is_no_network(tmp_path):
     if find_spec("modelscope") is None:
         pytest.skip("modelscope is not installed")
     snapshot = tiny_run.write_model(tmp_path / "models" / "Qwen--Tiny-VL" / "snapshots" / "master")
-    program = "from duetvl.models.hub import model_directory as d; print(d('modelscope:Qwen/Tiny-VL'))"
+    program = "from duetvl.models.model_directory import open_model as o; print(o('modelscope:Qwen/Tiny-VL').path)"
     done = run(tmp_path, "-c", program, MODELSCOPE_CACHE=str(tmp_path), MODELSCOPE_ENDPOINT=NOWHERE)
     assert done.stdout.splitlines()[-1:] == [str(snapshot)], done.stderr

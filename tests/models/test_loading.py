@@ -76,7 +76,7 @@ def test_every_dtype_to_every_dtype(tmp_path, be, stored, dtype):
     on_disk = {name: encode(x, stored) for name, x in values.items()}
     put(tmp_path / "model.safetensors", on_disk)
     with np.errstate(over="ignore"):
-        loaded = load_parameters(SHAPES, tmp_path, be, dtype, rename=NAMES)
+        loaded = load_parameters(SHAPES, open_weights(tmp_path, NAMES), be, dtype)
         assert list(loaded) == list(SHAPES)
         for name, x in on_disk.items():
             expected = x if stored == dtype else encode(wide(x) if stored == "bfloat16" else x, dtype)
@@ -128,34 +128,34 @@ def test_boxes(tmp_path, be):
         "model.layers.0.self_attn.q_proj.weight": Box((0, 2), (6, 3)),
         "model.norm.weight": Box((5,), (1,)),
     }
-    loaded = load_parameters(SHAPES, tmp_path, be, "float32", boxes=boxes)
+    loaded = load_parameters(SHAPES, open_weights(tmp_path), be, "float32", boxes=boxes)
     for name, x in VALUES.items():
         part = x[boxes[name].slices] if name in boxes else x
         assert np.array_equal(be.to_numpy(loaded[name]), wide(bf16(part)))
     with pytest.raises(ValueError, match="does not contain"):
-        load_parameters(SHAPES, tmp_path, be, "float32", boxes={"model.norm.weight": Box((5,), (2,))})
+        load_parameters(SHAPES, open_weights(tmp_path), be, "float32", boxes={"model.norm.weight": Box((5,), (2,))})
 
 
 def test_patch_embedding_as_a_matrix(tmp_path, be):
     put(tmp_path / "model.safetensors", VALUES)
     flat = {**SHAPES, "visual.patch_embed.proj.weight": (8, 24)}
-    loaded = load_parameters(flat, tmp_path, be, "float32")["visual.patch_embed.proj.weight"]
+    loaded = load_parameters(flat, open_weights(tmp_path), be, "float32")["visual.patch_embed.proj.weight"]
     assert np.array_equal(be.to_numpy(loaded), VALUES["visual.patch_embed.proj.weight"].reshape(8, 24))
 
 
 def test_loaded_tensors_are_the_model_s_own(tmp_path, be):
     """Writing to them reaches neither the file nor another load."""
     put(tmp_path / "model.safetensors", VALUES)
-    first = load_parameters(SHAPES, tmp_path, be, "float32")["model.norm.weight"]
+    first = load_parameters(SHAPES, open_weights(tmp_path), be, "float32")["model.norm.weight"]
     be.ops.assign(first, be.ops.zeros((6,)))
-    second = load_parameters(SHAPES, tmp_path, be, "float32")["model.norm.weight"]
+    second = load_parameters(SHAPES, open_weights(tmp_path), be, "float32")["model.norm.weight"]
     assert np.array_equal(be.to_numpy(second), VALUES["model.norm.weight"])
 
 
 def test_progress_counts_all_bytes(tmp_path, be):
     put(tmp_path / "model.safetensors", VALUES)
     seen = []
-    load_parameters(SHAPES, tmp_path, be, "bfloat16", progress=seen.append)
+    load_parameters(SHAPES, open_weights(tmp_path), be, "bfloat16", progress=seen.append)
     assert sum(seen) == sum(x.nbytes for x in VALUES.values())
 
 
@@ -276,7 +276,7 @@ def test_transformers_reads_what_we_write_and_we_what_it_writes(tmp_path, max_sh
     stored = open_weights(tmp_path / "theirs", canonical_names(tied=True))
     shapes = {name: stored.spec(name).shape for name in stored.places}
     assert {name.split(".")[0] for name in shapes} == {"visual", "model"}
-    loaded = load_parameters(shapes, tmp_path / "theirs", be, "bfloat16", rename=canonical_names(tied=True))
+    loaded = load_parameters(shapes, stored, be, "bfloat16")
     write_weights(tmp_path / "ours", loaded, be, max_shard_bytes=max_shard_bytes)
     config.save_pretrained(tmp_path / "ours")
 
@@ -303,7 +303,7 @@ def watch():
         peak = max(peak, status("RssAnon"))
 watcher = threading.Thread(target=watch)
 watcher.start()
-loaded = load_parameters(shapes, {path!r}, be, {dtype!r})
+loaded = load_parameters(shapes, open_weights({path!r}), be, {dtype!r})
 done.set()
 watcher.join()
 print(max(peak, status("RssAnon")) - before, status("RssFile"))

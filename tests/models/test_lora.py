@@ -20,9 +20,10 @@ from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.random import philox
 from duetvl.models.lora import Adapters, Size, is_adapter
-from duetvl.models.qwen_vl.adapters import add_adapters, layers, peft_targets
-from duetvl.models.qwen_vl.config import load_config, parameter_shapes
+from duetvl.models.qwen_vl.adapters import add_adapters, layers, open_adapter_for, peft_targets
+from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.names import module_name
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorFile
 
 peft = pytest.importorskip("peft")
@@ -224,6 +225,66 @@ def test_masks_are_the_same_when_activations_are_computed_again(tiny, be, sample
             np.testing.assert_allclose(again, one, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
+# -- patterns ---------------------------------------------------------------------------------------------------------
+
+
+PATTERNS = [  # (rank_pattern, alpha_pattern), as users of PEFT write them
+    ({}, {"model.language_model.layers.0.self_attn.q_proj": 9}),  # a name of transformers >= 4.52
+    ({}, {"model.layers.0.self_attn.q_proj": 9}),  # one of before: PEFT passes over it today, and warns
+    ({}, {r".*language_model.*\.(q|v)_proj": 9, "q_proj": 11}),  # the first that matches counts
+    ({}, {r"model\.visual\..*": 9, r"^language_model": 11, "_proj": 13}),  # whole steps of a name, or its beginning
+    ({}, {r"layers\.(\d)\.mlp\.up_proj": 9, "q_proj|k_proj": 4}),
+    ({r"model\.language_model\.layers\.0\..*": 2, "visual.blocks.0.attn.qkv": 4}, {r"language_model\..*down_proj": 9}),
+    ({"up_proj": 2}, {"model.visual.merger.mlp.0": 9, "self_attn.*": 11}),
+]
+
+
+def scales(model) -> dict[str, float]:
+    """What PEFT multiplies each module's product by."""
+    return {
+        path.removeprefix("base_model.model."): module.scaling["default"]
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+@pytest.mark.parametrize(("ranks", "alphas"), PATTERNS)
+@pytest.mark.filterwarnings("ignore:.*(did not match any|matches no layer)")
+def test_patterns_mean_what_they_mean_in_peft(tiny, ranks, alphas, tmp_path):
+    options = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    adapter = trained_adapter("qwen2.5-untied", "lora", tmp_path / "adapter", **options)
+    expected = scales(theirs(tiny, "qwen2.5-untied", adapter))
+    adapters = open_adapter_for(load_config(tiny.directory("qwen2.5-untied")), adapter).adapters
+    assert {module_name(module): adapters.scale(module) for module in adapters.sizes} == pytest.approx(expected)
+
+
+def old_name(name: str) -> str:
+    """A name as transformers before 4.52 has it; of a tensor, a module or a pattern."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+NEW = {
+    "rank_pattern": {r"model.language_model.layers.1.mlp.up_proj": 2, "merger.mlp.0": 4},
+    "alpha_pattern": {"model.visual.blocks.0.attn.qkv": 7, "model.language_model.layers.0.self_attn.q_proj": 9},
+}
+OLD = {field: {old_name(key): value for key, value in patterns.items()} for field, patterns in NEW.items()}
+
+
+@pytest.mark.parametrize(("tensors", "patterns"), [("old", OLD), ("old", NEW), ("new", OLD)])
+def test_patterns_of_either_layout(tiny, tmp_path, tensors, patterns):
+    """Of the tensors' own layout, of today's, and of the old one where the ranks prove it."""
+    source = trained_adapter("qwen2.5-untied", "lora", tmp_path / "source", **NEW)
+    adapter = rewritten(source, tmp_path / "adapter", old_name if tensors == "old" else str, **patterns)
+    config = load_config(tiny.directory("qwen2.5-untied"))
+    assert open_adapter_for(config, adapter).adapters == open_adapter_for(config, source).adapters
+
+
+def test_a_pattern_without_effect_is_told(tiny, trained, tmp_path):
+    adapter = rewritten(trained("qwen2-tied", "lora"), tmp_path / "adapter", alpha_pattern={"layers.7.mlp": 3})
+    with pytest.warns(UserWarning, match=r"adapter_config.json: alpha_pattern: 'layers.7.mlp' matches no layer"):
+        open_adapter_for(load_config(tiny.directory("qwen2-tied")), adapter)
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +367,11 @@ def test_other_names_of_tensors_are_read(tiny, be, trained, tmp_path, names):
             {"use_qalora": True, "layer_replication": [[0, 2]]},
             "layer_replication .*, use_qalora True: not",
         ),
-        (CheckpointError, {"r": 5}, r"is \[3, .*adapter_config.json says rank 5"),
+        (CheckpointError, {"r": 5}, r"has 3 rows, adapter_config.json says rank 5"),
+        (CheckpointError, {"alpha_pattern": {"(": 5}}, "cannot be read"),
+        (ConfigError, {"alpha_pattern": {"qkv": -1}}, "rank 3 and alpha -1 must be more than 0"),
+        (ConfigError, {"use_rslora": "false"}, "use_rslora 'false' must be true or false"),
+        (ConfigError, {"lora_dropout": "much"}, "lora_dropout 'much' must be a number"),
         (CheckpointError, {"use_dora": True}, "absent .*lora_magnitude_vector"),
         (CheckpointError, {"lora_alpha": None}, "cannot be read"),
     ],

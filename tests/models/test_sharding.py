@@ -9,12 +9,8 @@ import pytest
 
 from duetvl.core.boxes import Box, Slices
 from duetvl.models.qwen_vl.config import published_config, published_names
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads, even_range, owner_of, shard_of, slices_of
-
-try:
-    from duetvl.models.qwen_vl.parameters import parameter_shapes
-except ImportError:
-    from duetvl.models.qwen_vl.config import parameter_shapes
 
 
 def heads_of(config) -> Heads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_what_a_rule_leaves_out_is_told_and_is_no_error(home, tmp_path):
     counts = next(line for line in lines if line.startswith("data.train: 12 records"))
     assert ", 0 bad" in counts and "12 good" not in counts
     assert any("data.jsonl" in line and line.startswith("    left out: ") for line in lines)
+
+
+def test_samples_beyond_the_positions_of_the_model(home, tmp_path):
+    model = shutil.copytree(json.loads((home / "tiny.json").read_text())["model"]["path"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 79}))
+    overrides = [f"train.output_dir={tmp_path}/run", "data.val=null"]
+    assert not any("positions" in line for line in check(home / "tiny.json", overrides))
+    lines = list(check(home / "tiny.json", [*overrides, f"model.path={model}"]))
+    (warning,) = (line for line in lines if "positions" in line)
+    assert warning.startswith("  warning: ") and " of 12 samples have more tokens than the 79 positions" in warning
 
 
 def test_truncated_pictures_are_found_by_decoding_alone(home, tmp_path):

@@ -15,6 +15,7 @@ from test_dpo import batch_of
 from duetvl.core.batch import Pair, PatchBytes
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.pairs import pair_digest
+from duetvl.models.model_directory import open_model
 from duetvl.storage.tensor_files import TensorFile, write_tensor_file
 from duetvl.training.preference.reference_cache import ReferenceCache, reference_name
 
@@ -74,6 +75,7 @@ def test_two_processes_that_fill_one_file_take_turns(tmp_path):
     script = """
 import sys
 import numpy as np
+from duetvl.models.model_directory import open_model
 from duetvl.training.preference.reference_cache import ReferenceCache
 cache = ReferenceCache(sys.argv[1], "name")
 print("ready", flush=True)
@@ -142,15 +144,15 @@ def test_a_pair_is_known_by_what_the_model_sees_of_it():
 
 def test_a_reference_is_known_by_its_weights(tiny, tmp_path):
     directory = tiny.directory("qwen2-tied")
-    name = reference_name(directory, "float32")
+    name = reference_name(open_model(directory), "float32")
     copy = shutil.copytree(directory, tmp_path / "copy")
-    assert reference_name(copy, "float32") == name
-    assert reference_name(copy, "bfloat16") != name
-    assert reference_name(tiny.directory("qwen2-untied"), "float32") != name
+    assert reference_name(open_model(copy), "float32") == name
+    assert reference_name(open_model(copy), "bfloat16") != name
+    assert reference_name(open_model(tiny.directory("qwen2-untied")), "float32") != name
     (path,) = copy.glob("*.safetensors")
     file = TensorFile(path)
     tensors = {key: np.array(file.view(key)) for key in file.specs}
     some = next(key for key in tensors if tensors[key].ndim == 2)
     tensors[some][0, 0] += 1e-3
     write_tensor_file(path, file.specs, tensors.__getitem__, file.metadata)
-    assert reference_name(copy, "float32") != name
+    assert reference_name(open_model(copy), "float32") != name

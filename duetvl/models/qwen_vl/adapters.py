@@ -10,17 +10,19 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.errors import ConfigError
-from duetvl.models.hub import model_directory
+from duetvl.models.hub import MODELSCOPE
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
+from duetvl.models.model_directory import open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
-from duetvl.models.qwen_vl.config import ModelConfig, Shape, load_config, parameter_shapes
-from duetvl.models.qwen_vl.loading import copy_settings, write_config
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.model import PARTS, QwenVL
-from duetvl.models.qwen_vl.names import canonical_name, canonical_names, module_name
+from duetvl.models.qwen_vl.names import canonical_name, module_name
+from duetvl.models.qwen_vl.parameters import Shape, parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.half import narrowed, widened
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.storage.weights_dir import open_weights, write_shards
+from duetvl.storage.weights_dir import write_shards
 
 Tensor = Any
 Fetch = Callable[[str], np.ndarray]
@@ -60,7 +62,12 @@ def add_adapters(model: QwenVL, adapters: Adapters, seed: int) -> None:
 
 def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapter:
     """An adapter on disk, checked to fit a model; CheckpointError or ConfigError where it does not."""
-    return open_adapter(directory, linear_shapes(config), lambda name: canonical_name(name, tied=False) or name)
+    return open_adapter(
+        directory,
+        linear_shapes(config),
+        rename=lambda name: canonical_name(name, tied=False) or name,
+        spell=lambda module: (module_name(module), module),
+    )
 
 
 def load_adapter(model: QwenVL, stored: StoredAdapter) -> None:
@@ -79,7 +86,8 @@ def save_adapter(model: QwenVL, directory: str | Path, *, overwrite: bool = Fals
         return model.backend.checkpoint_io.save(tensors[path])[0].reshape(specs[path].shape)
 
     with staged_directory(directory, overwrite=overwrite) as staging:
-        write_adapter_files(staging, model.config, adapters, specs, fetch, model.source)
+        base = None if model.source is None else model.source.name
+        write_adapter_files(staging, model.config, adapters, specs, fetch, base)
 
 
 def write_adapter_files(
@@ -88,11 +96,14 @@ def write_adapter_files(
     adapters: Adapters,
     specs: Mapping[str, TensorSpec],
     fetch: Fetch,
-    base: str | Path | None,
+    base: str | None,
 ) -> None:
-    """Write PEFT's two files; `specs` and `fetch` by our paths, `base` the directory of the model below."""
+    """Write PEFT's two files; `specs` and `fetch` by our paths, `base` what the user calls the model below.
+
+    An id is written without its hub, which PEFT does not know.
+    """
     targets = peft_targets(config, adapters.sizes)
-    base = None if base is None else str(base)
+    base = None if base is None else base.removeprefix(MODELSCOPE)
     write_adapter(staging, adapters, specs, fetch, rename=module_name, targets=targets, base=base)
 
 
@@ -124,7 +135,7 @@ def save_merged(model: QwenVL, directory: str | Path, *, overwrite: bool = False
     specs, fetch = merged_tensors(model)
     with staged_directory(directory, overwrite=overwrite) as staging:
         if model.source is not None:
-            copy_settings(model.source, staging)
+            model.source.copy_settings(staging)
         write_shards(staging, specs, fetch)
         write_config(model.config, staging, model.dtype)
 
@@ -135,11 +146,9 @@ def merge_directories(model: str | Path, adapter: str | Path, target: str | Path
     Every tensor keeps its dtype. A target that exists is refused; it appears whole or not at all. Returns the number
     of layers that were merged.
     """
-    model = model_directory(model)
-    config = load_config(model)
+    source = open_model(model)
+    config, weights = source.config, source.weights
     shapes = parameter_shapes(config)
-    weights = open_weights(model, canonical_names(config.tie_word_embeddings))
-    weights.check(shapes)
     stored = open_adapter_for(config, adapter)
     specs = {path: TensorSpec(weights.spec(path).dtype, shape) for path, shape in shapes.items()}
 
@@ -155,7 +164,7 @@ def merge_directories(model: str | Path, adapter: str | Path, target: str | Path
         return bits
 
     with staged_directory(target) as staging:
-        copy_settings(Path(model), staging)
+        source.copy_settings(staging)
         write_shards(staging, specs, fetch)
         write_config(config, staging, specs["model.embed_tokens.weight"].dtype)
     return len(stored.adapters.sizes)

@@ -1,4 +1,4 @@
-"""The host side of Qwen2-VL and Qwen2.5-VL in numpy: positions, packing, windows, rotary tables.
+"""The host side of Qwen2-VL and Qwen2.5-VL in numpy: positions, and samples packed into batches.
 
 The specification of positions is that of transformers 4.49 to 4.51, Qwen's own: text resumes one
 past the largest position of a vision block, and time is `floor(t * second_per_grid *
@@ -8,58 +8,20 @@ where text resumes; neither is followed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Sample
 from duetvl.core.errors import DataError
 from duetvl.core.family import Grounding, PatchGeometry, SpecialTokens
-from duetvl.core.spans import Spans
 from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.tables import Grid, as_grid
 
-Grid = tuple[int, int, int]
 Rows = np.ndarray | PatchBytes
-
-
-@dataclass(frozen=True, eq=False)
-class VisionTables:
-    """What the vision tower needs to know of a batch with P patches in M merged rows.
-
-    order (P,) int32: row `i` of the tower's hidden states is patch `order[i]`. None: rows stay as
-    they are, as without windows.
-    inverse (M,) int32: feature `i` is row `inverse[i]` of the merger's output. None: likewise.
-    frame_spans, window_spans: who attends to whom, over the P rows in that order; the same without
-    windows.
-    cos, sin (P, head_dim / 2) float32, in that order.
-    """
-
-    order: np.ndarray | None
-    inverse: np.ndarray | None
-    frame_spans: Spans
-    window_spans: Spans
-    cos: np.ndarray
-    sin: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class LanguageTables:
-    """Causal spans of the samples, and cos, sin (T, head_dim / 2) float32."""
-
-    spans: Spans
-    cos: np.ndarray
-    sin: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class HostTables:
-    """Everything about a batch that is computed on the host and used by the model."""
-
-    vision: VisionTables
-    language: LanguageTables
 
 
 class QwenVLFamily:
@@ -67,6 +29,7 @@ class QwenVLFamily:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+        self._warned = False
         vision = config.vision
         self.geometry = PatchGeometry(vision.channels, vision.patch, vision.temporal, vision.merge)
         self.special = SpecialTokens(
@@ -79,7 +42,7 @@ class QwenVLFamily:
 
     def placeholder_count(self, grid_thw: np.ndarray | Sequence[int]) -> int:
         """Tokens that a picture or video of this grid takes: time x height x width / merge^2."""
-        return _merged_count(_as_grid(grid_thw, self.geometry.merge), self.geometry.merge)
+        return _merged_count(as_grid(grid_thw, self.geometry.merge), self.geometry.merge)
 
     def position_index(
         self,
@@ -112,11 +75,13 @@ class QwenVLFamily:
     def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end; a pair is two sequences, the chosen one first, over one copy of its pictures.
 
-        Raises DataError naming the sample whose tokens and media disagree.
+        Raises DataError naming the sample whose tokens and media disagree. Warns, once, of one with positions beyond
+        those that the model was made for.
         """
         if not samples:
             raise DataError("cannot pack an empty list of samples")
         parts = [part for index, given in enumerate(samples) for part in self._checked(given, index)]
+        self._warn_of_positions(parts)
         media = [pixels for part in parts for pixels in part.media]
         merged = np.cumsum([0, *(part.features for part in parts)])
         starts = np.cumsum([0, *(len(part.sample) for part in parts)])
@@ -132,60 +97,16 @@ class QwenVLFamily:
             sample_ids=tuple(given.id for given in samples),
         )
 
-    def prepare(self, batch: Batch) -> HostTables:
-        """Window order, spans and rotary tables of a batch."""
-        cos, sin = self.rope_tables(batch.position_ids)
-        return HostTables(
-            vision=self.vision_tables(batch.grids),
-            language=LanguageTables(Spans(batch.cu_seqlens, causal=True), cos, sin),
-        )
-
-    def rope_tables(self, position_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin (T, head_dim / 2) float32 of the language model at positions (3, T).
-
-        The first frequencies follow time, the next height, the last width, as `mrope_section`
-        divides them.
-        """
-        text = self.config.text
-        positions = np.asarray(position_ids).reshape(3, -1)
-        longest = int(positions.max(initial=0)) + 1
-        tables = _rotary_table(_table_length(longest), text.head_dim, text.rope_theta)
-        if positions.shape[1] == 0:
-            return tables[0][:0], tables[1][:0]
-        edges = [0, *np.cumsum(text.mrope_section).tolist()]
-        cos, sin = (
-            np.concatenate(
-                [table[axis, start:stop] for axis, (start, stop) in zip(positions, pairwise(edges), strict=True)],
-                axis=1,
+    def _warn_of_positions(self, parts: Sequence[_Part]) -> None:
+        most = self.config.text.max_positions
+        longest = max(parts, key=lambda part: int(part.positions.max(initial=-1)))
+        if not self._warned and longest.positions.max(initial=-1) >= most:
+            self._warned = True
+            warnings.warn(
+                f"sample {longest.sample.id!r} has {longest.positions.max() + 1} positions, the model is made for "
+                f"{most} (max_position_embeddings in its config.json), and answers worse beyond them",
+                stacklevel=3,
             )
-            for table in tables
-        )
-        return cos, sin
-
-    def vision_tables(self, grids: np.ndarray) -> VisionTables:
-        """Tables of the vision tower for media of these grids (N, 3), in this order."""
-        vision = self.config.vision
-        as_grids = [_as_grid(grid, vision.merge) for grid in grids]
-        merged_order, window_lengths = window_order(as_grids, vision.merge, vision.window_merged)
-        unit = vision.merge**2
-        frame_spans = Spans.of_lengths(_frame_lengths(as_grids), causal=False)
-        spans = frame_spans
-        if vision.window is not None:
-            spans = Spans.of_lengths(window_lengths * unit, causal=False)
-        cos, sin = self._vision_rope(as_grids)
-        if np.array_equal(merged_order, np.arange(len(merged_order))):
-            return VisionTables(None, None, frame_spans, spans, cos, sin)
-        order = (merged_order[:, None] * unit + np.arange(unit)).reshape(-1).astype(np.int32)
-        inverse = np.argsort(merged_order, kind="stable").astype(np.int32)
-        return VisionTables(order, inverse, frame_spans, spans, cos, sin)
-
-    def _vision_rope(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:
-        vision = self.config.vision
-        places = [_patch_places(grid, vision.merge, vision.window_merged) for grid in grids]
-        rows = np.concatenate([np.zeros((0, 2), np.int32), *places])
-        tables = _rotary_table(_table_length(int(rows.max(initial=0)) + 1), vision.head_dim // 2, vision.rope_theta)
-        cos, sin = (table[rows].reshape(len(rows), vision.head_dim // 2) for table in tables)
-        return cos, sin
 
     def _time_step(self, block: _Block, seconds: np.ndarray) -> tuple[float, float]:
         """Seconds per temporal patch and ticks per second of a block, see `_block_positions`."""
@@ -201,8 +122,8 @@ class QwenVLFamily:
         """
         merge = self.geometry.merge
         kinds = {
-            self.special.image: _Medium("image", [_as_grid(grid, merge) for grid in image_grids]),
-            self.special.video: _Medium("video", [_as_grid(grid, merge) for grid in video_grids]),
+            self.special.image: _Medium("image", [as_grid(grid, merge) for grid in image_grids]),
+            self.special.video: _Medium("video", [as_grid(grid, merge) for grid in video_grids]),
         }
         blocks: list[_Block] = []
         for token, start, stop in _placeholder_runs(ids, tuple(kinds)):
@@ -320,51 +241,6 @@ class _Medium:
             raise DataError(f"has {len(self.grids)} {self.name} grids, but placeholder tokens for {self.taken}")
 
 
-def window_order(grids: Iterable[Sequence[int]], merge: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of merged patches that keeps windows of `window` x `window` of them together.
-
-    grids (N, 3) in patches. Returns the merged patch of each row (M,) int64, counted over all
-    grids, and the lengths of the windows in merged patches, int64. Each frame stays contiguous;
-    within it, windows lie from large to small, so that those of equal size are neighbours.
-    `window` 0: no windows, one length per frame.
-    """
-    orders, lengths, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-    for frames, height, width in grids:
-        order, sizes = _frame_windows(height // merge, width // merge, window)
-        starts = first + len(order) * np.arange(frames)
-        orders.append((starts[:, None] + order).reshape(-1))
-        lengths.append(np.tile(sizes, frames))
-        first += frames * len(order)
-    return np.concatenate(orders), np.concatenate(lengths)
-
-
-@lru_cache(maxsize=1024)
-def _frame_windows(rows: int, columns: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Order (rows * columns,) of one frame's merged patches, and the lengths of its windows."""
-    if window == 0:
-        return np.arange(rows * columns), np.array([rows * columns])
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    per_row = -(-columns // window)
-    windows = (row // window) * per_row + column // window
-    sizes = np.bincount(windows)
-    by_size = np.argsort(-sizes, kind="stable")
-    rank = np.empty(len(sizes), np.int64)
-    rank[by_size] = np.arange(len(sizes))
-    return np.argsort(rank[windows], kind="stable"), sizes[by_size]
-
-
-@lru_cache(maxsize=512)
-def _patch_places(grid: Grid, merge: int, window: int) -> np.ndarray:
-    """Row and column (P, 2) int32 of each patch of a picture or video, in window order."""
-    frames, height, width = grid
-    row, column = np.divmod(np.arange(height * width), width)
-    block = (height // merge, merge, width // merge, merge)
-    places = [axis.reshape(block).transpose(0, 2, 1, 3).reshape(-1, merge**2) for axis in (row, column)]
-    order, _ = _frame_windows(height // merge, width // merge, window)
-    in_order = np.stack([place[order].reshape(-1) for place in places], axis=1)
-    return np.tile(in_order, (frames, 1)).astype(np.int32)
-
-
 @lru_cache(maxsize=512)
 def _block_positions(grid: Grid, merge: int, step: tuple[float, float]) -> np.ndarray:
     """Positions (3, tokens) int32 of one vision block, from 0.
@@ -382,35 +258,6 @@ def _block_positions(grid: Grid, merge: int, step: tuple[float, float]) -> np.nd
     return np.stack([time.reshape(-1), row.reshape(-1), column.reshape(-1)])
 
 
-@lru_cache(maxsize=16)
-def _rotary_table(length: int, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin (length, dim / 2) float32 of positions 0 .. length - 1.
-
-    As in transformers, frequencies and angles are float32 numbers: in half precision positions
-    beyond 256 would collapse. Powers, cosines and sines are taken in float64 and rounded, so each
-    is within one unit in the last place of whatever float32 library transformers meets.
-    """
-    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    powers = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
-    frequencies = np.float32(1.0) / powers
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
-    wide = angles.astype(np.float64)
-    tables = np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
-    for table in tables:
-        table.setflags(write=False)
-    return tables
-
-
-def _table_length(longest: int) -> int:
-    """The next power of two, so that growing sequences share a few tables."""
-    return max(256, 1 << (longest - 1).bit_length())
-
-
-def _frame_lengths(grids: Sequence[Grid]) -> np.ndarray:
-    """Patches of each frame: attention never crosses temporal patches."""
-    return np.array([height * width for frames, height, width in grids for _ in range(frames)], np.int64)
-
-
 def _placeholder_runs(ids: np.ndarray, tokens: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Stretches of equal placeholder tokens: (token, start, stop), in order."""
     if len(ids) == 0:
@@ -419,15 +266,6 @@ def _placeholder_runs(ids: np.ndarray, tokens: tuple[int, ...]) -> list[tuple[in
     stops = np.append(starts[1:], len(ids))
     chosen = np.isin(ids[starts], tokens)
     return [(int(ids[start]), int(start), int(stop)) for start, stop in zip(starts[chosen], stops[chosen], strict=True)]
-
-
-def _as_grid(grid: np.ndarray | Sequence[int], merge: int) -> Grid:
-    frames, height, width = (int(number) for number in grid)
-    if min(frames, height, width) < 1 or height % merge or width % merge:
-        raise DataError(
-            f"grid ({frames}, {height}, {width}) needs positive numbers, height and width in multiples of {merge}"
-        )
-    return frames, height, width
 
 
 def _merged_count(grid: Grid, merge: int) -> int:

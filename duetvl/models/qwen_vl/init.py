@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from duetvl.core.random import philox
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -10,8 +10,9 @@ import numpy as np
 from duetvl.core.batch import Batch
 from duetvl.core.ops import Ops
 from duetvl.models.attention import Attend, attend_within
-from duetvl.models.qwen_vl.host import QwenVLFamily, VisionTables
+from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.language import Tokens
+from duetvl.models.qwen_vl.tables import VisionTables, batch_tables, rope_tables
 from duetvl.models.qwen_vl.vision import VisionInput
 from duetvl.models.recompute import Recompute
 
@@ -43,7 +44,7 @@ class ModelInput:
 
 def model_input(ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str) -> ModelInput:
     """A whole batch, its media included, in the vision tower's order. `dtype`: that of the weights."""
-    tables = family.prepare(batch)
+    tables = batch_tables(family.config, batch)
     spans = tables.language.spans
     tokens = _tokens(ops, (tables.language.cos, tables.language.sin), attend_within(ops, lambda layer: spans))
     ids = ops.from_numpy(batch.input_ids)
@@ -55,7 +56,7 @@ def model_input(ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str) -> Mod
 
 def text_input(ops: Ops, family: QwenVLFamily, batch: Batch, attend: Attend) -> ModelInput:
     """A batch whose merged features are at hand, in the order of `batch.visual_src`; `attend` keeps a cache."""
-    tokens = _tokens(ops, family.rope_tables(batch.position_ids), attend)
+    tokens = _tokens(ops, rope_tables(family.config.text, batch.position_ids), attend)
     routes = _routes(ops, batch, None) if len(batch.visual_dst) else None
     return ModelInput(ops.from_numpy(batch.input_ids), tokens, routes=routes)
 

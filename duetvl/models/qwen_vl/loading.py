@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,14 +12,14 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
 from duetvl.core.params import Parameter
-from duetvl.models.hub import model_directory
-from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
+from duetvl.models.model_directory import ModelDirectory, open_model
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.init import initial_weights
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.models.qwen_vl.names import canonical_names
-from duetvl.storage.files import WEIGHT_FILES, staged_directory, write_text
+from duetvl.models.qwen_vl.parameters import parameter_shapes
+from duetvl.storage.files import staged_directory, write_text
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.storage.weights_dir import fingerprint, load_parameters, open_weights, write_shards, write_weights
+from duetvl.storage.weights_dir import load_parameters, write_shards, write_weights
 
 Tensor = Any
 AnyModel = TypeVar("AnyModel", bound=QwenVL)
@@ -28,27 +27,26 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(
-    path: str | Path,
+    model: str | Path | ModelDirectory,
     *,
     backend: Backend,
     dtype: str = "float32",
     make: Callable[[ModelConfig, Backend, Mapping[str, Parameter]], AnyModel] = QwenVL,  # type: ignore[assignment]
     progress: Callable[[int], None] | None = None,
 ) -> AnyModel:
-    """Read a model directory slice by slice straight to the device; an id of a hub is fetched first (models/hub.py).
+    """Read a model, given by directory or id, slice by slice straight to the device.
 
     `dtype` is the one the weights are held in; `progress` is told the bytes of each tensor read. Raises
     CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    path = model_directory(path)
-    config = load_config(path)
-    rename = canonical_names(config.tie_word_embeddings)
-    tensors = load_parameters(parameter_shapes(config), path, backend, dtype, rename=rename, progress=progress)
-    model = make(config, backend, {name: Parameter(name, tensor) for name, tensor in tensors.items()})
-    model.source = path
-    return model
+    source = open_model(model)
+    shapes = parameter_shapes(source.config)
+    tensors = load_parameters(shapes, source.weights, backend, dtype, progress=progress)
+    loaded = make(source.config, backend, {name: Parameter(name, tensor) for name, tensor in tensors.items()})
+    loaded.source = source
+    return loaded
 
 
 def save_model(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -62,7 +60,7 @@ def save_model(model: QwenVL, directory: str | Path, *, overwrite: bool = False)
     tensors = {name: parameter.tensor for name, parameter in model.parameters.items()}
     with staged_directory(directory, overwrite=overwrite) as staging:
         if model.source is not None:
-            copy_settings(model.source, staging)
+            model.source.copy_settings(staging)
         write_weights(staging, tensors, model.backend)
         write_config(model.config, staging, model.dtype)
 
@@ -86,21 +84,7 @@ def write_random_model(
             settings(staging)
 
 
-def identity(directory: Path, config: ModelConfig) -> dict[str, Any]:
-    """Where a model's weights lie, and by what they are known wherever they lie."""
-    weights = open_weights(directory, canonical_names(config.tie_word_embeddings))
-    return {"path": str(directory), "fingerprint": fingerprint(weights)}
-
-
 def write_config(config: ModelConfig, directory: Path, dtype: str) -> None:
     """`config.json` for weights of this dtype."""
     text = json.dumps({**config.to_dict(), "torch_dtype": dtype}, indent=2) + "\n"
     write_text(directory / "config.json", text)
-
-
-def copy_settings(source: Path, target: Path) -> None:
-    """Copy what lies beside the weights: tokenizer, template, picture and generation settings, licence."""
-    for file in sorted(source.iterdir()):
-        weights = file.name == "config.json" or any(file.match(pattern) for pattern in WEIGHT_FILES)
-        if file.is_file() and not weights and file.suffix not in (".bin", ".pt", ".safetensors"):
-            shutil.copyfile(file, target / file.name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,12 @@ from duetvl.core.patterns import Parts, require_matching
 from duetvl.models import vocabulary
 from duetvl.models.attention import Attend
 from duetvl.models.lora import Adapters, is_adapter
+from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
 from duetvl.models.qwen_vl.language import decoder_layers, place_features
+from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
 from duetvl.models.recompute import Mode, towers
 
@@ -55,7 +56,7 @@ class QwenVL:
         self.family = QwenVLFamily(config)
         self.adapters: Adapters | None = None
         self.recompute: Mode = "none"  # what a pass on a tape does not keep
-        self.source: Path | None = None  # the directory it was read from
+        self.source: ModelDirectory | None = None  # what it was read from
         self._mark_conditional()
 
     def freeze(self, patterns: Sequence[str]) -> None:
@@ -130,7 +131,7 @@ class QwenVL:
     def features(self, batch: Batch) -> Tensor:
         """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
         ops = self.backend.ops
-        tables = self.family.vision_tables(batch.grids)
+        tables = vision_tables(self.config.vision, batch.grids)
         given = vision_input(ops, self.family, batch, tables, self.dtype)
         with self.backend.autograd.no_grad():
             merged = vision_tower(ops, self.config.vision, self._weights.visual, given)

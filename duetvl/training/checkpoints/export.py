@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.models.hub import model_directory
 from duetvl.models.lora import Adapters
+from duetvl.models.model_directory import open_model
 from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
-from duetvl.models.qwen_vl.loading import copy_settings, write_config
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.loading import write_config
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.checkpoint_format import StoredCheckpoint
 from duetvl.storage.files import staged_directory
 from duetvl.storage.tensor_files import TensorSpec
@@ -71,7 +72,8 @@ def _export_adapter(ref: CheckpointRef, staging: Path, say: Say) -> None:
     if {name: tensor.shape for name, tensor in stored.items()} != shapes:
         raise CheckpointError(f"{ref.path}: its weights are not those of the adapters that it names")
     specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
-    write_adapter_files(staging, config, adapters, specs, _reader(ref), base.get("path"))
+    named = ref.meta.recipe.get("model", {}).get("path") or base.get("path")
+    write_adapter_files(staging, config, adapters, specs, _reader(ref), named)
 
 
 def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
@@ -90,11 +92,12 @@ def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
 def _copy_settings_of(recipe: Any, staging: Path, say: Say) -> None:
     path = recipe.get("model", {}).get("path", "")
     try:
-        source = model_directory(path, weights=False)
+        source = open_model(path, weights=False)
+        known = (source.path / "config.json").is_file()
     except CheckpointError:
-        source = Path(path)
-    if (source / "config.json").is_file():
-        copy_settings(source, staging)
+        known = False
+    if known:
+        source.copy_settings(staging)
     else:
         say(f"warning: there is no model directory {path!r} here: copy its tokenizer and settings yourself")
 

@@ -17,13 +17,11 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.models.hub import is_id, model_directory
-from duetvl.models.qwen_vl.config import ModelConfig, load_config, parameter_shapes
+from duetvl.models.model_directory import ModelDirectory, open_model
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
-from duetvl.models.qwen_vl.loading import identity, load_model
+from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.models.qwen_vl.names import canonical_names
-from duetvl.storage.weights_dir import open_weights
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
 from duetvl.training.preference.reference_cache import ReferenceCache, reference_name, short_hash
@@ -74,7 +72,7 @@ class CachedReference:
         """Open the cache; what it holds may be incomplete until `prepare`."""
         assert recipe.dpo is not None and recipe.dpo.cache is not None
         self.recipe, self.policy, self.backend = recipe, policy, backend
-        name = reference_name(_directory(recipe), recipe.model.dtype)
+        name = reference_name(reference_model(recipe), recipe.model.dtype)
         self.cache = ReferenceCache(recipe.dpo.cache, name)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -122,8 +120,8 @@ def data_name(recipe: Recipe, files: Iterable[Path]) -> str:
     Files are told apart by path, size and time, which does not cost a look into them. Media are not looked at.
     """
     settings = recipe.data.model_dump(mode="json", exclude=set(_NOT_ENCODING))
-    directory = model_directory(recipe.model.path, weights=False)
-    beside = [file for pattern in ("*.json", "*.txt") for file in sorted(directory.glob(pattern))]
+    source = open_model(recipe.model.path, weights=False)
+    beside = [source.path / file for file in (Path("config.json"), *source.settings())]
     return short_hash([settings, [_identity(file) for file in (*files, *beside)]])
 
 
@@ -144,9 +142,9 @@ def _held(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
     assert recipe.dpo is not None
     if recipe.dpo.reference is None and recipe.lora is not None:
         return policy.without_adapters()
-    directory = _directory(recipe)
-    check_same_inputs(policy.config, load_config(directory), directory)
-    model: QwenVL = load_model(directory, backend=backend, dtype=recipe.model.dtype)
+    source = reference_model(recipe)
+    check_same_inputs(policy.config, source.config, source.name)
+    model: QwenVL = load_model(source, backend=backend, dtype=recipe.model.dtype)
     return model
 
 
@@ -154,16 +152,16 @@ def reference_identity(recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint says of the reference's weights; nothing without a section `dpo`."""
     if recipe.dpo is None:
         return {}
-    directory = _directory(recipe)
-    return identity(directory, load_config(directory))
+    return reference_model(recipe).identity()
 
 
-def _directory(recipe: Recipe) -> Path:
+def reference_model(recipe: Recipe, *, weights: bool = True) -> ModelDirectory:
+    """The model that a recipe with a section `dpo` compares with."""
     assert recipe.dpo is not None
-    return model_directory(recipe.dpo.reference or recipe.model.path)
+    return open_model(recipe.dpo.reference or recipe.model.path, weights=weights)
 
 
-def check_same_inputs(policy: ModelConfig, reference: ModelConfig, directory: str | Path) -> None:
+def check_same_inputs(policy: ModelConfig, reference: ModelConfig, name: str) -> None:
     """Raise ConfigError where a batch for the policy is none for the reference."""
     one, other = QwenVLFamily(policy), QwenVLFamily(reference)
     differences = {
@@ -175,8 +173,7 @@ def check_same_inputs(policy: ModelConfig, reference: ModelConfig, directory: st
     found = [name for name, differs in differences.items() if differs]
     if found:
         raise ConfigError(
-            f"dpo.reference {directory} has {' and '.join(found)} compared with model.path; give a model of the same "
-            f"family"
+            f"dpo.reference {name} has {' and '.join(found)} compared with model.path; give a model of the same family"
         )
 
 
@@ -186,11 +183,10 @@ def describe(recipe: Recipe, policy: ModelConfig) -> str:
     where = "a second copy of model.path" if recipe.lora is None else "the model without its adapter"
     if recipe.dpo.reference is not None:
         where = recipe.dpo.reference
-        directory = model_directory(where, weights=False)
-        config = load_config(directory)
-        check_same_inputs(policy, config, where)
-        if not is_id(where):
-            open_weights(directory, canonical_names(config.tie_word_embeddings)).check(parameter_shapes(config))
+        source = reference_model(recipe, weights=False)
+        check_same_inputs(policy, source.config, where)
+        if source.has_weights:
+            _ = source.weights  # opened, and so checked
     if recipe.dpo.cache is not None:
         where = f"{where.replace('a second copy of ', '')}, run once and kept in {recipe.dpo.cache}"
     return f"dpo: loss {recipe.dpo.loss}, beta {recipe.dpo.beta:g}; reference: {where}"

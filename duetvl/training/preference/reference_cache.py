@@ -24,10 +24,8 @@ import numpy as np
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.pairs import DIGEST_BYTES
-from duetvl.models.qwen_vl.config import load_config
-from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.models.model_directory import ModelDirectory
 from duetvl.storage.files import write_text
-from duetvl.storage.weights_dir import open_weights
 
 _ENTRY = np.dtype([("digest", "u1", (DIGEST_BYTES,)), ("logps", "<f4", (2,)), ("check", "<u4")])
 _HEAD = b"duetvl answers' logps v1\n".ljust(_ENTRY.itemsize, b"\0")
@@ -35,19 +33,18 @@ _HEAD = b"duetvl answers' logps v1\n".ljust(_ENTRY.itemsize, b"\0")
 Add = Callable[[Sequence[bytes], np.ndarray], None]
 
 
-def reference_name(directory: str | Path, dtype: str) -> str:
-    """32 letters that name the weights of a model directory, held in `dtype`, by their content.
+def reference_name(model: ModelDirectory, dtype: str) -> str:
+    """32 letters that name the weights of a model, held in `dtype`, by their content.
 
     Reads all of them once. How they are divided into files does not matter.
     """
-    config = load_config(directory)
-    stored = open_weights(directory, canonical_names(config.tie_word_embeddings))
+    stored = model.weights
     sums = {}
     for name in sorted(stored.places):
         spec = stored.spec(name)
         sums[name] = [spec.dtype, list(spec.shape), zlib.crc32(stored.view(name).reshape(-1).view(np.uint8).data)]
         stored.release(name)
-    return short_hash([config.to_dict(), dtype, sums])
+    return short_hash([model.config.to_dict(), dtype, sums])
 
 
 def short_hash(values: Any) -> str:
