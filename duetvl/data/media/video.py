@@ -1,8 +1,8 @@
 """Video files by PyAV: what frames there are, which of them are taken, and their pictures.
 
 Frames are counted and timed by reading the packets, not the header: that holds for a changing frame rate, for a
-missing duration and for a file that ends early. One frame is decoded for its size and rotation. The rules that choose
-frames go by the number of a frame, as those of qwen-vl-utils and LLaMA-Factory do.
+missing duration and for frames that are in the file and not shown. One frame is decoded for its size and rotation. The
+rules that choose frames go by the number of a frame, as those of qwen-vl-utils and LLaMA-Factory do.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import av
+import av.stream
 import numpy as np
 from PIL import Image
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import VideoPart
+from duetvl.data.media.containers import is_cut_off
 from duetvl.data.media.images import Size, describe, media_content
 
 _FALLBACK_RATE: Final = Fraction(25)  # of a stream that says nothing of time, as ffmpeg takes it
@@ -42,12 +44,20 @@ class FrameRule:
     max_frames: int = 768
 
 
+class VideoHeader(NamedTuple):
+    """What the file's header says of the stream: frames (0: it does not say) and seconds."""
+
+    frames: int
+    seconds: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
     """The frames of a video file in the order in which they are shown.
 
     ticks (N,) int64 are their time stamps in units of `time_base` seconds, `keys` (N,) says where decoding may begin.
-    Not `timed`: the file has no usable time stamps, and ticks are counted. size is that of the turned picture.
+    Not `timed`: the file has no usable time stamps, and ticks are counted. size is that of the turned picture, `stream`
+    the number of the stream in its file. `header` may say otherwise; None where there is none.
     """
 
     size: Size
@@ -56,6 +66,8 @@ class VideoIndex:
     time_base: Fraction
     duration: Fraction
     timed: bool
+    stream: int = 0
+    header: VideoHeader | None = None
 
     def __len__(self) -> int:
         return len(self.ticks)
@@ -80,7 +92,7 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """The frames that are taken. `seconds` is the time from one to the next, on average.
+    """The frames that are taken, of the file's stream number `stream`. `seconds`: from one to the next, on average.
 
     `reach` is the furthest tick that may stand in for one that cannot be decoded.
     """
@@ -90,61 +102,106 @@ class VideoPlan:
     timed: bool
     time_base: Fraction
     reach: int
+    stream: int
 
 
 def read_index(source: object) -> VideoIndex:
     """The frames of a video file (a path, bytes or a data URI). Raises DataError naming it."""
-    with _opened(source) as (container, stream):
-        packets = _Packets(container, stream)
-        first, stamps, keys = packets.first, packets.stamps, np.array(packets.keys, bool)
-        if first is None:
+    with _opened(source) as container:
+        # Before packets are read: that changes what FFmpeg says of the header of some files.
+        headers = {stream.index: _header(stream) for stream in container.streams.video}
+        track = _film(container)
+        stream, first = track.stream, track.first
+        if _lacks_frames(source, container, track):
+            raise DataError(f"is cut off: {_shortfall(container, track)}")
+        if first is None or not track.stamps:
             raise DataError("no frame of it can be decoded")
         turned = abs(first.rotation) % 180 == 90
         size = (first.width, first.height) if turned else (first.height, first.width)
+        stamps, keys, common = track.stamps, np.array(track.keys, bool), (stream.index, headers[stream.index])
         if None in stamps or len(set(stamps)) < len(stamps):
             rate, count = _rate(stream), len(stamps)
-            return VideoIndex(size, np.arange(count), keys, 1 / rate, count / rate, timed=False)
+            return VideoIndex(size, np.arange(count), keys, 1 / rate, count / rate, False, *common)
         ticks = np.array(stamps, np.int64)
         order = np.argsort(ticks)
-        duration = _duration(ticks[order], packets.last[1], stream)
-        return VideoIndex(size, ticks[order], keys[order], stream.time_base, duration, timed=True)
+        order = order[ticks[order] >= _begin(ticks, keys, first.pts)]
+        duration = _duration(ticks[order], track.last[1], stream)
+        return VideoIndex(size, ticks[order], keys[order], stream.time_base, duration, True, *common)
 
 
-class _Packets:
-    """What the packets of a video stream say: their time stamps, and whether decoding may begin there.
+def _header(stream: Any) -> VideoHeader:
+    seconds = None if stream.duration is None else float(stream.duration * stream.time_base)
+    return VideoHeader(stream.frames, seconds)
 
-    `last` is the time stamp and the length of the last one shown, `first` a decoded frame. Raises DataError where the
-    file ends before its header says.
+
+def _begin(ticks: np.ndarray, keys: np.ndarray, first: int) -> int:
+    """The tick of the first frame shown; those before it need frames that a stream cut in its middle begins after.
+
+    Where even the first key frame cannot be decoded, the stream is damaged, and all of its frames count.
+    """
+    return first if keys.any() and first <= ticks[keys][0] else int(ticks.min())
+
+
+class _Track:
+    """What the packets of a video stream say: time stamps of the frames shown, and whether decoding may begin there.
+
+    `last` is the time stamp and the length of the last one, `first` a decoded frame. `whole` counts the packets that
+    are undamaged, shown or not.
     """
 
-    def __init__(self, container: Any, stream: Any):
+    def __init__(self, stream: Any):
+        self.stream = stream
         self.stamps: list[int | None] = []
         self.keys: list[bool] = []
         self.last = (-(1 << 62), 0)
         self.first: Any = None
-        self.end = Fraction(0)  # seconds, of any stream
-        for packet in container.demux():
-            if packet.pts is not None:
-                self.end = max(self.end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            if packet.stream.index == stream.index:
-                self._add(packet)
-        missing = stream.frames - len(self.stamps)
-        if missing > max(2, stream.frames // 50):
-            raise DataError(f"is cut off: its index lists {stream.frames} frames, {len(self.stamps)} are there")
-        # Matroska has no number of frames, but a duration that is exact, of the longest stream.
-        lasts = Fraction(container.duration or 0, av.time_base) if "matroska" in container.format.name else 0
-        if lasts - self.end > max(1, lasts / 20):
-            raise DataError(f"is cut off: {float(self.end):.1f} s of {float(lasts):.1f} s are there")
+        self.whole = 0
 
-    def _add(self, packet: Any) -> None:
+    def add(self, packet: Any) -> None:
         if self.first is None:
-            self.first = next(_decoded(packet), None)
-        if packet.size == 0 or packet.is_discard or packet.is_corrupt:
+            self.first = next((frame for frame in _decoded(packet) if not frame.is_corrupt), None)
+        if packet.size == 0 or packet.is_corrupt:
+            return
+        self.whole += 1
+        if packet.is_discard:  # an edit list hides it
             return
         self.stamps.append(packet.pts)
         self.keys.append(packet.is_keyframe)
         if packet.pts is not None:
             self.last = max(self.last, (packet.pts, packet.duration or 0))
+
+
+def _film(container: Any) -> _Track:
+    """The video stream that a player shows, its packets read: none that is a cover picture, the default one if any.
+
+    A stream of one picture gives way to one of several. Raises DataError where there is none.
+    """
+    attached = av.stream.Disposition.attached_pic
+    tracks = {stream.index: _Track(stream) for stream in container.streams.video if not stream.disposition & attached}
+    if not tracks:
+        raise DataError("has only a cover picture" if container.streams.video else "has no video stream")
+    for packet in container.demux([track.stream for track in tracks.values()]):
+        tracks[packet.stream.index].add(packet)
+    default = av.stream.Disposition.default
+    return max(tracks.values(), key=lambda track: (len(track.stamps) > 1, bool(track.stream.disposition & default)))
+
+
+def _lacks_frames(source: object, container: Any, track: _Track) -> bool:
+    """Whether the file ends before its last frame."""
+    if track.whole == track.stream.frames:
+        return False
+    content = media_content(source)
+    with content.open("rb") if isinstance(content, Path) else content as file:  # type: ignore[union-attr]
+        return is_cut_off(file, container.format.name)
+
+
+def _shortfall(container: Any, track: _Track) -> str:
+    """In words, what a file that is cut off lacks."""
+    listed, there = track.stream.frames, len(track.stamps)
+    if listed > there:
+        return f"its index lists {listed} frames, {there} are there"
+    end = float((track.last[0] + track.last[1]) * track.stream.time_base) if there else 0.0
+    return f"{end:.1f} s of {(container.duration or 0) / av.time_base:.1f} s are there"
 
 
 def _rate(stream: Any) -> Fraction:
@@ -163,27 +220,51 @@ def _duration(ticks: np.ndarray, length: int, stream: Any) -> Fraction:
 
 def plan_frames(index: VideoIndex, rule: FrameRule, part: VideoPart) -> VideoPlan:
     """Which frames of a video are taken. Raises DataError where the rule takes none."""
-    first, last, duration = _stretch(index, part)
-    total = last - first + 1
-    fps = rule.fps if part.fps is None else part.fps
-    fewest = rule.min_frames if part.min_frames is None else part.min_frames
-    most = rule.max_frames if part.max_frames is None else part.max_frames
-    if rule.rule == "qwen":
-        wanted = part.frames or float(duration) * fps
-        count = qwen_count(total, wanted, fewest, most, exact=part.frames is not None)
-        numbers = np.linspace(first, last, count).round().astype(np.int64)
-    else:
-        wanted = part.frames or max(1, math.floor(float(duration) * fps))
-        count = max(1, min(total, most, int(wanted)))
-        numbers = np.linspace(first, last, count).astype(np.int64)  # truncated, as there
-    seconds = float(duration) / count
+    asked = replace(
+        rule,
+        fps=rule.fps if part.fps is None else part.fps,
+        min_frames=rule.min_frames if part.min_frames is None else part.min_frames,
+        max_frames=rule.max_frames if part.max_frames is None else part.max_frames,
+    )
+    numbers, seconds = (_by_qwen if rule.rule == "qwen" else _by_llamafactory)(index, asked, part)
     return VideoPlan(
         picks=tuple(_picks(index, numbers)),
         seconds=seconds,
         timed=index.timed,
         time_base=index.time_base,
         reach=math.ceil(max(seconds / 2, float(2 / index.fps)) / index.time_base),
+        stream=index.stream,
     )
+
+
+def _by_qwen(index: VideoIndex, rule: FrameRule, part: VideoPart) -> tuple[np.ndarray, float]:
+    """Numbers of the frames, and the seconds from one to the next."""
+    first, last, duration = _stretch(index, part)
+    wanted = part.frames or float(duration) * rule.fps
+    count = qwen_count(last - first + 1, wanted, rule.min_frames, rule.max_frames, exact=part.frames is not None)
+    return np.linspace(first, last, count).round().astype(np.int64), float(duration) / count
+
+
+def _by_llamafactory(index: VideoIndex, rule: FrameRule, part: VideoPart) -> tuple[np.ndarray, float]:
+    """Numbers of the frames, and the seconds from one to the next; both from what the header says, as there."""
+    first, total, seconds = 0, len(index), float(index.duration)
+    if part.start is not None or part.end is not None:
+        first, last, duration = _stretch(index, part)
+        total, seconds = last - first + 1, float(duration)
+    elif index.header is not None:
+        total = index.header.frames or (total if part.frames else 0)
+        if index.header.seconds is not None:
+            seconds = index.header.seconds
+        elif not total:
+            seconds = rule.max_frames / rule.fps
+    if total:
+        wanted = part.frames or max(1, math.floor(seconds * rule.fps))
+        count = max(1, min(total, rule.max_frames, int(wanted)))
+        numbers = np.linspace(first, first + total - 1, count).astype(np.int64)  # truncated, as there
+    else:  # without a number of frames the first ones are taken there
+        count = rule.max_frames
+        numbers = np.arange(count)
+    return numbers[numbers < len(index)], seconds / count
 
 
 def qwen_count(total: int, wanted: float, fewest: int, most: int, *, exact: bool = False) -> int:
@@ -238,8 +319,8 @@ def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
     done = 0
     # An index may be wrong about where decoding can begin: then once more from the front, where there is no doubt.
     for may_jump in (True, False):
-        with _opened(source) as (container, stream):
-            cursor = _Cursor(container, stream, plan, may_jump=may_jump)
+        with _opened(source) as container:
+            cursor = _Cursor(container, plan, may_jump=may_jump)
             for pick in plan.picks[done:]:
                 frame = cursor.at(pick)
                 if frame is None and cursor.jumped:
@@ -253,8 +334,8 @@ def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
 class _Cursor:
     """Decodes forwards, and leaps to a later frame where that is less work."""
 
-    def __init__(self, container: Any, stream: Any, plan: VideoPlan, *, may_jump: bool):
-        self.container, self.stream, self.plan = container, stream, plan
+    def __init__(self, container: Any, plan: VideoPlan, *, may_jump: bool):
+        self.container, self.stream, self.plan = container, container.streams[plan.stream], plan
         self.may_jump = may_jump and plan.timed
         self.jumped = False
         self.number = -1  # of the newest frame, as far as it is known
@@ -310,16 +391,14 @@ def _picture(frame: Any) -> Image.Image:
 
 
 @contextmanager
-def _opened(source: object) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream. Whatever goes wrong becomes one DataError that names the file."""
+def _opened(source: object) -> Iterator[Any]:
+    """The container. Whatever goes wrong becomes one DataError that names the file."""
     try:
         content = media_content(source)
         if content is None:
             raise DataError(f"a video cannot be a {type(source).__name__}; give a path, bytes, or a list of frames")
         with av.open(f"file:{content}" if isinstance(content, Path) else content) as container:
-            if not container.streams.video:
-                raise DataError("has no video stream")
-            yield container, container.streams.video[0]
+            yield container
     except DataError as error:
         raise DataError(f"{describe(source)}: {error}") from None
     except FileNotFoundError:
