@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ from PIL import Image
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
-from duetvl.data.media.images import NO_WISH, ImageSource, Resize, load_image
+from duetvl.data.media.images import NO_WISH, ImageSource, Resize, image_size, load_image
 from duetvl.data.media.pixels import PixelSettings, smart_resize
 from duetvl.data.media.plan import MediaSettings, load, measure
+from duetvl.data.media.video import read_index
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
 SETTINGS = PixelSettings()
@@ -231,6 +233,73 @@ def test_what_is_not_an_image(source: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         load_image(source)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is a HEIC or HEIF picture; convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "it is a HEIC or HEIF picture"),
+        (b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a", "it is a JPEG XL picture"),
+        (b"\n<!DOCTYPE HTML><title>Not found", "it is a web page (HTML); download the file itself"),
+        (b"\xef\xbb\xbf<html lang=en>", "it is a web page (HTML)"),
+        (b'<?xml version="1.0"?><Error>', "it is XML"),
+        (b"<svg xmlns=", "it is an SVG drawing"),
+        (b'{"error": "rate limit"}', "it is JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "it is a Git LFS pointer and not the file itself"),
+        (b"/9j/4AAQSkZJRgABAQ", "it is a picture as base64 text"),
+        (b"%PDF-1.7", "it is a PDF document"),
+        (b"PK\3\4", "it is a ZIP archive"),
+        (b"\x1f\x8b\x08", "it is gzip data"),
+        (b"\0\0\0\x20ftypisom", "it is an MP4 or QuickTime video; give it as a video"),
+        (b"\x1aE\xdf\xa3", "it is a Matroska or WebM video"),
+        (b"RIFF\0\0\0\0AVI LIST", "it is an AVI video"),
+        (bytes(2000), "it is nothing but zero bytes"),
+        (b"GIF89a", "it is a GIF picture; its header is damaged"),
+    ],
+)
+def test_other_files_under_a_picture_s_name(head: bytes, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(head)
+    for read in (load_image, image_size):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert f"{path}: is not an image that can be read: {kind}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_not_a_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (load_image, image_size, read_index):
+        with pytest.raises(DataError, match=r"a\.png: is not a file but a FIFO, a socket or a device"):
+            read(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_base64_in_lines_and_without_padding(end: str) -> None:
+    image = noise(40, 61)
+    lines = base64.encodebytes(png(image)).decode().replace("\n", end)
+    for body in (lines, end + lines + end, lines.rstrip().rstrip("=")):
+        assert np.array_equal(np.asarray(load_image("data:image/png;base64," + body)), np.asarray(image))
+
+
+def test_a_name_is_bounded_in_messages() -> None:
+    for source in ("x" * 5000, "data:image/png;base64," + "@" * 5000):
+        with pytest.raises(DataError) as caught:
+            load_image(source)
+        assert len(str(caught.value)) < 400
+
+
+def test_grey_of_16_bits_whose_zero_is_white() -> None:
+    values = np.array([[0, 256, 65535]], np.uint16)
+    for white_is_zero, expected in ((False, [0, 1, 255]), (True, [255, 254, 0])):
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, "TIFF", tiffinfo={262: 0 if white_is_zero else 1})
+        assert np.asarray(load_image(file.getvalue()))[0, :, 0].tolist() == expected
 
 
 def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def _matroska_element(file: BinaryIO, position: int) -> _Element | None:
 
 
 def _matroska_number(file: BinaryIO, *, keep_marker: bool = False) -> int | None:
-    """A number of 1 to 8 bytes, whose first set bit says how many; None for an unknown one, all of whose bits are set."""
+    """A number of 1 to 8 bytes, whose first set bit says how many. None for an unknown one, whose bits are all set."""
     first = file.read(1)
     if not first or not first[0]:
         return None
