@@ -384,7 +384,9 @@ def cut(path: Path, share: float) -> Path:
 
 def test_what_is_not_a_video(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("I am a text. " * 100)
-    assert "is damaged or not a video" in refused(tmp_path / "text.mp4")
+    assert "is damaged or not a video: it is text" in refused(tmp_path / "text.mp4")
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><title>Sign in</title>" + " " * 500)
+    assert "is damaged or not a video: it is a web page (HTML); download" in refused(tmp_path / "page.mp4")
     (tmp_path / "empty.mp4").write_bytes(b"")
     assert "is empty (0 bytes)" in refused(tmp_path / "empty.mp4")
     assert "no such file" in refused(tmp_path / "absent.mp4")

@@ -124,8 +124,7 @@ def _opened(source: ImageSource, *, pixels: bool = True) -> Iterator[Image.Image
     if isinstance(source, np.ndarray):
         yield _from_array(source)
         return
-    content = _file(source)
-    with content.open("rb") if isinstance(content, Path) else content as file, _picture_in(file, pixels) as image:
+    with readable(source) as file, _picture_in(file, pixels) as image:
         _check_mode(image)
         yield image
 
@@ -138,15 +137,6 @@ def _picture_in(file: BinaryIO, pixels: bool) -> Image.Image:
     except UnidentifiedImageError:
         what = what_it_is(head)
         raise DataError(f"is not an image that can be read: it is {what}" if what else "is not an image") from None
-
-
-def _file(source: object) -> Path | io.BytesIO:
-    content = media_content(source)
-    if content is None:
-        raise DataError(
-            f"a picture cannot be a {type(source).__name__}; give a path, bytes, a data URI, an array or a Pillow image"
-        )
-    return content
 
 
 def media_content(source: object) -> Path | io.BytesIO | None:
@@ -170,6 +160,16 @@ def media_content(source: object) -> Path | io.BytesIO | None:
         if path.stat().st_size == 0:
             raise DataError("is empty (0 bytes)")
     return path
+
+
+def readable(source: object) -> BinaryIO:
+    """A picture's or video's file, opened. Raises DataError for what is neither, OSError where it cannot be opened."""
+    content = media_content(source)
+    if content is None:
+        raise DataError(
+            f"a picture cannot be a {type(source).__name__}; give a path, bytes, a data URI, an array or a Pillow image"
+        )
+    return content.open("rb") if isinstance(content, Path) else content
 
 
 def _check_mode(image: Image.Image) -> None:

@@ -23,7 +23,8 @@ from PIL import Image
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import VideoPart
 from duetvl.data.media.containers import is_cut_off
-from duetvl.data.media.images import Size, describe, media_content
+from duetvl.data.media.images import Size, describe, media_content, readable
+from duetvl.data.media.kinds import LONGEST_HEAD, what_it_is
 
 _FALLBACK_RATE: Final = Fraction(25)  # of a stream that says nothing of time, as ffmpeg takes it
 _WORTH_A_SEEK: Final = 16  # frames that need not be decoded
@@ -190,8 +191,7 @@ def _lacks_frames(source: object, container: Any, track: _Track) -> bool:
     """Whether the file ends before its last frame."""
     if track.whole == track.stream.frames:
         return False
-    content = media_content(source)
-    with content.open("rb") if isinstance(content, Path) else content as file:  # type: ignore[union-attr]
+    with readable(source) as file:
         return is_cut_off(file, container.format.name)
 
 
@@ -404,5 +404,12 @@ def _opened(source: object) -> Iterator[Any]:
     except FileNotFoundError:
         raise DataError(f"{describe(source)}: no such file") from None
     except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
-        cause = getattr(error, "strerror", None) or error
+        found = _other_kind(source) if isinstance(error, av.error.InvalidDataError) else ""
+        cause = f"it is {found}" if found else getattr(error, "strerror", None) or error
         raise DataError(f"{describe(source)}: is damaged or not a video: {cause}") from None
+
+
+def _other_kind(source: object) -> str:
+    """What a file is that is no video, in words; "" where it may be one."""
+    with readable(source) as file:
+        return what_it_is(file.read(LONGEST_HEAD), but_video=True)
