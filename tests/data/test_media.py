@@ -282,12 +282,12 @@ def test_what_describes_a_medium_is_no_setting() -> None:
     assert isinstance(read_part({"type": "image", "image": "a.png", **extra}), ImagePart)
 
 
-@pytest.mark.parametrize("wish", [{"frames": 2}, {"max_frames": 2}, {"start": 1.0}, {"end": 1.0}, {"min_frames": 4}])
+@pytest.mark.parametrize("wish", [{"frames": 2}, {"max_frames": 2}, {"start": 1.0}, {"end": 1.0}])
 def test_of_a_list_of_frames_all_are_taken_or_it_is_an_error(wish: dict[str, Any]) -> None:
     frames = [noise(28, 28)] * 3
     with pytest.raises(DataError, match="all frames of a list are taken, here 3"):
         measure(VideoPart(frames, **wish), BOUNDS, GEOMETRY)
-    met = VideoPart(frames, frames=3, min_frames=2, max_frames=3)
+    met = VideoPart(frames, frames=3, min_frames=4, max_frames=3)
     assert measure(met, BOUNDS, GEOMETRY).frames == 3
 
 

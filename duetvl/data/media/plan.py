@@ -127,11 +127,11 @@ def _frame_sources(part: VideoPart) -> Sequence[ImageSource] | None:
 
 def _check_count(part: VideoPart, count: int) -> None:
     """Raises DataError where other frames of a list are asked for than all of them."""
-    fewest, most = part.min_frames or 0, part.max_frames or count
-    if part.frames not in (None, count) or not fewest <= count <= most or (part.start, part.end) != (None, None):
+    too_many = part.max_frames is not None and count > part.max_frames
+    if part.frames not in (None, count) or too_many or (part.start, part.end) != (None, None):
         raise DataError(
-            f"all frames of a list are taken, here {count}; nframes, min_frames, max_frames, video_start and video_end "
-            "choose those of a file: leave them out, or list other frames"
+            f"all frames of a list are taken, here {count}; nframes, max_frames, video_start and video_end choose those "
+            "of a file: leave them out, or list other frames"
         )
 
 
