@@ -305,6 +305,17 @@ def test_a_cover_picture_is_not_the_film(tmp_path: Path, name: str) -> None:
     assert read_index(clip).header == read_index(clip.read_bytes()).header
 
 
+def test_a_stream_of_an_unknown_kind(tmp_path: Path) -> None:
+    """It gives way to one that can be decoded, but not to a still."""
+    clip = write_with_still(tmp_path / "a.mkv")
+    content = clip.read_bytes()
+    clip.write_bytes(content.replace(b"V_MJPEG", b"V_OTHER"))
+    assert shown(clip, planned(clip)) == [level(number) for number in (0, 6, 13, 19)]
+    clip.write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_OTHER/NEW/ONE"))
+    with pytest.raises(DataError, match=r"a\.mkv: has a video stream of a kind that FFmpeg cannot decode"):
+        planned(clip, LLAMAFACTORY)
+
+
 def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
     clip = write_with_still(tmp_path / "a.mp4", frames=0, attached=True)
     assert "has only a cover picture" in refused(clip)

@@ -130,8 +130,8 @@ def _check_count(part: VideoPart, count: int) -> None:
     too_many = part.max_frames is not None and count > part.max_frames
     if part.frames not in (None, count) or too_many or (part.start, part.end) != (None, None):
         raise DataError(
-            f"all frames of a list are taken, here {count}; nframes, max_frames, video_start and video_end choose those "
-            "of a file: leave them out, or list other frames"
+            f"all frames of a list are taken, here {count}; nframes, max_frames, video_start and video_end choose "
+            "those of a file: leave them out, or list other frames"
         )
 
 

@@ -157,9 +157,10 @@ class _Track:
         self.last = (-(1 << 62), 0)
         self.first: Any = None
         self.whole = 0
+        self.decodable = stream.codec_context is not None
 
     def add(self, packet: Any) -> None:
-        if self.first is None:
+        if self.first is None and self.decodable:
             self.first = next((frame for frame in _decoded(packet) if not frame.is_corrupt), None)
         if packet.size == 0 or packet.is_corrupt:
             return
@@ -177,14 +178,21 @@ def _film(container: Any) -> _Track:
 
     A stream of one picture gives way to one of several. Raises DataError where there is none.
     """
-    attached = av.stream.Disposition.attached_pic
-    tracks = {stream.index: _Track(stream) for stream in container.streams.video if not stream.disposition & attached}
+    videos, disposition = container.streams.video, av.stream.Disposition
+    tracks = {stream.index: _Track(stream) for stream in videos if not stream.disposition & disposition.attached_pic}
     if not tracks:
-        raise DataError("has only a cover picture" if container.streams.video else "has no video stream")
+        raise DataError("has only a cover picture" if videos else "has no video stream")
     for packet in container.demux([track.stream for track in tracks.values()]):
         tracks[packet.stream.index].add(packet)
-    default = av.stream.Disposition.default
-    return max(tracks.values(), key=lambda track: (len(track.stamps) > 1, bool(track.stream.disposition & default)))
+
+    def rank(track: _Track) -> tuple[bool, bool, bool]:
+        several = len(track.stamps) > 1
+        return several and track.decodable, several, bool(track.stream.disposition & disposition.default)
+
+    film = max(tracks.values(), key=rank)
+    if not film.decodable:
+        raise DataError("has a video stream of a kind that FFmpeg cannot decode")
+    return film
 
 
 def _lacks_frames(source: object, container: Any, track: _Track) -> bool:
