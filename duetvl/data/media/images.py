@@ -104,8 +104,9 @@ def _named(source: object) -> Iterator[None]:
     except OSError as error:  # the system's have a number, Pillow's about a damaged file have none
         words = f"cannot be read: {error.strerror}" if error.errno else f"is damaged or unreadable: {error}"
         raise DataError(f"{describe(source)}: {words}") from None
-    except (ValueError, SyntaxError, EOFError, struct.error, ArithmeticError, LookupError) as error:
-        # Pillow's decoders raise any of these on damaged files.
+    except MemoryError:  # says nothing about the file
+        raise
+    except Exception as error:  # each of Pillow's decoders has its own ways to say that a file is damaged
         raise DataError(f"{describe(source)}: is damaged or unreadable: {str(error) or type(error).__name__}") from None
 
 

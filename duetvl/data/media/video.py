@@ -411,7 +411,8 @@ def _opened(source: object) -> Iterator[Any]:
         raise DataError(f"{describe(source)}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{describe(source)}: no such file") from None
-    except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, EOFError, LookupError) as error:
+        # PyAV looks up a stream by its number, which a damaged transport stream invents.
         found = _other_kind(source) if isinstance(error, av.error.InvalidDataError) else ""
         cause = f"it is {found}" if found else getattr(error, "strerror", None) or error
         raise DataError(f"{describe(source)}: is damaged or not a video: {cause}") from None
