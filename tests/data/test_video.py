@@ -268,6 +268,17 @@ def test_frames_that_were_dropped_in_recording(tmp_path: Path) -> None:
     assert "is cut off" in refused(cut(clip, 0.3))
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi"])
+def test_a_file_whose_end_was_never_written(tmp_path: Path, name: str) -> None:
+    """Of its full size, as a download that reserves the space leaves it."""
+    clip = write_clip(tmp_path / name, 200, codec="libx264" if name == "a.mkv" else "mpeg4")
+    content = clip.read_bytes()
+    clip.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    assert "is cut off" in refused(clip)
+    clip.write_bytes(content.ljust(len(content) + 3000, b"\0"))  # behind the end it does no harm
+    assert len(read_index(clip)) == 200
+
+
 def test_a_last_frame_that_lasts_long(tmp_path: Path) -> None:
     """Slides and screen recordings: Matroska states the length of the whole, not that of the frame."""
     clip = write_clip(tmp_path / "a.mkv", 20, codec="libx264")

@@ -26,17 +26,25 @@ class _Element(NamedTuple):
 
 
 def is_cut_off(file: BinaryIO, container: str) -> bool:
-    """Whether frames are missing at the end of a file of this FFmpeg format; False where nothing in it can tell."""
+    """Whether frames are missing at the end of a file of this FFmpeg format; False where nothing in it can tell.
+
+    So they are where the end is there, but was never written, as in a download that reserves the space.
+    """
     read = _READERS.get(container.split(",")[0])
     if read is None:
         return False
     there = file.seek(0, os.SEEK_END)
     promised = position = 0
     for _ in range(_MOST_ELEMENTS):
-        file.seek(position)
-        element = read(file, position) if position < there else None
-        if element is None:
+        if position + 8 > there:
             return promised > there
+        file.seek(position)
+        if not any(file.read(8)):
+            return position < promised
+        file.seek(position)
+        element = read(file, position)
+        if element is None:
+            return False
         if element.opens:
             promised = element.end
         elif element.end > there:
@@ -57,12 +65,14 @@ def _mp4_box(file: BinaryIO, position: int) -> _Element | None:
 def _avi_chunk(file: BinaryIO, position: int) -> _Element | None:
     """A chunk; one whose size was never filled in states nothing."""
     kind, size, form = _unpacked(file, "<4sI4s") or (b"", 0, b"")
-    if size in (0, 0xFFFFFFFF):
-        return None
-    end = position + 8 + size
     if kind == b"RIFF":  # some programs state its size wrong by a few bytes
         return _Element(0, position + 12, opens=True)
-    return _Element(end, end + size % 2, (kind, form) == (b"LIST", b"movi"))
+    if size == 0xFFFFFFFF or (size == 0 and kind == b"LIST"):
+        return None
+    end = position + 8 + size
+    if (kind, form) == (b"LIST", b"movi"):
+        return _Element(end, position + 12, opens=True)
+    return _Element(end, end + size % 2, kind[:2].isdigit() or form == b"rec ")
 
 
 def _matroska_element(file: BinaryIO, position: int) -> _Element | None:
