@@ -11,7 +11,7 @@ import struct
 from typing import Any, BinaryIO, Final, NamedTuple
 
 _MOST_ELEMENTS: Final = 1 << 20  # far more than a film of ten hours has; a bound for files that are made to hang
-_MP4_FRAMES: Final = (b"mdat", b"moof")
+_MP4_FRAMES: Final = (b"moov", b"mdat", b"moof", b"styp", b"sidx", b"prft", b"emsg")  # and what goes before them
 _MATROSKA_SEGMENT: Final = 0x18538067
 _MATROSKA_CLUSTER: Final = 0x1F43B675
 
