@@ -191,6 +191,8 @@ def test_transparency_is_laid_on_white() -> None:
     assert abs(int(red) - 227) <= 1 and abs(int(green) - 127) <= 1
     assert load_image(Image.new("LA", (4, 4), (10, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert load_image(np.asarray(clear)).getpixel((0, 0)) == (255, 255, 255)
+    for premultiplied in ("La", "RGBa"):
+        assert load_image(Image.new(premultiplied, (4, 4))).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([9, 9, 9] * 256)
     assert load_image(png(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)

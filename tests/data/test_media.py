@@ -276,7 +276,16 @@ def test_a_setting_that_is_not_known_is_an_error(key: str, known: str) -> None:
 
 
 def test_what_describes_a_medium_is_no_setting() -> None:
-    extra = {"id": 3, "video_id": "x", "frame_id": 4, "caption": "a cat", "detail": "auto", "width": 30, "height": 20}
+    extra = {
+        "id": 3,
+        "video_id": "x",
+        "frame_id": 4,
+        "caption": "a cat",
+        "detail": "auto",
+        "sample_rate": 16000,
+        "width": 30,
+        "height": 20,
+    }
     part = read_part({"type": "video", "video": "a.mp4", "nframes": 8, **extra})
     assert isinstance(part, VideoPart) and part.frames == 8
     assert isinstance(read_part({"type": "image", "image": "a.png", **extra}), ImagePart)

@@ -15,7 +15,7 @@ SETTINGS: Final = (
     "second_per_grid", "second_per_grid_ts",
 )  # fmt: skip
 # A key with one of these words asks for something: passing over it would take other frames or pixels in silence.
-_WORDS: Final = frozenset(("fps", "frames", "pixels", "rate", "resized", "segments", "start", "end"))
+_WORDS: Final = frozenset(("fps", "frames", "pixels", "resized", "segments", "start", "end"))
 _NAMES_ELSEWHERE: Final = {
     "num_frames": "nframes", "n_frames": "nframes", "frames": "nframes", "num_segments": "nframes",
     "max_num_frames": "max_frames", "fps_max_frames": "max_frames", "fps_min_frames": "min_frames",
@@ -50,4 +50,5 @@ def read_settings(part: Mapping[str, Any], source_keys: Sequence[str], common: M
 @lru_cache(1024)
 def _looks_like_a_setting(key: str) -> bool:
     words = key.lower().replace("-", "_").split("_")
-    return not _WORDS.isdisjoint(words) or bool(get_close_matches(key, SETTINGS, n=1, cutoff=0.9))
+    known = key in _NAMES_ELSEWHERE or not _WORDS.isdisjoint(words)
+    return known or bool(get_close_matches(key, SETTINGS, n=1, cutoff=0.9))

@@ -240,7 +240,7 @@ def _as_rgb(image: Image.Image, alpha_on_white: bool) -> Image.Image:
         image = _from_wide_integers(np.asarray(image))
     if not (alpha_on_white and image.has_transparency_data):
         return image.convert("RGB")
-    picture = image.convert("RGBA")
+    picture = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, picture).convert("RGB")
 
