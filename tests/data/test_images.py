@@ -193,6 +193,7 @@ def test_transparency_is_laid_on_white() -> None:
     assert load_image(np.asarray(clear)).getpixel((0, 0)) == (255, 255, 255)
     for premultiplied in ("La", "RGBa"):
         assert load_image(Image.new(premultiplied, (4, 4))).getpixel((0, 0)) == (255, 255, 255)
+        assert load_image(Image.new(premultiplied, (4, 4)), alpha_on_white=False).mode == "RGB"
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([9, 9, 9] * 256)
     assert load_image(png(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)

@@ -236,11 +236,13 @@ def _as_rgb(image: Image.Image, alpha_on_white: bool) -> Image.Image:
         values = np.asarray(image).astype(np.uint16)
         negative = _tiff_tag(image, _PHOTOMETRIC) == 0  # Pillow turns grey of 8 bits over, not of 16
         image = _from_deep_grey(~values if negative else values, image.info.get("transparency"))
+    elif image.mode == "La":
+        image = image.convert("LA")
     elif image.mode == "I":
         image = _from_wide_integers(np.asarray(image))
     if not (alpha_on_white and image.has_transparency_data):
         return image.convert("RGB")
-    picture = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    picture = image.convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, picture).convert("RGB")
 
