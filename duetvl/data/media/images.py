@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,8 +195,8 @@ def _orientation(image: Image.Image) -> int:
     try:
         # The base class' own method: that of PNG decodes the picture to find what may stand behind it.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, LookupError, TypeError, struct.error):
-        return 1  # the tags are damaged, which does not hurt the picture
+    except Exception:  # tags are damaged in many ways, none of which hurts the picture
+        return 1
     return value if value in _TURNS else 1
 
 
