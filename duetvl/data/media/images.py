@@ -195,6 +195,8 @@ def _orientation(image: Image.Image) -> int:
     try:
         # The base class' own method: that of PNG decodes the picture to find what may stand behind it.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except (MemoryError, OSError):
+        raise
     except Exception:  # tags are damaged in many ways, none of which hurts the picture
         return 1
     return value if value in _TURNS else 1

@@ -88,12 +88,14 @@ def _header(stream: Any) -> VideoHeader:
     return VideoHeader(stream.frames, seconds)
 
 
-def _begin(ticks: np.ndarray, keys: np.ndarray, first: int) -> int:
+def _begin(ticks: np.ndarray, keys: np.ndarray, first: int | None) -> int:
     """The tick of the first frame shown; those before it need frames that a stream cut in its middle begins after.
 
     Where even the first key frame cannot be decoded, the stream is damaged, and all of its frames count.
     """
-    return first if keys.any() and first <= ticks[keys][0] else int(ticks.min())
+    if first is None or not keys.any() or first > ticks[keys][0]:
+        return int(ticks.min())
+    return first
 
 
 class _Track:
