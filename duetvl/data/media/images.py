@@ -24,7 +24,7 @@ from duetvl.data.sources.blob import Blob
 
 ImageSource = str | Path | bytes | Blob | np.ndarray | Image.Image
 Size = tuple[int, int]  # height, width
-_LONGEST_NAME: Final = 300  # characters in a message
+_LONGEST_NAME: Final = 240  # characters that a message shows in full
 _ORIENTATION: Final = 0x0112  # of the EXIF tags
 _WIDTH, _HEIGHT, _PHOTOMETRIC = 256, 257, 262  # of the tags of TIFF
 _TURNS: Final = {
@@ -86,7 +86,7 @@ def describe(source: object) -> str:
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or f"picture {source.mode} {source.size}")
     name = str(source)
-    return name if len(name) <= _LONGEST_NAME else f"{name[:40]}...{name[40 - _LONGEST_NAME :]}"
+    return name if len(name) <= _LONGEST_NAME else f"{name[:40]}...{name[-80:]} ({len(name)} characters)"
 
 
 @contextmanager
