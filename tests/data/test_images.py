@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -303,6 +304,36 @@ def test_grey_of_16_bits_whose_zero_is_white() -> None:
         file = io.BytesIO()
         Image.fromarray(values).save(file, "TIFF", tiffinfo={262: 0 if white_is_zero else 1})
         assert np.asarray(load_image(file.getvalue()))[0, :, 0].tolist() == expected
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        segment(0xE0, b"JFIF\0"),
+        segment(0xEE, b"Adobe"),
+        segment(0xE2, b"ICC_PROFILE\0"),
+        segment(0xE2, b"ICC_PROFILE\0\2\3part of it"),
+        segment(0xE2, b"MPF\0nonsense"),
+        segment(0xED, b"Photoshop 3.0\x008BIM\x04\x04\xff\xff\xff\xff"),
+        segment(0xFE, b"x" * 60_000) * 30,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
+def test_what_stands_beside_the_pixels_of_a_jpeg_does_not_hurt_them(beside: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    noise(40, 60).save(file, "JPEG", exif=exif)
+    whole = file.getvalue()
+    content = whole[:2] + beside + whole[2:]
+    assert image_size(content) == (60, 40)
+    assert np.array_equal(np.asarray(load_image(content)), np.asarray(load_image(whole)))
+    with pytest.raises(DataError, match="is damaged or unreadable"):
+        load_image(content[: len(content) * 2 // 3 + len(beside) // 3])
 
 
 def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import base64
 import binascii
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from duetvl.core.errors import DataError
+from duetvl.data.media import jpeg, png
 from duetvl.data.media.kinds import LONGEST_HEAD, what_it_is
-from duetvl.data.media.png import SIGNATURE, open_png
 from duetvl.data.sources.blob import Blob
 
 ImageSource = str | Path | bytes | Blob | np.ndarray | Image.Image
@@ -133,8 +133,11 @@ def _picture_in(file: BinaryIO, pixels: bool) -> Image.Image:
     head = file.read(LONGEST_HEAD)
     file.seek(0)
     try:
-        return open_png(file, pixels=pixels) if head.startswith(SIGNATURE) else Image.open(file)
+        return png.open_png(file, pixels=pixels) if head.startswith(png.SIGNATURE) else Image.open(file)
     except UnidentifiedImageError:
+        if head.startswith(jpeg.SIGNATURE):
+            with suppress(UnidentifiedImageError):
+                return Image.open(jpeg.without_side_data(file))
         what = what_it_is(head)
         raise DataError(f"is not an image that can be read: it is {what}" if what else "is not an image") from None
 
