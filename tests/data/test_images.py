@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,10 @@ from PIL import Image
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
-from duetvl.data.media.images import NO_WISH, ImageSource, Resize, load_image
+from duetvl.data.media.images import NO_WISH, ImageSource, Resize, image_size, load_image
 from duetvl.data.media.pixels import PixelSettings, smart_resize
 from duetvl.data.media.plan import MediaSettings, load, measure
+from duetvl.data.media.video import read_index
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
 SETTINGS = PixelSettings()
@@ -189,6 +192,9 @@ def test_transparency_is_laid_on_white() -> None:
     assert abs(int(red) - 227) <= 1 and abs(int(green) - 127) <= 1
     assert load_image(Image.new("LA", (4, 4), (10, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert load_image(np.asarray(clear)).getpixel((0, 0)) == (255, 255, 255)
+    for premultiplied in ("La", "RGBa"):
+        assert load_image(Image.new(premultiplied, (4, 4))).getpixel((0, 0)) == (255, 255, 255)
+        assert load_image(Image.new(premultiplied, (4, 4)), alpha_on_white=False).mode == "RGB"
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([9, 9, 9] * 256)
     assert load_image(png(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
@@ -231,6 +237,103 @@ def test_what_is_not_an_image(source: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         load_image(source)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is a HEIC or HEIF picture; convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "it is a HEIC or HEIF picture"),
+        (b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a", "it is a JPEG XL picture"),
+        (b"\n<!DOCTYPE HTML><title>Not found", "it is a web page (HTML); download the file itself"),
+        (b"\xef\xbb\xbf<html lang=en>", "it is a web page (HTML)"),
+        (b'<?xml version="1.0"?><Error>', "it is XML"),
+        (b"<svg xmlns=", "it is an SVG drawing"),
+        (b'{"error": "rate limit"}', "it is JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "it is a Git LFS pointer and not the file itself"),
+        (b"/9j/4AAQSkZJRgABAQ", "it is a picture as base64 text"),
+        (b"%PDF-1.7", "it is a PDF document"),
+        (b"PK\3\4", "it is a ZIP archive"),
+        (b"\x1f\x8b\x08", "it is gzip data"),
+        (b"\0\0\0\x20ftypisom", "it is an MP4 or QuickTime video; give it as a video"),
+        (b"\x1aE\xdf\xa3", "it is a Matroska or WebM video"),
+        (b"RIFF\0\0\0\0AVI LIST", "it is an AVI video"),
+        (bytes(2000), "it is nothing but zero bytes"),
+        (b"GIF89a", "it is a GIF picture; its header is damaged"),
+    ],
+)
+def test_other_files_under_a_picture_s_name(head: bytes, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(head)
+    for read in (load_image, image_size):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert f"{path}: is not an image that can be read: {kind}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_not_a_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (load_image, image_size, read_index):
+        with pytest.raises(DataError, match=r"a\.png: is not a file but a FIFO, a socket or a device"):
+            read(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_base64_in_lines_and_without_padding(end: str) -> None:
+    image = noise(40, 61)
+    lines = base64.encodebytes(png(image)).decode().replace("\n", end)
+    for body in (lines, end + lines + end, lines.rstrip().rstrip("=")):
+        assert np.array_equal(np.asarray(load_image("data:image/png;base64," + body)), np.asarray(image))
+
+
+def test_a_name_is_bounded_in_messages() -> None:
+    for source in ("x" * 5000, "data:image/png;base64," + "@" * 5000):
+        with pytest.raises(DataError) as caught:
+            load_image(source)
+        assert len(str(caught.value)) < 400
+
+
+def test_grey_of_16_bits_whose_zero_is_white() -> None:
+    values = np.array([[0, 256, 65535]], np.uint16)
+    for white_is_zero, expected in ((False, [0, 1, 255]), (True, [255, 254, 0])):
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, "TIFF", tiffinfo={262: 0 if white_is_zero else 1})
+        assert np.asarray(load_image(file.getvalue()))[0, :, 0].tolist() == expected
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        segment(0xE0, b"JFIF\0"),
+        segment(0xEE, b"Adobe"),
+        segment(0xE2, b"ICC_PROFILE\0"),
+        segment(0xE2, b"ICC_PROFILE\0\2\3part of it"),
+        segment(0xE2, b"MPF\0nonsense"),
+        segment(0xED, b"Photoshop 3.0\x008BIM\x04\x04\xff\xff\xff\xff"),
+        segment(0xFE, b"x" * 60_000) * 30,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
+def test_what_stands_beside_the_pixels_of_a_jpeg_does_not_hurt_them(beside: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    noise(40, 60).save(file, "JPEG", exif=exif)
+    whole = file.getvalue()
+    content = whole[:2] + beside + whole[2:]
+    assert image_size(content) == (60, 40)
+    assert np.array_equal(np.asarray(load_image(content)), np.asarray(load_image(whole)))
+    with pytest.raises(DataError, match="is damaged or unreadable"):
+        load_image(content[: len(content) * 2 // 3 + len(beside) // 3])
 
 
 def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from duetvl.core.errors import DataError
 from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
 from duetvl.data.encode import RecordEncoder
+from duetvl.data.formats.parts import MediaRules, read_part
 from duetvl.data.media.images import Resize, image_size, load_image
 from duetvl.data.media.pixels import PixelSettings, first_size, smart_resize
 from duetvl.data.media.plan import MediaSettings, Medium, load, measure, shrunk
@@ -247,6 +248,63 @@ def test_an_encoder_can_be_sent_to_another_process(processor_dir: Path) -> None:
     record = Record(Path("c.jsonl"), 1, "c.jsonl:1", {"messages": messages})
     assert np.array_equal(copy.draft(record).input_ids, encoder.draft(record).input_ids)
     assert np.count_nonzero(copy.draft(record).input_ids == copy.processor.control.turn_end) == 3
+
+
+# -- settings of a part ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("num_frames", "nframes"), ("n_frames", "nframes"), ("num_segments", "nframes"),
+        ("max_num_frames", "max_frames"),
+        ("max_frame", "max_frames"), ("video_fps", "fps"), ("frame_rate", "fps"), ("start_time", "video_start"),
+        ("end", "video_end"), ("video_max_pixels", "max_pixels"), ("max_pixel", "max_pixels"),
+        ("min_frame", "min_frames"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_not_known_is_an_error(key: str, known: str) -> None:
+    parts = ({"type": "video", "video": "a.mp4", key: 8}, {"type": "video_url", "video_url": {"url": "a.mp4", key: 8}})
+    for part in parts:
+        with pytest.raises(DataError) as caught:
+            read_part(part)
+        assert f"'{key}' is no setting of a picture or video" in str(caught.value)
+        assert f"did you mean '{known}'" in str(caught.value)
+    with pytest.raises(DataError, match="is no setting"):
+        read_part({"type": "image", "image": "a.png"}, MediaRules(settings={key: 8}))
+    assert isinstance(read_part({"type": "video", "video": "a.mp4", key: None}), VideoPart)
+
+
+def test_what_describes_a_medium_is_no_setting() -> None:
+    extra = {
+        "id": 3,
+        "video_id": "x",
+        "frame_id": 4,
+        "caption": "a cat",
+        "detail": "auto",
+        "sample_rate": 16000,
+        "width": 30,
+        "height": 20,
+    }
+    part = read_part({"type": "video", "video": "a.mp4", "nframes": 8, **extra})
+    assert isinstance(part, VideoPart) and part.frames == 8
+    assert isinstance(read_part({"type": "image", "image": "a.png", **extra}), ImagePart)
+
+
+@pytest.mark.parametrize("wish", [{"frames": 2}, {"max_frames": 2}, {"start": 1.0}, {"end": 1.0}])
+def test_of_a_list_of_frames_all_are_taken_or_it_is_an_error(wish: dict[str, Any]) -> None:
+    frames = [noise(28, 28)] * 3
+    with pytest.raises(DataError, match="all frames of a list are taken, here 3"):
+        measure(VideoPart(frames, **wish), BOUNDS, GEOMETRY)
+    met = VideoPart(frames, frames=3, min_frames=4, max_frames=3)
+    assert measure(met, BOUNDS, GEOMETRY).frames == 3
+
+
+def test_settings_beside_a_url_count() -> None:
+    rules = MediaRules(settings={"fps": 1, "max_pixels": 5000})
+    part = read_part({"type": "video_url", "video_url": {"url": "a.mp4", "fps": 4}, "nframes": 6}, rules)
+    assert isinstance(part, VideoPart)
+    assert (part.source, part.fps, part.frames, part.wish.max_pixels) == ("a.mp4", 4, 6, 5000)
 
 
 # -- bad pictures ------------------------------------------------------------------------------------------------------

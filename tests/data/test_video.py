@@ -1,5 +1,6 @@
 """Video files: which frames are taken, and that these are the ones that come back, whatever the file is like."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,26 @@ from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import VideoPart
 from duetvl.data.media.pixels import PixelSettings
 from duetvl.data.media.plan import MediaSettings, load, measure
-from duetvl.data.media.video import FrameRule, VideoIndex, VideoPlan, plan_frames, read_frames, read_index
-from tests.data.clips import level, levels, picture, write_clip
+from duetvl.data.media.video import (
+    FrameRule,
+    VideoHeader,
+    VideoIndex,
+    VideoPlan,
+    plan_frames,
+    read_frames,
+    read_index,
+)
+from tests.data.clips import level, levels, picture, trim, write_clip, write_with_still
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
 QWEN, LLAMAFACTORY = FrameRule(), FrameRule("llamafactory", max_frames=128)
 
 
-def index_of(frames: int, fps: float) -> VideoIndex:
+def index_of(frames: int, fps: float, header: VideoHeader | None = None) -> VideoIndex:
     """A video of a constant frame rate."""
     base = 1 / Fraction(fps).limit_denominator(1000)
-    return VideoIndex((48, 64), np.arange(frames), np.ones(frames, bool), base, frames * base, timed=True)
+    keys = np.ones(frames, bool)
+    return VideoIndex((48, 64), np.arange(frames), keys, base, frames * base, timed=True, header=header)
 
 
 def numbers(plan: VideoPlan) -> list[int]:
@@ -83,6 +93,53 @@ def test_qwen_rule(frames: int, fps: float, wishes: dict[str, Any], expected: li
 )  # fmt: skip
 def test_llamafactory_rule(frames: int, fps: float, rule: FrameRule, expected: list[int]) -> None:
     assert numbers(plan_frames(index_of(frames, fps), rule, VideoPart("x"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "fps", "expected", "seconds"),
+    [
+        ((146, 6.08833), 0.4927, [0, 145], 3.044165),  # 2.9997 frames; by its packets it lasts 6.08942 s, which is 3
+        ((60, 4.0), 2, [0, 8, 16, 25, 33], 0.5),  # the index lists 60, of which 40 are shown: 42, 50 and 59 are missed
+        ((0, None), 2, [0, 1, 2, 3, 4, 5, 6, 7], 0.5),  # as of Matroska: the first ones, taken for those asked for
+        ((0, 5.0), 2, [0, 1, 2, 3, 4, 5, 6, 7], 5 / 8),  # as of a transport stream
+        ((12, 5.0), 1, [0, 2, 5, 8, 11], 1.0),  # of a fragmented file the header counts the first fragment's
+        ((0, None), 20, [0, 1, 2, 3, 4, 5, 6, 7], 1 / 20),
+    ],
+)
+def test_llamafactory_goes_by_the_header(
+    header: tuple[int, float | None], fps: float, expected: list[int], seconds: float
+) -> None:
+    frames = header[0] if header[0] == 146 else 40
+    index = index_of(frames, 24, VideoHeader(*header))
+    plan = plan_frames(index, FrameRule("llamafactory", fps=fps, max_frames=8), VideoPart("x"))
+    assert numbers(plan) == expected and plan.seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("fps", [0.4, 2.0, 7.3])
+@pytest.mark.parametrize("name", ["whole.mp4", "trimmed.mp4", "gap.avi", "a.mkv", "a.ts", "fragments.mp4"])
+def test_llamafactory_takes_what_its_own_code_takes(tmp_path: Path, name: str, fps: float) -> None:
+    """The formula on the header's numbers, then the frames of these numbers among those that the decoder gives."""
+    import av
+
+    late = [100 * number + (1500 if number > 15 else 0) for number in range(30)]
+    options: dict[str, Any] = {
+        "a.mkv": {"codec": "libx264"}, "a.ts": {"codec": "libx264"}, "gap.avi": {"times": late},
+        "fragments.mp4": {"options": {"container_options": {"movflags": "frag_keyframe"}}},
+    }.get(name, {})  # fmt: skip
+    clip = write_clip(tmp_path / name, 30, **options)
+    if name == "trimmed.mp4":
+        trim(clip, 0.7, 1.9)
+    with av.open(str(clip)) as container:
+        stream = container.streams.video[0]
+        seconds = None if stream.duration is None else float(stream.duration * stream.time_base)
+        count = min(stream.frames, 10, max(1, int((seconds or 0) * fps))) if stream.frames else 10
+        wanted = np.linspace(0, (stream.frames or count) - 1, count).astype(int).tolist()
+        decoded = list(container.decode(stream))
+        frames = [np.asarray(frame.to_image()) for number, frame in enumerate(decoded) if number in wanted]
+    plan = planned(clip, FrameRule("llamafactory", fps=fps, max_frames=10))
+    ours = [np.asarray(frame) for frame in read_frames(clip, plan)]
+    assert len(ours) == len(frames) and all(np.array_equal(*pair) for pair in zip(ours, frames, strict=True))
+    assert plan.seconds == pytest.approx(1 / fps if seconds is None else seconds / count)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +230,108 @@ def test_a_changing_frame_rate(tmp_path: Path, name: str) -> None:
     assert numbers(late) == [3, 4, 5, 6] and shown(clip, late) == [level(number) for number in (3, 4, 5, 6)]
 
 
+@pytest.mark.parametrize(
+    ("start", "seconds", "first", "count"),
+    [(2.0, None, 20, 40), (0.0, 3.0, 0, 30), (2.0, 3.0, 20, 30), (1.3, None, 13, 47)],
+)
+def test_frames_that_an_edit_list_hides(
+    tmp_path: Path, start: float, seconds: float | None, first: int, count: int
+) -> None:
+    """Trimmed without encoding, at either end: the file has 60 frames, and those that players show count."""
+    clip = trim(write_clip(tmp_path / "a.mp4", 60, codec="libx264", between=2, gop=24), start, seconds)
+    index = read_index(clip)
+    assert (len(index), float(index.duration)) == (count, pytest.approx(count / 10))
+    plan = planned(clip)
+    assert shown(clip, plan) == [level(first + number) for number in numbers(plan)]
+    assert plan.seconds == pytest.approx(count / 10 / (count // 10 * 2))
+    late = planned(clip, start=2.0, frames=4)  # reached by a leap
+    assert shown(clip, late) == [level(first + number) for number in numbers(late)]
+
+
+def test_a_trimmed_file_that_is_cut_off(tmp_path: Path) -> None:
+    options = {"container_options": {"movflags": "faststart"}}
+    clip = trim(write_clip(tmp_path / "a.mp4", 60, codec="libx264", options=options), 2.0)
+    content = clip.read_bytes()
+    assert len(read_index(clip)) == 40
+    clip.write_bytes(content[: content.index(b"mdat") + (len(content) - content.index(b"mdat")) * 2 // 3])
+    assert "is cut off: its index lists 60" in refused(clip)
+
+
+def test_frames_that_were_dropped_in_recording(tmp_path: Path) -> None:
+    """AVI has a place for each of them, which its header counts."""
+    times = [100 * number + (2000 if number >= 10 else 0) for number in range(20)]
+    clip = write_clip(tmp_path / "gap.avi", 20, times=times)
+    index = read_index(clip)
+    assert [round(float(tick * index.time_base) * 1000) for tick in index.ticks] == times
+    plan = planned(clip)
+    assert shown(clip, plan) == [level(number) for number in numbers(plan)]
+    assert "is cut off" in refused(cut(clip, 0.3))
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi"])
+def test_a_file_whose_end_was_never_written(tmp_path: Path, name: str) -> None:
+    """Of its full size, as a download that reserves the space leaves it."""
+    clip = write_clip(tmp_path / name, 200, codec="libx264" if name == "a.mkv" else "mpeg4")
+    content = clip.read_bytes()
+    clip.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    assert "is cut off" in refused(clip)
+    clip.write_bytes(content.ljust(len(content) + 3000, b"\0"))  # behind the end it does no harm
+    assert len(read_index(clip)) == 200
+
+
+def test_a_last_frame_that_lasts_long(tmp_path: Path) -> None:
+    """Slides and screen recordings: Matroska states the length of the whole, not that of the frame."""
+    clip = write_clip(tmp_path / "a.mkv", 20, codec="libx264")
+    content = clip.read_bytes()
+    place = content.index(b"\x44\x89\x88") + 3
+    assert struct.unpack_from(">d", content, place) == (2000.0,)
+    clip.write_bytes(content[:place] + struct.pack(">d", 9000.0) + content[place + 8 :])
+    plan = planned(clip)
+    assert shown(clip, plan) == [level(number) for number in (0, 6, 13, 19)]
+
+
+def test_a_fragmented_file(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", 30, options={"container_options": {"movflags": "frag_keyframe+empty_moov"}})
+    assert len(read_index(clip)) == 30
+    assert shown(clip, planned(clip)) == [level(number) for number in (0, 6, 12, 17, 23, 29)]
+    assert "is cut off" in refused(cut(clip, 0.7))
+
+
+def test_a_transport_stream_that_begins_between_key_frames(tmp_path: Path) -> None:
+    """What cannot be decoded for want of a key frame before it is not shown, and does not count."""
+    clip = write_clip(tmp_path / "a.ts", 40, codec="libx264", between=1, gop=12)
+    clip.write_bytes(clip.read_bytes()[188 * 8 :])
+    index = read_index(clip)
+    assert len(index) == 28 and float(index.duration) == pytest.approx(2.8)
+    plan = planned(clip)
+    assert shown(clip, plan) == [level(12 + number) for number in numbers(plan)]
+
+
+@pytest.mark.parametrize("name", ["still.mkv", "still.mp4", "cover.mkv", "cover.mp4"])
+def test_a_cover_picture_is_not_the_film(tmp_path: Path, name: str) -> None:
+    clip = write_with_still(tmp_path / name, attached=name.startswith("cover"))
+    index = read_index(clip)
+    assert (len(index), index.size) == (20, (48, 64))
+    assert shown(clip, planned(clip)) == [level(number) for number in (0, 6, 13, 19)]
+    assert read_index(clip).header == read_index(clip.read_bytes()).header
+
+
+def test_a_stream_of_an_unknown_kind(tmp_path: Path) -> None:
+    """It gives way to one that can be decoded, but not to a still."""
+    clip = write_with_still(tmp_path / "a.mkv")
+    content = clip.read_bytes()
+    clip.write_bytes(content.replace(b"V_MJPEG", b"V_OTHER"))
+    assert shown(clip, planned(clip)) == [level(number) for number in (0, 6, 13, 19)]
+    clip.write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_OTHER/NEW/ONE"))
+    with pytest.raises(DataError, match=r"a\.mkv: has a video stream of a kind that FFmpeg cannot decode"):
+        planned(clip, LLAMAFACTORY)
+
+
+def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
+    clip = write_with_still(tmp_path / "a.mp4", frames=0, attached=True)
+    assert "has only a cover picture" in refused(clip)
+
+
 def test_far_frames_are_reached_without_decoding_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = write_clip(tmp_path / "long.mp4", 240, codec="libx264", between=2, gop=24)
     plan = planned(clip, start=20.0, end=20.5)
@@ -247,7 +406,9 @@ def cut(path: Path, share: float) -> Path:
 
 def test_what_is_not_a_video(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("I am a text. " * 100)
-    assert "is damaged or not a video" in refused(tmp_path / "text.mp4")
+    assert "is damaged or not a video: it is text" in refused(tmp_path / "text.mp4")
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><title>Sign in</title>" + " " * 500)
+    assert "is damaged or not a video: it is a web page (HTML); download" in refused(tmp_path / "page.mp4")
     (tmp_path / "empty.mp4").write_bytes(b"")
     assert "is empty (0 bytes)" in refused(tmp_path / "empty.mp4")
     assert "no such file" in refused(tmp_path / "absent.mp4")

@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from duetvl.core.errors import DataError, did_you_mean
 from duetvl.data.conversation import ImagePart, Part, VideoPart
+from duetvl.data.formats.media_settings import read_settings
 from duetvl.data.media.images import Resize
 
 _IMAGE_KEYS: Final = ("image", "image_url", "url", "path", "value")
@@ -80,7 +81,7 @@ def _read_image(part: Mapping[str, Any], rules: MediaRules) -> ImagePart:
         raise DataError(f"an image part needs one of {', '.join(_IMAGE_KEYS)}; found {_names(part)}")
     if isinstance(source, list | tuple):
         raise DataError("a picture must be one path, data URI or bytes; found a list")
-    return ImagePart(_whole_path(source, rules), _read_wish({**rules.settings, **_given(part)}))
+    return ImagePart(_whole_path(source, rules), _read_wish(read_settings(part, _IMAGE_KEYS, rules.settings)))
 
 
 def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
@@ -92,7 +93,7 @@ def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
     listed = isinstance(source, list | tuple)
     if isinstance(source, np.ndarray | Image):
         raise DataError("a video is a file or a list of frames, found a single picture")
-    said = {**rules.settings, **_given(part)}
+    said = read_settings(part, _VIDEO_KEYS, rules.settings)
     return VideoPart(
         [_whole_path(_unwrapped(frame), rules) for frame in source] if listed else _whole_path(source, rules),
         fps=_number(said, *(("sample_fps", "fps") if listed else ("fps",))),
@@ -177,10 +178,6 @@ def _integer(said: Mapping[str, Any], key: str) -> int | None:
     if number is not None and number != int(number):
         raise DataError(f"{key} is {said[key]!r}, expected an integer")
     return None if number is None else int(number)
-
-
-def _given(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if value is not None}
 
 
 def _names(part: Mapping[str, Any]) -> str:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from duetvl.core.errors import DataError
+from duetvl.data.media import jpeg, png
+from duetvl.data.media.kinds import LONGEST_HEAD, what_it_is
 from duetvl.data.sources.blob import Blob
 
 ImageSource = str | Path | bytes | Blob | np.ndarray | Image.Image
 Size = tuple[int, int]  # height, width
+_LONGEST_NAME: Final = 240  # characters that a message shows in full
 _ORIENTATION: Final = 0x0112  # of the EXIF tags
+_WIDTH, _HEIGHT, _PHOTOMETRIC = 256, 257, 262  # of the tags of TIFF
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,7 +52,7 @@ NO_WISH: Final = Resize()
 
 def image_size(source: ImageSource) -> Size:
     """Height and width of a picture as `load_image` will show it; nothing is decoded. Raises DataError naming it."""
-    with _named(source), _opened(source) as image:
+    with _named(source), _opened(source, pixels=False) as image:
         width, height = _stored_size(image)
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
@@ -73,7 +76,7 @@ def load_image(source: ImageSource, *, alpha_on_white: bool = True) -> Image.Ima
 
 
 def describe(source: object) -> str:
-    """A short name of a picture's source for messages."""
+    """A short name of a picture's or video's source for messages."""
     if isinstance(source, str) and source.startswith("data:"):
         return f"data URI {source[:30]}... ({len(source)} characters)"
     if isinstance(source, bytes):
@@ -82,7 +85,8 @@ def describe(source: object) -> str:
         return f"array {source.shape} {source.dtype}"
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or f"picture {source.mode} {source.size}")
-    return str(source)
+    name = str(source)
+    return name if len(name) <= _LONGEST_NAME else f"{name[:40]}...{name[-80:]} ({len(name)} characters)"
 
 
 @contextmanager
@@ -94,40 +98,48 @@ def _named(source: object) -> Iterator[None]:
         raise DataError(f"{describe(source)}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{describe(source)}: no such file") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{describe(source)}: is not an image") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{describe(source)}: is too large to decode safely: {error}") from None
     except OSError as error:  # the system's have a number, Pillow's about a damaged file have none
         words = f"cannot be read: {error.strerror}" if error.errno else f"is damaged or unreadable: {error}"
         raise DataError(f"{describe(source)}: {words}") from None
-    except (ValueError, SyntaxError, EOFError, struct.error, ArithmeticError, LookupError) as error:
-        # Pillow's decoders raise any of these on damaged files.
+    except MemoryError:  # says nothing about the file
+        raise
+    except Exception as error:  # each of Pillow's decoders has its own ways to say that a file is damaged
         raise DataError(f"{describe(source)}: is damaged or unreadable: {str(error) or type(error).__name__}") from None
 
 
 @contextmanager
-def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """The picture, not decoded yet. A file is closed at the end, a picture that was handed in stays open."""
+def _opened(source: ImageSource, *, pixels: bool = True) -> Iterator[Image.Image]:
+    """The picture, not decoded yet. A file is closed at the end, a picture that was handed in stays open.
+
+    Without `pixels` it may be one that cannot be decoded.
+    """
     if isinstance(source, Image.Image):
+        if source.format == "PNG" and "exif" not in source.info:
+            source.load()  # its orientation may stand behind the pixels
         _check_mode(source)
         yield source
         return
     if isinstance(source, np.ndarray):
         yield _from_array(source)
         return
-    with Image.open(_file(source)) as image:
+    with readable(source) as file, _picture_in(file, pixels) as image:
         _check_mode(image)
         yield image
 
 
-def _file(source: object) -> Path | io.BytesIO:
-    content = media_content(source)
-    if content is None:
-        raise DataError(
-            f"a picture cannot be a {type(source).__name__}; give a path, bytes, a data URI, an array or a Pillow image"
-        )
-    return content
+def _picture_in(file: BinaryIO, pixels: bool) -> Image.Image:
+    head = file.read(LONGEST_HEAD)
+    file.seek(0)
+    try:
+        return png.open_png(file, pixels=pixels) if head.startswith(png.SIGNATURE) else Image.open(file)
+    except UnidentifiedImageError:
+        if head.startswith(jpeg.SIGNATURE):
+            with suppress(UnidentifiedImageError):
+                return Image.open(jpeg.without_side_data(file))
+        what = what_it_is(head)
+        raise DataError(f"is not an image that can be read: it is {what}" if what else "is not an image") from None
 
 
 def media_content(source: object) -> Path | io.BytesIO | None:
@@ -145,9 +157,22 @@ def media_content(source: object) -> Path | io.BytesIO | None:
     if not isinstance(source, str | Path):
         return None
     path = Path(str(source).removeprefix("file://"))
-    if path.is_file() and path.stat().st_size == 0:
-        raise DataError("is empty (0 bytes)")
+    if path.exists() and not path.is_dir():
+        if not path.is_file():  # reading it could wait for ever
+            raise DataError("is not a file but a FIFO, a socket or a device")
+        if path.stat().st_size == 0:
+            raise DataError("is empty (0 bytes)")
     return path
+
+
+def readable(source: object) -> BinaryIO:
+    """A picture's or video's file, opened. Raises DataError for what is neither, OSError where it cannot be opened."""
+    content = media_content(source)
+    if content is None:
+        raise DataError(
+            f"a picture cannot be a {type(source).__name__}; give a path, bytes, a data URI, an array or a Pillow image"
+        )
+    return content.open("rb") if isinstance(content, Path) else content
 
 
 def _check_mode(image: Image.Image) -> None:
@@ -157,42 +182,27 @@ def _check_mode(image: Image.Image) -> None:
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:
     """Width and height before any turn."""
+    # New versions of Pillow show the turned size of a TIFF file, old ones do not.
+    width, height = _tiff_tag(image, _WIDTH), _tiff_tag(image, _HEIGHT)
+    return image.size if width is None else (width, height)
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> Any:
+    """The value of a TIFF file's tag; None where there is none."""
     tags = getattr(image, "tag_v2", None)
-    if image.format == "TIFF" and tags is not None and 256 in tags:
-        return tags[256], tags[257]  # new versions of Pillow show the turned size of a TIFF file, old ones do not
-    return image.size
+    return tags.get(tag) if image.format == "TIFF" and tags is not None else None
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8, of a picture that need not be decoded for it."""
     try:
-        if image.format == "PNG" and "exif" not in image.info:
-            late = _late_exif(image)
-            if late is not None:
-                image.info["exif"] = b"Exif\x00\x00" + late
         # The base class' own method: that of PNG decodes the picture to find what may stand behind it.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, LookupError, TypeError, struct.error):
-        return 1  # the tags are damaged, which does not hurt the picture
+    except (MemoryError, OSError):
+        raise
+    except Exception:  # tags are damaged in many ways, none of which hurts the picture
+        return 1
     return value if value in _TURNS else 1
-
-
-def _late_exif(image: Image.Image) -> bytes | None:
-    """The eXIf chunk of an open PNG file, wherever it stands."""
-    file = getattr(image, "fp", None)
-    if file is None:
-        return None
-    before = file.tell()
-    try:
-        file.seek(8)  # the signature
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"eXIf":
-                return bytes(file.read(length))
-            file.seek(length + 4, io.SEEK_CUR)
-        return None
-    finally:
-        file.seek(before)
 
 
 def _data_uri_bytes(uri: str) -> bytes:
@@ -200,7 +210,9 @@ def _data_uri_bytes(uri: str) -> bytes:
     if not comma or not head.endswith(";base64"):
         raise DataError("expected data:<type>;base64,<content>")
     try:
-        return base64.b64decode(body, validate=True)
+        # Line ends are no part of base64, and some programs leave the padding out.
+        packed = "".join(body.split())
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except binascii.Error as error:
         raise DataError(f"is not base64: {error}") from None
 
@@ -225,7 +237,11 @@ def _as_rgb(image: Image.Image, alpha_on_white: bool) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        image = Image.fromarray(_upper_byte(np.asarray(image).astype(np.uint16)))
+        values = np.asarray(image).astype(np.uint16)
+        negative = _tiff_tag(image, _PHOTOMETRIC) == 0  # Pillow turns grey of 8 bits over, not of 16
+        image = _from_deep_grey(~values if negative else values, image.info.get("transparency"))
+    elif image.mode == "La":
+        image = image.convert("LA")
     elif image.mode == "I":
         image = _from_wide_integers(np.asarray(image))
     if not (alpha_on_white and image.has_transparency_data):
@@ -233,6 +249,14 @@ def _as_rgb(image: Image.Image, alpha_on_white: bool) -> Image.Image:
     picture = image.convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _from_deep_grey(values: np.ndarray, hole: object) -> Image.Image:
+    """Grey of 16 bits, of which one value may be transparent."""
+    grey = Image.fromarray(_upper_byte(values))
+    if isinstance(hole, int):
+        grey.putalpha(Image.fromarray((values != hole).astype(np.uint8) * 255))
+    return grey
 
 
 def _from_wide_integers(values: np.ndarray) -> Image.Image:

@@ -65,6 +65,7 @@ def measure(part: ImagePart | VideoPart, settings: MediaSettings, geometry: Patc
     given = part.second_per_grid
     frames = _frame_sources(part)
     if frames is not None:
+        _check_count(part, len(frames))
         seconds = geometry.temporal / (part.fps or settings.frames.fps)
         medium = Medium(part, _frame_size(frames), (0, 0), len(frames), given or seconds)
     else:
@@ -122,6 +123,16 @@ def _frame_sources(part: VideoPart) -> Sequence[ImageSource] | None:
     """The frames of a video that is given as a list of them; None for a file."""
     source = part.source
     return None if isinstance(source, str | Path | bytes | Blob) else source
+
+
+def _check_count(part: VideoPart, count: int) -> None:
+    """Raises DataError where other frames of a list are asked for than all of them."""
+    too_many = part.max_frames is not None and count > part.max_frames
+    if part.frames not in (None, count) or too_many or (part.start, part.end) != (None, None):
+        raise DataError(
+            f"all frames of a list are taken, here {count}; nframes, max_frames, video_start and video_end choose "
+            "those of a file: leave them out, or list other frames"
+        )
 
 
 def _frame_size(frames: Sequence[ImageSource]) -> Size:

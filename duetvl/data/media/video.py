@@ -1,29 +1,30 @@
-"""Video files by PyAV: what frames there are, which of them are taken, and their pictures.
+"""Which frames of a video file are taken, and their pictures.
 
-Frames are counted and timed by reading the packets, not the header: that holds for a changing frame rate, for a
-missing duration and for a file that ends early. One frame is decoded for its size and rotation. The rules that choose
-frames go by the number of a frame, as those of qwen-vl-utils and LLaMA-Factory do.
+The rules that choose frames go by the number of a frame, as those of qwen-vl-utils and LLaMA-Factory do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-import av
 import numpy as np
 from PIL import Image
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import VideoPart
-from duetvl.data.media.images import Size, describe, media_content
+from duetvl.data.media.video_index import VideoHeader, VideoIndex, read_index
+from duetvl.data.media.video_index import decoded as _decoded
+from duetvl.data.media.video_index import opened as _opened
 
-_FALLBACK_RATE: Final = Fraction(25)  # of a stream that says nothing of time, as ffmpeg takes it
+__all__ = [
+    "FrameRule", "Pick", "VideoHeader", "VideoIndex", "VideoPlan",
+    "plan_frames", "qwen_count", "read_frames", "read_index",
+]  # fmt: skip
+
 _WORTH_A_SEEK: Final = 16  # frames that need not be decoded
 _TURNS: Final = {
     90: Image.Transpose.ROTATE_90,
@@ -42,30 +43,6 @@ class FrameRule:
     max_frames: int = 768
 
 
-@dataclass(frozen=True, eq=False)
-class VideoIndex:
-    """The frames of a video file in the order in which they are shown.
-
-    ticks (N,) int64 are their time stamps in units of `time_base` seconds, `keys` (N,) says where decoding may begin.
-    Not `timed`: the file has no usable time stamps, and ticks are counted. size is that of the turned picture.
-    """
-
-    size: Size
-    ticks: np.ndarray
-    keys: np.ndarray
-    time_base: Fraction
-    duration: Fraction
-    timed: bool
-
-    def __len__(self) -> int:
-        return len(self.ticks)
-
-    @property
-    def fps(self) -> Fraction:
-        """Frames per second, on average."""
-        return len(self) / self.duration
-
-
 _Timed = tuple[int, Any]  # a tick and its frame
 
 
@@ -80,7 +57,7 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """The frames that are taken. `seconds` is the time from one to the next, on average.
+    """The frames that are taken, of the file's stream number `stream`. `seconds`: from one to the next, on average.
 
     `reach` is the furthest tick that may stand in for one that cannot be decoded.
     """
@@ -90,100 +67,56 @@ class VideoPlan:
     timed: bool
     time_base: Fraction
     reach: int
-
-
-def read_index(source: object) -> VideoIndex:
-    """The frames of a video file (a path, bytes or a data URI). Raises DataError naming it."""
-    with _opened(source) as (container, stream):
-        packets = _Packets(container, stream)
-        first, stamps, keys = packets.first, packets.stamps, np.array(packets.keys, bool)
-        if first is None:
-            raise DataError("no frame of it can be decoded")
-        turned = abs(first.rotation) % 180 == 90
-        size = (first.width, first.height) if turned else (first.height, first.width)
-        if None in stamps or len(set(stamps)) < len(stamps):
-            rate, count = _rate(stream), len(stamps)
-            return VideoIndex(size, np.arange(count), keys, 1 / rate, count / rate, timed=False)
-        ticks = np.array(stamps, np.int64)
-        order = np.argsort(ticks)
-        duration = _duration(ticks[order], packets.last[1], stream)
-        return VideoIndex(size, ticks[order], keys[order], stream.time_base, duration, timed=True)
-
-
-class _Packets:
-    """What the packets of a video stream say: their time stamps, and whether decoding may begin there.
-
-    `last` is the time stamp and the length of the last one shown, `first` a decoded frame. Raises DataError where the
-    file ends before its header says.
-    """
-
-    def __init__(self, container: Any, stream: Any):
-        self.stamps: list[int | None] = []
-        self.keys: list[bool] = []
-        self.last = (-(1 << 62), 0)
-        self.first: Any = None
-        self.end = Fraction(0)  # seconds, of any stream
-        for packet in container.demux():
-            if packet.pts is not None:
-                self.end = max(self.end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            if packet.stream.index == stream.index:
-                self._add(packet)
-        missing = stream.frames - len(self.stamps)
-        if missing > max(2, stream.frames // 50):
-            raise DataError(f"is cut off: its index lists {stream.frames} frames, {len(self.stamps)} are there")
-        # Matroska has no number of frames, but a duration that is exact, of the longest stream.
-        lasts = Fraction(container.duration or 0, av.time_base) if "matroska" in container.format.name else 0
-        if lasts - self.end > max(1, lasts / 20):
-            raise DataError(f"is cut off: {float(self.end):.1f} s of {float(lasts):.1f} s are there")
-
-    def _add(self, packet: Any) -> None:
-        if self.first is None:
-            self.first = next(_decoded(packet), None)
-        if packet.size == 0 or packet.is_discard or packet.is_corrupt:
-            return
-        self.stamps.append(packet.pts)
-        self.keys.append(packet.is_keyframe)
-        if packet.pts is not None:
-            self.last = max(self.last, (packet.pts, packet.duration or 0))
-
-
-def _rate(stream: Any) -> Fraction:
-    """Frames per second by the header."""
-    return stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
-
-
-def _duration(ticks: np.ndarray, length: int, stream: Any) -> Fraction:
-    """Seconds from the first frame to the end of the last."""
-    if length <= 0 and len(ticks) > 1:
-        length = int(np.median(np.diff(ticks)))
-    if length <= 0:
-        return 1 / _rate(stream)
-    return (int(ticks[-1]) - int(ticks[0]) + length) * stream.time_base
+    stream: int
 
 
 def plan_frames(index: VideoIndex, rule: FrameRule, part: VideoPart) -> VideoPlan:
     """Which frames of a video are taken. Raises DataError where the rule takes none."""
-    first, last, duration = _stretch(index, part)
-    total = last - first + 1
-    fps = rule.fps if part.fps is None else part.fps
-    fewest = rule.min_frames if part.min_frames is None else part.min_frames
-    most = rule.max_frames if part.max_frames is None else part.max_frames
-    if rule.rule == "qwen":
-        wanted = part.frames or float(duration) * fps
-        count = qwen_count(total, wanted, fewest, most, exact=part.frames is not None)
-        numbers = np.linspace(first, last, count).round().astype(np.int64)
-    else:
-        wanted = part.frames or max(1, math.floor(float(duration) * fps))
-        count = max(1, min(total, most, int(wanted)))
-        numbers = np.linspace(first, last, count).astype(np.int64)  # truncated, as there
-    seconds = float(duration) / count
+    asked = replace(
+        rule,
+        fps=rule.fps if part.fps is None else part.fps,
+        min_frames=rule.min_frames if part.min_frames is None else part.min_frames,
+        max_frames=rule.max_frames if part.max_frames is None else part.max_frames,
+    )
+    numbers, seconds = (_by_qwen if rule.rule == "qwen" else _by_llamafactory)(index, asked, part)
     return VideoPlan(
         picks=tuple(_picks(index, numbers)),
         seconds=seconds,
         timed=index.timed,
         time_base=index.time_base,
         reach=math.ceil(max(seconds / 2, float(2 / index.fps)) / index.time_base),
+        stream=index.stream,
     )
+
+
+def _by_qwen(index: VideoIndex, rule: FrameRule, part: VideoPart) -> tuple[np.ndarray, float]:
+    """Numbers of the frames, and the seconds from one to the next."""
+    first, last, duration = _stretch(index, part)
+    wanted = part.frames or float(duration) * rule.fps
+    count = qwen_count(last - first + 1, wanted, rule.min_frames, rule.max_frames, exact=part.frames is not None)
+    return np.linspace(first, last, count).round().astype(np.int64), float(duration) / count
+
+
+def _by_llamafactory(index: VideoIndex, rule: FrameRule, part: VideoPart) -> tuple[np.ndarray, float]:
+    """Numbers of the frames, and the seconds from one to the next; both from what the header says, as there."""
+    first, total, seconds = 0, len(index), float(index.duration)
+    if part.start is not None or part.end is not None:
+        first, last, duration = _stretch(index, part)
+        total, seconds = last - first + 1, float(duration)
+    elif index.header is not None:
+        total = index.header.frames or (total if part.frames else 0)
+        if index.header.seconds is not None:
+            seconds = index.header.seconds
+        elif not total:
+            seconds = rule.max_frames / rule.fps
+    if total:
+        wanted = part.frames or max(1, math.floor(seconds * rule.fps))
+        count = max(1, min(total, rule.max_frames, int(wanted)))
+        numbers = np.linspace(first, first + total - 1, count).astype(np.int64)  # truncated, as there
+    else:  # without a number of frames the first ones are taken there
+        count = rule.max_frames
+        numbers = np.arange(count)
+    return numbers[numbers < len(index)], seconds / count
 
 
 def qwen_count(total: int, wanted: float, fewest: int, most: int, *, exact: bool = False) -> int:
@@ -238,8 +171,8 @@ def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
     done = 0
     # An index may be wrong about where decoding can begin: then once more from the front, where there is no doubt.
     for may_jump in (True, False):
-        with _opened(source) as (container, stream):
-            cursor = _Cursor(container, stream, plan, may_jump=may_jump)
+        with _opened(source) as container:
+            cursor = _Cursor(container, plan, may_jump=may_jump)
             for pick in plan.picks[done:]:
                 frame = cursor.at(pick)
                 if frame is None and cursor.jumped:
@@ -253,8 +186,8 @@ def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
 class _Cursor:
     """Decodes forwards, and leaps to a later frame where that is less work."""
 
-    def __init__(self, container: Any, stream: Any, plan: VideoPlan, *, may_jump: bool):
-        self.container, self.stream, self.plan = container, stream, plan
+    def __init__(self, container: Any, plan: VideoPlan, *, may_jump: bool):
+        self.container, self.stream, self.plan = container, container.streams[plan.stream], plan
         self.may_jump = may_jump and plan.timed
         self.jumped = False
         self.number = -1  # of the newest frame, as far as it is known
@@ -295,35 +228,7 @@ class _Cursor:
                     yield tick, frame
 
 
-def _decoded(packet: Any) -> Iterator[Any]:
-    """Frames that a packet completes. One that is damaged gives none: that shows where its frame is missed."""
-    try:
-        yield from packet.decode()
-    except av.error.InvalidDataError:
-        return
-
-
 def _picture(frame: Any) -> Image.Image:
     image: Image.Image = frame.to_image()
     turn = _TURNS.get(frame.rotation % 360)
     return image if turn is None else image.transpose(turn)
-
-
-@contextmanager
-def _opened(source: object) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream. Whatever goes wrong becomes one DataError that names the file."""
-    try:
-        content = media_content(source)
-        if content is None:
-            raise DataError(f"a video cannot be a {type(source).__name__}; give a path, bytes, or a list of frames")
-        with av.open(f"file:{content}" if isinstance(content, Path) else content) as container:
-            if not container.streams.video:
-                raise DataError("has no video stream")
-            yield container, container.streams.video[0]
-    except DataError as error:
-        raise DataError(f"{describe(source)}: {error}") from None
-    except FileNotFoundError:
-        raise DataError(f"{describe(source)}: no such file") from None
-    except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise DataError(f"{describe(source)}: is damaged or not a video: {cause}") from None
