@@ -18,7 +18,7 @@ from typing import Any, Final, TextIO
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
 from duetvl.data.conversation import Conversation, ImagePart, VideoPart
 from duetvl.data.formats.reading import read_record
 from duetvl.data.formats.tools import parse_json
@@ -151,7 +151,7 @@ def _pair_record(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         raise DataError(f"text must hold question, chosen and rejected, found {type(texts).__name__}")
     for key in ("question", "chosen", "rejected"):
         if not isinstance(texts.get(key), str):
-            raise DataError(f"needs question, chosen and rejected as texts, found {key} {texts.get(key)!r:.60}")
+            raise DataError(f"needs question, chosen and rejected as texts, found {key} {shown(texts.get(key))}")
     question = texts["question"]
     record = {
         "messages": [{"role": "user", "content": question if "<image>" in question else f"<image>{question}"}],

@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any, Final, Literal
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
 from duetvl.core.family import Grounding
 from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Part, RefPart, Turn
 
@@ -39,18 +39,18 @@ def read_objects(objects: Any, images: int) -> tuple[list[RefPart], list[BoxPart
         raise DataError(f"objects must hold ref and bbox, found {type(objects).__name__}")
     refs, boxes = objects.get("ref") or [], objects.get("bbox") or []
     if not isinstance(refs, list | tuple) or not all(isinstance(ref, str) for ref in refs):
-        raise DataError(f"objects.ref must be a list of texts, found {refs!r:.80}")
+        raise DataError(f"objects.ref must be a list of texts, found {shown(refs)}")
     if not isinstance(boxes, list | tuple):
-        raise DataError(f"objects.bbox must be a list of boxes, found {boxes!r:.80}")
+        raise DataError(f"objects.bbox must be a list of boxes, found {shown(boxes)}")
     kind = objects.get("bbox_type") or "real"
     if kind not in ("real", "norm1"):
-        raise DataError(f"objects.bbox_type is {kind!r:.80}, expected real (pixels of the file) or norm1 (0 to 1)")
+        raise DataError(f"objects.bbox_type is {shown(kind)}, expected real (pixels of the file) or norm1 (0 to 1)")
     owners = objects.get("image_id") or [0] * len(boxes)
     if not isinstance(owners, list | tuple) or len(owners) != len(boxes):
-        raise DataError(f"objects.image_id must name a picture for each of {len(boxes)} boxes, found {owners!r:.80}")
+        raise DataError(f"objects.image_id must name a picture for each of {len(boxes)} boxes, found {shown(owners)}")
     for owner in owners:
         if isinstance(owner, bool) or not isinstance(owner, int) or not 0 <= owner < images:
-            raise DataError(f"objects.image_id names picture {owner!r:.80}, the record has {images} (from 0)")
+            raise DataError(f"objects.image_id names picture {shown(owner)}, the record has {images} (from 0)")
     unit: Literal["pixels", "norm1"] = "pixels" if kind == "real" else "norm1"
     parts = [BoxPart(owner, _numbers(box), unit) for owner, box in zip(owners, boxes, strict=True)]
     return [RefPart(ref) for ref in refs], parts
@@ -130,7 +130,7 @@ def _split(text: str, image: int, unit: Unit) -> Iterator[Part]:
     for match in _WRITTEN.finditer(text):
         numbers = tuple(float(group) for group in match.groups() if group is not None)
         if image < 0:
-            raise DataError(f"{match.group(0)!r:.80} has no picture before it whose coordinates these could be")
+            raise DataError(f"{shown(match.group(0))} has no picture before it whose coordinates these could be")
         listed = not match.group(0).startswith("<")
         start = match.start() + (match.group(0).index("[") if listed else 0)
         if start > at:
@@ -144,7 +144,7 @@ def _split(text: str, image: int, unit: Unit) -> Iterator[Part]:
 def _numbers(box: Any) -> tuple[float, ...]:
     good = isinstance(box, list | tuple) and len(box) in (2, 4) and all(_is_finite(value) for value in box)
     if not good:
-        raise DataError(f"a box is [x1, y1, x2, y2] and a point [x, y], found {box!r:.80}")
+        raise DataError(f"a box is [x1, y1, x2, y2] and a point [x, y], found {shown(box)}")
     if len(box) == 4 and not (box[0] <= box[2] and box[1] <= box[3]):
         raise DataError(f"box {_shown(box)} is not x1, y1, x2, y2: a corner lies before the other")
     return tuple(float(value) for value in box)

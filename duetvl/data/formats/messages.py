@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Part, RefPart, Turn, VideoPart
 from duetvl.data.formats.parts import PLAIN, MediaRules, image_part, lacks_source, read_part, video_part
 from duetvl.data.formats.tools import calls_text, read_tools, written_calls
@@ -49,9 +49,9 @@ class Dialect:
             return _USUAL
         for name, value in tags.items():
             if name not in TAGS:
-                raise DataError(f"tags has no {name!r}{did_you_mean(name, TAGS)}")
+                raise DataError(f"tags has no {shown(name)}{did_you_mean(name, TAGS)}")
             if not isinstance(value, str):
-                raise DataError(f"tags.{name} must be a text, found {value!r:.80}")
+                raise DataError(f"tags.{name} must be a text, found {shown(value)}")
         named = {tags[tag]: speaker for tag, speaker in _TAGS.items() if tag in tags}
         replaced = set(named.values())
         usual = {name: speaker for name, speaker in _SPEAKERS.items() if speaker not in replaced}
@@ -228,7 +228,7 @@ def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
     speaker, content = dialect.speaker(message), dialect.body(message)
     if speaker is None:
         name = _first(message, dialect.role)
-        raise DataError(f"unknown role {name!r:.80}{did_you_mean(str(name)[:80], dialect.speakers)}")
+        raise DataError(f"unknown role {shown(name)}{did_you_mean(str(name), dialect.speakers)}")
     calls = message.get("tool_calls")
     if content is None and calls:
         content = ""
@@ -268,7 +268,7 @@ def _trained(message: Mapping[str, Any]) -> bool | None:
             continue
         if isinstance(value, bool | int | float) and value in (0, 1):
             return bool(value)
-        raise DataError(f"{key} is {value!r:.80}; an answer is trained (true, 1) or not (false, 0), nothing between")
+        raise DataError(f"{key} is {shown(value)}; an answer is trained (true, 1) or not (false, 0), nothing between")
     return None
 
 

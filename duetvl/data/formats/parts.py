@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from PIL.Image import Image
 
-from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import ImagePart, Part, VideoPart
 from duetvl.data.media.images import Resize
 
@@ -45,7 +45,7 @@ def read_part(part: Any, rules: MediaRules = PLAIN) -> Part:
         raise DataError(f"expected a part with a type, found {type(part).__name__}")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _READERS:
-        raise DataError(f"unknown part type {kind!r:.80}{did_you_mean(str(kind)[:80], _READERS)}")
+        raise DataError(f"unknown part type {shown(kind)}{did_you_mean(str(kind), _READERS)}")
     return _READERS[kind](part, rules)
 
 
@@ -70,7 +70,7 @@ def lacks_source(part: Any) -> str | None:
 def _read_text(part: Mapping[str, Any], rules: MediaRules) -> str:
     text = part.get("text") if part.get("text") is not None else part.get("value")
     if not isinstance(text, str):
-        raise DataError(f"a text part needs a text, found {text!r:.80}")
+        raise DataError(f"a text part needs a text, found {shown(text)}")
     return text
 
 
@@ -134,14 +134,14 @@ def _whole_path(source: Any, rules: MediaRules) -> Any:
     if isinstance(source, str | Path):
         text = str(source)
         if not text or "\0" in text or not _has_bytes(text):
-            raise DataError(f"{text!r:.80} is not a path")
+            raise DataError(f"{shown(text)} is not a path")
         if isinstance(source, str) and _BASE64.match(text):
             return base64.b64decode(text)
         if rules.root is not None and not text.startswith(_SCHEMES):
             return rules.root / text
         return source
     if isinstance(source, Mapping | bool | int | float) or source is None:
-        raise DataError(f"a picture or video cannot be {source!r:.80}; give a path, a data URI or bytes")
+        raise DataError(f"a picture or video cannot be {shown(source)}; give a path, a data URI or bytes")
     return source
 
 
@@ -167,7 +167,7 @@ def _number(said: Mapping[str, Any], *keys: str, positive: bool = True) -> float
             continue
         good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
         if not (good and isfinite(value) and (value > 0 if positive else value >= 0)):
-            raise DataError(f"{key} is {value!r:.80}, expected a {'positive' if positive else 'non-negative'} number")
+            raise DataError(f"{key} is {shown(value)}, expected a {'positive' if positive else 'non-negative'} number")
         return float(value)
     return None
 
@@ -175,7 +175,7 @@ def _number(said: Mapping[str, Any], *keys: str, positive: bool = True) -> float
 def _integer(said: Mapping[str, Any], key: str) -> int | None:
     number = _number(said, key)
     if number is not None and number != int(number):
-        raise DataError(f"{key} is {said[key]!r}, expected an integer")
+        raise DataError(f"{key} is {shown(said[key])}, expected an integer")
     return None if number is None else int(number)
 
 

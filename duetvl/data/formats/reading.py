@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import Conversation, Preference
 from duetvl.data.formats.grounding import Unit, find_boxes, read_objects
 from duetvl.data.formats.messages import Attached, Dialect, check_messages, has_parts, read_answer, read_turns
@@ -49,7 +49,7 @@ def read_record(
     if form == "auto":
         form = _recognised(record)
     if form not in _READERS:
-        raise DataError(f"no format {form!r}{did_you_mean(form, _READERS)}")
+        raise DataError(f"no format {shown(form)}{did_you_mean(form, _READERS)}")
     found = _READERS[form](record)
     return found if boxes == "as_written" else _with_boxes(found, boxes)
 
@@ -62,7 +62,7 @@ class _Record:
     ) -> None:
         for name in columns:
             if name not in _KEYS:
-                raise DataError(f"columns has no {name!r}{did_you_mean(name, _KEYS)}")
+                raise DataError(f"columns has no {shown(name)}{did_you_mean(name, _KEYS)}")
         self.values, self.dialect, self.media_dir = values, dialect, media_dir
         self._columns = columns
 
@@ -176,7 +176,7 @@ def _alpaca_prompt(record: _Record) -> list[Any]:
     messages = []
     for pair in history:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise DataError(f"history must be a list of [question, answer], found {pair!r:.80}")
+            raise DataError(f"history must be a list of [question, answer], found {shown(pair)}")
         messages += [record.dialect.message("user", pair[0]), record.dialect.message("assistant", pair[1])]
     asked = [text for text in (record.text("prompt"), record.text("query")) if text]
     return [*messages, record.dialect.message("user", "\n".join(asked))]
@@ -225,7 +225,7 @@ def _as_messages(record: _Record, name: str, value: Any) -> list[Any]:
         return [value]
     if isinstance(value, list | tuple) and value:
         return list(value)
-    raise DataError(f"{name} must be a text, a message or a list of messages, found {value!r:.80}")
+    raise DataError(f"{name} must be a text, a message or a list of messages, found {shown(value)}")
 
 
 def _only(name: str, messages: Sequence[Any]) -> Any:
@@ -271,7 +271,7 @@ def _media_first(messages: Sequence[Any], attached: Attached, dialect: Dialect) 
 
 def _with_boxes(found: Conversation | Preference, boxes: str) -> Conversation | Preference:
     if boxes not in ("pixels", "norm1000"):
-        raise DataError(f"boxes is {boxes!r}, expected as_written, pixels or norm1000")
+        raise DataError(f"boxes is {shown(boxes)}, expected as_written, pixels or norm1000")
     unit: Unit = "pixels" if boxes == "pixels" else "norm1000"
     if isinstance(found, Conversation):
         return find_boxes(found, unit)
