@@ -45,17 +45,18 @@ class VideoPart:
 
 @dataclass(frozen=True)
 class BoxPart:
-    """A box (x1, y1, x2, y2) or a point (x, y) in picture number `image` (from 0) of the conversation.
+    """A box (x1, y1, x2, y2), a point (x, y), or several, in picture number `image` (from 0) of the conversation.
 
     It is written into the text once the size at which the picture enters the model is known. `unit` says what the
     numbers are: pixels of the picture as it is in its file, parts of its sides (0 to 1), or thousandths of them.
-    `listed` boxes stand in JSON and stay a list of numbers in every family.
+    A `mark` is written as each family writes a box, and a `quad` the four corners of an outline; a `list` stays a list
+    of numbers in every family, and `plain` ones have blanks between them.
     """
 
     image: int
     values: tuple[float, ...]
     unit: Literal["pixels", "norm1", "norm1000"] = "pixels"
-    listed: bool = False
+    form: Literal["mark", "quad", "list", "plain"] = "mark"
 
 
 @dataclass(frozen=True)
