@@ -81,8 +81,8 @@ def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path,
         if remote is None:
             raise DataError(f"{where}: has no file_name; found {', '.join(entry) or 'nothing'}")
         raise DataError(
-            f"{where}: {remote} {shown(entry[remote])} is not on this machine, and nothing is downloaded here; download "
-            f"it and name it as file_name"
+            f"{where}: {remote} {shown(entry[remote])} is not on this machine, and nothing is downloaded here; "
+            f"download it and name it as file_name"
         )
     found = directory / given
     if found.is_dir():

@@ -80,7 +80,11 @@ def _paths(path: str) -> list[Path]:
             raise DataError(f"{path}: no file matches this pattern")
         return found
     if os.path.isdir(path):
-        found = [entry for entry in sorted(Path(path).iterdir()) if entry.suffix in SUFFIXES and entry.is_file()]
+        found = [
+            entry
+            for entry in sorted(Path(path).iterdir())
+            if entry.suffix in SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+        ]
         if not found:
             raise DataError(f"{path}: a directory without files of records ({', '.join(SUFFIXES)})")
         return found
