@@ -71,22 +71,28 @@ Part = str | ImagePart | VideoPart | BoxPart | RefPart
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One message. `trained` says for an assistant's turn whether it is trained; None leaves it to the settings."""
+    """One message. `trained` says for an assistant's turn whether it is trained; None leaves it to the settings.
+
+    `unread` names what else the message held.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     parts: tuple[Part, ...]
     trained: bool | None = None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
     """Turns in order: an optional system turn, then the user's (or a tool's) and the assistant's by turns.
 
-    `tools` are the functions that the assistant may call, as JSON schemas.
+    `tools` are the functions that the assistant may call, as JSON schemas. `unread` names keys of the record that may
+    change what it means, and are not read.
     """
 
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] = field(default_factory=tuple)
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

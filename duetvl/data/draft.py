@@ -30,7 +30,8 @@ class Draft:
     input_ids and labels are those of the sample; `rejected` those of the second answer of a preference pair, prompt
     included, for which `input_ids` is the chosen one. `media` says what is to be decoded, at which size, in the order
     of the grids: images, then videos. `where` is file and place for messages. `notes` name what was done to make it
-    fit: "truncated", "shrunk".
+    fit: "truncated", "shrunk". `unread` names keys of the record and of its messages that may change what they mean,
+    and are not read.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Draft:
     rejected: tuple[np.ndarray, np.ndarray] | None = None
     media: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -59,6 +61,16 @@ class Draft:
         """Tokens that a loss is summed over."""
         labels = [self.labels, *([self.rejected[1]] if self.rejected else [])]
         return int(sum(np.count_nonzero(row != IGNORE) for row in labels))
+
+
+class Unread(dict[tuple[str, str], str]):
+    """Keys that are not read, each named once for a file: (file, key) -> what is said of it."""
+
+    def add(self, draft: Draft) -> None:
+        """Take in what a draft names."""
+        file = draft.id.partition(":")[0]
+        for key in draft.unread:
+            self.setdefault((file, key), f"{draft.where}: {key} is not read (named once for a file)")
 
 
 Outcome = Draft | DataError  # what becomes of a record

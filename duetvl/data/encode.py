@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Sample
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
 from duetvl.core.family import Family
 from duetvl.data.conversation import Conversation, ImagePart, Preference, VideoPart
 from duetvl.data.draft import Draft, Dropped
@@ -112,7 +112,7 @@ class Processor:
         sequences, notes = writer.sequences(media), _NO_NOTES
         if settings.cutoff_len is not None and max(map(length, sequences)) > settings.cutoff_len:
             sequences, notes = writer.fitted(sequences, media, settings.cutoff_len)
-        return self._drafted(sequences, id=id, where=where, notes=notes)
+        return self._drafted(sequences, id=id, where=where, notes=notes, unread=_unread(conversations))
 
     def load(self, draft: Draft, *, as_bytes: bool = False) -> Sample | Pair:
         """The sample with its pixels, of exactly the grids of the draft. Raises DataError naming file and cause.
@@ -173,7 +173,9 @@ class Processor:
         ends = (self.control.turn_end, self.control.end_of_text)
         return tuple(number for number in ends if number is not None)
 
-    def _drafted(self, sequences: Sequence[Segments], *, id: str, where: str, notes: tuple[str, ...]) -> Draft:
+    def _drafted(
+        self, sequences: Sequence[Segments], *, id: str, where: str, notes: tuple[str, ...], unread: tuple[str, ...]
+    ) -> Draft:
         media = [segment.medium for segment in sequences[0] if segment.medium is not None]
         images = [medium for medium in media if not medium.is_video]
         videos = [medium for medium in media if medium.is_video]
@@ -189,6 +191,7 @@ class Processor:
             rejected=arrays[1] if len(arrays) > 1 else None,
             media=(*images, *videos),
             notes=notes,
+            unread=unread,
         )
 
     def _grids(self, media: Sequence[Medium]) -> np.ndarray:
@@ -359,6 +362,13 @@ def _media_parts(conversation: Conversation) -> dict[int, ImagePart | VideoPart]
     """Pictures and videos in order, by their identity."""
     parts = (part for turn in conversation.turns for part in turn.parts)
     return {id(part): part for part in parts if isinstance(part, ImagePart | VideoPart)}
+
+
+def _unread(conversations: Sequence[Conversation]) -> tuple[str, ...]:
+    """What the record and its messages held that is not read, in words."""
+    record = {f"the record's key {shown(key)}" for item in conversations for key in item.unread}
+    messages = {f"a message's key {shown(key)}" for item in conversations for turn in item.turns for key in turn.unread}
+    return tuple(sorted(record | messages))
 
 
 def _both(pair: Preference) -> tuple[Conversation, Conversation]:

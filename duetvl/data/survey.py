@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.data.draft import Draft, Dropped, Outcome
+from duetvl.data.draft import Draft, Dropped, Outcome, Unread
 from duetvl.storage.files import write_bytes, write_text
 
 _BINS = 12
@@ -38,6 +38,7 @@ class Survey:
     bad: int = 0
     examples: dict[str, list[str]] = field(default_factory=lambda: {"dropped": [], "bad": []})
     left_out: list[str] = field(default_factory=list)
+    unread: Unread = field(default_factory=Unread)
 
     def add(self, outcome: Outcome, merge: int) -> None:
         """Take in one record: its draft, or why there is none. `merge` patches along a side make a token."""
@@ -57,6 +58,7 @@ class Survey:
         self.image_tokens += sequences * int(outcome.image_grid_thw.prod(axis=1).sum()) // merge**2
         self.video_tokens += sequences * int(outcome.video_grid_thw.prod(axis=1).sum()) // merge**2
         self.notes.update(outcome.notes)
+        self.unread.add(outcome)
 
     @property
     def records(self) -> int:
@@ -71,6 +73,7 @@ class Survey:
             yield from self._lengths()
         for note, count in sorted(self.notes.items()):
             yield f"{note}: {count} samples"
+        yield from self.unread.values()
         for kind, title in _TITLES.items():
             yield from (f"  {title}: {text}" for text in self.examples[kind])
             more = getattr(self, kind) - len(self.examples[kind])

@@ -256,6 +256,12 @@ def user(content: Any) -> dict[str, Any]:
         ({"messages": [user("a"), {"role": "assistant", "content": "<image>"}], "images": ["a"]}, "not into the as"),
         ({"messages": [user("a"), {**GPT, "loss": 0.5}]}, "loss is 0.5; an answer is trained (true, 1) or not"),
         ({"messages": [user("a"), {**GPT, "loss": "no"}]}, "loss is 'no'"),
+        ({"messages": [user("a"), {**GPT, "weight": 0.5}]}, "weight is 0.5; an answer is trained"),
+        ({"messages": [user("a"), {**GPT, "weight": 0, "train": True}]}, "weight and train contradict each other"),
+        ({"messages": [{**user("a"), "weight": 2}, GPT]}, "message 1: weight is 2"),
+        ({"messages": [{**user("a"), "images": ["a.png"]}, GPT]}, "message 1: a message's own 'images' is not read"),
+        ({"prompt": "a", "chosen": {**GPT, "weight": 0}, "rejected": "c"}, "chosen says that it is not trained"),
+        ({"prompt": "a", "chosen": GPT, "rejected": {**GPT, "loss": False}}, "rejected says that it is not trained"),
         ({"messages": [user("a"), {"role": "assistant"}]}, "message 2: content must be a text"),
         ({"messages": [user("a"), {"role": "system", "content": "S"}, GPT]}, "found the system"),
         ({"messages": [{"role": "system", "content": "S"}, user("a"), GPT], "system": "T"}, "keep one"),
@@ -299,6 +305,22 @@ def test_contradictions(record: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         read_record(record)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["loss", "loss_scale", "loss_weight", "weight", "train", "training", "trainable"])
+def test_keys_that_say_what_is_trained(key: str) -> None:
+    for value, trained in ((0, False), (False, False), (1.0, True), (True, True), (None, None)):
+        found = read_record({"messages": [{**user("a"), key: 0}, {**GPT, key: value}]})
+        assert isinstance(found, Conversation) and [t.trained for t in found.turns] == [None, trained]
+        assert [t.unread for t in found.turns] == [(), ()]
+
+
+def test_what_is_not_read_is_named() -> None:
+    answer = {**GPT, "id": 3, "reasoning_content": "hm", "refusal": None, "annotations": [], "mask": False}
+    found = read_record({"messages": [{**user("a"), "train": True}, answer], "label": False, "id": "x", "n": 1})
+    assert isinstance(found, Conversation)
+    assert found.unread == ("label",)
+    assert [each.unread for each in found.turns] == [("train",), ("reasoning_content", "mask")]
 
 
 @pytest.mark.parametrize(

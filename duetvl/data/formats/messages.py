@@ -27,6 +27,11 @@ _TAGS: Final[dict[str, Speaker]] = {
     "function_tag": "call", "system_tag": "system",
 }  # fmt: skip
 TAGS: Final = ("role_tag", "content_tag", *_TAGS)  # the names that LLaMA-Factory gives to them
+TRAINS: Final = ("loss", "loss_scale", "loss_weight", "weight", "train", "training", "trainable")
+_MEDIA: Final = ("image", "images", "video", "videos", "audio", "audios")
+_HARMLESS: Final = frozenset({
+    "id", "uuid", "index", "message_id", "tool_call_id", "name", "timestamp", "date", "created_at", "create_time",
+})  # fmt: skip
 _MARKER: Final = re.compile("(<image>|<video>|<ref-object>|<bbox>)")
 _LISTS: Final = {"<image>": "images", "<video>": "videos", "<ref-object>": "objects.ref", "<bbox>": "objects.bbox"}
 
@@ -69,6 +74,13 @@ class Dialect:
     def body(self, message: Any) -> Any:
         """What is said: a text, parts, or nothing."""
         return _first(message, self.content)
+
+    def unread(self, message: Mapping[str, Any]) -> Iterator[str]:
+        """Keys of a message that are not read and hold something, unless they only identify it."""
+        known = {*self.role, *self.content, "tool_calls", *TRAINS, *_HARMLESS}
+        for key, value in message.items():
+            if key not in known and value is not None and value != "" and value != [] and value != {}:
+                yield str(key)
 
     def message(self, speaker: Speaker, text: str) -> dict[str, Any]:
         """A message in this dialect."""
@@ -245,7 +257,16 @@ def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
     role: Literal["system", "user", "assistant", "tool"] = "assistant" if speaker == "call" else speaker
     if role in ("system", "assistant") and any(isinstance(part, ImagePart | VideoPart) for part in parts):
         raise DataError(f"pictures and videos belong into user messages, not into the {role}'s")
-    return Turn(role, tuple(part for part in parts if part != ""), _trained(message) if role == "assistant" else None)
+    trained, unread = _trained(message), tuple(dialect.unread(message))
+    if media := next((key for key in unread if key in _MEDIA), None):
+        raise DataError(
+            f"a message's own {media!r} is not read; list it beside the messages and mark its place by <image> or "
+            f"<video>, or give it as a part of the content"
+        )
+    if role != "assistant" and trained:  # only answers are
+        unread += tuple(key for key in TRAINS if message.get(key))
+    answers = trained if role == "assistant" else None
+    return Turn(role, tuple(part for part in parts if part != ""), answers, unread)
 
 
 def _system(content: Any) -> list[Part]:
@@ -261,15 +282,21 @@ def _text(content: Any) -> str:
 
 
 def _trained(message: Mapping[str, Any]) -> bool | None:
-    """ms-swift's `loss` and `loss_scale`, LLaMA-Factory's `loss_weight`: whether this answer is trained."""
-    for key in ("loss", "loss_scale", "loss_weight"):
+    """Whether a message says that it is trained, by any of the keys that mean this: ms-swift's `loss` and `loss_scale`,
+    LLaMA-Factory's `loss_weight`, OpenAI's `weight`, axolotl's `train` and `training`."""
+    said: dict[str, bool] = {}
+    for key in TRAINS:
         value = message.get(key)
         if value is None:
             continue
-        if isinstance(value, bool | int | float) and value in (0, 1):
-            return bool(value)
-        raise DataError(f"{key} is {shown(value)}; an answer is trained (true, 1) or not (false, 0), nothing between")
-    return None
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DataError(
+                f"{key} is {shown(value)}; an answer is trained (true, 1) or not (false, 0), nothing between"
+            )
+        said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise DataError(f"{' and '.join(said)} contradict each other on whether the message is trained; keep one")
+    return next(iter(said.values()), None)
 
 
 def _first(message: Any, keys: Sequence[str]) -> Any:

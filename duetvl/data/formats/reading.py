@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import Conversation, Preference
 from duetvl.data.formats.grounding import Unit, find_boxes, read_objects
-from duetvl.data.formats.messages import Attached, Dialect, check_messages, has_parts, read_answer, read_turns
+from duetvl.data.formats.messages import TRAINS, Attached, Dialect, check_messages, has_parts, read_answer, read_turns
 from duetvl.data.formats.parts import MediaRules
 from duetvl.data.formats.tools import parse_json, read_tools
 
@@ -26,6 +26,7 @@ _KEYS: Final[dict[str, tuple[str, ...]]] = {
     "chosen": ("chosen",), "rejected": ("rejected", "rejected_response"),
 }  # fmt: skip
 COLUMNS: Final = tuple(_KEYS)
+_WEIGHING: Final = (*TRAINS, "label", "kto_tag", "margin")  # of a whole record: not read, and may change its meaning
 
 
 def read_record(
@@ -109,7 +110,11 @@ class _Record:
         if not self.has("messages") and "instruction" not in self.values and "prompt" not in self._columns:
             messages = _media_first(messages, attached, self.dialect)
         turns = read_turns(messages, self.dialect, attached)
-        return Conversation(tuple(turns), read_tools(self.get("tools")))
+        unread = tuple(key for key in _WEIGHING if self.values.get(key) is not None and key not in self._read())
+        return Conversation(tuple(turns), read_tools(self.get("tools")), unread)
+
+    def _read(self) -> set[str]:
+        return {key for column in _KEYS for key in self.keys(column)}
 
     def attached(self) -> Attached:
         """Media and boxes. Raises DataError."""
@@ -195,6 +200,11 @@ def _read_preference(record: _Record) -> Preference:
     except DataError as error:
         raise DataError(f"rejected: {error}") from None
     *asked, better = _finished(answered).turns
+    for name, turn in (("chosen", better), ("rejected", worse)):
+        if turn.trained is False:
+            raise DataError(
+                f"{name} says that it is not trained, but a pair is trained by comparing both; leave it out"
+            )
     untrained = tuple(replace(turn, trained=False) if turn.role == "assistant" else turn for turn in asked)
     return Preference(replace(answered, turns=untrained), replace(better, trained=None), replace(worse, trained=None))
 
