@@ -23,6 +23,11 @@ class Dropped(DataError):
     """A sample that the recipe's own rules leave out, such as one that is too long. Never an error of a run."""
 
 
+class OutOfMemory(DataError):
+    """A record for which memory does not suffice. It ends a run even where bad records are skipped: the record is
+    good, and leaving such out would take the largest ones away without a word."""
+
+
 @dataclass(frozen=True, eq=False)
 class Draft:
     """A sample without its pixels, small and picklable.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.data.draft import Draft, Dropped, Outcome, Unread
+from duetvl.data.draft import Draft, Dropped, Outcome, OutOfMemory, Unread
 from duetvl.storage.files import write_bytes, write_text
 
 _BINS = 12
@@ -41,7 +41,12 @@ class Survey:
     unread: Unread = field(default_factory=Unread)
 
     def add(self, outcome: Outcome, merge: int) -> None:
-        """Take in one record: its draft, or why there is none. `merge` patches along a side make a token."""
+        """Take in one record: its draft, or why there is none. `merge` patches along a side make a token.
+
+        Raises OutOfMemory, which no run passes over.
+        """
+        if isinstance(outcome, OutOfMemory):
+            raise outcome
         if not isinstance(outcome, Draft):
             kind = "dropped" if isinstance(outcome, Dropped) else "bad"
             setattr(self, kind, getattr(self, kind) + 1)

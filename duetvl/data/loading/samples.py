@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Encoder, Outcome
+from duetvl.data.draft import Draft, Encoder, Outcome, OutOfMemory
 from duetvl.data.sources.records import RecordFile, Ref, describe_os_error
 
 Made = TypeVar("Made")
@@ -46,5 +46,7 @@ def _caught(make: Callable[[], Made], where: str) -> Made | DataError:
         return make()
     except DataError as error:
         return error
+    except MemoryError:
+        return OutOfMemory(f"{where}: memory ran out while it was made")
     except Exception as error:
         return DataError(f"{where}: {type(error).__name__}: {error}")
