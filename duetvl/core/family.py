@@ -45,6 +45,7 @@ class Family(Protocol):
 
     geometry: PatchGeometry
     special: SpecialTokens
+    vocabulary: int  # token ids lie below it
     grounding: Grounding  # coordinates in text: thousandths of a picture's sides, or pixels of it as resized
 
     def placeholder_count(self, grid_thw: np.ndarray | Sequence[int]) -> int:
@@ -69,6 +70,10 @@ class Family(Protocol):
 
         Raises DataError naming the sample whose tokens and media disagree.
         """
+        ...
+
+    def check(self, given: Sample | Pair) -> None:
+        """Whether `pack` can take a sample once its pixels are there; those are not looked at. Raises DataError."""
         ...
 
     def prepare(self, batch: Batch) -> Any:

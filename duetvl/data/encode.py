@@ -124,30 +124,13 @@ class Processor:
             loaded = [load(medium, self.media, self.family.geometry) for medium in draft.media]
         except DataError as error:
             raise DataError(f"{draft.where}: {error}" if draft.where else str(error)) from None
-        images = len(draft.image_grid_thw)
-        sample = Sample(
-            input_ids=draft.input_ids,
-            labels=draft.labels,
-            pixel_values=_rows(loaded[:images], as_bytes),
-            image_grid_thw=draft.image_grid_thw,
-            pixel_values_videos=_rows(loaded[images:], as_bytes),
-            video_grid_thw=draft.video_grid_thw,
-            second_per_grid_ts=draft.second_per_grid_ts,
-            id=draft.id,
-        )
         self._check(draft, loaded)
-        if draft.rejected is None:
-            return sample
-        ids, labels = draft.rejected
-        rejected = Sample(
-            input_ids=ids,
-            labels=labels,
-            image_grid_thw=draft.image_grid_thw,
-            video_grid_thw=draft.video_grid_thw,
-            second_per_grid_ts=draft.second_per_grid_ts,
-            id=draft.id,
-        )
-        return Pair(sample, rejected)
+        images = len(draft.image_grid_thw)
+        pixels, frames = _rows(loaded[:images], as_bytes), _rows(loaded[images:], as_bytes)
+        given = _without_pixels(draft)
+        if isinstance(given, Pair):
+            return Pair(replace(given.chosen, pixel_values=pixels, pixel_values_videos=frames), given.rejected)
+        return replace(given, pixel_values=pixels, pixel_values_videos=frames)
 
     def pack(self, samples: Sequence[Sample | Pair]) -> Batch:
         """Lay samples end to end, see `Family.pack`. Raises DataError naming a wrong sample."""
@@ -168,6 +151,11 @@ class Processor:
         return self.media.video
 
     @property
+    def beyond_vocabulary(self) -> int:
+        """How many tokens the tokenizer has that the model has no row for; a text that makes one is an error."""
+        return max(0, self.tokenizer.largest_id + 1 - self.family.vocabulary)
+
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         ends = (self.control.turn_end, self.control.end_of_text)
@@ -180,7 +168,7 @@ class Processor:
         images = [medium for medium in media if not medium.is_video]
         videos = [medium for medium in media if medium.is_video]
         arrays = [_arrays(segments) for segments in sequences]
-        return Draft(
+        draft = Draft(
             id=id,
             where=where,
             input_ids=arrays[0][0],
@@ -193,6 +181,8 @@ class Processor:
             notes=notes,
             unread=unread,
         )
+        self.family.check(_without_pixels(draft))
+        return draft
 
     def _grids(self, media: Sequence[Medium]) -> np.ndarray:
         return np.array([medium.grid(self.family.geometry) for medium in media], np.int64).reshape(-1, 3)
@@ -385,6 +375,22 @@ def _arrays(segments: Segments) -> tuple[np.ndarray, np.ndarray]:
     ids = np.array([number for segment in segments for number in segment.ids], np.int64)
     trained = np.repeat([segment.trained for segment in segments], [len(segment) for segment in segments])
     return ids, np.where(trained, ids, IGNORE)
+
+
+def _without_pixels(draft: Draft) -> Sample | Pair:
+    """The sample, or the pair, of a draft before its pixels are there."""
+    sample = Sample(
+        input_ids=draft.input_ids,
+        labels=draft.labels,
+        image_grid_thw=draft.image_grid_thw,
+        video_grid_thw=draft.video_grid_thw,
+        second_per_grid_ts=draft.second_per_grid_ts,
+        id=draft.id,
+    )
+    if draft.rejected is None:
+        return sample
+    ids, labels = draft.rejected
+    return Pair(sample, replace(sample, input_ids=ids, labels=labels))
 
 
 def _rows(media: Sequence[PatchRows], as_bytes: bool) -> np.ndarray | PatchBytes | None:

@@ -57,6 +57,11 @@ class TextTokenizer:
         """The id of one token by its spelling."""
         return self._tokenizer.token_to_id(token)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of any token, control tokens and added ones included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; none of them is a control token."""
         # Headers, line ends and the usual system text come with every sample.

@@ -28,7 +28,7 @@ from duetvl.training.preference.reference import describe
 from duetvl.training.recipe.reading import check_layers, check_world
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import total_steps
-from duetvl.training.sft import record_encoder
+from duetvl.training.sft import recipe_processor, record_encoder
 from duetvl.training.train import read_recipe, world_size
 from duetvl.training.walk import walk
 
@@ -51,7 +51,10 @@ def check(
     yield from _model_lines(given)
     if given.dpo is not None:
         yield describe(given, load_config(model_directory(given.model.path, weights=False)))
-    maker = SampleMaker(sets.files, record_encoder(given))
+    processor = recipe_processor(given)
+    if more := processor.beyond_vocabulary:
+        yield f"  its tokenizer has {more} tokens that the model has no row for: records that use one are bad"
+    maker = SampleMaker(sets.files, record_encoder(given, processor))
     way = _way(given, start.run_dir, decode)
     yield from _walked("data.train", sets.train_refs(), sets.train_count, maker, way)
     val = sets.val_refs()

@@ -244,13 +244,20 @@ class Feed:
             pool.close()
 
     def val_samples(self, count: int) -> list[Sample | Pair]:
-        """The first so many samples of the validation data. Raises DataError for a bad one."""
-        found: list[Sample | Pair] = []
-        for outcome in self._maker.drafts(list(islice(self.sets.val_refs() or (), count))):
-            sample = outcome if isinstance(outcome, DataError) else self._maker.load(outcome)
-            if isinstance(sample, DataError):
-                raise sample
-            found.append(sample)
+        """The first so many good samples of the validation data.
+
+        Those that the recipe leaves out are passed over, as in an evaluation. Raises DataError for a bad one, unless
+        those are skipped.
+        """
+        findings = Findings(self.findings.skip_bad)  # an evaluation names them
+        refs, found = self.sets.val_refs() or iter(()), list[Sample | Pair]()
+        while len(found) < count and (some := list(islice(refs, count - len(found)))):
+            for outcome in self._maker.drafts(some):
+                sample = outcome if isinstance(outcome, DataError) else self._maker.load(outcome)
+                if isinstance(sample, DataError):
+                    findings.leave_out(sample)
+                else:
+                    found.append(sample)
         return found
 
     def _batches(self) -> BatchMaker:

@@ -85,11 +85,11 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
     export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
-def record_encoder(recipe: Recipe) -> AnswerEncoder:
-    """From records to samples, or to pairs with `dpo`, as the recipe says."""
+def record_encoder(recipe: Recipe, processor: Processor | None = None) -> AnswerEncoder:
+    """From records to samples, or to pairs with `dpo`, as the recipe says; `processor` where it is there already."""
     data = recipe.data
     settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
-    encoder = RecordEncoder(recipe_processor(recipe), settings)
+    encoder = RecordEncoder(processor or recipe_processor(recipe), settings)
     return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
 
 
