@@ -15,10 +15,11 @@ DEFAULT_FPS = 2.0  # frames per second that are taken of a video that does not s
 
 @dataclass(frozen=True, eq=False)
 class ImagePart:
-    """A picture in a message."""
+    """A picture in a message; `root` is the directory that its relative path was found in."""
 
     source: ImageSource
     wish: Resize = NO_WISH
+    root: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class VideoPart:
     Of a list `fps` says how many frames were taken per second, of a file how many are to be taken; `frames` asks for
     a number of frames instead, `min_frames` and `max_frames` bound it, `start` and `end` (seconds) cut a stretch out.
     None leaves each to the settings. `second_per_grid`, the seconds that one temporal patch spans, replaces what
-    follows from the frames. `wish` bounds each frame, `total_pixels` all of them together.
+    follows from the frames. `wish` bounds each frame, `total_pixels` all of them together. `root`
+    is the directory that its (first) relative path was found in.
     """
 
     source: str | Path | bytes | Blob | Sequence[ImageSource]
@@ -41,6 +43,7 @@ class VideoPart:
     second_per_grid: float | None = None
     total_pixels: int | None = None
     wish: Resize = NO_WISH
+    root: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ class Dropped(DataError):
     """A sample that the recipe's own rules leave out, such as one that is too long. Never an error of a run."""
 
 
+class MissingMedia(DataError):
+    """A record whose picture or video is not there."""
+
+
 class OutOfMemory(DataError):
     """A record for which memory does not suffice. It ends a run even where bad records are skipped: the record is
     good, and leaving such out would take the largest ones away without a word."""
@@ -66,6 +70,31 @@ class Draft:
         """Tokens that a loss is summed over."""
         labels = [self.labels, *([self.rejected[1]] if self.rejected else [])]
         return int(sum(np.count_nonzero(row != IGNORE) for row in labels))
+
+
+@dataclass
+class MediaTally:
+    """How many records with media have them, and how many have one that is not there."""
+
+    found: int = 0
+    missing: int = 0
+    last: str = ""
+
+    def add(self, outcome: Draft | DataError) -> None:
+        """Count a record."""
+        if isinstance(outcome, MissingMedia):
+            self.missing, self.last = self.missing + 1, str(outcome)
+        elif isinstance(outcome, Draft):
+            self.found += bool(outcome.media)
+
+    def check(self, least: int) -> None:
+        """Raise DataError where nearly all are missing, of so many at least: then it is the place that is wrong, and
+        skipping bad records would train on what is left of the data."""
+        if self.missing >= least and self.missing > 9 * self.found:
+            raise DataError(
+                f"{self.missing} of {self.missing + self.found} records with pictures or videos have one that is not "
+                f"there, the last of them: {self.last}; set data.image_root to the directory that the paths start from"
+            )
 
 
 class Unread(dict[tuple[str, str], str]):

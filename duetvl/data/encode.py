@@ -6,6 +6,7 @@ and the sizes of all media, from headers; loading decodes the pixels at these si
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Sample
-from duetvl.core.errors import DataError, shown
+from duetvl.core.errors import DataError, one_line, shown
 from duetvl.core.family import Family
 from duetvl.data.conversation import Conversation, ImagePart, Preference, VideoPart
-from duetvl.data.draft import Draft, Dropped
+from duetvl.data.draft import Draft, Dropped, MissingMedia
 from duetvl.data.formats.grounding import write_boxes
 from duetvl.data.formats.messages import read_messages
 from duetvl.data.formats.reading import read_record
@@ -88,7 +89,7 @@ class Processor:
         self, record: Mapping[str, Any], *, media_dir: str | Path | None = None, sample_id: str = ""
     ) -> Sample:
         """Encode one record of any layout, see `duetvl.data.formats.reading.read_record`. Raises DataError."""
-        found = read_record(record, media_dir=None if media_dir is None else Path(media_dir))
+        found = read_record(record, media_dirs=() if media_dir is None else (Path(media_dir),))
         return _single(self.load(self.draft(found, id=sample_id)))
 
     def draft(
@@ -105,9 +106,10 @@ class Processor:
         Raises Dropped where a rule leaves it out, DataError where it is bad.
         """
         conversations = _both(found) if isinstance(found, Preference) else (found,)
-        media = {
-            key: measure(part, self.media, self.family.geometry) for key, part in _media_parts(conversations[0]).items()
-        }
+        parts = _media_parts(conversations[0])
+        for part in parts.values():
+            _check_there(part)
+        media = {key: measure(part, self.media, self.family.geometry) for key, part in parts.items()}
         writer = _Writer(self, settings, conversations, add_generation_prompt)
         sequences, notes = writer.sequences(media), _NO_NOTES
         if settings.cutoff_len is not None and max(map(length, sequences)) > settings.cutoff_len:
@@ -214,10 +216,13 @@ class RecordEncoder:
                 form=reading.format,
                 columns=reading.columns,
                 tags=reading.tags,
-                media_dir=record.media_dir,
+                media_dirs=record.media_dirs,
                 boxes=reading.boxes,
             )
             return self.processor.draft(found, self.settings, id=record.id, where=record.where)
+        except MissingMedia as error:
+            dirs = " and in ".join(str(directory) for directory in record.media_dirs)
+            raise MissingMedia(f"{record.where}: {error}; relative paths are looked for in {dirs}") from None
         except DataError as error:
             raise type(error)(f"{record.where}: {error}") from None
 
@@ -359,6 +364,21 @@ def _unread(conversations: Sequence[Conversation]) -> tuple[str, ...]:
     record = {f"the record's key {shown(key)}" for item in conversations for key in item.unread}
     messages = {f"a message's key {shown(key)}" for item in conversations for turn in item.turns for key in turn.unread}
     return tuple(sorted(record | messages))
+
+
+def _check_there(part: ImagePart | VideoPart) -> None:
+    """Raise MissingMedia where a medium is a path at which there is nothing."""
+    sources = part.source if isinstance(part.source, list) else [part.source]
+    for source in sources:
+        if not isinstance(source, str | Path) or str(source).startswith(("data:", "http:", "https:")):
+            continue
+        path = str(source).removeprefix("file://")
+        try:
+            os.stat(path)
+        except PermissionError:
+            continue  # said where it is opened
+        except (OSError, ValueError):
+            raise MissingMedia(f"{one_line(path, 120)}: no such file") from None
 
 
 def _both(pair: Preference) -> tuple[Conversation, Conversation]:

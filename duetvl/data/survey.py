@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.data.draft import Draft, Dropped, Outcome, OutOfMemory, Unread
+from duetvl.data.draft import Draft, Dropped, MediaTally, Outcome, OutOfMemory, Unread
+from duetvl.data.media.plan import Medium
 from duetvl.storage.files import write_bytes, write_text
 
 _BINS = 12
@@ -39,6 +40,8 @@ class Survey:
     examples: dict[str, list[str]] = field(default_factory=lambda: {"dropped": [], "bad": []})
     left_out: list[str] = field(default_factory=list)
     unread: Unread = field(default_factory=Unread)
+    tally: MediaTally = field(default_factory=MediaTally)
+    roots: Counter[str] = field(default_factory=Counter)  # directory -> media that were found in it by relative paths
 
     def add(self, outcome: Outcome, merge: int) -> None:
         """Take in one record: its draft, or why there is none. `merge` patches along a side make a token.
@@ -47,6 +50,7 @@ class Survey:
         """
         if isinstance(outcome, OutOfMemory):
             raise outcome
+        self.tally.add(outcome)
         if not isinstance(outcome, Draft):
             kind = "dropped" if isinstance(outcome, Dropped) else "bad"
             setattr(self, kind, getattr(self, kind) + 1)
@@ -64,6 +68,7 @@ class Survey:
         self.video_tokens += sequences * int(outcome.video_grid_thw.prod(axis=1).sum()) // merge**2
         self.notes.update(outcome.notes)
         self.unread.add(outcome)
+        self.roots.update(str(m.part.root) for m in outcome.media if isinstance(m, Medium) and m.part.root is not None)
 
     @property
     def records(self) -> int:
@@ -78,6 +83,7 @@ class Survey:
             yield from self._lengths()
         for note, count in sorted(self.notes.items()):
             yield f"{note}: {count} samples"
+        yield from (f"media: {n} found in {root}" for root, n in sorted(self.roots.items()))
         yield from self.unread.values()
         for kind, title in _TITLES.items():
             yield from (f"  {title}: {text}" for text in self.examples[kind])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.hub import is_id, model_directory
@@ -124,6 +125,7 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
             f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
             f"{found.examples['bad'][0]}; mend them, or leave them out with data.on_bad_sample=skip"
         )
+    found.tally.check(1 if not found.lengths else FEW_MEDIA)
     if not found.lengths:
         raise DataError(f"{name}: has no usable record")
     picture = way.run_dir / f"{name}.lengths.png"

@@ -165,7 +165,9 @@ def test_rlhf_v(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list((out / "images").iterdir())) == 2
     assert first["images"][0].endswith(".jpg") and third["images"][0].endswith(".png")
     assert (out / first["images"][0]).read_bytes() == jpeg
-    assert all(isinstance(read_record(record, media_dir=out), Preference) for record in records(out / "rlhf-v.jsonl"))
+    assert all(
+        isinstance(read_record(record, media_dirs=[out]), Preference) for record in records(out / "rlhf-v.jsonl")
+    )
     said = capsys.readouterr().out
     assert f"wrote 3 records to {out / 'rlhf-v.jsonl'}\nleft out 3: 3 bad records" in said
     damaged, empty, lone = (out / "dropped.txt").read_text().splitlines()

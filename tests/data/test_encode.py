@@ -280,7 +280,7 @@ def test_records_of_parts(processor: Processor, tmp_path: Path) -> None:
 
 def test_records_with_a_system_text_and_absolute_paths(tmp_path: Path) -> None:
     absolute = str(tmp_path / "b.png")
-    found = read_record(record("<image>", images=[absolute], system="S"), media_dir=Path("/elsewhere"))
+    found = read_record(record("<image>", images=[absolute], system="S"), media_dirs=[Path("/elsewhere")])
     assert isinstance(found, Conversation) and found.turns[0].parts == ("S",)
     picture = found.turns[1].parts[0]
     assert isinstance(picture, ImagePart) and str(picture.source) == absolute

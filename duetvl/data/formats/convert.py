@@ -123,7 +123,7 @@ def _convert(
 
 
 def _llava_record(record: Record, images: Path, output_directory: Path) -> dict[str, Any]:
-    found = read_record(record.values, form="llava", media_dir=images)
+    found = read_record(record.values, form="llava", media_dirs=(images,))
     assert isinstance(found, Conversation), "this layout has no pairs"
     pictures = []
     for part in (part for turn in found.turns for part in turn.parts):

@@ -230,7 +230,7 @@ class _Filler:
             raise DataError(f"{_LISTS[marker]} lists {len(self._lists[marker])}, which is fewer than the messages need")
         if isinstance(thing, RefPart | BoxPart):
             return thing
-        rules = MediaRules(self.rules.root, {**self.rules.settings, **(part or {})})
+        rules = MediaRules(self.rules.dirs, {**self.rules.settings, **(part or {})})
         return image_part(thing, rules) if marker == "<image>" else video_part(thing, rules)
 
 

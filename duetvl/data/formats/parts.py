@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final
+from unicodedata import normalize
 
 import numpy as np
 from PIL.Image import Image
@@ -21,18 +22,19 @@ from duetvl.data.media.images import Resize
 _IMAGE_KEYS: Final = ("image", "image_url", "url", "path", "value")
 _VIDEO_KEYS: Final = ("video", "video_url", "url", "path", "value")
 _SCHEMES: Final = ("data:", "file:", "http:", "https:")
-_BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){128,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?\Z")  # no path so long
+_SHORTEST_BASE64: Final = 512  # characters: there is no path so long without a dot
+_BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){128,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?\Z")
 
 
 @dataclass(frozen=True)
 class MediaRules:
     """What holds for all media of a record.
 
-    Relative paths start at `root`; `settings` (min_pixels, max_pixels, fps, ...) are those of every part that does
-    not say otherwise.
+    Relative paths are looked for in `dirs`, in this order; `settings` (min_pixels, max_pixels, fps, ...) are those of
+    every part that does not say otherwise.
     """
 
-    root: Path | None = None
+    dirs: tuple[Path, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -80,7 +82,8 @@ def _read_image(part: Mapping[str, Any], rules: MediaRules) -> ImagePart:
         raise DataError(f"an image part needs one of {', '.join(_IMAGE_KEYS)}; found {_names(part)}")
     if isinstance(source, list | tuple):
         raise DataError("a picture must be one path, data URI or bytes; found a list")
-    return ImagePart(_whole_path(source, rules), _read_wish({**rules.settings, **_given(part)}))
+    found, root = _located(source, rules)
+    return ImagePart(found, _read_wish({**rules.settings, **_given(part)}), root)
 
 
 def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
@@ -93,8 +96,9 @@ def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
     if isinstance(source, np.ndarray | Image):
         raise DataError("a video is a file or a list of frames, found a single picture")
     said = {**rules.settings, **_given(part)}
+    located = [_located(_unwrapped(frame), rules) for frame in (source if listed else [source])]
     return VideoPart(
-        [_whole_path(_unwrapped(frame), rules) for frame in source] if listed else _whole_path(source, rules),
+        [frame for frame, _ in located] if listed else located[0][0],
         fps=_number(said, *(("sample_fps", "fps") if listed else ("fps",))),
         frames=_integer(said, "nframes"),
         min_frames=_integer(said, "min_frames"),
@@ -104,6 +108,7 @@ def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
         second_per_grid=_number(said, "second_per_grid", "second_per_grid_ts"),
         total_pixels=_integer(said, "total_pixels"),
         wish=_read_wish(said),
+        root=located[0][1],
     )
 
 
@@ -130,19 +135,45 @@ def _unwrapped(source: Any) -> Any:
     raise DataError(f"a picture or video as an object needs one of bytes, url, path; found {_names(source)}")
 
 
-def _whole_path(source: Any, rules: MediaRules) -> Any:
+def find_file(text: str, dirs: Sequence[Path]) -> tuple[Path, Path]:
+    """The file of a relative path in the first directory that has it, and this directory.
+
+    A name with accents may be spelt with composed or with separate characters (macOS) in the record and otherwise on
+    the disk. Where there is no such file, the path lies in the first directory.
+    """
+    spellings = dict.fromkeys((text, normalize("NFC", text), normalize("NFD", text)))
+    for directory in dirs:
+        for name in spellings:
+            if os.path.exists(directory / name):
+                return directory / name, directory
+    return dirs[0] / text, dirs[0]
+
+
+def _located(source: Any, rules: MediaRules) -> tuple[Any, Path | None]:
+    """A medium's source with its whole path or its content, and the directory that it was found in."""
     if isinstance(source, str | Path):
         text = str(source)
+        if isinstance(source, str) and (content := _base64_content(text)) is not None:
+            return content, None
         if not text or "\0" in text or not _has_bytes(text):
             raise DataError(f"{shown(text)} is not a path")
-        if isinstance(source, str) and _BASE64.match(text):
-            return base64.b64decode(text)
-        if rules.root is not None and not text.startswith(_SCHEMES):
-            return rules.root / text
-        return source
+        if rules.dirs and not text.startswith(_SCHEMES):
+            return find_file(text, rules.dirs)
+        return source, None
     if isinstance(source, Mapping | bool | int | float) or source is None:
         raise DataError(f"a picture or video cannot be {shown(source)}; give a path, a data URI or bytes")
-    return source
+    return source, None
+
+
+def _base64_content(text: str) -> str | bytes | None:
+    """A data URI without line ends, what bare base64 means, or None. Writers of MIME break it into lines."""
+    if text.startswith("data:"):
+        head, comma, body = text.partition(",")
+        return f"{head}{comma}{''.join(body.split())}"
+    if len(text) < _SHORTEST_BASE64:
+        return None
+    compact = "".join(text.split())
+    return base64.b64decode(compact) if _BASE64.match(compact) else None
 
 
 def _has_bytes(text: str) -> bool:

@@ -35,18 +35,19 @@ def read_record(
     form: str = "auto",
     columns: Mapping[str, str] | None = None,
     tags: Mapping[str, str] | None = None,
-    media_dir: Path | None = None,
+    media_dirs: Sequence[Path] = (),
     boxes: str = "as_written",
 ) -> Conversation | Preference:
     """A record of any layout; `form` names it, or it is recognised by its keys.
 
-    `columns` and `tags` rename keys and roles as in LLaMA-Factory's dataset_info.json. Relative paths of media start
-    at `media_dir`. `boxes` says what coordinates written in texts are, see `DataSource.boxes`. A conversation ends
-    with the assistant's turn. Raises DataError that says what was expected and found; the caller adds the place.
+    `columns` and `tags` rename keys and roles as in LLaMA-Factory's dataset_info.json. Relative paths of media are
+    looked for in `media_dirs`. `boxes` says what coordinates written in texts are, see `DataSource.boxes`. A
+    conversation ends with the assistant's turn. Raises DataError that says what was expected and found; the caller adds
+    the place.
     """
     if not isinstance(values, Mapping):
         raise DataError(f"expected a record (an object), found {type(values).__name__}")
-    record = _Record(values, columns or {}, Dialect.from_tags(tags), media_dir)
+    record = _Record(values, columns or {}, Dialect.from_tags(tags), media_dirs)
     if form == "auto":
         form = _recognised(record)
     if form not in _READERS:
@@ -59,12 +60,12 @@ class _Record:
     """A record's values under the names of LLaMA-Factory's columns, and how to read its messages."""
 
     def __init__(
-        self, values: Mapping[str, Any], columns: Mapping[str, str], dialect: Dialect, media_dir: Path | None
+        self, values: Mapping[str, Any], columns: Mapping[str, str], dialect: Dialect, media_dirs: Sequence[Path]
     ) -> None:
         for name in columns:
             if name not in _KEYS:
                 raise DataError(f"columns has no {shown(name)}{did_you_mean(name, _KEYS)}")
-        self.values, self.dialect, self.media_dir = values, dialect, media_dir
+        self.values, self.dialect, self.media_dirs = values, dialect, media_dirs
         self._columns = columns
 
     def keys(self, column: str) -> tuple[str, ...]:
@@ -125,7 +126,7 @@ class _Record:
         settings = self.values.get("chat_template_kwargs") or {}
         if not isinstance(settings, Mapping):
             raise DataError(f"chat_template_kwargs must be an object, found {type(settings).__name__}")
-        return Attached(images, videos, refs, boxes, MediaRules(self.media_dir, settings))
+        return Attached(images, videos, refs, boxes, MediaRules(tuple(self.media_dirs), settings))
 
     def _one_of(self, column: str) -> Any:
         several = [key for key in self.keys(column) if _listed(self.values.get(key))]

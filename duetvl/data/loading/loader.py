@@ -22,11 +22,14 @@ from typing import Any
 
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Dropped, Encoder, OutOfMemory, Unread
+from duetvl.data.draft import Draft, Dropped, Encoder, MediaTally, OutOfMemory, Unread
 from duetvl.data.loading.order import Cursor
 from duetvl.data.loading.packing import assign, pack
 from duetvl.data.loading.workers import Pool
 from duetvl.data.sources.records import Ref, with_line
+
+FEW_MEDIA = 3  # records whose media are missing that say something of a whole epoch
+_SOME_MEDIA = 16  # and that say something of the rest of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +115,17 @@ class BatchMaker:
     skip_bad: bool = False
     rank: int = 0
     dp: int = 1
+    tally: MediaTally = field(default_factory=MediaTally)
 
     def begin(self, cursor: Cursor, count: int) -> Planned:
         """Plan the step that starts at the cursor, and have its pixels made. The cursor moves behind it."""
         findings = Findings(self.skip_bad)
         drafts: list[Draft] = []
-        epoch = cursor.epoch
+        begun = epoch = cursor.epoch
         while len(drafts) < count:
             refs = cursor.take(count - len(drafts))
             drafts += self._usable(refs, findings)
+            self.tally.check(FEW_MEDIA if cursor.epoch > begun else _SOME_MEDIA)
             if drafts:
                 epoch = cursor.epoch
             elif cursor.epoch > epoch + 1:
@@ -135,6 +140,7 @@ class BatchMaker:
     def _usable(self, refs: Sequence[Ref], findings: Findings) -> list[Draft]:
         drafts = []
         for draft in self.pool.drafts(refs):
+            self.tally.add(draft)
             if isinstance(draft, DataError):
                 findings.leave_out(draft)
             else:
@@ -269,3 +275,4 @@ def passes(maker: BatchMaker, refs: Iterable[Ref], group: int, findings: Finding
         if findings is not None:
             findings.take_in(step)
         yield from step.batches
+    maker.tally.check(FEW_MEDIA)

@@ -63,6 +63,7 @@ def resolve(source: Source) -> Source:
         format=info.format if own.format == "auto" else own.format,
         columns={**info.columns, **own.columns},
         tags={**info.tags, **own.tags},
+        media_dirs=(os.path.dirname(path),),
     )
     most = info.num_samples if source.max_samples is None else source.max_samples
     return replace(source, files=info.files, reading=reading, max_samples=most)

@@ -37,6 +37,7 @@ class Reading:
     tags: Mapping[str, str] = field(default_factory=dict)
     image_root: str | None = None
     boxes: str = "as_written"
+    media_dirs: tuple[str, ...] = ()  # of the data set, where media are looked for before the file's own directory
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,15 @@ class Record:
         return f"{self.file.name}:{self.name or self.number}"
 
     @property
-    def media_dir(self) -> Path:
-        """Where relative paths of its pictures and videos start."""
-        return self.file.parent if self.reading.image_root is None else Path(self.reading.image_root)
+    def media_dirs(self) -> tuple[Path, ...]:
+        """Where relative paths of its pictures and videos are looked for, in this order.
+
+        Under the source's `image_root`, or where it has none: in the data set's directory, the file's own, and the
+        working directory, as LLaMA-Factory and MindSpeed-MM do.
+        """
+        if self.reading.image_root is not None:
+            return (Path(self.reading.image_root),)
+        return (*map(Path, self.reading.media_dirs), self.file.parent, Path())
 
 
 class Places(NamedTuple):
