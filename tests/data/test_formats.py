@@ -315,6 +315,11 @@ def test_keys_that_say_what_is_trained(key: str) -> None:
         assert [t.unread for t in found.turns] == [(), ()]
 
 
+def test_json_in_a_text_may_have_a_byte_order_mark() -> None:
+    talk = json.dumps([user("a"), GPT])
+    assert turns(read_record({"messages": f"\ufeff{talk}"})) == [("user", "a"), ("assistant", "b")]
+
+
 def test_what_is_not_read_is_named() -> None:
     answer = {**GPT, "id": 3, "reasoning_content": "hm", "refusal": None, "annotations": [], "mask": False}
     found = read_record({"messages": [{**user("a"), "train": True}, answer], "label": False, "id": "x", "n": 1})

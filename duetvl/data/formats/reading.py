@@ -93,7 +93,7 @@ class _Record:
         """The list of messages, which a table may hold as JSON text. Raises DataError."""
         value = self.get("messages")
         if value is None:
-            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}")
+            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}{_wrapped(self.values)}")
         return list(check_messages(parse_json("messages", value) if isinstance(value, str) else value))
 
     def wanted(self, column: str) -> str:
@@ -152,9 +152,19 @@ def _recognised(record: _Record) -> str:
         return "alpaca"
     raise DataError(
         "the record is of no known layout: it has neither messages or conversations, nor instruction and output, "
-        f"nor chosen and rejected; found {record.found()}. docs/data_formats.md lists them; name one as `format`, or "
+        f"nor chosen and rejected; found {record.found()}{_wrapped(record.values)}. docs/data_formats.md lists them; name one as `format`, or "
         "its keys in `columns`"
     )
+
+
+def _wrapped(values: Mapping[str, Any]) -> str:
+    """A hint for an object around the records: which of its keys holds a list of objects."""
+    for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            return (
+                f"; {shown(key)} holds a list of {len(value)} objects: if these are the records, write that list alone"
+            )
+    return ""
 
 
 def _read_messages(record: _Record) -> Conversation:

@@ -63,7 +63,7 @@ def written_calls(content: str) -> str:
 def parse_json(what: str, text: str) -> Any:
     """The value of a text inside a record. Raises DataError."""
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} must be JSON, found {shown(text)}: {error}") from None
 
