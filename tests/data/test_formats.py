@@ -317,7 +317,7 @@ def test_keys_that_say_what_is_trained(key: str) -> None:
 
 def test_json_in_a_text_may_have_a_byte_order_mark() -> None:
     talk = json.dumps([user("a"), GPT])
-    assert turns(read_record({"messages": f"\ufeff{talk}"})) == [("user", "a"), ("assistant", "b")]
+    assert turns(read_record({"messages": f"\ufeff{talk}"})) == [("user", "a"), ("assistant", "x")]
 
 
 def test_what_is_not_read_is_named() -> None:

@@ -152,8 +152,8 @@ def _recognised(record: _Record) -> str:
         return "alpaca"
     raise DataError(
         "the record is of no known layout: it has neither messages or conversations, nor instruction and output, "
-        f"nor chosen and rejected; found {record.found()}{_wrapped(record.values)}. docs/data_formats.md lists them; name one as `format`, or "
-        "its keys in `columns`"
+        f"nor chosen and rejected; found {record.found()}{_wrapped(record.values)}. docs/data_formats.md lists "
+        "them; name one as `format`, or its keys in `columns`"
     )
 
 
