@@ -44,6 +44,7 @@ class EncodeSettings:
     too_long: TooLong = "error"
 
 
+_USUAL_LETTERS: Final = 16  # for a token: fewer are quickly tokenised
 _PLAIN: Final = EncodeSettings()
 _NO_NOTES: Final[tuple[str, ...]] = ()
 
@@ -256,19 +257,32 @@ class _Writer:
     def fitted(self, sequences: list[Segments], media: _Media, limit: int) -> tuple[list[Segments], tuple[str, ...]]:
         """Sequences of at most `limit` tokens, and how that was done. Raises Dropped or DataError."""
         policy, longest = self.settings.too_long, max(map(length, sequences))
-        if policy == "error":
-            raise DataError(
-                f"has {longest} tokens, the longest may have {limit}; raise data.cutoff_len (such a sample is a "
-                f"micro-batch of its own where it exceeds data.pack_tokens), or say with data.too_long what becomes "
-                f"of it"
-            )
-        if policy == "drop":
-            raise Dropped(f"has {longest} tokens, the longest may have {limit}")
+        if policy in ("error", "drop"):
+            raise self._too_long(f"has {longest} tokens", limit)
         if policy == "shrink":
             return self._shrunk(sequences, media, limit), ("shrunk",)
         if len(sequences) > 1:
             return list(truncate_pair(sequences[0], sequences[1], limit)), ("truncated",)
         return [truncate(sequences[0], limit, keep_last=self.settings.mask_history)], ("truncated",)
+
+    def _too_long(self, found: str, limit: int) -> DataError:
+        if self.settings.too_long != "error":
+            return Dropped(f"{found}, the longest may have {limit}")
+        return DataError(
+            f"{found}, the longest may have {limit}; raise data.cutoff_len (such a sample is a micro-batch of its own "
+            f"where it exceeds data.pack_tokens), or say with data.too_long what becomes of it"
+        )
+
+    def _bounded(self, pieces: list[Piece], limit: int) -> list[Piece]:
+        """The pieces, where their texts may have no more than `limit` tokens: so long ones are not tokenised in vain,
+        which takes a minute and gigabytes for some ten million characters. Raises Dropped or DataError."""
+        letters = sum(len(piece.text) for piece in pieces)
+        if letters <= limit * _USUAL_LETTERS or letters <= limit * self.processor.tokenizer.longest:
+            return pieces
+        if self.settings.too_long != "truncate":
+            raise self._too_long(f"has a text of {letters} characters, which has more tokens", limit)
+        most = limit * self.processor.tokenizer.longest
+        return [piece._replace(text=piece.text[:most]) for piece in pieces]
 
     def _shrunk(self, sequences: list[Segments], media: _Media, limit: int) -> list[Segments]:
         """The sequences with all media at one share of their area, the largest that fits."""
@@ -320,7 +334,8 @@ class _Writer:
         )
         made: Segments = []
         role, place = "", "outside"
-        listed = list(pieces)
+        listed, limit = list(pieces), self.settings.cutoff_len
+        listed = listed if limit is None else self._bounded(listed, limit)
         for at, piece in enumerate(listed):
             if piece.kind == "control":
                 place = "start" if piece.text == TURN_START else "end"
