@@ -8,7 +8,7 @@ import pytest
 
 from duetvl.core.errors import DataError
 from duetvl.data.formats.reading import read_record
-from duetvl.data.sources.catalog import Records
+from duetvl.data.sources.catalog import Records, Source, resolve
 
 
 def record(text: str) -> dict:
@@ -72,6 +72,14 @@ def test_objects_over_several_lines_each_are_refused(tmp_path):
 def test_files_put_together_by_cat_may_have_marks_of_their_own(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"".join(b"\xef\xbb\xbf" + line(text) for text in "ab"))
     assert texts(Records([tmp_path / "a.jsonl"])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("named", "there"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_data_files_may_be_spelt_otherwise(tmp_path, named, there):
+    (tmp_path / f"{there}.jsonl").write_bytes(line("a"))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": f"{named}.jsonl"}}))
+    assert texts(Records([tmp_path / f"{named}.jsonl"])) == ["a"]
+    assert texts(Records([resolve(Source(f"{tmp_path}/dataset_info.json:x"))])) == ["a"]
 
 
 def test_hidden_files_of_a_directory_are_left_out(tmp_path):

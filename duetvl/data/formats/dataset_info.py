@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from duetvl.core.errors import DataError, did_you_mean, shown
+from duetvl.data.sources.spelling import on_disk
 from duetvl.storage.files import read_object
 
 INFO_NAME: Final = "dataset_info.json"
@@ -84,7 +85,7 @@ def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path,
             f"{where}: {remote} {shown(entry[remote])} is not on this machine, and nothing is downloaded here; "
             f"download it and name it as file_name"
         )
-    found = directory / given
+    found = on_disk(directory / given) or directory / given
     if found.is_dir():
         files = tuple(sorted(file for file in found.iterdir() if file.is_file() and not file.name.startswith(".")))
         if not files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, Literal
 
 from duetvl.core.errors import DataError, did_you_mean, shown
@@ -21,6 +22,7 @@ _SPEAKERS: Final[dict[str, Speaker]] = {
     "tool": "tool", "observation": "tool", "tool_response": "tool", "function": "tool",
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
+_NAMED_KEYS: Final = 16  # of a message that are named as not read
 _NO_MORE: Final = object()  # a list may hold null, which is an error of its own
 _TAGS: Final[dict[str, Speaker]] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
@@ -257,7 +259,7 @@ def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
     role: Literal["system", "user", "assistant", "tool"] = "assistant" if speaker == "call" else speaker
     if role in ("system", "assistant") and any(isinstance(part, ImagePart | VideoPart) for part in parts):
         raise DataError(f"pictures and videos belong into user messages, not into the {role}'s")
-    trained, unread = _trained(message), tuple(dialect.unread(message))
+    trained, unread = _trained(message), tuple(islice(dialect.unread(message), _NAMED_KEYS))
     if media := next((key for key in unread if key in _MEDIA), None):
         raise DataError(
             f"a message's own {media!r} is not read; list it beside the messages and mark its place by <image> or "

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final
-from unicodedata import normalize
 
 import numpy as np
 from PIL.Image import Image
@@ -18,6 +17,7 @@ from PIL.Image import Image
 from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import ImagePart, Part, VideoPart
 from duetvl.data.media.images import Resize
+from duetvl.data.sources.spelling import on_disk
 
 _IMAGE_KEYS: Final = ("image", "image_url", "url", "path", "value")
 _VIDEO_KEYS: Final = ("video", "video_url", "url", "path", "value")
@@ -138,14 +138,11 @@ def _unwrapped(source: Any) -> Any:
 def find_file(text: str, dirs: Sequence[Path]) -> tuple[Path, Path]:
     """The file of a relative path in the first directory that has it, and this directory.
 
-    A name with accents may be spelt with composed or with separate characters (macOS) in the record and otherwise on
-    the disk. Where there is no such file, the path lies in the first directory.
+    Where none has, the path lies in the first.
     """
-    spellings = dict.fromkeys((text, normalize("NFC", text), normalize("NFD", text)))
     for directory in dirs:
-        for name in spellings:
-            if os.path.exists(directory / name):
-                return directory / name, directory
+        if (path := on_disk(directory / text)) is not None:
+            return path, directory
     return dirs[0] / text, dirs[0]
 
 

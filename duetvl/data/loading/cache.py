@@ -53,7 +53,10 @@ class CachedEncoder:
 
     def draft(self, record: Record) -> Draft:
         """See `Encoder`."""
-        path = self._path(record)
+        try:
+            path = self._path(record)
+        except RecursionError:  # values nested so deeply are not looked through
+            return self.encoder.draft(record)
         found = self._read(path)
         if found is not None:
             return replace(found, id=record.id, where=record.where)

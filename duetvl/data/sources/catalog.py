@@ -15,6 +15,7 @@ import numpy as np
 from duetvl.core.errors import DataError
 from duetvl.data.formats.dataset_info import INFO_NAME, info_names, read_dataset_info
 from duetvl.data.sources.records import Places, Reading, Record, RecordFile, Ref, describe_os_error, open_json
+from duetvl.data.sources.spelling import on_disk
 from duetvl.data.sources.tables import ParquetFile, TsvFile
 from duetvl.data.sources.tar import TarShard
 
@@ -75,6 +76,7 @@ def as_source(source: AnySource) -> Source:
 
 
 def _paths(path: str) -> list[Path]:
+    path = str(on_disk(Path(path)) or path)
     if glob.has_magic(path) and not os.path.exists(path):
         found = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
         if not found:
