@@ -73,7 +73,11 @@ class Family(Protocol):
         ...
 
     def check(self, given: Sample | Pair) -> None:
-        """Whether `pack` can take a sample once its pixels are there; those are not looked at. Raises DataError."""
+        """Whether `pack` can take a sample once its pixels are there, as far as a record can make it wrong.
+
+        Its texts may have tokens outside the vocabulary, its videos times beyond any position. Pixels, placeholders and
+        grids are not looked at. Raises DataError.
+        """
         ...
 
     def prepare(self, batch: Batch) -> Any:

@@ -66,7 +66,7 @@ class Record:
         """
         if self.reading.image_root is not None:
             return (Path(self.reading.image_root),)
-        return (*map(Path, self.reading.media_dirs), self.file.parent, Path())
+        return tuple(dict.fromkeys((*map(Path, self.reading.media_dirs), self.file.parent, Path())))
 
 
 class Places(NamedTuple):

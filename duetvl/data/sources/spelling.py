@@ -10,7 +10,8 @@ from unicodedata import normalize
 def on_disk(path: Path) -> Path | None:
     """The path as it is spelt on the disk; None where there is nothing under any spelling."""
     text = str(path)
-    for spelling in dict.fromkeys((text, normalize("NFC", text), normalize("NFD", text))):
+    others = () if text.isascii() else (normalize("NFC", text), normalize("NFD", text))
+    for spelling in dict.fromkeys((text, *others)):
         if os.path.exists(spelling):
             return Path(spelling)
     return None

@@ -141,11 +141,14 @@ class QwenVLFamily:
         )
 
     def check(self, given: Sample | Pair) -> None:
-        """Whether `pack` can take a sample once its pixels are there; those are not looked at. Raises DataError."""
-        samples = (given.chosen, given.rejected) if isinstance(given, Pair) else (given,)
-        for sample in samples:
-            self._check_tokens(sample)
-            self._part(sample, [])
+        """Raise DataError for ids outside the vocabulary and times beyond any position; see `Family.check`."""
+        for sample in (given.chosen, given.rejected) if isinstance(given, Pair) else (given,):
+            if not 0 <= int(sample.input_ids.min(initial=0)) <= int(sample.input_ids.max(initial=0)) < self.vocabulary:
+                self._check_tokens(sample)
+            if len(sample.video_grid_thw):
+                self.position_index(
+                    sample.input_ids, sample.image_grid_thw, sample.video_grid_thw, sample.second_per_grid_ts
+                )
 
     def prepare(self, batch: Batch) -> HostTables:
         """Window order, spans and rotary tables of a batch."""
