@@ -27,9 +27,13 @@ class MissingMedia(DataError):
     """A record whose picture or video is not there."""
 
 
-class OutOfMemory(DataError):
-    """A record for which memory does not suffice. It ends a run even where bad records are skipped: the record is
-    good, and leaving such out would take the largest ones away without a word."""
+class NotItsFault(DataError):
+    """A good record that could not be made, as its file cannot be read any more. It ends a run even where bad records
+    are skipped: good ones would be left out, one after the other."""
+
+
+class OutOfMemory(NotItsFault):
+    """A record for which memory does not suffice: skipping would leave out the largest ones."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.data.draft import Draft, Dropped, MediaTally, Outcome, OutOfMemory, Unread
+from duetvl.data.draft import Draft, Dropped, MediaTally, NotItsFault, Outcome, Unread
 from duetvl.data.media.plan import Medium
 from duetvl.storage.files import write_bytes, write_text
 
@@ -46,9 +46,9 @@ class Survey:
     def add(self, outcome: Outcome, merge: int) -> None:
         """Take in one record: its draft, or why there is none. `merge` patches along a side make a token.
 
-        Raises OutOfMemory, which no run passes over.
+        Raises NotItsFault, which no run passes over.
         """
-        if isinstance(outcome, OutOfMemory):
+        if isinstance(outcome, NotItsFault):
             raise outcome
         self.tally.add(outcome)
         if not isinstance(outcome, Draft):

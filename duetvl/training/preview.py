@@ -10,7 +10,7 @@ from typing import Any
 
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.data.draft import Dropped, OutOfMemory
+from duetvl.data.draft import Dropped, NotItsFault
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.preview import PLAIN, contact_sheet, text_view
 from duetvl.storage.files import write_bytes
@@ -43,7 +43,7 @@ def preview(
     for found in _first(sets, SampleMaker(sets.files, record_encoder(given)), count):
         if isinstance(found, DataError):
             fatal = given.data.on_bad_sample == "error" and not isinstance(found, Dropped)
-            if fatal or isinstance(found, OutOfMemory):
+            if fatal or isinstance(found, NotItsFault):
                 raise found
             yield f"{'left out' if isinstance(found, Dropped) else 'bad'}: {found}"
         else:

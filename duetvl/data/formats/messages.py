@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, Literal
@@ -22,6 +22,7 @@ _SPEAKERS: Final[dict[str, Speaker]] = {
     "tool": "tool", "observation": "tool", "tool_response": "tool", "function": "tool",
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
+_TEXT_KEYS: Final = frozenset({"type", "text", "value", "cache_control"})
 _NAMED_KEYS: Final = 16  # of a message that are named as not read
 _NO_MORE: Final = object()  # a list may hold null, which is an error of its own
 _TAGS: Final[dict[str, Speaker]] = {
@@ -80,9 +81,11 @@ class Dialect:
     def unread(self, message: Mapping[str, Any]) -> Iterator[str]:
         """Keys of a message that are not read and hold something, unless they only identify it."""
         known = {*self.role, *self.content, "tool_calls", *TRAINS, *_HARMLESS}
-        for key, value in message.items():
-            if key not in known and value is not None and value != "" and value != [] and value != {}:
-                yield str(key)
+        yield from _beyond(known, message)
+        parts = self.body(message)
+        for part in parts if isinstance(parts, list | tuple) else ():
+            if isinstance(part, Mapping) and part.get("type") == "text":
+                yield from _beyond(_TEXT_KEYS, part)
 
     def message(self, speaker: Speaker, text: str) -> dict[str, Any]:
         """A message in this dialect."""
@@ -299,6 +302,13 @@ def _trained(message: Mapping[str, Any]) -> bool | None:
     if len(set(said.values())) > 1:
         raise DataError(f"{' and '.join(said)} contradict each other on whether the message is trained; keep one")
     return next(iter(said.values()), None)
+
+
+def _beyond(known: Collection[str], values: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that are not known and hold something."""
+    for key, value in values.items():
+        if key not in known and not (value is None or (isinstance(value, str | list | tuple | dict) and not value)):
+            yield str(key)
 
 
 def _first(message: Any, keys: Sequence[str]) -> Any:

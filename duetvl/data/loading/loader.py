@@ -22,7 +22,7 @@ from typing import Any
 
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Dropped, Encoder, MediaTally, OutOfMemory, Unread
+from duetvl.data.draft import Draft, Dropped, Encoder, MediaTally, NotItsFault, Unread
 from duetvl.data.loading.order import Cursor
 from duetvl.data.loading.packing import assign, pack
 from duetvl.data.loading.workers import Pool
@@ -99,7 +99,7 @@ class Findings:
     def leave_out(self, error: DataError) -> None:
         """Count a record that gives no sample. Raises the error of a bad one, unless those are skipped."""
         kind = "dropped" if isinstance(error, Dropped) else "bad"
-        if isinstance(error, OutOfMemory) or (kind == "bad" and not self.skip_bad):
+        if isinstance(error, NotItsFault) or (kind == "bad" and not self.skip_bad):
             raise DataError(with_line(str(error)))
         self.counts[kind] += 1
         self.left_out.append(f"{kind}: {error}")
