@@ -15,11 +15,15 @@ _UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u
 
 
 def one_line(text: str, most: int = LONGEST) -> str:
-    """The text with its control characters escaped, cut in the middle where it is longer than `most`."""
-    if len(text) > most:
-        tail = most // 4
-        text = f"{text[: most - tail]} ... ({len(text) - most} characters) ... {text[-tail:]}"
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """The text with its control characters escaped; where it is longer than `most`, without its middle."""
+    return _cut(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], _cut(text, most)), most)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    gap, tail = f" ... ({len(text)} characters) ... ", most // 4
+    return text[: most - tail - len(gap)] + gap + text[-tail:]
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -30,7 +34,14 @@ def shown(value: object, most: int = 80) -> str:
     return f"{value[:most]!r}{more}"
 
 
-_Short: Final = reprlib.Repr()  # looks at the beginning alone of what is large or deep
+class _Shortened(reprlib.Repr):
+    """Looks at the beginning alone of what is large or deep."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"<a number of {x.bit_length()} bits>"
+
+
+_Short: Final = _Shortened()
 _Short.maxlevel, _Short.maxlist, _Short.maxtuple, _Short.maxdict = 4, 8, 8, 8
 _Short.maxstring = _Short.maxother = _Short.maxlong = 100
 

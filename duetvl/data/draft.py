@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, one_line
 from duetvl.data.sources.records import Record
 
 
@@ -108,7 +108,7 @@ class Unread(dict[tuple[str, str], str]):
         """Take in what a draft names."""
         file = draft.id.partition(":")[0]
         for key in draft.unread:
-            self.setdefault((file, key), f"{draft.where}: {key} is not read (named once for a file)")
+            self.setdefault((file, key), one_line(f"{draft.where}: {key} is not read (named once for a file)"))
 
 
 Outcome = Draft | DataError  # what becomes of a record

@@ -22,7 +22,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, one_line
 from duetvl.data.sources.blob import Blob
 from duetvl.data.sources.records import LONGEST_LINE, Places, Reading, Record, kind_of, parse_json
 
@@ -113,7 +113,7 @@ class TarShard:
             raise DataError(f"{self.path}: has no member at byte {at}; it has changed since it was looked through")
         members = list(chain(*runs[: _runs_of_record(runs)]))
         key = members[0].key if len({member.stem for member in members}) > 1 else members[0].stem or members[0].key
-        where = f"{self.path}: {key}"
+        where = f"{self.path}: {_named(key)}"
         return Record(self.path, number, where, _values(members, where), self.reading, name=key)
 
 
@@ -140,7 +140,7 @@ def _members(path: Path, start: int) -> Iterator[Member]:
     with open(path, "rb") as file:
         for info in _headers(file, path, start):
             if info.offset_data + info.size > size:
-                raise DataError(f"{path}: ends inside of {info.name}; the file is cut off")
+                raise DataError(f"{path}: ends inside of {_named(info.name)}; the file is cut off")
             if not info.isdir() and not info.name.rpartition("/")[2].startswith("."):
                 blob = Blob(str(path), info.offset_data, info.size, info.name)
                 yield Member(info.name, info.offset, blob, _fault(info))
@@ -168,7 +168,7 @@ def _headers(file: BinaryIO, path: Path, at: int) -> Iterator[tarfile.TarInfo]:
             compressed = "; is it compressed? unpack it to a plain .tar" if at == start == 0 else ""
             raise DataError(f"{path}: not a tar file, or damaged: {error} at byte {at}{compressed}") from None
         if info.size < 0 or tar.offset <= at:
-            raise DataError(f"{path}: is damaged at byte {at}: {info.name} has a size of {info.size}")
+            raise DataError(f"{path}: is damaged at byte {at}: {_named(info.name)} has a size of {info.size}")
         yield info
         closed, at = False, tar.offset
 
@@ -190,7 +190,7 @@ def _check_extended(file: BinaryIO, path: Path, at: int) -> None:
 def _fault(info: tarfile.TarInfo) -> str:
     """Why a member is no plain file; empty where it is one."""
     if info.islnk() or info.issym():
-        return f"is a link to {info.linkname}; pack the file itself (tar --dereference --hard-dereference)"
+        return f"is a link to {_named(info.linkname)}; pack the file itself (tar --dereference --hard-dereference)"
     if info.issparse():
         return "is stored with holes; pack it without --sparse"
     return "" if info.isfile() else "is no plain file"
@@ -200,7 +200,7 @@ def _values(members: Sequence[Member], where: str) -> dict[str, Any]:
     """The values of a record from its members. Raises DataError where they cannot be of one record, or be read."""
     for member in members:
         if member.fault:
-            raise DataError(f"{where}: {member.name} {member.fault}")
+            raise DataError(f"{where}: {_named(member.name)} {member.fault}")
     media = {
         "images": [member.blob for member in members if member.suffix in IMAGES],
         "videos": [member.blob for member in members if member.suffix in VIDEOS],
@@ -217,15 +217,15 @@ def _values(members: Sequence[Member], where: str) -> dict[str, Any]:
         return _with_media(values, members, media)
     if not texts or not any(media.values()):
         missing = "a .json, or a .txt and its pictures or videos"
-        raise DataError(f"{where}: needs {missing}; found {', '.join(f'.{member.kind}' for member in members)}")
+        raise DataError(f"{where}: needs {missing}; found {_named(', '.join(f'.{m.kind}' for m in members))}")
     return _caption(_text(texts[0].blob, where), media)
 
 
 def _check_one(members: Sequence[Member], where: str) -> None:
     if len(members) > 1:
         raise DataError(
-            f"{where}: {members[0].name} and {members[1].name} cannot both be of one record; a record's members share "
-            f"their name up to its first dot, and no other record's have it"
+            f"{where}: {_named(members[0].name)} and {_named(members[1].name)} cannot both be "
+            f"of one record; a record's members share their name up to its first dot, and no other record's have it"
         )
 
 
@@ -253,10 +253,14 @@ def _text(blob: Blob, where: str) -> str:
     try:
         return _small(blob, where).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: {blob.name} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise DataError(f"{where}: {_named(blob.name)} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _named(name: str) -> str:
+    return one_line(name, 120)
 
 
 def _small(blob: Blob, where: str) -> bytes:
     if blob.size > LONGEST_LINE:
-        raise DataError(f"{where}: {blob.name} has more than {LONGEST_LINE >> 20} MiB")
+        raise DataError(f"{where}: {_named(blob.name)} has more than {LONGEST_LINE >> 20} MiB")
     return blob.read()
