@@ -16,14 +16,12 @@ _UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u
 
 def one_line(text: str, most: int = LONGEST) -> str:
     """The text with its control characters escaped; where it is longer than `most`, without its middle."""
-    return _cut(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], _cut(text, most)), most)
-
-
-def _cut(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
+    ends = text if len(text) <= 2 * most else text[:most] + text[-most:]
+    line = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], ends)
+    if len(line) <= most:
+        return line
     gap, tail = f" ... ({len(text)} characters) ... ", most // 4
-    return text[: most - tail - len(gap)] + gap + text[-tail:]
+    return line[: most - tail - len(gap)] + gap + line[-tail:]
 
 
 def shown(value: object, most: int = 80) -> str:
