@@ -212,7 +212,9 @@ def test_a_json_file_of_llava_is_a_list(coco: Path, tmp_path: Path) -> None:
     arguments = ["--annotations", str(coco), "--images", str(tmp_path / "train2017"), "-o", str(out)]
     assert main(["data", "convert", "llava", *arguments]) == 0
     found = json.loads(out.read_text())
-    assert [record.values for record in Records([out])] == found and len(found) == 3
+    read = list(Records([out]))
+    assert [record.values for record in read] == found and len(found) == 3
+    assert all((record.media_dirs[0] / name).is_file() for record in read for name in record.values["images"])
 
 
 def test_rlhf_v_with_nothing_to_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from duetvl.data.media.plan import Medium
 from duetvl.data.sources.catalog import Records, Source, resolve
 from duetvl.data.sources.records import Reading
 from duetvl.data.survey import survey
+from duetvl.training.recipe.reading import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,14 @@ def test_the_directory_of_dataset_info_comes_before_the_files_own(processor: Pro
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
     drafts = found(processor, Source(f"{tmp_path}/dataset_info.json:mine"))
     assert paths(drafts) == [f"{tmp_path}/both.png", f"{tmp_path}/sub/own.png"]
+
+
+def test_the_recipes_leave_the_place_to_the_rule() -> None:
+    """So what `duetvl data convert` writes beside a file is found, and what the guides' files name from the working
+    directory on."""
+    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
+        data = load_recipe(path).data
+        assert data.image_root is None and all(source.image_root is None for source in data.train), path.name
 
 
 def test_a_root_that_is_given_is_the_only_one(processor: Processor, tmp_path: Path) -> None:
