@@ -121,11 +121,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     llava = layouts.add_parser("llava", help="LLaVA-Instruct's JSON and its pictures")
     llava.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="llava_instruct_150k.json")
     llava.add_argument("--images", type=Path, required=True, metavar="DIR", help="its pictures: COCO's train2017")
-    llava.add_argument("-o", "--output", type=Path, required=True, metavar="JSONL", help="must not exist")
+    llava.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="JSON", help="must not exist (.json or .jsonl)"
+    )
 
-    rlhf_v = layouts.add_parser("rlhf-v", help="preference pairs of RLHF-V or RLAIF-V")
+    rlhf_v = layouts.add_parser("rlhf-v", help="preference pairs of RLHF-V or RLAIF-V, openbmb's or llamafactory's")
     rlhf_v.add_argument("--parquet", type=Path, required=True, nargs="+", metavar="FILE", help="Parquet files")
-    rlhf_v.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="must not exist, or be empty")
+    rlhf_v.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="JSON", help="must not exist; or a directory"
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,7 @@ class Family(Protocol):
 
     geometry: PatchGeometry
     special: SpecialTokens
+    vocabulary: int  # token ids lie below it
     grounding: Grounding  # coordinates in text: thousandths of a picture's sides, or pixels of it as resized
 
     def placeholder_count(self, grid_thw: np.ndarray | Sequence[int]) -> int:
@@ -68,5 +69,13 @@ class Family(Protocol):
         """Lay samples end to end; a pair is two sequences, the chosen one first, over one copy of its pictures.
 
         Raises DataError naming the sample whose tokens and media disagree.
+        """
+        ...
+
+    def check(self, given: Sample | Pair) -> None:
+        """Whether `pack` can take a sample once its pixels are there, as far as a record can make it wrong.
+
+        Its texts may have tokens outside the vocabulary, its videos times beyond any position. Pixels, placeholders and
+        grids are not looked at. Raises DataError.
         """
         ...

@@ -15,12 +15,25 @@ from typing import Any, Protocol
 import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, one_line
 from duetvl.data.sources.records import Record
 
 
 class Dropped(DataError):
     """A sample that the recipe's own rules leave out, such as one that is too long. Never an error of a run."""
+
+
+class MissingMedia(DataError):
+    """A record whose picture or video is not there."""
+
+
+class NotItsFault(DataError):
+    """A good record that could not be made, as its file cannot be read any more. It ends a run even where bad records
+    are skipped: good ones would be left out, one after the other."""
+
+
+class OutOfMemory(NotItsFault):
+    """A record for which memory does not suffice: skipping would leave out the largest ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +43,8 @@ class Draft:
     input_ids and labels are those of the sample; `rejected` those of the second answer of a preference pair, prompt
     included, for which `input_ids` is the chosen one. `media` says what is to be decoded, at which size, in the order
     of the grids: images, then videos. `where` is file and place for messages. `notes` name what was done to make it
-    fit: "truncated", "shrunk".
+    fit: "truncated", "shrunk". `unread` names keys of the record and of its messages that may change what they mean,
+    and are not read.
     """
 
     id: str
@@ -43,6 +57,7 @@ class Draft:
     rejected: tuple[np.ndarray, np.ndarray] | None = None
     media: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -59,6 +74,41 @@ class Draft:
         """Tokens that a loss is summed over."""
         labels = [self.labels, *([self.rejected[1]] if self.rejected else [])]
         return int(sum(np.count_nonzero(row != IGNORE) for row in labels))
+
+
+@dataclass
+class MediaTally:
+    """How many records with media have them, and how many have one that is not there."""
+
+    found: int = 0
+    missing: int = 0
+    last: str = ""
+
+    def add(self, outcome: Draft | DataError) -> None:
+        """Count a record."""
+        if isinstance(outcome, MissingMedia):
+            self.missing, self.last = self.missing + 1, str(outcome)
+        elif isinstance(outcome, Draft):
+            self.found += bool(outcome.media)
+
+    def check(self, least: int) -> None:
+        """Raise DataError where nearly all are missing, of so many at least: then it is the place that is wrong, and
+        skipping bad records would train on what is left of the data."""
+        if self.missing >= least and self.missing > 9 * self.found:
+            raise DataError(
+                f"{self.missing} of {self.missing + self.found} records with pictures or videos have one that is not "
+                f"there, the last of them: {self.last}; set data.image_root to the directory that the paths start from"
+            )
+
+
+class Unread(dict[tuple[str, str], str]):
+    """Keys that are not read, each named once for a file: (file, key) -> what is said of it."""
+
+    def add(self, draft: Draft) -> None:
+        """Take in what a draft names."""
+        file = draft.id.partition(":")[0]
+        for key in draft.unread:
+            self.setdefault((file, key), one_line(f"{draft.where}: {key} is not read (named once for a file)"))
 
 
 Outcome = Draft | DataError  # what becomes of a record

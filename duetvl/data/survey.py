@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.data.draft import Draft, Dropped, Outcome
+from duetvl.data.draft import Draft, Dropped, MediaTally, NotItsFault, Outcome, Unread
+from duetvl.data.media.plan import Medium
 from duetvl.storage.files import write_bytes, write_text
 
 _BINS = 12
@@ -38,9 +39,18 @@ class Survey:
     bad: int = 0
     examples: dict[str, list[str]] = field(default_factory=lambda: {"dropped": [], "bad": []})
     left_out: list[str] = field(default_factory=list)
+    unread: Unread = field(default_factory=Unread)
+    tally: MediaTally = field(default_factory=MediaTally)
+    roots: Counter[str] = field(default_factory=Counter)  # directory -> media that were found in it by relative paths
 
     def add(self, outcome: Outcome, merge: int) -> None:
-        """Take in one record: its draft, or why there is none. `merge` patches along a side make a token."""
+        """Take in one record: its draft, or why there is none. `merge` patches along a side make a token.
+
+        Raises NotItsFault, which no run passes over.
+        """
+        if isinstance(outcome, NotItsFault):
+            raise outcome
+        self.tally.add(outcome)
         if not isinstance(outcome, Draft):
             kind = "dropped" if isinstance(outcome, Dropped) else "bad"
             setattr(self, kind, getattr(self, kind) + 1)
@@ -57,6 +67,8 @@ class Survey:
         self.image_tokens += sequences * int(outcome.image_grid_thw.prod(axis=1).sum()) // merge**2
         self.video_tokens += sequences * int(outcome.video_grid_thw.prod(axis=1).sum()) // merge**2
         self.notes.update(outcome.notes)
+        self.unread.add(outcome)
+        self.roots.update(str(m.part.root) for m in outcome.media if isinstance(m, Medium) and m.part.root is not None)
 
     @property
     def records(self) -> int:
@@ -71,6 +83,8 @@ class Survey:
             yield from self._lengths()
         for note, count in sorted(self.notes.items()):
             yield f"{note}: {count} samples"
+        yield from (f"media: {n} found in {root}" for root, n in sorted(self.roots.items()))
+        yield from self.unread.values()
         for kind, title in _TITLES.items():
             yield from (f"  {title}: {text}" for text in self.examples[kind])
             more = getattr(self, kind) - len(self.examples[kind])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -56,6 +56,17 @@ class TextTokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of one token by its spelling."""
         return self._tokenizer.token_to_id(token)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of any token, control tokens and added ones included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def longest(self) -> int:
+        """The most characters of a text that one token stands for."""
+        letters = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        return 4 * letters  # tokens spell bytes, and are made of normalised text, which may be shorter
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; none of them is a control token."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.model_directory import ModelDirectory, open_model
@@ -26,7 +27,7 @@ from duetvl.training.preference.reference import describe
 from duetvl.training.recipe.reading import check_layers, check_world
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import total_steps
-from duetvl.training.sft import record_encoder
+from duetvl.training.sft import recipe_processor, record_encoder
 from duetvl.training.train import read_recipe, world_size
 from duetvl.training.walk import walk
 
@@ -50,7 +51,10 @@ def check(
     yield from _model_lines(given, source)
     if given.dpo is not None:
         yield describe(given, source.config)
-    maker = SampleMaker(sets.files, record_encoder(given, source))
+    processor = recipe_processor(given, source)
+    if more := processor.beyond_vocabulary:
+        yield f"  its tokenizer has {more} tokens that the model has no row for: records that use one are bad"
+    maker = SampleMaker(sets.files, record_encoder(given, processor))
     skip_bad, config = given.data.on_bad_sample == "skip", source.config
     way = _Way(config.vision.merge, decode, skip_bad, start.run_dir, config.text.max_positions)
     yield from _walked("data.train", sets.train_refs(), sets.train_count, maker, way)
@@ -113,6 +117,7 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
             f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
             f"{found.examples['bad'][0]}; mend them, or leave them out with data.on_bad_sample=skip"
         )
+    found.tally.check(1 if not found.lengths else FEW_MEDIA)
     if not found.lengths:
         raise DataError(f"{name}: has no usable record")
     if beyond := sum(length > way.most_positions for length in found.lengths):

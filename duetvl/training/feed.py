@@ -164,6 +164,7 @@ class Feed:
         self._pool: Pool
         self._loader: StepLoader
         self._told = 0
+        self._told_unread: set[tuple[str, str]] = set()
         self.findings = Findings(data.on_bad_sample == "skip")
 
     @contextmanager
@@ -189,11 +190,14 @@ class Feed:
     def done(self, step: Step) -> None:
         """The step has been trained on."""
         self.position = dict(step.end)
-        self.findings.counts.update(step.counts)
-        self.findings.left_out += step.left_out
+        self.findings.take_in(step)
 
     def news(self) -> Iterator[str]:
-        """Lines about records that gave no sample since the last time: the first ones by name."""
+        """Lines about records since the last time: the first that gave no sample, and keys that are not read."""
+        for key, words in self.findings.unread.items():
+            if key not in self._told_unread:
+                self._told_unread.add(key)
+                yield with_line(words)
         for line in self.findings.left_out:
             if self._told < _NAMED:
                 kind, _, message = line.partition(": ")
@@ -215,7 +219,7 @@ class Feed:
 
     def val_batches(self) -> Iterator[Batch]:
         """One evaluation: every record of the validation data once."""
-        findings = Findings(self.findings.skip_bad)
+        findings = Findings(self.findings.skip_bad, unread=self.findings.unread)
         yield from passes(self._batches(), self.sets.val_refs() or (), self.recipe.train.global_batch, findings)
         self.findings.left_out += findings.left_out
 
@@ -240,13 +244,20 @@ class Feed:
             pool.close()
 
     def val_samples(self, count: int) -> list[Sample | Pair]:
-        """The first so many samples of the validation data. Raises DataError for a bad one."""
-        found: list[Sample | Pair] = []
-        for outcome in self._maker.drafts(list(islice(self.sets.val_refs() or (), count))):
-            sample = outcome if isinstance(outcome, DataError) else self._maker.load(outcome)
-            if isinstance(sample, DataError):
-                raise sample
-            found.append(sample)
+        """The first so many good samples of the validation data.
+
+        Those that the recipe leaves out are passed over, as in an evaluation. Raises DataError for a bad one, unless
+        those are skipped.
+        """
+        findings = Findings(self.findings.skip_bad)  # an evaluation names them
+        refs, found = self.sets.val_refs() or iter(()), list[Sample | Pair]()
+        while len(found) < count and (some := list(islice(refs, count - len(found)))):
+            for outcome in self._maker.drafts(some):
+                sample = outcome if isinstance(outcome, DataError) else self._maker.load(outcome)
+                if isinstance(sample, DataError):
+                    findings.leave_out(sample)
+                else:
+                    found.append(sample)
         return found
 
     def _batches(self) -> BatchMaker:

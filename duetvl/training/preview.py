@@ -10,7 +10,7 @@ from typing import Any
 
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.data.draft import Dropped
+from duetvl.data.draft import Dropped, NotItsFault
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.preview import PLAIN, contact_sheet, text_view
 from duetvl.storage.files import write_bytes
@@ -42,7 +42,8 @@ def preview(
     shown: list[Sample | Pair] = []
     for found in _first(sets, SampleMaker(sets.files, record_encoder(given)), count):
         if isinstance(found, DataError):
-            if not isinstance(found, Dropped) and given.data.on_bad_sample == "error":
+            fatal = given.data.on_bad_sample == "error" and not isinstance(found, Dropped)
+            if fatal or isinstance(found, NotItsFault):
                 raise found
             yield f"{'left out' if isinstance(found, Dropped) else 'bad'}: {found}"
         else:

@@ -39,7 +39,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     if not backend.device.supports(dtype):
         raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
     source = open_model(recipe.model.path)
-    encoder = record_encoder(recipe, source)
+    encoder = record_encoder(recipe, recipe_processor(recipe, source))
     plan = plan_adapters(recipe, source.config)
     model: QwenVL = load_model(source, backend=backend, dtype=dtype)
     adapt(model, recipe, plan)
@@ -84,11 +84,11 @@ def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -
     export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
-def record_encoder(recipe: Recipe, source: ModelDirectory | None = None) -> AnswerEncoder:
-    """From records to samples, or to pairs with `dpo`, as the recipe says; `source` is the recipe's model, opened."""
+def record_encoder(recipe: Recipe, processor: Processor | None = None) -> AnswerEncoder:
+    """From records to samples, or to pairs with `dpo`, as the recipe says; `processor` where it is there already."""
     data = recipe.data
     settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
-    encoder = RecordEncoder(recipe_processor(recipe, source), settings)
+    encoder = RecordEncoder(processor or recipe_processor(recipe), settings)
     return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
 
 

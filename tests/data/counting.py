@@ -1,7 +1,8 @@
 """A small real encoder, whose records say what is to become of them, and files of such records.
 
 A record is {"name": ..., "tokens": n, "patches": p, "what": ...}; `what` is "ok", "drop", "bad", "bug", "bad pixels",
-"shrunk", "crash" (the process ends while it drafts) or "crash pixels". Importable by worker processes.
+"shrunk", "crash" (the process is killed while it drafts), "fault" (it ends otherwise), "memory" (it has none left),
+"crash once" (until the file `flag` is there) or "crash pixels". Importable by worker processes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ class CountingEncoder:
             return {}["missing"]
         if what == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "crash once":
+            _once(values["flag"])
+        if what == "memory":
+            raise MemoryError
+        if what == "fault":
+            os.kill(os.getpid(), signal.SIGSEGV)
         grids = np.array([[1, 1, patches]], np.int64) if patches else NONE
         ids = np.full(tokens, record.number)
         notes = ("shrunk",) if what == "shrunk" else ()
@@ -55,6 +62,12 @@ class CountingEncoder:
         targets = np.full(len(ids), IGNORE)
         names = tuple(sample.id for sample in samples)
         return Batch(ids, none, none, targets, rows, NONE, none, none, names)
+
+
+def _once(flag: str) -> None:
+    if not Path(flag).exists():
+        Path(flag).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write(path: Path, count: int, *, words: int = 0, **special: dict[int, object]) -> Path:

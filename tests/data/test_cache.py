@@ -49,6 +49,15 @@ def entries(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
+def test_values_nested_deeply_are_drafted_without_an_entry(tmp_path):
+    nested: list = []
+    for _ in range(5000):
+        nested = [nested]
+    encoder = CachedEncoder(CountingEncoder(), tmp_path / "cache")
+    draft = encoder.draft(Record(tmp_path / "a.jsonl", 1, "a.jsonl:1", {"extra": nested}))
+    assert draft.id == "a.jsonl:1" and not list((tmp_path / "cache").iterdir())
+
+
 def test_the_second_time_is_a_hit_wherever_the_record_lies(records, tmp_path):
     first = [CachedEncoder(Counted(), tmp_path / "c").draft(records[i]) for i in (0, 1)]
     assert Counted.made == 2

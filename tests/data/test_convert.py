@@ -15,6 +15,7 @@ from duetvl.cli import main
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.conversation import Conversation, Preference
 from duetvl.data.formats.reading import read_record
+from duetvl.data.sources.catalog import Records
 from duetvl.storage.files import staged_file
 
 
@@ -165,15 +166,55 @@ def test_rlhf_v(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list((out / "images").iterdir())) == 2
     assert first["images"][0].endswith(".jpg") and third["images"][0].endswith(".png")
     assert (out / first["images"][0]).read_bytes() == jpeg
-    assert all(isinstance(read_record(record, media_dir=out), Preference) for record in records(out / "rlhf-v.jsonl"))
+    assert all(
+        isinstance(read_record(record, media_dirs=[out]), Preference) for record in records(out / "rlhf-v.jsonl")
+    )
     said = capsys.readouterr().out
     assert f"wrote 3 records to {out / 'rlhf-v.jsonl'}\nleft out 3: 3 bad records" in said
     damaged, empty, lone = (out / "dropped.txt").read_text().splitlines()
     assert "1.parquet: row 3: its picture is damaged or unreadable" in damaged
-    assert "2.parquet: row 2: needs the bytes of a picture" in empty
-    assert "2.parquet: row 3: needs question, chosen and rejected as texts, found rejected None" in lone
+    assert "2.parquet: row 2: needs the bytes of its picture" in empty
+    assert "2.parquet: row 3: a preference pair needs chosen and rejected, found no rejected" in lone
     assert main(command) == 2
     assert "pairs: exists already, and nothing is overwritten" in capsys.readouterr().err
+
+
+def test_llamafactorys_rlhf_v_becomes_what_the_recipes_name(tmp_path: Path) -> None:
+    """`-o data/rlhf-v.json`: a list of records, and pictures that are found from it."""
+    row = {
+        "conversations": [{"from": "human", "value": "<image>What?"}],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+        "images": [{"bytes": picture(1), "path": None}],
+    }
+    file = parquet_file(tmp_path / "1.parquet", [row, {**row, "conversations": [{"from": "human", "value": "No?"}]}])
+    out = tmp_path / "data" / "rlhf-v.json"
+    out.parent.mkdir()
+    command = ["data", "convert", "rlhf-v", "--parquet", str(file), "-o", str(out)]
+    assert main(command) == 0
+    assert json.loads(out.read_text()) == [
+        {
+            "messages": [{"role": "user", "content": "<image>What?"}],
+            "chosen": {"role": "assistant", "content": "good"},
+            "rejected": {"role": "assistant", "content": "bad"},
+            "images": [f"rlhf-v/{name.name}" for name in (out.parent / "rlhf-v").iterdir()],
+        }
+    ]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["rlhf-v", "rlhf-v.dropped.txt", "rlhf-v.json"]
+    assert "1.parquet: row 2: the texts hold 0 <image> markers" in (out.parent / "rlhf-v.dropped.txt").read_text()
+    (record,) = Records([out])
+    assert (record.media_dirs[0] / record.values["images"][0]).is_file()
+    assert main(command) == 2  # nothing is overwritten
+
+
+def test_a_json_file_of_llava_is_a_list(coco: Path, tmp_path: Path) -> None:
+    out = tmp_path / "chat.json"
+    arguments = ["--annotations", str(coco), "--images", str(tmp_path / "train2017"), "-o", str(out)]
+    assert main(["data", "convert", "llava", *arguments]) == 0
+    found = json.loads(out.read_text())
+    read = list(Records([out]))
+    assert [record.values for record in read] == found and len(found) == 3
+    assert all((record.media_dirs[0] / name).is_file() for record in read for name in record.values["images"])
 
 
 def test_rlhf_v_with_nothing_to_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

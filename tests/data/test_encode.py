@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer
 
 from duetvl.api import load_processor
 from duetvl.core.batch import IGNORE, Sample
@@ -279,7 +280,7 @@ def test_records_of_parts(processor: Processor, tmp_path: Path) -> None:
 
 def test_records_with_a_system_text_and_absolute_paths(tmp_path: Path) -> None:
     absolute = str(tmp_path / "b.png")
-    found = read_record(record("<image>", images=[absolute], system="S"), media_dir=Path("/elsewhere"))
+    found = read_record(record("<image>", images=[absolute], system="S"), media_dirs=[Path("/elsewhere")])
     assert isinstance(found, Conversation) and found.turns[0].parts == ("S",)
     picture = found.turns[1].parts[0]
     assert isinstance(picture, ImagePart) and str(picture.source) == absolute
@@ -392,3 +393,36 @@ def test_loading_a_processor_loads_no_framework(processor_dir: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# -- what every record can be asked without its pixels -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(processor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    """A processor whose tokenizer has a token that the model has no row for."""
+    directory = copy(processor_dir, tmp_path_factory.mktemp("wide"))
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
+    more = vocabulary - tokenizer.get_vocab_size() + 1
+    tokenizer.add_special_tokens([AddedToken(f"<loc_{n}>", special=True) for n in range(more)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return load_processor(directory)
+
+
+def test_tokens_beyond_the_vocabulary_are_found_in_the_draft(wide: Processor, processor: Processor) -> None:
+    assert (wide.beyond_vocabulary, processor.beyond_vocabulary) == (1, 0)
+    token = wide.tokenizer.decode([wide.family.vocabulary], skip_special_tokens=False)
+    talk = [user("a"), assistant(token)]
+    pairs = [{"messages": talk[:1], "chosen": a, "rejected": b} for a, b in (("x", token), (token, "x"))]
+    for record in ({"messages": talk}, *pairs):
+        with pytest.raises(DataError, match=r"outside the vocabulary of .* resize the model's embedding"):
+            wide.draft(read_record(record))
+    assert wide.draft(read_record({"messages": [user("a"), assistant("x")]})).tokens > 0
+
+
+@pytest.mark.parametrize("wish", [{"second_per_grid": 1e9}, {"fps": 1e-7}])
+def test_times_that_no_model_knows_are_found_in_the_draft(processor: Processor, wish: dict[str, float]) -> None:
+    clip = {"type": "video", "video": [np.zeros((56, 56, 3), np.uint8)] * 4, **wish}
+    with pytest.raises(DataError, match=r"video 1 reaches position .* is second_per_grid or fps wrong\?"):
+        processor.draft(read_record({"messages": [user(clip, "what?"), assistant("x")]}))

@@ -82,8 +82,8 @@ EMPTY, WHAT = {"type": "image"}, {"type": "text", "text": "what?"}
     ],
 )  # fmt: skip
 def test_one_dialogue_in_every_layout(form: str, record: dict[str, Any]) -> None:
-    assert turns(read_record(record, media_dir=ROOT)) == DIALOGUE
-    assert turns(read_record(record, form=form, media_dir=ROOT)) == DIALOGUE
+    assert turns(read_record(record, media_dirs=[ROOT])) == DIALOGUE
+    assert turns(read_record(record, form=form, media_dirs=[ROOT])) == DIALOGUE
 
 
 def test_columns_and_tags_of_dataset_info() -> None:
@@ -96,7 +96,7 @@ def test_columns_and_tags_of_dataset_info() -> None:
         "function_tag": "it", "observation_tag": "result", "system_tag": "sys",
     }  # fmt: skip
     columns = {"messages": "talk", "images": "pics"}
-    found = read_record({"talk": talk, "pics": ["a.png"]}, columns=columns, tags=tags, media_dir=ROOT)
+    found = read_record({"talk": talk, "pics": ["a.png"]}, columns=columns, tags=tags, media_dirs=[ROOT])
     assert turns(found) == [
         ("system", "S"), ("user", A), ("assistant", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
         ("tool", "4"), ("assistant", "four"),
@@ -126,7 +126,7 @@ def test_alpaca_joins_instruction_and_input() -> None:
 )  # fmt: skip
 def test_questions_and_answers(record: dict[str, Any]) -> None:
     """Where a question has no marker its pictures come first, as in TRL."""
-    found = turns(read_record(record, media_dir=ROOT))
+    found = turns(read_record(record, media_dirs=[ROOT]))
     assert found == [("user", A, "what?"), ("assistant", "a box")]
 
 
@@ -154,7 +154,7 @@ GOOD, BAD = ("assistant", "good"), ("assistant", "bad")
 )  # fmt: skip
 def test_one_pair_in_every_layout(record: dict[str, Any]) -> None:
     for form in ("auto", "preference"):
-        found = read_record(record, form=form, media_dir=ROOT)
+        found = read_record(record, form=form, media_dirs=[ROOT])
         assert pair(found) == ([("user", A, "q")], GOOD, BAD)
 
 
@@ -162,7 +162,7 @@ def test_sources_of_pictures() -> None:
     given = ["data:image/png;base64,AAAA", "file:///x.png", "/abs/x.png", b"\x89PNG", {"bytes": b"GIF", "path": "a"}]
     content: list[Any] = [{"type": "image_url", "image_url": {"url": "u.png"}}, {"type": "image_url", "value": "v.png"}]
     content += [{"type": "image", "image": source} for source in given]
-    found = read_record({"messages": [{"role": "user", "content": content}, GPT]}, media_dir=ROOT)
+    found = read_record({"messages": [{"role": "user", "content": content}, GPT]}, media_dirs=[ROOT])
     assert isinstance(found, Conversation)
     sources = [part.source for part in found.turns[0].parts if isinstance(part, ImagePart)]
     assert [str(source) for source in sources[:2]] == ["/media/u.png", "/media/v.png"]
@@ -176,7 +176,7 @@ GPT = {"role": "assistant", "content": "x"}
 def test_a_table_may_hold_pictures_as_base64() -> None:
     content = bytes(range(256)) * 2
     text = base64.b64encode(content).decode()
-    found = read_record({"question": "q", "answer": "a", "image": text}, media_dir=ROOT)
+    found = read_record({"question": "q", "answer": "a", "image": text}, media_dirs=[ROOT])
     assert isinstance(found, Conversation) and isinstance(found.turns[0].parts[0], ImagePart)
     assert found.turns[0].parts[0].source == content
 
@@ -190,7 +190,7 @@ def test_videos_and_their_settings() -> None:
         "images": ["c.png"],
         "chat_template_kwargs": sample,
     }
-    found = read_record(record, media_dir=ROOT)
+    found = read_record(record, media_dirs=[ROOT])
     assert isinstance(found, Conversation)
     file, frames, image = found.turns[0].parts
     assert plain(file) == ("video", "/media/a.mp4") and plain(frames) == ("video", ["/media/1.png", "/media/2.png"])
@@ -213,7 +213,7 @@ def test_boxes_beside_messages() -> None:
         {"role": "assistant", "content": "At <bbox>, <bbox>."},
     ]
     objects = {"ref": ["cat"], "bbox": [[1, 2, 3, 4], [5, 6]], "image_id": [1, 0]}
-    found = read_record({"messages": talk, "images": ["a.png", "b.png"], "objects": objects}, media_dir=ROOT)
+    found = read_record({"messages": talk, "images": ["a.png", "b.png"], "objects": objects}, media_dirs=[ROOT])
     assert turns(found) == [
         ("user", A, B, "Where is ", RefPart("cat"), "?"),
         ("assistant", "At ", BoxPart(1, (1.0, 2.0, 3.0, 4.0)), ", ", BoxPart(0, (5.0, 6.0)), "."),
@@ -256,6 +256,12 @@ def user(content: Any) -> dict[str, Any]:
         ({"messages": [user("a"), {"role": "assistant", "content": "<image>"}], "images": ["a"]}, "not into the as"),
         ({"messages": [user("a"), {**GPT, "loss": 0.5}]}, "loss is 0.5; an answer is trained (true, 1) or not"),
         ({"messages": [user("a"), {**GPT, "loss": "no"}]}, "loss is 'no'"),
+        ({"messages": [user("a"), {**GPT, "weight": 0.5}]}, "weight is 0.5; an answer is trained"),
+        ({"messages": [user("a"), {**GPT, "weight": 0, "train": True}]}, "weight and train contradict each other"),
+        ({"messages": [{**user("a"), "weight": 2}, GPT]}, "message 1: weight is 2"),
+        ({"messages": [{**user("a"), "images": ["a.png"]}, GPT]}, "message 1: a message's own 'images' is not read"),
+        ({"prompt": "a", "chosen": {**GPT, "weight": 0}, "rejected": "c"}, "chosen says that it is not trained"),
+        ({"prompt": "a", "chosen": GPT, "rejected": {**GPT, "loss": False}}, "rejected says that it is not trained"),
         ({"messages": [user("a"), {"role": "assistant"}]}, "message 2: content must be a text"),
         ({"messages": [user("a"), {"role": "system", "content": "S"}, GPT]}, "found the system"),
         ({"messages": [{"role": "system", "content": "S"}, user("a"), GPT], "system": "T"}, "keep one"),
@@ -299,6 +305,28 @@ def test_contradictions(record: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         read_record(record)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["loss", "loss_scale", "loss_weight", "weight", "train", "training", "trainable"])
+def test_keys_that_say_what_is_trained(key: str) -> None:
+    for value, trained in ((0, False), (False, False), (1.0, True), (True, True), (None, None)):
+        found = read_record({"messages": [{**user("a"), key: 0}, {**GPT, key: value}]})
+        assert isinstance(found, Conversation) and [t.trained for t in found.turns] == [None, trained]
+        assert [t.unread for t in found.turns] == [(), ()]
+
+
+def test_json_in_a_text_may_have_a_byte_order_mark() -> None:
+    talk = json.dumps([user("a"), GPT])
+    assert turns(read_record({"messages": f"\ufeff{talk}"})) == [("user", "a"), ("assistant", "x")]
+
+
+def test_what_is_not_read_is_named() -> None:
+    answer = {**GPT, "id": 3, "reasoning_content": "hm", "refusal": None, "annotations": [], "mask": False}
+    asked = {**user([{"type": "text", "text": "a", "image": None, "weight": 0}]), "train": True}
+    found = read_record({"messages": [asked, answer], "label": False, "id": "x", "n": 1})
+    assert isinstance(found, Conversation)
+    assert found.unread == ("label",)
+    assert [each.unread for each in found.turns] == [("weight", "train"), ("reasoning_content", "mask")]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def encoded_or_said(encoder: RecordEncoder, record: Record) -> Sample | Pair | N
     boxes=boxes_of_texts,
 )
 def test_no_record_raises_anything_but_data_error(record: dict[str, Any], form: str, boxes: str) -> None:
-    found = read_or_say(record, form=form, media_dir=ROOT, boxes=boxes)
+    found = read_or_say(record, form=form, media_dirs=[ROOT], boxes=boxes)
     for conversation in conversations(found):
         assert conversation.turns[-1].role == "assistant"
         if not any(isinstance(part, BoxPart | RefPart) for each in conversation.turns for part in each.parts):

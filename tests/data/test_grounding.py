@@ -90,8 +90,6 @@ MARKUP = "A <|box_start|>(50,20),(100, 80)<|box_end|> and <|box_start|>(10,20)<|
         (MARKUP, "norm1000", "relative",
          "A <|box_start|>(50,20),(100,80)<|box_end|> and <|box_start|>(10,20)<|box_end|>."),
         (MARKUP, "as_written", "relative", MARKUP),
-        ("bbox_2d [1, 2, 3, 4] <|box_start|>1,2<|box_end|>", "pixels", "absolute",
-         "bbox_2d [1, 2, 3, 4] <|box_start|>1,2<|box_end|>"),
     ],
 )  # fmt: skip
 def test_coordinates_in_texts(text: str, boxes: str, style: Grounding, expected: str) -> None:
@@ -100,6 +98,72 @@ def test_coordinates_in_texts(text: str, boxes: str, style: Grounding, expected:
     assert found == expected
     if "json" in expected:
         json.loads(found.strip("`").removeprefix("json"))
+
+
+BOX, WHOLE = "[28, 22, 56, 90]", "[0, 0, 56, 112]"  # [50, 20, 100, 80] and the whole of a picture of 100 x 100
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"bbox_2d": [[50, 20, 100, 80], [0, 0, 100, 100]]}', f'{{"bbox_2d": [{BOX}, {WHOLE}]}}'),
+        ('[{"bbox_2d": [[50, 20, 100, 80]], "label": "no 1"}]', f'[{{"bbox_2d": [{BOX}], "label": "no 1"}}]'),
+        ('{"bbox_2d": [[50, 20], [100, 80]]}', '{"bbox_2d": [[28, 22], [56, 90]]}'),
+        ('{"bbox_2d": ["50", "20", "100", "80"]}', f'{{"bbox_2d": {BOX}}}'),
+        ('{"bbox_2d": "[50, 20, 100, 80]"}', f'{{"bbox_2d": "{BOX}"}}'),
+        (r'{"arguments": "{\"bbox_2d\": [50, 20, 100, 80]}"}', rf'{{"arguments": "{{\"bbox_2d\": {BOX}}}"}}'),
+        ("{'bbox': [5e1, 20., 100, 80.0]}", f"{{'bbox': {BOX}}}"),
+        ("It is at [50, 20, 100, 80].", f"It is at {BOX}."),
+        ('{"coordinate": [50, 20]}', '{"coordinate": [28, 22]}'),
+        ('{"polygon": [50, 20, 100, 20, 100, 80]}', '{"polygon": [28, 22, 56, 22, 56, 90]}'),
+        ('<p data-bbox="50 20 100 80">a</p>', '<p data-bbox="28 22 56 90">a</p>'),
+        ("<|box_start|>(50,20),(100,80),(0,0),(100,100)<|box_end|>", f"{BOX}, {WHOLE}"),
+        ("<|quad_start|>(50,20),(100,20),(100,80),(50,80)<|quad_end|>", "[28, 22, 56, 22, 56, 90, 28, 90]"),
+        ('{"bbox_2d": [], "count": 5}', '{"bbox_2d": [], "count": 5}'),
+        ("Answer as [x1, y1, x2, y2]; 1,234,567,890 [1]", "Answer as [x1, y1, x2, y2]; 1,234,567,890 [1]"),
+    ],
+)
+def test_every_shape_of_coordinates_is_rescaled(text: str, expected: str) -> None:
+    assert written(read(talk(text), "pixels"), "absolute") == expected
+
+
+def test_several_pairs_keep_their_mark() -> None:
+    for mark, pairs in (("box", "(50,20),(99,80),(0,0),(10,10)"), ("quad", "(50,20),(99,20),(99,80),(50,80)")):
+        text = f"<|{mark}_start|>{pairs}<|{mark}_end|>"
+        assert written(read(talk(text), "norm1000"), "relative") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "piece"),
+    [
+        ("at (50,20),(100,80)", "(50,20)"),
+        ("<box>50 20 100 80</box>", "<box>50"),
+        ("<|box_start|>50,20<|box_end|>", "<|box_start|>50"),
+        ("<|box_start|>(1,2),(3,4),(5,6)<|box_end|>", "(5,6)"),
+        ("click [50, 20]", "[50, 20]"),
+        ("at 50, 20, 100, 80", "50, 20, 100, 80"),
+        ("click(x=50, y=20)", "x=50, y=20"),
+        ('{"bbox_2d": "50 20 100 80"}', '"50 20'),
+        ('{"bbox_2d": [[50, 20, 100, 80], [0, null, 9, 9]]}', "[50, 20, 100, 80], [0"),
+        ('{"bbox_2d": [50, 20, 100, 80, "cat"]}', "[5"),
+        ('{"bbox_2d": [50, 20, 100]}', "[50, 20, 100]"),
+        ('{"bbox_2d": {"x1": 50}}', '"x1": 50'),
+        ('{"box_2d": [20, 50, 80, 100]}', '"box_2d": [20, 50'),
+        ('{"bbox_2d": [1, 2, 3, 4], "scores": [0.9, 0.1]}', '"scores": [0.9'),
+        ('{"bbox_2d": [0.1, 0.2, 0.3, 0.4]}', "parts of the picture's sides"),
+        ("（50，20）", "（50，20）"),  # noqa: RUF001
+    ],
+)
+def test_coordinates_in_no_known_form_are_an_error(text: str, piece: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(talk(text), "pixels")
+    assert piece in str(caught.value)
+    assert read(talk(text)).turns[-1].parts == (text,)  # as written
+
+
+def test_numbers_without_a_picture_are_no_coordinates() -> None:
+    text = "Sorted: [1, 2, 3, 4], (5, 6)."
+    assert read(talk(text, "Sort."), "pixels").turns[-1].parts == (text,)
 
 
 def test_a_question_may_hold_a_box() -> None:

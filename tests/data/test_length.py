@@ -16,6 +16,7 @@ from duetvl.data.draft import Draft, Dropped
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.length import proportions
 from duetvl.data.sources.records import Record
+from duetvl.data.tokenizer import TextTokenizer
 
 SMALL = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -269,3 +270,29 @@ def test_pairs_are_loaded_with_one_set_of_pixels(processor: Processor) -> None:
         assert sample.labels is not None
         assert text(processor, sample.labels[sample.labels != IGNORE]) == f"{answer}<|im_end|>\n"
     assert len(encoder.pack([pair]).cu_seqlens) == 3
+
+
+# -- texts of any length -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("error", DataError), ("drop", Dropped), ("shrink", Dropped)])
+def test_texts_that_must_be_too_long_are_not_tokenised(
+    processor: Processor, policy: Any, kind: type[DataError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = TextTokenizer.encode
+    monkeypatch.setattr(TextTokenizer, "encode", lambda self, text: seen.append(len(text)) or encode(self, text))
+    with pytest.raises(
+        DataError, match=r"has a text of 1\d{6} characters, which has more tokens, the longest"
+    ) as caught:
+        drafted(processor, record("x" * 10**6, "y"), cutoff_len=64, too_long=policy)
+    assert type(caught.value) is kind and max(seen, default=0) < 1000
+
+
+def test_a_long_text_is_cut_as_a_shorter_one_is(processor: Processor) -> None:
+    long, short = (
+        drafted(processor, record("word " * count, "yes"), cutoff_len=64, too_long="truncate")
+        for count in (10**5, 10**4)
+    )
+    assert long.tokens == 64 and long.notes == ("truncated",)
+    np.testing.assert_array_equal(long.input_ids, short.input_ids)

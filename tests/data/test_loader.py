@@ -220,3 +220,13 @@ def test_an_evaluation_sees_every_record_once(tmp_path):
     names = [name for batch in batches for name in batch.sample_ids]
     assert names == [f"a.jsonl:{i}" for i in (1, 2, 4, 6, 7)]
     assert findings.counts == {"dropped": 1, "bad": 1}
+
+
+def test_a_file_that_is_gone_is_no_bad_record(tmp_path):
+    file = write(tmp_path / "a.jsonl", 4)
+    records = Records([file])
+    maker = SampleMaker(records.files, CountingEncoder())
+    file.unlink()
+    (outcome,) = maker.drafts([records.ref(0)])
+    with pytest.raises(DataError, match=r"a\.jsonl: no such file"):
+        Findings(skip_bad=True).leave_out(outcome)

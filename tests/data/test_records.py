@@ -7,7 +7,8 @@ import json
 import pytest
 
 from duetvl.core.errors import DataError
-from duetvl.data.sources.catalog import Records
+from duetvl.data.formats.reading import read_record
+from duetvl.data.sources.catalog import Records, Source, resolve
 
 
 def record(text: str) -> dict:
@@ -40,6 +41,51 @@ def test_a_list_and_several_files(tmp_path):
     assert [r.id for r in records] == ["a.json:1", "a.json:2", "b.json:1", "b.json:2"]
     with pytest.raises(IndexError):
         records[4]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_one_record_over_several_lines(tmp_path, bom):
+    file = tmp_path / "a.json"
+    file.write_bytes(bom + json.dumps(record("é"), indent=1, ensure_ascii=False).encode() + b"\n")
+    records = Records([file])
+    assert texts(records) == ["é"] and records[0].where == f"{file}: record 1"
+
+
+def test_an_object_around_the_records_is_named(tmp_path):
+    for indent, where in ((1, "a.json: record 1: "), (None, "a.json:1: ")):
+        (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [record("a"), record("b")]}, indent=indent))
+        (found,) = Records([tmp_path / "a.json"])
+        assert f"{found.where}: ".endswith(where)
+        with pytest.raises(DataError, match="'data' holds a list of 2 objects: if these are the records, write that"):
+            read_record(found.values)
+
+
+def test_objects_over_several_lines_each_are_refused(tmp_path):
+    text = json.dumps(record("a"), indent=1)
+    (tmp_path / "a.json").write_text(f"{text}\n{text}\n")
+    with pytest.raises(DataError, match=r"a\.json: holds objects over several lines each; write one on a line"):
+        Records([tmp_path / "a.json"])
+    (tmp_path / "a.json").write_bytes(b'{"cut": \n' + line("a"))  # a damaged line is one
+    assert len(Records([tmp_path / "a.json"])) == 2
+
+
+def test_files_put_together_by_cat_may_have_marks_of_their_own(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b"\xef\xbb\xbf" + line(text) for text in "ab"))
+    assert texts(Records([tmp_path / "a.jsonl"])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("named", "there"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_data_files_may_be_spelt_otherwise(tmp_path, named, there):
+    (tmp_path / f"{there}.jsonl").write_bytes(line("a"))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": f"{named}.jsonl"}}))
+    assert texts(Records([tmp_path / f"{named}.jsonl"])) == ["a"]
+    assert texts(Records([resolve(Source(f"{tmp_path}/dataset_info.json:x"))])) == ["a"]
+
+
+def test_hidden_files_of_a_directory_are_left_out(tmp_path):
+    for name in ("a.jsonl", "._a.jsonl", ".hidden.json"):
+        (tmp_path / name).write_bytes(line(name))
+    assert texts(Records([tmp_path])) == ["a.jsonl"]
 
 
 @pytest.mark.parametrize(

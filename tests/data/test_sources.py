@@ -197,13 +197,129 @@ def test_damaged_shards_are_named(tmp_path):
     (tmp_path / "s.tar").write_bytes(b"\x1f\x8b" + b"0" * 2000)
     with pytest.raises(DataError, match=r"s\.tar: not a tar file, or damaged: .*compressed"):
         Records([tmp_path / "s.tar"])
-    with pytest.raises(DataError, match=r"s\.tar: 1: has neither a \.json nor a \.txt; found \.png"):
+    with pytest.raises(DataError, match=r"s\.tar: 1: needs a \.json, or a \.txt and .*; found \.png"):
         Records([write_tar(tmp_path / "s.tar", {"1.png": b""})])[0]
     with pytest.raises(DataError, match=r"s\.tar: 1\.png: is damaged|s\.tar: 1\.png: is not an image"):
         load_image(Records([write_tar(tmp_path / "s.tar", {"1.png": b"x", "1.txt": b""})])[0].values["images"][0])
     gone = Blob(str(tmp_path / "s.tar"), 100_000, 99, "1.png")
     with pytest.raises(DataError, match="lies beyond the end of the file, which is cut off"):
         gone.read()
+
+
+def talks(*names: str) -> dict[str, bytes]:
+    """JSON members, each with a conversation that ends with its own name."""
+    return {
+        name: json.dumps({"messages": [TALK[0], {"role": "assistant", "content": name}]}).encode() for name in names
+    }
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (talks("chat.0.json", "chat.1.json", "chat.2.json"), {"chat.0": 0, "chat.1": 0, "chat.2": 0}),
+        ({"v1.0_0.jpg": b"x", **talks("v1.0_0.json"), "v1.0_1.jpg": b"x", **talks("v1.0_1.json")},
+         {"v1.0_0": 1, "v1.0_1": 1}),
+        ({"v1.0.jpg": b"x", "v1.0.txt": b"a", "v1.1.jpg": b"x", "v1.1.txt": b"b"}, {"v1.0": 1, "v1.1": 1}),
+        ({"v1.0_0.jpg": b"x", "v1.0_0.txt": b"a"}, {"v1.0_0": 1}),
+        ({"a.left.jpg": b"x", "a.right.jpg": b"x", **talks("a.json"), **talks("b.json")}, {"a": 2, "b": 0}),
+        ({**talks("a.json"), "a.left.jpg": b"x", "a.right.jpg": b"x"}, {"a": 2}),
+        ({"._a.jpg": b"mac", "a.jpg": b"x", "._a.json": b"mac", **talks("a.json"), ".DS_Store": b""}, {"a": 1}),
+    ],
+)  # fmt: skip
+def test_names_with_dots_keep_their_records(
+    tmp_path: Path, members: dict[str, bytes], expected: dict[str, int]
+) -> None:
+    path = write_tar(tmp_path / "s.tar", members)
+    records = Records([path])
+    assert {r.name: len(r.values.get("images", ())) for r in records} == expected
+    places = records.files[0].places().at.tolist()
+    for k, at in enumerate(places):  # from any place on
+        assert [p for p, _ in records.files[0].scan(0, path.stat().st_size, at)] == places[k + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.jpg", "a.txt", "a.jpg", "a.txt"], "a.txt and a.txt cannot both be of one record"),
+        (["a.jpg", "a.jpg", "a.txt"], "a.jpg and a.jpg cannot both"),
+        (["a.jpg", "a.q1.json", "a.q2.json"], "a.q1.json and a.q2.json cannot both"),
+        (["a.jpg", "a.txt", "a.caption"], "a.txt and a.caption cannot both"),
+        (["a.txt"], "needs a .json, or a .txt and its pictures or videos; found .txt"),
+    ],
+)
+def test_members_that_collide_are_named(tmp_path: Path, names: list[str], message: str) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    with pytest.raises(DataError) as caught:
+        list(Records([tmp_path / "s.tar"]))
+    assert str(caught.value).startswith(f"{tmp_path}/s.tar: a: {message}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (tarfile.SYMTYPE, "a.jpg is a link to b.jpg"),
+        (tarfile.LNKTYPE, "a.jpg is a link to b.jpg"),
+        (tarfile.FIFOTYPE, "a.jpg is no plain file"),
+    ],
+)
+def test_members_that_are_no_files_are_named(tmp_path: Path, kind: bytes, message: str) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        link = tarfile.TarInfo("a.jpg")
+        link.type, link.linkname = kind, "b.jpg"
+        tar.addfile(link)
+        text = tarfile.TarInfo("a.json")
+        text.size = 2
+        tar.addfile(text, io.BytesIO(b"{}"))
+    with pytest.raises(DataError, match=message):
+        list(Records([tmp_path / "s.tar"]))
+
+
+def test_a_shard_cut_between_members_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", talks("a.json", "b.json"))
+    whole = path.read_bytes()
+    for length in (1024, 1024 + 100, 2048):  # behind the first, inside of the second header, behind the second
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"s\.tar: .*(cut off|truncated)"):
+            Records([path])
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", talks("a.json", "b.json", "c.json"))
+    content = bytearray(path.read_bytes())
+    content[1024:1034] = b"?" * 10
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="damaged: bad checksum at byte 1024"):
+        Records([path])
+
+
+def test_shards_put_together_by_cat_keep_all_records(tmp_path: Path) -> None:
+    parts = [write_tar(tmp_path / name, talks(f"{name}.json")).read_bytes() for name in ("a", "b")]
+    (tmp_path / "s.tar").write_bytes(b"".join(parts))
+    assert [r.name for r in Records([tmp_path / "s.tar"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_sizes_below_zero_end(tmp_path: Path, kind: bytes) -> None:
+    """They would lead back to where the reader came from."""
+    header = bytearray(tarfile.TarInfo("a.json").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)
+    header[156:157] = kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    first = write_tar(tmp_path / "s.tar", talks("0.json")).read_bytes()[:1024]
+    (tmp_path / "s.tar").write_bytes(first + header + bytes(1024))
+    with pytest.raises(DataError, match=r"is damaged at byte 1024: .*-1024"):
+        Records([tmp_path / "s.tar"])
+
+
+def test_names_may_be_composed_otherwise(tmp_path: Path) -> None:
+    record = json.dumps({"messages": TALK, "images": ["caf\u00e9.jpg"]}).encode()
+    path = write_tar(tmp_path / "s.tar", {"cafe\u0301.jpg": picture(), "cafe\u0301.json": record})
+    assert isinstance(Records([path])[0].values["images"][0], Blob)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------

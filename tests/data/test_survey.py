@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from duetvl.core.batch import IGNORE
@@ -33,6 +35,17 @@ def test_good_left_out_and_bad_records_are_told_apart_and_named():
     assert "truncated: 1 samples" in lines
     assert "  left out: a.jsonl:3: is too long" in lines
     assert lines[-2:] == ["  bad: a.jsonl:8: no such file", "  bad: and 2 more"]
+
+
+def test_keys_that_are_not_read_are_named_once_for_a_file():
+    drafts = [
+        replace(draft(9), id=f"{file}:{line}", where=f"data/{file}:{line}", unread=("a message's key 'mask'",))
+        for file in ("a.jsonl", "b.jsonl")
+        for line in (4, 5)
+    ]
+    named = [line for line in survey(drafts, merge=2).lines() if "mask" in line]
+    told = "a message's key 'mask' is not read (named once for a file)"
+    assert named == [f"data/a.jsonl:4: {told}", f"data/b.jsonl:4: {told}"]
 
 
 def test_a_set_without_a_good_record_has_no_lengths():

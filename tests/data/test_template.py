@@ -111,7 +111,7 @@ def test_turns_that_say_whether_they_are_trained(
     processor: Processor, losses: tuple[Any, Any], how: dict[str, bool], trained: tuple[bool, bool]
 ) -> None:
     messages = [dict(message) for message in TURNS]
-    messages[1]["loss"], messages[3]["loss"] = losses
+    messages[1]["loss"], messages[3]["weight"] = losses
     prompt = "train_on_prompt" in how
     expected = runs((prompt, PROMPT_1), (trained[0], ANSWER_1), (prompt, PROMPT_2), (trained[1], ANSWER_2))
     assert encoded(processor, {"messages": messages}, **how) == expected

@@ -18,11 +18,13 @@ import pytest
 from counting import CountingEncoder, write
 
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft
+from duetvl.data.draft import Draft, OutOfMemory
+from duetvl.data.loading.loader import Findings
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.transfer import receive, send
 from duetvl.data.loading.workers import WorkerPool
 from duetvl.data.sources.catalog import Records
+from duetvl.data.survey import survey
 
 
 @pytest.fixture
@@ -76,6 +78,26 @@ def test_a_record_that_kills_its_worker_is_named_and_the_rest_is_made(pool_of):
         outcomes[4]
     )
     assert all(isinstance(outcome, Draft) for outcome in pool.drafts(refs[5:]))
+
+
+def test_a_record_that_was_killed_beside_others_is_tried_once_more(pool_of, tmp_path):
+    flag = str(tmp_path / "flag")
+    pool, refs = pool_of(8, what={3: "crash once"}, flag={3: flag})
+    assert all(isinstance(outcome, Draft) for outcome in pool.drafts(refs)) and os.path.exists(flag)
+
+
+@pytest.mark.parametrize(("what", "kind"), [("crash", OutOfMemory), ("memory", OutOfMemory), ("fault", DataError)])
+def test_what_memory_does_not_suffice_for_ends_a_run_that_skips_bad_records(pool_of, what, kind):
+    pool, refs = pool_of(2, what={2: what})
+    outcome = pool.drafts(refs)[1]
+    assert type(outcome) is kind
+    if kind is OutOfMemory:
+        with pytest.raises(DataError, match=r"a\.jsonl:2: .*memory"):
+            Findings(skip_bad=True).leave_out(outcome)
+        with pytest.raises(OutOfMemory):
+            survey([outcome], merge=2)
+    else:
+        Findings(skip_bad=True).leave_out(outcome)
 
 
 def test_pixels_that_kill_their_worker_are_named(pool_of):

@@ -14,6 +14,7 @@ from duetvl.cli import main
 from duetvl.core.errors import DataError
 from duetvl.training.check import check
 from duetvl.training.preview import preview
+from duetvl.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,31 @@ def test_truncated_pictures_are_found_by_decoding_alone(home, tmp_path):
         list(check(home / "tiny.json", overrides, decode=True))
     lines = list(check(home / "tiny.json", [*overrides, "data.on_bad_sample=skip"], decode=True))
     assert "data.train: 6 records: 5 good, 0 left out, 1 bad" in lines
+
+
+def test_keys_that_are_not_read_are_named_by_check_and_in_training(home, tmp_path, capsys):
+    lines = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
+    for record in lines:
+        record["messages"][1]["reasoning_content"] = "hm"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    overrides = [f"data.train={tmp_path}/a.jsonl", f"data.image_root={home}", f"train.output_dir={tmp_path}/run"]
+    told = f"{tmp_path}/a.jsonl:1: a message's key 'reasoning_content' is not read (named once for a file)"
+    assert f"  {told}" in list(check(home / "tiny.json", overrides))
+    train(home / "tiny.json", [*overrides, "data.shuffle=false"])
+    assert capsys.readouterr().out.count("reasoning_content") == 1
+
+
+@pytest.mark.parametrize("records", [9, 45])
+def test_a_run_whose_pictures_are_nowhere_is_an_error_and_no_skip(home, tmp_path, records):
+    """Every third record is text alone; all others have a picture. Text alone would not be told from a good run."""
+    lines = (home / "data.jsonl").read_text().splitlines()[:9] * (records // 9)
+    (tmp_path / "far.jsonl").write_text("\n".join(lines))
+    overrides = [f"data.train={tmp_path}/far.jsonl", "data.val=null", f"train.output_dir={tmp_path}/run"]
+    for made in (check, train):
+        with pytest.raises(DataError, match="records with pictures or videos have one that is not there"):
+            list(made(home / "tiny.json", [*overrides, "data.on_bad_sample=skip", "train.steps=20"]))
+    found = list(check(home / "tiny.json", [*overrides, f"data.image_root={home}"]))
+    assert f"  media: {records // 3 * 2} found in {home}" in found
 
 
 def test_the_command_line_prints_the_findings_before_the_error(home, tmp_path, capsys):

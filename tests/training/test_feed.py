@@ -192,6 +192,18 @@ def test_a_bad_record_that_is_met_late_costs_no_step(files, capsys):
     assert read_metrics(files / "run")[-1]["loss"] == whole.loss
 
 
+def test_samples_to_answer_are_chosen_by_the_rules_of_an_evaluation(files):
+    lines = (files / "b.jsonl").read_text().splitlines()
+    (files / "b.jsonl").write_text("\n".join(["3", *lines]))
+    val = {"val": str(files / "b.jsonl")}
+    recipe = recipe_of(files, **val, on_bad_sample="skip")
+    found = Feed(recipe, DataSets(recipe.data), BagEncoder()).val_samples(3)
+    assert [sample.id for sample in found] == ["b.jsonl:2", "b.jsonl:3", "b.jsonl:4"]
+    recipe = recipe_of(files, **val)
+    with pytest.raises(DataError, match=r"b\.jsonl:1: expected an object"):
+        Feed(recipe, DataSets(recipe.data), BagEncoder()).val_samples(3)
+
+
 def test_an_evaluation_skips_bad_records_too(files, capsys):
     with open(files / "b.jsonl", "a") as file:
         file.write("[]\n")

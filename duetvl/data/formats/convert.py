@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from duetvl.core.errors import DataError
-from duetvl.data.conversation import Conversation, ImagePart, VideoPart
+from duetvl.data.conversation import Conversation, ImagePart, Preference, Turn, VideoPart
+from duetvl.data.draft import MissingMedia
 from duetvl.data.formats.reading import read_record
 from duetvl.data.formats.tools import parse_json
 from duetvl.data.sources.records import Places, Reading, Record, RecordFile, open_json
@@ -29,10 +30,6 @@ from duetvl.storage.files import staged_directory, staged_file
 PAIRS: Final = "rlhf-v.jsonl"
 DROPPED: Final = "dropped.txt"
 _SHOWN: Final = 3  # of the records that were left out
-
-
-class MissingFile(DataError):
-    """A record's picture is not there."""
 
 
 @dataclass
@@ -78,22 +75,32 @@ def convert_llava(annotations: Path, images: Path, output: Path) -> Report:
 
 
 def convert_rlhf_v(files: Sequence[Path], output: Path) -> Report:
-    """RLHF-V's (or RLAIF-V's) Parquet files to a directory: pictures, and a JSONL file of preference pairs.
+    """Parquet files of preference pairs with their pictures to a file of records and a directory of pictures.
 
-    Rows without a readable picture, a question and two answers are left out. Raises DataError when `output` exists
-    and is not empty, or nothing is left.
+    They are RLHF-V's or RLAIF-V's, of openbmb or of llamafactory. `output` is the file where its name ends in .json or
+    .jsonl, with the pictures in a directory of its name beside it, as for recipes; otherwise it is a directory for
+    both. Rows without a readable picture, a question and two answers are left out. Raises DataError when the output
+    exists (a directory with something in it), or nothing is left.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise DataError(f"{output}: exists already, and nothing is overwritten; choose another directory")
     for path in files:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
+    tables = [ParquetFile(path, Reading()) for path in files]
+    if output.suffix in (".json", ".jsonl"):
+        report, pictures = Report(output), output.with_suffix("")
+        _refuse_existing(output, report.dropped_file)
+        _refuse_filled(pictures)
+        with staged_file(output) as out, staged_directory(pictures) as staging:
+            _convert(tables, report, out, lambda record: _pair_record(record.values, staging, f"{pictures.name}/"))
+        _write_dropped(report, report.dropped_file)
+        return report
+    _refuse_filled(output)
     report = Report(output / PAIRS)
     with staged_directory(output) as staging:
-        (staging / "images").mkdir()
+        pictures = staging / "images"
+        pictures.mkdir()
         with open(staging / PAIRS, "w", encoding="utf-8") as out:
-            tables = [ParquetFile(path, Reading()) for path in files]
-            _convert(tables, report, out, lambda record: _pair_record(record.values, staging))
+            _convert(tables, report, out, lambda record: _pair_record(record.values, pictures, "images/"))
         _write_dropped(report, staging / DROPPED)
     return report
 
@@ -101,7 +108,8 @@ def convert_rlhf_v(files: Sequence[Path], output: Path) -> Report:
 def _convert(
     files: Sequence[RecordFile], report: Report, out: TextIO, convert: Callable[[Record], Mapping[str, Any]]
 ) -> None:
-    """Write what `convert` makes of every record of the files; its DataErrors are noted."""
+    """Write what `convert` makes of every record of the files, a `.json` file as a list; its DataErrors are noted."""
+    before, between, after = ("[\n", ",\n", "\n]\n") if report.output.suffix == ".json" else ("", "\n", "\n")
     found = [(file, file.places()) for file in files]
     total = sum(len(places.at) for _, places in found)
     for record in tqdm(_records(found), total=total, unit=" records", disable=None):
@@ -109,21 +117,25 @@ def _convert(
             if isinstance(record, DataError):
                 raise record
             line = _line(convert(record))
-        except MissingFile as error:
-            report.dropped.append(("missing pictures", f"{record.where}: {error}"))
+        except MissingMedia as error:
+            report.dropped.append(("missing pictures", f"{_where(record)}{error}"))
         except DataError as error:
-            where = f"{record.where}: " if isinstance(record, Record) else ""
-            report.dropped.append(("bad records", f"{where}{error}"))
+            report.dropped.append(("bad records", f"{_where(record)}{error}"))
         else:
-            out.write(line + "\n")
+            out.write(f"{between if report.written else before}{line}")
             report.written += 1
     if not report.written:
         first = f"; the first: {report.dropped[0][1]}" if report.dropped else ""
         raise DataError(f"no record could be converted, {len(report.dropped)} were found{first}")
+    out.write(after)
+
+
+def _where(record: Record | DataError) -> str:
+    return f"{record.where}: " if isinstance(record, Record) else ""
 
 
 def _llava_record(record: Record, images: Path, output_directory: Path) -> dict[str, Any]:
-    found = read_record(record.values, form="llava", media_dir=images)
+    found = read_record(record.values, form="llava", media_dirs=(images,))
     assert isinstance(found, Conversation), "this layout has no pairs"
     pictures = []
     for part in (part for turn in found.turns for part in turn.parts):
@@ -131,43 +143,45 @@ def _llava_record(record: Record, images: Path, output_directory: Path) -> dict[
             raise DataError("only records with files of pictures are converted")
         if isinstance(part, ImagePart):
             pictures.append(_existing(Path(str(part.source)), output_directory))
-    messages = [
-        {"role": turn.role, "content": "".join(part if isinstance(part, str) else "<image>" for part in turn.parts)}
-        for turn in found.turns
-    ]
-    return {"messages": messages, "images": pictures}
+    return {"messages": [_message(turn) for turn in found.turns], "images": pictures}
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    content = "".join(part if isinstance(part, str) else "<image>" for part in turn.parts)
+    return {"role": turn.role, "content": content}
 
 
 def _existing(picture: Path, output_directory: Path) -> str:
     if not picture.is_file():
-        raise MissingFile(f"{picture}: no such file")
+        raise MissingMedia(f"{picture}: no such file")
     whole, base = picture.absolute(), output_directory.absolute()
     return str(whole.relative_to(base)) if whole.is_relative_to(base) else str(whole)
 
 
-def _pair_record(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    texts = parse_json("text", row["text"]) if isinstance(row.get("text"), str) else row
+def _pair_record(row: Mapping[str, Any], directory: Path, prefix: str) -> dict[str, Any]:
+    """The pair of a row; its pictures are written into the directory, which its paths call `prefix`."""
+    texts = parse_json("text", row["text"]) if isinstance(row.get("text"), str) else {}
     if not isinstance(texts, Mapping):
         raise DataError(f"text must hold question, chosen and rejected, found {type(texts).__name__}")
-    for key in ("question", "chosen", "rejected"):
-        if not isinstance(texts.get(key), str):
-            raise DataError(f"needs question, chosen and rejected as texts, found {key} {texts.get(key)!r:.60}")
-    question = texts["question"]
+    found = read_record({**row, **texts}, form="preference")
+    assert isinstance(found, Preference), "this layout has pairs alone"
+    parts = [part for turn in found.prompt.turns for part in turn.parts if not isinstance(part, str)]
+    if not parts or not all(isinstance(part, ImagePart) for part in parts):
+        raise DataError("needs a question with a picture")
     record = {
-        "messages": [{"role": "user", "content": question if "<image>" in question else f"<image>{question}"}],
-        "chosen": {"role": "assistant", "content": texts["chosen"]},
-        "rejected": {"role": "assistant", "content": texts["rejected"]},
-        "images": [_saved(row.get("image"), directory)],
+        "messages": [_message(turn) for turn in found.prompt.turns],
+        "chosen": _message(found.chosen),
+        "rejected": _message(found.rejected),
+        "images": [prefix + _saved(part.source, directory) for part in parts if isinstance(part, ImagePart)],
     }
     read_record(record, form="preference")  # says what training would say
     return record
 
 
-def _saved(image: Any, directory: Path) -> str:
+def _saved(content: Any, directory: Path) -> str:
     """Write a picture under a name that its content gives it: pairs about one picture share the file."""
-    content = image.get("bytes") if isinstance(image, Mapping) else image
     if not isinstance(content, bytes) or not content:
-        raise DataError(f"needs the bytes of a picture in image, found {type(content).__name__}")
+        raise DataError(f"needs the bytes of its picture, found {type(content).__name__}")
     try:
         picture = Image.open(io.BytesIO(content))
         suffix = (picture.format or "bin").lower().replace("jpeg", "jpg")
@@ -177,7 +191,7 @@ def _saved(image: Any, directory: Path) -> str:
         raise DataError("its picture is not an image") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"its picture is damaged or unreadable: {error}") from None
-    name = f"images/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
+    name = f"{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
     if not (directory / name).exists():
         (directory / name).write_bytes(content)
     return name
@@ -213,6 +227,11 @@ def _refuse_existing(*paths: Path) -> None:
     for path in paths:
         if path.exists():
             raise DataError(f"{path}: exists already, and nothing is overwritten; choose another name or remove it")
+
+
+def _refuse_filled(directory: Path) -> None:
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise DataError(f"{directory}: exists already, and nothing is overwritten; choose another name or remove it")
 
 
 def _write_dropped(report: Report, path: Path) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.errors import DataError, did_you_mean, shown
+from duetvl.data.sources.spelling import on_disk
 from duetvl.storage.files import read_object
 
 INFO_NAME: Final = "dataset_info.json"
@@ -43,10 +44,10 @@ def read_dataset_info(path: str | Path, name: str) -> SourceInfo:
     entry = _entry(path, name)
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _FORMATS:
-        raise DataError(f"{where}: formatting is {formatting!r}{did_you_mean(str(formatting), _FORMATS)}")
+        raise DataError(f"{where}: formatting is {shown(formatting)}{did_you_mean(str(formatting), _FORMATS)}")
     ranking = entry.get("ranking", False)
     if not isinstance(ranking, bool):
-        raise DataError(f"{where}: ranking is {ranking!r}, expected true or false")
+        raise DataError(f"{where}: ranking is {shown(ranking)}, expected true or false")
     return SourceInfo(
         files=_files(path.parent, entry, where),
         format="preference" if ranking else _FORMATS[formatting],
@@ -64,7 +65,7 @@ def info_names(path: str | Path) -> str:
 def _entry(path: Path, name: str) -> Mapping[str, Any]:
     entries = _entries(path)
     if name not in entries:
-        raise DataError(f"{path}: has no data set {name!r}{did_you_mean(name, entries)}")
+        raise DataError(f"{path}: has no data set {shown(name)}{did_you_mean(name, entries)}")
     if not isinstance(entries[name], dict):
         raise DataError(f"{path}:{name}: expected an object, found {type(entries[name]).__name__}")
     return dict(entries[name])
@@ -81,10 +82,10 @@ def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path,
         if remote is None:
             raise DataError(f"{where}: has no file_name; found {', '.join(entry) or 'nothing'}")
         raise DataError(
-            f"{where}: {remote} {entry[remote]!r} is not on this machine, and nothing is downloaded here; download it "
-            f"and name it as file_name"
+            f"{where}: {remote} {shown(entry[remote])} is not on this machine, and nothing is downloaded here; "
+            f"download it and name it as file_name"
         )
-    found = directory / given
+    found = on_disk(directory / given) or directory / given
     if found.is_dir():
         files = tuple(sorted(file for file in found.iterdir() if file.is_file() and not file.name.startswith(".")))
         if not files:
@@ -101,7 +102,7 @@ def _columns(formatting: str, named: Mapping[str, str], where: str) -> dict[str,
     own = _TASK if formatting == "alpaca" else _TALK
     for column in named:
         if column not in own and column not in _COMMON:
-            raise DataError(f"{where}: columns has no {column!r}{did_you_mean(column, (*own, *_COMMON))}")
+            raise DataError(f"{where}: columns has no {shown(column)}{did_you_mean(column, (*own, *_COMMON))}")
     # An entry that names columns names all of them; only a talk is always there.
     usual = own if own is _TALK or not named else {}
     return {**dict.fromkeys((*_COMMON, *own), ""), **usual, **named}
@@ -115,11 +116,11 @@ def _names(entry: Mapping[str, Any], key: str, where: str) -> dict[str, str]:
     named = {name: value for name, value in given.items() if value is not None}
     for name, value in named.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}: {key}.{name} must be a text, found {value!r:.80}")
+            raise DataError(f"{where}: {key}.{name} must be a text, found {shown(value)}")
     return named
 
 
 def _count(value: Any, where: str) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise DataError(f"{where}: num_samples is {value!r:.80}, expected a positive whole number")
+    raise DataError(f"{where}: num_samples is {shown(value)}, expected a positive whole number")

@@ -6,25 +6,19 @@ the picture as it enters the model, after resizing, `[x1, y1, x2, y2]`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any, Final, Literal
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, one_line, shown
 from duetvl.core.family import Grounding
-from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Part, RefPart, Turn
+from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Part, RefPart, Turn, VideoPart
+from duetvl.data.formats.coordinates import find_coordinates
 
 Unit = Literal["pixels", "norm1000"]
 Size = tuple[int, int]  # height, width
 
-_NUMBER: Final = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_POINT: Final = rf"\({_NUMBER},{_NUMBER}\)"
-_MARKUP: Final = rf"<\|box_start\|>\s*{_POINT}(?:\s*,\s*{_POINT})?\s*<\|box_end\|>"
-_BOX_KEY: Final = rf"(?<=bbox_2d[\"'])\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
-_POINT_KEY: Final = rf"(?<=point_2d[\"'])\s*:\s*\[{_NUMBER},{_NUMBER}\]"
-_WRITTEN: Final = re.compile(f"{_MARKUP}|{_BOX_KEY}|{_POINT_KEY}")
 _SLACK: Final = 0.01  # a box may reach this part of a side beyond the picture: labels are rounded
 
 
@@ -39,29 +33,31 @@ def read_objects(objects: Any, images: int) -> tuple[list[RefPart], list[BoxPart
         raise DataError(f"objects must hold ref and bbox, found {type(objects).__name__}")
     refs, boxes = objects.get("ref") or [], objects.get("bbox") or []
     if not isinstance(refs, list | tuple) or not all(isinstance(ref, str) for ref in refs):
-        raise DataError(f"objects.ref must be a list of texts, found {refs!r:.80}")
+        raise DataError(f"objects.ref must be a list of texts, found {shown(refs)}")
     if not isinstance(boxes, list | tuple):
-        raise DataError(f"objects.bbox must be a list of boxes, found {boxes!r:.80}")
+        raise DataError(f"objects.bbox must be a list of boxes, found {shown(boxes)}")
     kind = objects.get("bbox_type") or "real"
     if kind not in ("real", "norm1"):
-        raise DataError(f"objects.bbox_type is {kind!r:.80}, expected real (pixels of the file) or norm1 (0 to 1)")
+        raise DataError(f"objects.bbox_type is {shown(kind)}, expected real (pixels of the file) or norm1 (0 to 1)")
     owners = objects.get("image_id") or [0] * len(boxes)
     if not isinstance(owners, list | tuple) or len(owners) != len(boxes):
-        raise DataError(f"objects.image_id must name a picture for each of {len(boxes)} boxes, found {owners!r:.80}")
+        raise DataError(f"objects.image_id must name a picture for each of {len(boxes)} boxes, found {shown(owners)}")
     for owner in owners:
         if isinstance(owner, bool) or not isinstance(owner, int) or not 0 <= owner < images:
-            raise DataError(f"objects.image_id names picture {owner!r:.80}, the record has {images} (from 0)")
+            raise DataError(f"objects.image_id names picture {shown(owner)}, the record has {images} (from 0)")
     unit: Literal["pixels", "norm1"] = "pixels" if kind == "real" else "norm1"
-    parts = [BoxPart(owner, _numbers(box), unit) for owner, box in zip(owners, boxes, strict=True)]
+    parts = [BoxPart(owner, _numbers(box, unit), unit) for owner, box in zip(owners, boxes, strict=True)]
     return [RefPart(ref) for ref in refs], parts
 
 
 def find_boxes(conversation: Conversation, unit: Unit) -> Conversation:
-    """The conversation with boxes and points that its texts hold as parts of their own.
+    """The conversation with boxes and points that its texts hold as parts of their own, see `find_coordinates`.
 
-    They are `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, with one pair for a point, and the numbers of "bbox_2d" and
-    "point_2d" in JSON. Each belongs to the last picture before it. Raises DataError where there is none.
+    Each belongs to the last picture before it. What is no coordinate without a picture (a bare list of numbers) is
+    left alone in a conversation without media. Raises DataError where there is no picture, or where something looks
+    like coordinates and is in no known form: none may stay in another unit than the others.
     """
+    strict = any(isinstance(part, ImagePart | VideoPart) for turn in conversation.turns for part in turn.parts)
     images = -1
     turns = []
     for turn in conversation.turns:
@@ -70,7 +66,7 @@ def find_boxes(conversation: Conversation, unit: Unit) -> Conversation:
             if isinstance(part, ImagePart):
                 images += 1
             if isinstance(part, str) and turn.role != "system":
-                parts += _split(part, images, unit)
+                parts += _split(part, images, unit, strict)
             else:
                 parts.append(part)
         turns.append(replace(turn, parts=tuple(parts)))
@@ -101,10 +97,14 @@ def _write_part(part: Part, sizes: Sequence[tuple[Size, Size]], style: Grounding
     if not 0 <= part.image < len(sizes):
         raise DataError(f"box {_shown(part.values)} belongs to picture {part.image + 1}, of {len(sizes)}")
     numbers = _rescaled(part, *sizes[part.image], style)
-    if style == "absolute" or part.listed:
-        return f"[{', '.join(map(str, numbers))}]"
+    if part.form == "plain":
+        return " ".join(map(str, numbers))
+    if part.form == "list" or style == "absolute":
+        step = {"mark": 4, "quad": 8}.get(part.form, len(numbers))
+        return ", ".join(f"[{', '.join(map(str, numbers[at : at + step]))}]" for at in range(0, len(numbers), step))
     pairs = ",".join(f"({x},{y})" for x, y in zip(numbers[::2], numbers[1::2], strict=True))
-    return f"<|box_start|>{pairs}<|box_end|>"
+    mark = "quad" if part.form == "quad" else "box"
+    return f"<|{mark}_start|>{pairs}<|{mark}_end|>"
 
 
 def _rescaled(part: BoxPart, original: Size, model: Size, style: Grounding) -> list[int]:
@@ -125,29 +125,33 @@ def _rescaled(part: BoxPart, original: Size, model: Size, style: Grounding) -> l
     return numbers
 
 
-def _split(text: str, image: int, unit: Unit) -> Iterator[Part]:
-    at = 0
-    for match in _WRITTEN.finditer(text):
-        numbers = tuple(float(group) for group in match.groups() if group is not None)
-        if image < 0:
-            raise DataError(f"{match.group(0)!r:.80} has no picture before it whose coordinates these could be")
-        listed = not match.group(0).startswith("<")
-        start = match.start() + (match.group(0).index("[") if listed else 0)
-        if start > at:
-            yield text[at:start]
-        yield BoxPart(image, _numbers(numbers), unit, listed)
-        at = match.end()
-    if at < len(text):
-        yield text[at:]
+def _split(text: str, image: int, unit: Unit, strict: bool) -> Iterator[Part]:
+    for found in find_coordinates(text, strict=strict):
+        if isinstance(found, str):
+            yield found
+        elif image < 0:
+            raise DataError(f"{shown(found.text)} has no picture before it whose coordinates these could be")
+        else:
+            yield BoxPart(image, _checked(found.values, unit, corners=found.corners), unit, found.form)
 
 
-def _numbers(box: Any) -> tuple[float, ...]:
-    good = isinstance(box, list | tuple) and len(box) in (2, 4) and all(_is_finite(value) for value in box)
-    if not good:
-        raise DataError(f"a box is [x1, y1, x2, y2] and a point [x, y], found {box!r:.80}")
-    if len(box) == 4 and not (box[0] <= box[2] and box[1] <= box[3]):
-        raise DataError(f"box {_shown(box)} is not x1, y1, x2, y2: a corner lies before the other")
-    return tuple(float(value) for value in box)
+def _numbers(box: Any, unit: Literal["pixels", "norm1"]) -> tuple[float, ...]:
+    if not (isinstance(box, list | tuple) and len(box) in (2, 4) and all(_is_finite(value) for value in box)):
+        raise DataError(f"a box is [x1, y1, x2, y2] and a point [x, y], found {shown(box)}")
+    return _checked(tuple(float(value) for value in box), unit, corners=len(box) == 4)
+
+
+def _checked(values: tuple[float, ...], unit: str, *, corners: bool) -> tuple[float, ...]:
+    """Coordinates that can be what they are said to be. Raises DataError."""
+    if not all(map(_is_finite, values)):
+        raise DataError(f"box {_shown(values)} has numbers beyond any picture")
+    if unit != "norm1" and max(values) <= 1 and any(value != int(value) for value in values):
+        raise DataError(f"box {_shown(values)} is in parts of the picture's sides (0 to 1), not in {unit}")
+    for at in range(0, len(values) if corners else 0, 4):
+        x1, y1, x2, y2 = values[at : at + 4]
+        if x1 > x2 or y1 > y2:
+            raise DataError(f"box {_shown(values[at : at + 4])} is not x1, y1, x2, y2: a corner lies before the other")
+    return values
 
 
 def _is_finite(value: Any) -> bool:
@@ -155,4 +159,4 @@ def _is_finite(value: Any) -> bool:
 
 
 def _shown(values: Sequence[float]) -> str:
-    return f"[{', '.join(f'{value:g}' for value in values)}]"
+    return one_line(f"[{', '.join(f'{value:g}' for value in values)}]", 120)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, Literal
 
-from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import BoxPart, Conversation, ImagePart, Part, RefPart, Turn, VideoPart
 from duetvl.data.formats.parts import PLAIN, MediaRules, image_part, lacks_source, read_part, video_part
 from duetvl.data.formats.tools import calls_text, read_tools, written_calls
@@ -21,12 +22,19 @@ _SPEAKERS: Final[dict[str, Speaker]] = {
     "tool": "tool", "observation": "tool", "tool_response": "tool", "function": "tool",
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
+_TEXT_KEYS: Final = frozenset({"type", "text", "value", "cache_control"})
+_NAMED_KEYS: Final = 16  # of a message that are named as not read
 _NO_MORE: Final = object()  # a list may hold null, which is an error of its own
 _TAGS: Final[dict[str, Speaker]] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
     "function_tag": "call", "system_tag": "system",
 }  # fmt: skip
 TAGS: Final = ("role_tag", "content_tag", *_TAGS)  # the names that LLaMA-Factory gives to them
+TRAINS: Final = ("loss", "loss_scale", "loss_weight", "weight", "train", "training", "trainable")
+_MEDIA: Final = ("image", "images", "video", "videos", "audio", "audios")
+_HARMLESS: Final = frozenset({
+    "id", "uuid", "index", "message_id", "tool_call_id", "name", "timestamp", "date", "created_at", "create_time",
+})  # fmt: skip
 _MARKER: Final = re.compile("(<image>|<video>|<ref-object>|<bbox>)")
 _LISTS: Final = {"<image>": "images", "<video>": "videos", "<ref-object>": "objects.ref", "<bbox>": "objects.bbox"}
 
@@ -49,9 +57,9 @@ class Dialect:
             return _USUAL
         for name, value in tags.items():
             if name not in TAGS:
-                raise DataError(f"tags has no {name!r}{did_you_mean(name, TAGS)}")
+                raise DataError(f"tags has no {shown(name)}{did_you_mean(name, TAGS)}")
             if not isinstance(value, str):
-                raise DataError(f"tags.{name} must be a text, found {value!r:.80}")
+                raise DataError(f"tags.{name} must be a text, found {shown(value)}")
         named = {tags[tag]: speaker for tag, speaker in _TAGS.items() if tag in tags}
         replaced = set(named.values())
         usual = {name: speaker for name, speaker in _SPEAKERS.items() if speaker not in replaced}
@@ -69,6 +77,15 @@ class Dialect:
     def body(self, message: Any) -> Any:
         """What is said: a text, parts, or nothing."""
         return _first(message, self.content)
+
+    def unread(self, message: Mapping[str, Any]) -> Iterator[str]:
+        """Keys of a message that are not read and hold something, unless they only identify it."""
+        known = {*self.role, *self.content, "tool_calls", *TRAINS, *_HARMLESS}
+        yield from _beyond(known, message)
+        parts = self.body(message)
+        for part in parts if isinstance(parts, list | tuple) else ():
+            if isinstance(part, Mapping) and part.get("type") == "text":
+                yield from _beyond(_TEXT_KEYS, part)
 
     def message(self, speaker: Speaker, text: str) -> dict[str, Any]:
         """A message in this dialect."""
@@ -218,7 +235,7 @@ class _Filler:
             raise DataError(f"{_LISTS[marker]} lists {len(self._lists[marker])}, which is fewer than the messages need")
         if isinstance(thing, RefPart | BoxPart):
             return thing
-        rules = MediaRules(self.rules.root, {**self.rules.settings, **(part or {})})
+        rules = MediaRules(self.rules.dirs, {**self.rules.settings, **(part or {})})
         return image_part(thing, rules) if marker == "<image>" else video_part(thing, rules)
 
 
@@ -228,7 +245,7 @@ def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
     speaker, content = dialect.speaker(message), dialect.body(message)
     if speaker is None:
         name = _first(message, dialect.role)
-        raise DataError(f"unknown role {name!r:.80}{did_you_mean(str(name)[:80], dialect.speakers)}")
+        raise DataError(f"unknown role {shown(name)}{did_you_mean(str(name), dialect.speakers)}")
     calls = message.get("tool_calls")
     if content is None and calls:
         content = ""
@@ -245,7 +262,16 @@ def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
     role: Literal["system", "user", "assistant", "tool"] = "assistant" if speaker == "call" else speaker
     if role in ("system", "assistant") and any(isinstance(part, ImagePart | VideoPart) for part in parts):
         raise DataError(f"pictures and videos belong into user messages, not into the {role}'s")
-    return Turn(role, tuple(part for part in parts if part != ""), _trained(message) if role == "assistant" else None)
+    trained, unread = _trained(message), tuple(islice(dialect.unread(message), _NAMED_KEYS))
+    if media := next((key for key in unread if key in _MEDIA), None):
+        raise DataError(
+            f"a message's own {media!r} is not read; list it beside the messages and mark its place by <image> or "
+            f"<video>, or give it as a part of the content"
+        )
+    if role != "assistant" and trained:  # only answers are
+        unread += tuple(key for key in TRAINS if message.get(key))
+    answers = trained if role == "assistant" else None
+    return Turn(role, tuple(part for part in parts if part != ""), answers, unread)
 
 
 def _system(content: Any) -> list[Part]:
@@ -261,15 +287,28 @@ def _text(content: Any) -> str:
 
 
 def _trained(message: Mapping[str, Any]) -> bool | None:
-    """ms-swift's `loss` and `loss_scale`, LLaMA-Factory's `loss_weight`: whether this answer is trained."""
-    for key in ("loss", "loss_scale", "loss_weight"):
+    """Whether a message says that it is trained, by any of the keys that mean this: ms-swift's `loss` and `loss_scale`,
+    LLaMA-Factory's `loss_weight`, OpenAI's `weight`, axolotl's `train` and `training`."""
+    said: dict[str, bool] = {}
+    for key in TRAINS:
         value = message.get(key)
         if value is None:
             continue
-        if isinstance(value, bool | int | float) and value in (0, 1):
-            return bool(value)
-        raise DataError(f"{key} is {value!r:.80}; an answer is trained (true, 1) or not (false, 0), nothing between")
-    return None
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DataError(
+                f"{key} is {shown(value)}; an answer is trained (true, 1) or not (false, 0), nothing between"
+            )
+        said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise DataError(f"{' and '.join(said)} contradict each other on whether the message is trained; keep one")
+    return next(iter(said.values()), None)
+
+
+def _beyond(known: Collection[str], values: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that are not known and hold something."""
+    for key, value in values.items():
+        if key not in known and not (value is None or (isinstance(value, str | list | tuple | dict) and not value)):
+            yield str(key)
 
 
 def _first(message: Any, keys: Sequence[str]) -> Any:

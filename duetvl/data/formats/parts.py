@@ -14,26 +14,28 @@ from typing import Any, Final
 import numpy as np
 from PIL.Image import Image
 
-from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import ImagePart, Part, VideoPart
 from duetvl.data.formats.media_settings import read_settings
 from duetvl.data.media.images import Resize
+from duetvl.data.sources.spelling import on_disk
 
 _IMAGE_KEYS: Final = ("image", "image_url", "url", "path", "value")
 _VIDEO_KEYS: Final = ("video", "video_url", "url", "path", "value")
 _SCHEMES: Final = ("data:", "file:", "http:", "https:")
-_BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){128,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?\Z")  # no path so long
+_SHORTEST_BASE64: Final = 512  # characters: there is no path so long without a dot
+_BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){128,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?\Z")
 
 
 @dataclass(frozen=True)
 class MediaRules:
     """What holds for all media of a record.
 
-    Relative paths start at `root`; `settings` (min_pixels, max_pixels, fps, ...) are those of every part that does
-    not say otherwise.
+    Relative paths are looked for in `dirs`, in this order; `settings` (min_pixels, max_pixels, fps, ...) are those of
+    every part that does not say otherwise.
     """
 
-    root: Path | None = None
+    dirs: tuple[Path, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -46,7 +48,7 @@ def read_part(part: Any, rules: MediaRules = PLAIN) -> Part:
         raise DataError(f"expected a part with a type, found {type(part).__name__}")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _READERS:
-        raise DataError(f"unknown part type {kind!r:.80}{did_you_mean(str(kind)[:80], _READERS)}")
+        raise DataError(f"unknown part type {shown(kind)}{did_you_mean(str(kind), _READERS)}")
     return _READERS[kind](part, rules)
 
 
@@ -71,7 +73,7 @@ def lacks_source(part: Any) -> str | None:
 def _read_text(part: Mapping[str, Any], rules: MediaRules) -> str:
     text = part.get("text") if part.get("text") is not None else part.get("value")
     if not isinstance(text, str):
-        raise DataError(f"a text part needs a text, found {text!r:.80}")
+        raise DataError(f"a text part needs a text, found {shown(text)}")
     return text
 
 
@@ -81,7 +83,8 @@ def _read_image(part: Mapping[str, Any], rules: MediaRules) -> ImagePart:
         raise DataError(f"an image part needs one of {', '.join(_IMAGE_KEYS)}; found {_names(part)}")
     if isinstance(source, list | tuple):
         raise DataError("a picture must be one path, data URI or bytes; found a list")
-    return ImagePart(_whole_path(source, rules), _read_wish(read_settings(part, _IMAGE_KEYS, rules.settings)))
+    found, root = _located(source, rules)
+    return ImagePart(found, _read_wish(read_settings(part, _IMAGE_KEYS, rules.settings)), root)
 
 
 def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
@@ -94,8 +97,9 @@ def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
     if isinstance(source, np.ndarray | Image):
         raise DataError("a video is a file or a list of frames, found a single picture")
     said = read_settings(part, _VIDEO_KEYS, rules.settings)
+    located = [_located(_unwrapped(frame), rules) for frame in (source if listed else [source])]
     return VideoPart(
-        [_whole_path(_unwrapped(frame), rules) for frame in source] if listed else _whole_path(source, rules),
+        [frame for frame, _ in located] if listed else located[0][0],
         fps=_number(said, *(("sample_fps", "fps") if listed else ("fps",))),
         frames=_integer(said, "nframes"),
         min_frames=_integer(said, "min_frames"),
@@ -105,6 +109,7 @@ def _read_video(part: Mapping[str, Any], rules: MediaRules) -> VideoPart:
         second_per_grid=_number(said, "second_per_grid", "second_per_grid_ts"),
         total_pixels=_integer(said, "total_pixels"),
         wish=_read_wish(said),
+        root=located[0][1],
     )
 
 
@@ -131,19 +136,42 @@ def _unwrapped(source: Any) -> Any:
     raise DataError(f"a picture or video as an object needs one of bytes, url, path; found {_names(source)}")
 
 
-def _whole_path(source: Any, rules: MediaRules) -> Any:
+def find_file(text: str, dirs: Sequence[Path]) -> tuple[Path, Path]:
+    """The file of a relative path in the first directory that has it, and this directory.
+
+    Where none has, the path lies in the first.
+    """
+    for directory in dirs:
+        if (path := on_disk(directory / text)) is not None:
+            return path, directory
+    return dirs[0] / text, dirs[0]
+
+
+def _located(source: Any, rules: MediaRules) -> tuple[Any, Path | None]:
+    """A medium's source with its whole path or its content, and the directory that it was found in."""
     if isinstance(source, str | Path):
         text = str(source)
+        if isinstance(source, str) and (content := _base64_content(text)) is not None:
+            return content, None
         if not text or "\0" in text or not _has_bytes(text):
-            raise DataError(f"{text!r:.80} is not a path")
-        if isinstance(source, str) and _BASE64.match(text):
-            return base64.b64decode(text)
-        if rules.root is not None and not text.startswith(_SCHEMES):
-            return rules.root / text
-        return source
+            raise DataError(f"{shown(text)} is not a path")
+        if rules.dirs and not text.startswith(_SCHEMES):
+            return find_file(text, rules.dirs)
+        return source, None
     if isinstance(source, Mapping | bool | int | float) or source is None:
-        raise DataError(f"a picture or video cannot be {source!r:.80}; give a path, a data URI or bytes")
-    return source
+        raise DataError(f"a picture or video cannot be {shown(source)}; give a path, a data URI or bytes")
+    return source, None
+
+
+def _base64_content(text: str) -> str | bytes | None:
+    """A data URI without line ends, what bare base64 means, or None. Writers of MIME break it into lines."""
+    if text.startswith("data:"):
+        head, comma, body = text.partition(",")
+        return f"{head}{comma}{''.join(body.split())}"
+    if len(text) < _SHORTEST_BASE64:
+        return None
+    compact = "".join(text.split())
+    return base64.b64decode(compact) if _BASE64.match(compact) else None
 
 
 def _has_bytes(text: str) -> bool:
@@ -168,7 +196,7 @@ def _number(said: Mapping[str, Any], *keys: str, positive: bool = True) -> float
             continue
         good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
         if not (good and isfinite(value) and (value > 0 if positive else value >= 0)):
-            raise DataError(f"{key} is {value!r:.80}, expected a {'positive' if positive else 'non-negative'} number")
+            raise DataError(f"{key} is {shown(value)}, expected a {'positive' if positive else 'non-negative'} number")
         return float(value)
     return None
 
@@ -176,7 +204,7 @@ def _number(said: Mapping[str, Any], *keys: str, positive: bool = True) -> float
 def _integer(said: Mapping[str, Any], key: str) -> int | None:
     number = _number(said, key)
     if number is not None and number != int(number):
-        raise DataError(f"{key} is {said[key]!r}, expected an integer")
+        raise DataError(f"{key} is {shown(said[key])}, expected an integer")
     return None if number is None else int(number)
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from duetvl.core.errors import DataError, did_you_mean
+from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import Conversation, Preference
 from duetvl.data.formats.grounding import Unit, find_boxes, read_objects
-from duetvl.data.formats.messages import Attached, Dialect, check_messages, has_parts, read_answer, read_turns
+from duetvl.data.formats.messages import TRAINS, Attached, Dialect, check_messages, has_parts, read_answer, read_turns
 from duetvl.data.formats.parts import MediaRules
 from duetvl.data.formats.tools import parse_json, read_tools
 
@@ -26,6 +26,7 @@ _KEYS: Final[dict[str, tuple[str, ...]]] = {
     "chosen": ("chosen",), "rejected": ("rejected", "rejected_response"),
 }  # fmt: skip
 COLUMNS: Final = tuple(_KEYS)
+_WEIGHING: Final = (*TRAINS, "label", "kto_tag", "margin")  # of a whole record: not read, and may change its meaning
 
 
 def read_record(
@@ -34,22 +35,23 @@ def read_record(
     form: str = "auto",
     columns: Mapping[str, str] | None = None,
     tags: Mapping[str, str] | None = None,
-    media_dir: Path | None = None,
+    media_dirs: Sequence[Path] = (),
     boxes: str = "as_written",
 ) -> Conversation | Preference:
     """A record of any layout; `form` names it, or it is recognised by its keys.
 
-    `columns` and `tags` rename keys and roles as in LLaMA-Factory's dataset_info.json. Relative paths of media start
-    at `media_dir`. `boxes` says what coordinates written in texts are, see `DataSource.boxes`. A conversation ends
-    with the assistant's turn. Raises DataError that says what was expected and found; the caller adds the place.
+    `columns` and `tags` rename keys and roles as in LLaMA-Factory's dataset_info.json. Relative paths of media are
+    looked for in `media_dirs`. `boxes` says what coordinates written in texts are, see `DataSource.boxes`. A
+    conversation ends with the assistant's turn. Raises DataError that says what was expected and found; the caller adds
+    the place.
     """
     if not isinstance(values, Mapping):
         raise DataError(f"expected a record (an object), found {type(values).__name__}")
-    record = _Record(values, columns or {}, Dialect.from_tags(tags), media_dir)
+    record = _Record(values, columns or {}, Dialect.from_tags(tags), media_dirs)
     if form == "auto":
         form = _recognised(record)
     if form not in _READERS:
-        raise DataError(f"no format {form!r}{did_you_mean(form, _READERS)}")
+        raise DataError(f"no format {shown(form)}{did_you_mean(form, _READERS)}")
     found = _READERS[form](record)
     return found if boxes == "as_written" else _with_boxes(found, boxes)
 
@@ -58,12 +60,12 @@ class _Record:
     """A record's values under the names of LLaMA-Factory's columns, and how to read its messages."""
 
     def __init__(
-        self, values: Mapping[str, Any], columns: Mapping[str, str], dialect: Dialect, media_dir: Path | None
+        self, values: Mapping[str, Any], columns: Mapping[str, str], dialect: Dialect, media_dirs: Sequence[Path]
     ) -> None:
         for name in columns:
             if name not in _KEYS:
-                raise DataError(f"columns has no {name!r}{did_you_mean(name, _KEYS)}")
-        self.values, self.dialect, self.media_dir = values, dialect, media_dir
+                raise DataError(f"columns has no {shown(name)}{did_you_mean(name, _KEYS)}")
+        self.values, self.dialect, self.media_dirs = values, dialect, media_dirs
         self._columns = columns
 
     def keys(self, column: str) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ class _Record:
         """The list of messages, which a table may hold as JSON text. Raises DataError."""
         value = self.get("messages")
         if value is None:
-            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}")
+            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}{_wrapped(self.values)}")
         return list(check_messages(parse_json("messages", value) if isinstance(value, str) else value))
 
     def wanted(self, column: str) -> str:
@@ -109,7 +111,11 @@ class _Record:
         if not self.has("messages") and "instruction" not in self.values and "prompt" not in self._columns:
             messages = _media_first(messages, attached, self.dialect)
         turns = read_turns(messages, self.dialect, attached)
-        return Conversation(tuple(turns), read_tools(self.get("tools")))
+        unread = tuple(key for key in _WEIGHING if self.values.get(key) is not None and key not in self._read())
+        return Conversation(tuple(turns), read_tools(self.get("tools")), unread)
+
+    def _read(self) -> set[str]:
+        return {key for column in _KEYS for key in self.keys(column)}
 
     def attached(self) -> Attached:
         """Media and boxes. Raises DataError."""
@@ -120,7 +126,7 @@ class _Record:
         settings = self.values.get("chat_template_kwargs") or {}
         if not isinstance(settings, Mapping):
             raise DataError(f"chat_template_kwargs must be an object, found {type(settings).__name__}")
-        return Attached(images, videos, refs, boxes, MediaRules(self.media_dir, settings))
+        return Attached(images, videos, refs, boxes, MediaRules(tuple(self.media_dirs), settings))
 
     def _one_of(self, column: str) -> Any:
         several = [key for key in self.keys(column) if _listed(self.values.get(key))]
@@ -146,9 +152,19 @@ def _recognised(record: _Record) -> str:
         return "alpaca"
     raise DataError(
         "the record is of no known layout: it has neither messages or conversations, nor instruction and output, "
-        f"nor chosen and rejected; found {record.found()}. docs/data_formats.md lists them; name one as `format`, or "
-        "its keys in `columns`"
+        f"nor chosen and rejected; found {record.found()}{_wrapped(record.values)}. docs/data_formats.md lists "
+        "them; name one as `format`, or its keys in `columns`"
     )
+
+
+def _wrapped(values: Mapping[str, Any]) -> str:
+    """A hint for an object around the records: which of its keys holds a list of objects."""
+    for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            return (
+                f"; {shown(key)} holds a list of {len(value)} objects: if these are the records, write that list alone"
+            )
+    return ""
 
 
 def _read_messages(record: _Record) -> Conversation:
@@ -176,7 +192,7 @@ def _alpaca_prompt(record: _Record) -> list[Any]:
     messages = []
     for pair in history:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise DataError(f"history must be a list of [question, answer], found {pair!r:.80}")
+            raise DataError(f"history must be a list of [question, answer], found {shown(pair)}")
         messages += [record.dialect.message("user", pair[0]), record.dialect.message("assistant", pair[1])]
     asked = [text for text in (record.text("prompt"), record.text("query")) if text]
     return [*messages, record.dialect.message("user", "\n".join(asked))]
@@ -195,6 +211,11 @@ def _read_preference(record: _Record) -> Preference:
     except DataError as error:
         raise DataError(f"rejected: {error}") from None
     *asked, better = _finished(answered).turns
+    for name, turn in (("chosen", better), ("rejected", worse)):
+        if turn.trained is False:
+            raise DataError(
+                f"{name} says that it is not trained, but a pair is trained by comparing both; leave it out"
+            )
     untrained = tuple(replace(turn, trained=False) if turn.role == "assistant" else turn for turn in asked)
     return Preference(replace(answered, turns=untrained), replace(better, trained=None), replace(worse, trained=None))
 
@@ -225,7 +246,7 @@ def _as_messages(record: _Record, name: str, value: Any) -> list[Any]:
         return [value]
     if isinstance(value, list | tuple) and value:
         return list(value)
-    raise DataError(f"{name} must be a text, a message or a list of messages, found {value!r:.80}")
+    raise DataError(f"{name} must be a text, a message or a list of messages, found {shown(value)}")
 
 
 def _only(name: str, messages: Sequence[Any]) -> Any:
@@ -271,7 +292,7 @@ def _media_first(messages: Sequence[Any], attached: Attached, dialect: Dialect) 
 
 def _with_boxes(found: Conversation | Preference, boxes: str) -> Conversation | Preference:
     if boxes not in ("pixels", "norm1000"):
-        raise DataError(f"boxes is {boxes!r}, expected as_written, pixels or norm1000")
+        raise DataError(f"boxes is {shown(boxes)}, expected as_written, pixels or norm1000")
     unit: Unit = "pixels" if boxes == "pixels" else "norm1000"
     if isinstance(found, Conversation):
         return find_boxes(found, unit)

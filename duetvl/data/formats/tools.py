@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
 
 _BEFORE: Final = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -38,7 +38,7 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """A record's functions: a list of JSON schemas, or the text of one. Raises DataError."""
     listed = parse_json("tools", value) if isinstance(value, str) and value.strip() else value or []
     if not isinstance(listed, list | tuple) or not all(isinstance(tool, Mapping) for tool in listed):
-        raise DataError(f"tools must be a list of functions (JSON schemas), found {listed!r:.80}")
+        raise DataError(f"tools must be a list of functions (JSON schemas), found {shown(listed)}")
     return tuple(dict(tool) for tool in listed)
 
 
@@ -50,7 +50,7 @@ def calls_text(calls: Any) -> str:
     """
     listed = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(listed, list | tuple) or not listed:
-        raise DataError(f"expected calls of functions, found {calls!r:.80}")
+        raise DataError(f"expected calls of functions, found {shown(calls)}")
     return "\n".join(f"<tool_call>\n{_json(_read_call(call))}\n</tool_call>" for call in listed)
 
 
@@ -63,15 +63,15 @@ def written_calls(content: str) -> str:
 def parse_json(what: str, text: str) -> Any:
     """The value of a text inside a record. Raises DataError."""
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} must be JSON, found {text!r:.80}: {error}") from None
+        raise DataError(f"{what} must be JSON, found {shown(text)}: {error}") from None
 
 
 def _read_call(call: Any) -> dict[str, Any]:
     inner = call.get("function", call) if isinstance(call, Mapping) else call
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise DataError(f"a function call needs a name and arguments, found {call!r:.80}")
+        raise DataError(f"a function call needs a name and arguments, found {shown(call)}")
     arguments = inner.get("arguments", {})
     if isinstance(arguments, str):
         arguments = parse_json("the arguments of a function call", arguments or "{}")

@@ -29,6 +29,7 @@ import duetvl
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import ConfigError
 from duetvl.data.draft import Draft, Encoder
+from duetvl.data.formats.parts import find_file
 from duetvl.data.sources.blob import Blob
 from duetvl.data.sources.records import Record
 
@@ -52,7 +53,10 @@ class CachedEncoder:
 
     def draft(self, record: Record) -> Draft:
         """See `Encoder`."""
-        path = self._path(record)
+        try:
+            path = self._path(record)
+        except RecursionError:  # values nested so deeply are not looked through
+            return self.encoder.draft(record)
         found = self._read(path)
         if found is not None:
             return replace(found, id=record.id, where=record.where)
@@ -70,7 +74,7 @@ class CachedEncoder:
 
     def _path(self, record: Record) -> Path:
         digest = sha256(self._settings)
-        parts = (record.values, astuple(record.reading), str(record.media_dir), list(_media_files(record)))
+        parts = (record.values, astuple(record.reading), list(_media_files(record)))
         digest.update(json.dumps(parts, default=_plain).encode("utf-8", errors="surrogatepass"))
         name = digest.hexdigest()[:40]
         return self.directory / name[:2] / name
@@ -138,10 +142,11 @@ def _plain(value: Any) -> Any:
 
 
 def _media_files(record: Record) -> Iterator[tuple[str, int, int]]:
-    """Name, size and time of change of whatever in the record may be the name of a file."""
+    """Path, size and time of change of whatever in the record may be the name of a file."""
     for text in _texts(record.values):
         if _FILE_NAME.fullmatch(text):
-            yield text, *_state(record.media_dir / text.removeprefix("file://"))
+            path, _ = find_file(text.removeprefix("file://"), record.media_dirs)
+            yield str(path), *_state(path)
 
 
 def _state(path: Path) -> tuple[int, int]:

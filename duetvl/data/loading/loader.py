@@ -22,11 +22,14 @@ from typing import Any
 
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Dropped, Encoder
+from duetvl.data.draft import Draft, Dropped, Encoder, MediaTally, NotItsFault, Unread
 from duetvl.data.loading.order import Cursor
 from duetvl.data.loading.packing import assign, pack
 from duetvl.data.loading.workers import Pool
 from duetvl.data.sources.records import Ref, with_line
+
+FEW_MEDIA = 3  # records whose media are missing that say something of a whole epoch
+_SOME_MEDIA = 16  # and that say something of the rest of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Step:
     `batches` are the micro-batches of this rank and `numbers` their numbers among those of all ranks (by default: there
     are no others), `sample_ids` the samples of all ranks. `end` is the data position after the step. `counts` says how
     many records were "dropped" by a rule, "bad" and left out, or kept with a note ("truncated", "shrunk"); `left_out`
-    is what was said about the first two.
+    is what was said about the first two, `unread` about keys that are not read.
     """
 
     batches: tuple[Batch, ...]
@@ -45,6 +48,7 @@ class Step:
     counts: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
+    unread: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def packs(self) -> Iterator[tuple[int, Batch]]:
         """The micro-batches of this rank with their numbers."""
@@ -83,11 +87,19 @@ class Findings:
     skip_bad: bool
     counts: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
+    unread: Unread = field(default_factory=Unread)
+
+    def take_in(self, step: Step) -> None:
+        """Add what a step has found."""
+        self.counts.update(step.counts)
+        self.left_out += step.left_out
+        for key, words in step.unread.items():
+            self.unread.setdefault(key, words)
 
     def leave_out(self, error: DataError) -> None:
         """Count a record that gives no sample. Raises the error of a bad one, unless those are skipped."""
         kind = "dropped" if isinstance(error, Dropped) else "bad"
-        if kind == "bad" and not self.skip_bad:
+        if isinstance(error, NotItsFault) or (kind == "bad" and not self.skip_bad):
             raise DataError(with_line(str(error)))
         self.counts[kind] += 1
         self.left_out.append(f"{kind}: {error}")
@@ -103,15 +115,17 @@ class BatchMaker:
     skip_bad: bool = False
     rank: int = 0
     dp: int = 1
+    tally: MediaTally = field(default_factory=MediaTally)
 
     def begin(self, cursor: Cursor, count: int) -> Planned:
         """Plan the step that starts at the cursor, and have its pixels made. The cursor moves behind it."""
         findings = Findings(self.skip_bad)
         drafts: list[Draft] = []
-        epoch = cursor.epoch
+        begun = epoch = cursor.epoch
         while len(drafts) < count:
             refs = cursor.take(count - len(drafts))
             drafts += self._usable(refs, findings)
+            self.tally.check(FEW_MEDIA if cursor.epoch > begun else _SOME_MEDIA)
             if drafts:
                 epoch = cursor.epoch
             elif cursor.epoch > epoch + 1:
@@ -126,10 +140,12 @@ class BatchMaker:
     def _usable(self, refs: Sequence[Ref], findings: Findings) -> list[Draft]:
         drafts = []
         for draft in self.pool.drafts(refs):
+            self.tally.add(draft)
             if isinstance(draft, DataError):
                 findings.leave_out(draft)
             else:
                 findings.counts.update(draft.notes)
+                findings.unread.add(draft)
                 drafts.append(draft)
         return drafts
 
@@ -169,9 +185,15 @@ class Planned:
                 batches[number] = self.encoder.pack(samples)
             loads.clear()
         names = tuple(draft.id for i, draft in enumerate(self.drafts) if i not in lost)
-        findings = self.findings
+        found = self.findings
         return Step(
-            tuple(batches.values()), names, self.end, dict(findings.counts), tuple(findings.left_out), tuple(batches)
+            batches=tuple(batches.values()),
+            sample_ids=names,
+            end=self.end,
+            counts=dict(found.counts),
+            left_out=tuple(found.left_out),
+            numbers=tuple(batches),
+            unread=dict(found.unread),
         )
 
 
@@ -251,6 +273,6 @@ def passes(maker: BatchMaker, refs: Iterable[Ref], group: int, findings: Finding
     while some := list(islice(rest, group)):
         step = maker.begin_all(some).finish()
         if findings is not None:
-            findings.counts.update(step.counts)
-            findings.left_out += step.left_out
+            findings.take_in(step)
         yield from step.batches
+    maker.tally.check(FEW_MEDIA)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Encoder, Outcome
+from duetvl.data.draft import Draft, Encoder, NotItsFault, Outcome, OutOfMemory
 from duetvl.data.sources.records import RecordFile, Ref, describe_os_error
 
 Made = TypeVar("Made")
@@ -37,7 +37,7 @@ class SampleMaker:
         try:
             return self.encoder.draft(file.read(ref.at, ref.number))
         except OSError as error:
-            raise describe_os_error(file.path, error) from None
+            raise NotItsFault(describe_os_error(file.path, error)) from None
 
 
 def _caught(make: Callable[[], Made], where: str) -> Made | DataError:
@@ -46,5 +46,7 @@ def _caught(make: Callable[[], Made], where: str) -> Made | DataError:
         return make()
     except DataError as error:
         return error
+    except MemoryError:
+        return OutOfMemory(f"{where}: memory ran out while it was made")
     except Exception as error:
         return DataError(f"{where}: {type(error).__name__}: {error}")

@@ -10,13 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Outcome
+from duetvl.data.draft import Draft, Outcome, OutOfMemory
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.transfer import receive, send
 from duetvl.data.loading.worker import START
@@ -85,6 +86,7 @@ class WorkerPool:
         self._workers = [_Worker(maker) for _ in range(workers)]
         for worker in self._workers:
             self._idle.put(worker)
+        self._one_alone = threading.Lock()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="duetvl-worker")
 
     def drafts(self, refs: Sequence[Ref]) -> list[Outcome]:
@@ -111,17 +113,40 @@ class WorkerPool:
 
     def _drafts(self, refs: list[Ref]) -> list[Outcome]:
         try:
-            return self._ask("drafts", refs)
-        except WorkerDied as died:
+            found: list[Outcome] = self._ask("drafts", refs)
+        except WorkerDied:
             if len(refs) > 1:  # which of them was it?
                 return [draft for ref in refs for draft in self._drafts([ref])]
-            return [DataError(f"{self._maker.where(refs[0])}: {died}")]
+            return [self._alone("drafts", refs, self._maker.where(refs[0]))]
+        for at, outcome in enumerate(found):
+            if isinstance(outcome, OutOfMemory):
+                found[at] = self._alone("drafts", [refs[at]], self._maker.where(refs[at]))
+        return found
 
     def _load(self, draft: Draft) -> Sample | Pair | DataError:
         try:
-            return self._ask("load", draft)
-        except WorkerDied as died:
-            return DataError(f"{draft.where}: {died}")
+            made = self._ask("load", draft)
+        except WorkerDied:
+            return self._alone("load", draft, draft.where)
+        return self._alone("load", draft, draft.where) if isinstance(made, OutOfMemory) else made
+
+    def _alone(self, method: str, argument: Any, where: str) -> Any:
+        """Ask for one thing once more while no other worker holds any memory: it may have been theirs that lacked."""
+        with self._one_alone:
+            workers = [self._idle.get() for _ in self._workers]
+            try:
+                for worker in workers[1:]:
+                    worker.end()
+                made = workers[0].ask(method, argument)
+                return made[0] if isinstance(made, list) else made
+            except WorkerDied as died:
+                if not died.killed:
+                    return DataError(f"{where}: {died}")
+                more = "also when it was tried once more, alone; take the record out or give the machine more memory"
+                return OutOfMemory(f"{where}: {died}, {more}")
+            finally:
+                for worker in workers:
+                    self._idle.put(worker)
 
     def _ask(self, method: str, argument: Any) -> Any:
         worker = self._idle.get()
@@ -131,8 +156,14 @@ class WorkerPool:
             self._idle.put(worker)
 
 
-class WorkerDied(DataError):
-    """A worker process has ended while it was at work."""
+class WorkerDied(Exception):
+    """A worker process has ended while it was at work; `killed` as the system kills where memory runs out."""
+
+    def __init__(self, code: int):
+        self.killed = code == -signal.SIGKILL
+        how = f"exit status {code}; its last words are above" if code >= 0 else f"killed by signal {-code}"
+        memory = ", as the system does when memory runs out" if self.killed else ""
+        super().__init__(f"the data worker at work on it has died ({how}{memory})")
 
 
 class _Worker:
@@ -151,12 +182,15 @@ class _Worker:
             send(connection, (method, (argument,)))
             return receive(connection)
         except (EOFError, OSError):
-            status = self._ended()
-            raise WorkerDied(f"the data worker at work on it has died ({status})") from None
+            raise WorkerDied(self._ended()) from None
 
     def close(self) -> None:
-        """End the process."""
+        """End the process for good."""
         self._closed = True
+        self.end()
+
+    def end(self) -> None:
+        """End the process; another is started when something is asked."""
         if self._process is not None:
             self._process.kill()
             self._ended()
@@ -192,13 +226,10 @@ class _Worker:
             return str(error)
         return receive(connection)
 
-    def _ended(self) -> str:
-        """Wait for the end of the process, and say how it came."""
+    def _ended(self) -> int:
+        """Wait for the end of the process; its exit status."""
         process, self._process = self._process, None
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-        code = process.wait() if process is not None else 0
-        if code == -signal.SIGKILL:
-            return "killed by signal 9, as the system does when memory runs out; fewer data.workers need less"
-        return f"killed by signal {-code}" if code < 0 else f"exit status {code}; its last words are above"
+        return process.wait() if process is not None else 0

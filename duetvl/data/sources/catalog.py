@@ -15,6 +15,7 @@ import numpy as np
 from duetvl.core.errors import DataError
 from duetvl.data.formats.dataset_info import INFO_NAME, info_names, read_dataset_info
 from duetvl.data.sources.records import Places, Reading, Record, RecordFile, Ref, describe_os_error, open_json
+from duetvl.data.sources.spelling import on_disk
 from duetvl.data.sources.tables import ParquetFile, TsvFile
 from duetvl.data.sources.tar import TarShard
 
@@ -63,6 +64,7 @@ def resolve(source: Source) -> Source:
         format=info.format if own.format == "auto" else own.format,
         columns={**info.columns, **own.columns},
         tags={**info.tags, **own.tags},
+        media_dirs=(os.path.dirname(path),),
     )
     most = info.num_samples if source.max_samples is None else source.max_samples
     return replace(source, files=info.files, reading=reading, max_samples=most)
@@ -74,13 +76,18 @@ def as_source(source: AnySource) -> Source:
 
 
 def _paths(path: str) -> list[Path]:
+    path = str(on_disk(Path(path)) or path)
     if glob.has_magic(path) and not os.path.exists(path):
         found = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
         if not found:
             raise DataError(f"{path}: no file matches this pattern")
         return found
     if os.path.isdir(path):
-        found = [entry for entry in sorted(Path(path).iterdir()) if entry.suffix in SUFFIXES and entry.is_file()]
+        found = [
+            entry
+            for entry in sorted(Path(path).iterdir())
+            if entry.suffix in SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+        ]
         if not found:
             raise DataError(f"{path}: a directory without files of records ({', '.join(SUFFIXES)})")
         return found

@@ -25,6 +25,7 @@ LONGEST_LINE: Final = (
 SHARD_BYTES: Final = 1 << 22  # what a stream reads of a file before it may turn to another
 _SEARCH: Final = 1 << 24  # bytes looked through for line ends at a time
 _BYTE: Final = re.compile(r"(?P<path>.+?): byte (?P<at>[0-9]+)\b", re.DOTALL)
+_BOM: Final = b"\xef\xbb\xbf"
 _SPACE: Final = re.compile(r"\s*")
 
 
@@ -37,6 +38,7 @@ class Reading:
     tags: Mapping[str, str] = field(default_factory=dict)
     image_root: str | None = None
     boxes: str = "as_written"
+    media_dirs: tuple[str, ...] = ()  # of the data set, where media are looked for before the file's own directory
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,15 @@ class Record:
         return f"{self.file.name}:{self.name or self.number}"
 
     @property
-    def media_dir(self) -> Path:
-        """Where relative paths of its pictures and videos start."""
-        return self.file.parent if self.reading.image_root is None else Path(self.reading.image_root)
+    def media_dirs(self) -> tuple[Path, ...]:
+        """Where relative paths of its pictures and videos are looked for, in this order.
+
+        Under the source's `image_root`, or where it has none: in the data set's directory, the file's own, and the
+        working directory, as LLaMA-Factory and MindSpeed-MM do.
+        """
+        if self.reading.image_root is not None:
+            return (Path(self.reading.image_root),)
+        return tuple(dict.fromkeys((*map(Path, self.reading.media_dirs), self.file.parent, Path())))
 
 
 class Places(NamedTuple):
@@ -170,7 +178,7 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class JsonList:
-    """A JSON file with a list of records. Finding them reads it whole; reading one does not."""
+    """A JSON file with a list of records, or with one alone. Finding them reads it whole; reading one does not."""
 
     path: Path
     reading: Reading = field(default_factory=Reading)
@@ -219,8 +227,35 @@ def open_json(path: Path, reading: Reading) -> JsonLines | JsonList:
         head = file.read(1024)
     if head.startswith(b"\x1f\x8b"):
         raise DataError(f"{path}: is compressed (gzip); unpack it first")
-    listed = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    return JsonList(path, reading) if listed else JsonLines(path, reading)
+    start = head.removeprefix(_BOM).lstrip()[:1]
+    whole = start == b"[" or (start == b"{" and _is_one_object(path))
+    return JsonList(path, reading) if whole else JsonLines(path, reading)
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether a file holds one object over several lines. Raises DataError for several such."""
+    if path.stat().st_size > LONGEST_LINE:
+        return False
+    with open(path, "rb") as file:
+        if _is_json(next((line for line in file if line.removeprefix(_BOM).strip()), b"")):
+            return False
+        file.seek(0)
+        text = file.read().decode("utf-8-sig", errors="replace").strip()
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False  # lines, of which the first is damaged
+    if end < len(text) and "\n" in text[:end]:
+        raise DataError(f"{path}: holds objects over several lines each; write one on a line, or all as a list")
+    return end == len(text)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def parse_json(raw: bytes, where: str) -> Any:
@@ -304,6 +339,8 @@ def _element_starts(raw: bytes) -> np.ndarray | None:
 
 def _starts_in_text(text: str) -> np.ndarray | None:
     decode, at = json.JSONDecoder().raw_decode, _space(text, 0)
+    if text[at] == "{" and _space(text, decode(text, at)[1]) == len(text):
+        return np.array([at], np.int64)
     if text[at] != "[":
         return None
     starts: list[int] = []

@@ -21,6 +21,7 @@ from duetvl.core.family import Grounding, PatchGeometry, SpecialTokens
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.tables import Grid, as_grid
 
+_MOST_POSITIONS = 1 << 20  # the rotary table of so many takes half a GB
 Rows = np.ndarray | PatchBytes
 
 
@@ -38,6 +39,7 @@ class QwenVLFamily:
             image=config.image_token_id,
             video=config.video_token_id,
         )
+        self.vocabulary = config.text.vocab_size
         self.grounding: Grounding = "relative" if config.model_type == "qwen2_vl" else "absolute"
 
     def placeholder_count(self, grid_thw: np.ndarray | Sequence[int]) -> int:
@@ -65,6 +67,12 @@ class QwenVLFamily:
             positions[:, done : block.start] = np.arange(free, free + text, dtype=np.int32)
             free += text
             step = self._time_step(block, seconds)
+            if block.grid[0] * step[0] * step[1] > _MOST_POSITIONS:
+                raise DataError(
+                    f"video {block.index + 1} reaches position {block.grid[0] * step[0] * step[1]:.3g} in time, with "
+                    f"{step[0]:.3g} seconds for each temporal patch; no model knows more than {_MOST_POSITIONS}: is "
+                    f"second_per_grid or fps wrong?"
+                )
             inside = _block_positions(block.grid, self.geometry.merge, step)
             done = block.start + inside.shape[1]
             positions[:, block.start : done] = inside + np.int32(free)
@@ -96,6 +104,16 @@ class QwenVLFamily:
             visual_src=_offset([part.src for part in parts], merged),
             sample_ids=tuple(given.id for given in samples),
         )
+
+    def check(self, given: Sample | Pair) -> None:
+        """Raise DataError for ids outside the vocabulary and times beyond any position; see `Family.check`."""
+        for sample in (given.chosen, given.rejected) if isinstance(given, Pair) else (given,):
+            if not 0 <= int(sample.input_ids.min(initial=0)) <= int(sample.input_ids.max(initial=0)) < self.vocabulary:
+                self._check_tokens(sample)
+            if len(sample.video_grid_thw):
+                self.position_index(
+                    sample.input_ids, sample.image_grid_thw, sample.video_grid_thw, sample.second_per_grid_ts
+                )
 
     def _warn_of_positions(self, parts: Sequence[_Part]) -> None:
         most = self.config.text.max_positions
@@ -170,7 +188,7 @@ class QwenVLFamily:
     def _check_tokens(self, sample: Sample) -> None:
         if len(sample) == 0:
             raise DataError("has no tokens")
-        vocab = self.config.text.vocab_size
+        vocab = self.vocabulary
         _check_ids("token id", sample.input_ids, np.zeros(len(sample), bool), vocab)
         if sample.labels is None:
             return
@@ -316,7 +334,10 @@ def _check_ids(name: str, ids: np.ndarray, exempt: np.ndarray, vocab: int) -> No
     wrong = np.flatnonzero(~exempt & ((ids < 0) | (ids >= vocab)))
     if len(wrong):
         at = int(wrong[0])
-        raise DataError(f"{name} {int(ids[at])} at position {at} is outside the vocabulary of {vocab}")
+        raise DataError(
+            f"{name} {int(ids[at])} at position {at} is outside the vocabulary of {vocab}; the tokenizer has tokens "
+            f"that the model has no row for: resize the model's embedding, or take them out of the texts"
+        )
 
 
 def _targets(sample: Sample) -> np.ndarray:

@@ -122,7 +122,9 @@ class DataSection(Section):
     )
     val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate only so many records.")
     image_root: str | None = Field(
-        default=None, description="Directory that relative paths of media start from; by default the data file's own."
+        default=None,
+        description="Directory that relative paths of media start from; by default they are looked for beside the data "
+        "file, then in the working directory.",
     )
     train_on_prompt: bool = Field(
         default=False, description="Train the prompts as well, placeholders of media included, as LLaMA-Factory does."

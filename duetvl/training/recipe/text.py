@@ -119,8 +119,9 @@ _PREFACE = """
 One YAML or JSON file says everything about a run. An unknown section or field is an error that names the nearest
 known one. Any field can be given on the command line instead: `duetvl train run.yaml optim.lr=3e-5 train.steps=100`.
 
-Paths are relative to the working directory. Paths of images inside a data file are relative to `data.image_root`, or
-to the data file. Numbers are read as in JSON (`1e-5` is a number), `true` and `false` are the only booleans.
+Paths are relative to the working directory. Paths of images inside a data file are those of
+[data_formats.md](data_formats.md): from `data.image_root`, or found by themselves. Numbers are read
+as in JSON (`1e-5` is a number), `true` and `false` are the only booleans.
 """
 
 
