@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,27 +14,29 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loading.loader import Step
-from duetvl.storage.checkpoint_format import Meta
+from duetvl.storage.checkpoint_format import MANIFEST, Meta
+from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import (
-    CheckpointRef,
     Snapshot,
     go_on_from,
     load_checkpoint,
     remove_leftovers,
     take_snapshot,
 )
-from duetvl.training.checkpoints.run_directory import Start, locked, write_recipe
+from duetvl.training.checkpoints.run_directory import Start, begin, note_saved
 from duetvl.training.checkpoints.saving import Saver
+from duetvl.training.checkpoints.space import Space
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import learning_rate, total_steps
 from duetvl.training.signals import StopSignals
 from duetvl.training.step import StepGivenUp, StepResult, Trainer
-from duetvl.training.watching.callbacks import Callback
+from duetvl.training.watching.callbacks import Callback, Callbacks, told
 from duetvl.training.watching.costs import Meter
-from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
+from duetvl.training.watching.metrics import MetricsLog, Progress, check_own, read_metrics
 from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.trace import Trace
 from duetvl.training.watching.trackers import open_trackers
 
 
@@ -64,7 +66,8 @@ class Run:
         callbacks: Sequence[Callback] = (),
     ):
         """Put the parts together and go to the start; nothing is written yet."""
-        self.recipe, self.job, self.backend, self.callbacks = recipe, job, backend, callbacks
+        self.recipe, self.job, self.backend = recipe, job, backend
+        self.callbacks = Callbacks(callbacks, self)
         self.start, self.run_dir = start, start.run_dir
         self.total = total_steps(recipe, sets.per_epoch)
         self.trainer = Trainer(
@@ -88,6 +91,9 @@ class Run:
         self.saved: Path | None = start.checkpoint.path if start.checkpoint and not start.history else None
         self.saved_step = self.step if self.saved else -1
         self.stop_reason: str | None = None
+        self.trace = Trace(recipe.log.profile, backend.device, self.run_dir / "profile", self.say)
+        self.export_dir = self.run_dir / "export"
+        self.complete = False
 
     def _fed(self, sets: DataSets, ref: CheckpointRef | None) -> Feed:
         """The data from where the checkpoint left it."""
@@ -100,13 +106,14 @@ class Run:
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
-        with self.feed.started(self.total - self.step), locked(self.run_dir):
+        with self.feed.started(self.total - self.step):
+            warnings = self._room_warnings()
             remove_leftovers(self.run_dir)
-            write_recipe(self.recipe, self.run_dir)
+            notes = begin(self.start, self.recipe)
             if self.start.checkpoint is not None:
                 go_on_from(self.start.checkpoint, self.run_dir)
-            with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
-                for note in self.start.notes:
+            with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
+                for note in (*notes, *self.start.notes, *warnings):
                     self.say(note)
                 with self._kept():
                     self._steps()
@@ -141,34 +148,36 @@ class Run:
             yield
 
     @contextmanager
-    def _called_back(self) -> Iterator[None]:
-        with ExitStack() as ends:
-            for callback in self.callbacks:
-                callback.on_start(self)
-                ends.push(_ending(callback, self))
-            yield
-
-    @contextmanager
     def _kept(self) -> Iterator[None]:
-        """A bad record that is met late, be it of the evaluation, does not cost the steps done before it."""
+        """What ends the run before its time does not cost the steps since the last checkpoint."""
         try:
             yield
-        except DataError:
-            if self.step > max(self.first_step, self.saved_step):
-                self.saver.save(self._snapshot)
+        except Exception as error:
+            self._rescue(error)
+            raise
+        except (KeyboardInterrupt, SystemExit) as error:
+            if self.signals.caught is None:  # not by a second signal, which wants the end at once
+                self._rescue(error)
             raise
 
-    @contextmanager
-    def _profiled(self) -> Iterator[ExitStack]:
-        """Holds the trace that `log.profile` asks for, which a run may end in the middle of."""
-        with ExitStack() as trace:
-            yield trace
+    def _rescue(self, error: BaseException) -> None:
+        """Save what there is while an error is on its way out, unless it is that this cannot be written."""
+        with told(error, "the checkpoint in the background", self.say):
+            self.saver.wait()
+        if self.step <= max(self.first_step, self.saved_step) or isinstance(error, CheckpointError):
+            return
+        with told(error, f"step {self.step} could not be saved", self.say):
+            if self.trainer.is_sound():
+                self.saver.save_last(self._snapshot, rotate=False)
+            else:
+                self.say(f"step {self.step} is not saved: its weights are not finite, or an update was under way")
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
+        self._saved_at = time.monotonic()
         while self.step < self.total and self.stop_reason is None and self.signals.caught is None:
             try:
                 self._one_step()
@@ -176,26 +185,26 @@ class Run:
                 self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
                 return
             self.saver.poll()
-            evaluate, save = self._due(self.recipe.train.eval_every), self._due(self.recipe.checkpoint.every)
+            evaluate, save = self._due(self.recipe.train.eval_every), self._due_to_save()
             if evaluate:
                 self._evaluate()
             if save:
                 self.saver.save(self._snapshot)
+                self._saved_at = time.monotonic()
             if evaluate or save:
                 self._plot()
 
     def _one_step(self) -> None:
-        self._profile_from_here()
+        self.trace.before(self.step + 1)
         begun = time.perf_counter()
         work = self.feed.next_step()
         waited = time.perf_counter() - begun
         lr = learning_rate(self.step, self.total, self.recipe.optim)
         result = self.trainer.step(work, lr, self.step)
-        self.backend.device.synchronize()
         seconds = time.perf_counter() - begun
         self.step += 1
         self.feed.done(work)
-        self._profile_up_to_here()
+        self.trace.after(self.step)
         if result is None:
             names = ", ".join(work.sample_ids)
             self.say(f"warning: step {self.step} has no trained token and is skipped; samples: {names}")
@@ -228,7 +237,7 @@ class Run:
         }
         self.log_file.write(row)
         self.progress.step(row)
-        self._call("on_step", row)
+        self.callbacks.call("on_step", row)
 
     def _finish(self) -> None:
         """The last evaluation, checkpoint, plot and export; after a signal the checkpoint alone."""
@@ -237,7 +246,7 @@ class Run:
         self.saver.wait()
         if self.saved_step != self.step:
             self.saver.save_last(self._snapshot)
-        if self.signals.caught is not None:
+        if self.signals.caught is not None and self._unfinished():
             self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
             return
         if self.stop_reason is not None:
@@ -246,10 +255,27 @@ class Run:
         if summary:
             self.say(summary)
         self._plot()
-        target = self.run_dir / "export"
-        if self.recipe.checkpoint.export and (self.step > self.first_step or not target.exists()):
-            self.job.export(target)
-            self.say(f"exported {target}")
+        if self._export_due():
+            self.job.export(self.export_dir)
+            self.say(f"exported {self.export_dir}")
+        self.complete = True
+
+    def _unfinished(self) -> bool:
+        """Whether a signal has kept the run from something."""
+        ended = self.step >= self.total or self.stop_reason is not None
+        evaluated = not self.feed.has_val or self.evaluated_step == self.step
+        return not ended or not evaluated or self._export_due()
+
+    def _export_due(self) -> bool:
+        """Whether `export/` is asked for, and is not there as the last checkpoint and the recipe want it."""
+        if not self.recipe.checkpoint.export:
+            return False
+        ref = self.start.checkpoint
+        if ref is None or self.step > self.first_step or not self.export_dir.exists():
+            return True
+        asked_before = (ref.meta.recipe.get("checkpoint") or {}).get("export")
+        older = self.export_dir.stat().st_mtime_ns < (ref.path / MANIFEST).stat().st_mtime_ns
+        return older or asked_before != self.recipe.checkpoint.export
 
     # -- what callbacks use ------------------------------------------------------------------------------------------
 
@@ -269,6 +295,7 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add numbers to metrics.jsonl and every tracker."""
+        check_own(row)
         self.log_file.write({"step": self.step, **row})
 
     def log_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -288,12 +315,23 @@ class Run:
     def _announce_stop(self, signal_name: str) -> None:
         self.say(f"{signal_name}: finishing this step, then saving; once more stops at once")
 
-    def _call(self, event: str, *args: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *args)
-
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
+
+    def _due_to_save(self) -> bool:
+        section = self.recipe.checkpoint
+        late = section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
+        return self.trainer.ranks.agree(late) or self._due(section.every)
+
+    def _room_warnings(self) -> list[str]:
+        """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""
+        if self.step >= self.total:
+            return []
+        space = Space.of(self._snapshot(copy=False), self.job.model.parameters, self.recipe, self.backend)
+        device, estimate = self.backend.device, self.job.memory and self.job.memory(self.feed.first_drafts())
+        found = [space.warning(self.run_dir, self.recipe.checkpoint, self.total - self.step, refuse=True)]
+        found += [estimate.warning(device.total_memory(), device.name)] if estimate else []
+        return [*filter(None, found)]
 
     def _evaluate(self) -> None:
         if not self.feed.has_val:
@@ -309,7 +347,7 @@ class Run:
         over = f"over {found.weight:.0f} {self.job.objective.unit}"
         self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  {over}")
         self.evaluated_step = self.step
-        self._call("on_eval", row)
+        self.callbacks.call("on_eval", row)
 
     def _snapshot(self, *, copy: bool) -> Snapshot:
         return take_snapshot(
@@ -334,8 +372,9 @@ class Run:
 
     def _saved(self, path: Path, step: int) -> None:
         self.saved, self.saved_step = path, step
+        note_saved(self.run_dir)
         self.say(f"saved {path}")
-        self._call("on_save", path)
+        self.callbacks.call("on_save", path)
 
     def _restore(self, ref: CheckpointRef) -> None:
         _check_same(ref, "base_model", self.job.base, "its adapters belong to")
@@ -349,15 +388,6 @@ class Run:
         self.step = ref.step
         self.totals |= ref.meta.extra.get("totals", {})
         self.trainer.restore(ref.meta.extra.get("trainer", {}))
-
-    def _profile_from_here(self) -> None:
-        if self.recipe.log.profile is not None and self.step + 1 == self.recipe.log.profile[0]:
-            self._profile.enter_context(self.backend.device.profile(self.run_dir / "profile"))
-
-    def _profile_up_to_here(self) -> None:
-        if self.recipe.log.profile is not None and self.step == self.recipe.log.profile[1]:
-            self._profile.close()
-            self.say(f"the trace of steps {list(self.recipe.log.profile)} is in {self.run_dir / 'profile'}")
 
     def _plot(self) -> None:
         if self.recipe.log.plot:
@@ -374,18 +404,9 @@ class Run:
             loss=_last(rows, "loss"),
             eval_loss=_last(rows, "eval_loss"),
             checkpoint=self.saved,
-            stopped_by=int(self.signals.caught) if self.signals.caught else None,
+            stopped_by=None if self.signals.caught is None or self.complete else int(self.signals.caught),
             stop_reason=self.stop_reason,
         )
-
-
-def _ending(callback: Callback, run: Run) -> Callable[..., None]:
-    """What a `with` calls at its end."""
-
-    def end(kind: Any, error: BaseException | None, trace: Any) -> None:
-        callback.on_end(run, error)
-
-    return end
 
 
 def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny_run
 
+from duetvl.api import load_model
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
 from duetvl.data.sources.catalog import Records
-from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.check import check
 from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.sft import record_encoder

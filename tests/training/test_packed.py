@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tiny_run
 
+from duetvl.api import load_model
 from duetvl.data.loading.loader import BatchMaker, Packing
 from duetvl.data.loading.order import Mixture, RecordCursor
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.workers import InlinePool, make_pool
 from duetvl.data.sources.catalog import Records
-from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.sft import record_encoder
 
