@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from duetvl.convert.layouts import Layout, Model, Piece, check_layout, lora_tensors, stored_tensors
-from duetvl.convert.mindspeed import (
-    LATEST,
-    RELEASE,
-    Format,
-    infer_model,
-    lora_model,
-    open_mindspeed,
-    plan_mindspeed,
-)
+from duetvl.convert.inferred import has_gated_vision, infer_adapter, infer_model
+from duetvl.convert.mindspeed import LATEST, RELEASE, Format, MindSpeedDirectory, open_mindspeed, plan_mindspeed
 from duetvl.convert.names import TOWERS
 from duetvl.convert.plans import Options, Plan, execute
 from duetvl.convert.sources import INDEX, open_adapter, open_source, shard_map
 from duetvl.convert.streaming import FetchedTensors, LogicalTensors, Output, plan_tensor_file
+from duetvl.convert.vision_order import read_order
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
@@ -32,7 +27,6 @@ from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import MAX_SHARD_BYTES, plan_shards
 
 FAMILIES: Final = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
-_VISION_BIAS: Final = "image_encoder.encoder.blocks.layers.0.input_layernorm.bias"
 
 
 def hf_to_mm(
@@ -67,7 +61,10 @@ def mm_to_hf(
     directory = open_mindspeed(mm_dir)
     directory.check(layout, "parallel_config")
     check_placed(model, layout, "parallel_config")
-    tensors = directory.logical(model, _as_found(layout, directory.layout))
+    layout = replace(layout, canonical=directory.layout.canonical)
+    directory.logical(model, layout)  # what is missing is named before orders are compared
+    order = read_order(directory, layout, model, hf_dir, key="vit_qkv_layout", needed=True, say=options.say)
+    tensors = directory.logical(model, replace(layout, vision_qkv=order))
     outputs, texts = _plan_hf(hf_dir, model, tensors.specs)
     execute(Plan(save_hf_dir, outputs, tensors, texts, _beside(hf_dir)), [mm_dir, hf_dir], options)
 
@@ -83,28 +80,51 @@ def resplit(
     family: str | None = None,
     kind: Format = "pt",
 ) -> None:
-    """One division of a MindSpeed-MM checkpoint to another; fused or canonical stays as it is."""
+    """One division of a MindSpeed-MM checkpoint to another; fused or canonical stays as it is.
+
+    So does the order of the vision tower's qkv where the target's is not stated, unless the source's is.
+    """
     directory = open_mindspeed(source_dir)
     directory.check(source, "source_parallel_config")
-    source, target = (_as_found(layout, directory.layout) for layout in (source, target))
+    source, target = (replace(layout, canonical=directory.layout.canonical) for layout in (source, target))
+    model = _resplit_model(directory, source, target, options, hf_dir=hf_dir, family=family)
+    directory.logical(model, source)  # what is missing is named before orders are compared
+    needed = target.vision_qkv is not None
+    key = "source_vit_qkv_layout"
+    order = read_order(directory, source, model, hf_dir, key=key, needed=needed, say=options.say)
+    if target.vision_qkv is None and source.vision_qkv is None:
+        target = replace(target, vision_qkv=order)
+        if order == "hf":
+            options.say("it keeps that order; --cfg.target_vit_qkv_layout interleaved writes the one of later releases")
+    source = replace(source, vision_qkv=order)
+    for warning in check_layout(model, target, "target_parallel_config"):
+        options.say(f"warning: {warning}")
+    tensors = directory.logical(model, source)
+    outputs = plan_mindspeed(tensors.specs, stored_tensors(model, target), target, kind)
+    execute(_release(target_dir, outputs, tensors, target), [source_dir], options)
+
+
+def _resplit_model(
+    directory: MindSpeedDirectory,
+    source: Layout,
+    target: Layout,
+    options: Options,
+    *,
+    hf_dir: Path | None,
+    family: str | None,
+) -> Model:
+    """The model of `hf_dir`, or as much of it as the files tell; without a language model where they have none."""
     if hf_dir is not None:
         config = load_config(hf_dir)
         _check_family(config, family, hf_dir)
         model = Model.of(config)
     else:
-        _check_found_family(directory.layout, directory.has(_VISION_BIAS), family, source_dir)
-        exact = source.replicate_kv or target.replicate_kv or source.vision_qkv != target.vision_qkv
+        _check_found_family(directory, family)
+        exact = source.replicate_kv or target.replicate_kv or source.vision_order != target.vision_order
         model = infer_model(directory, source, [target], exact=exact)
         if model.tied and directory.has("text_decoder.output_layer."):
             options.say("the head has the numbers of the embedding, so the model is taken as tied")
-    vision_only = not directory.has("text_decoder.")
-    if vision_only:
-        model = model.only("visual.")
-    tensors = directory.logical(model, source)
-    for warning in check_layout(model, target, "target_parallel_config"):
-        options.say(f"warning: {warning}")
-    outputs = plan_mindspeed(tensors.specs, stored_tensors(model, target), target, kind)
-    execute(_release(target_dir, outputs, tensors, target), [source_dir], options)
+    return model if directory.has("text_decoder.") else model.only("visual.")
 
 
 def lora_hf_to_mm(
@@ -174,13 +194,6 @@ def check_placed(model: Model, layout: Layout, where: str) -> None:
             )
 
 
-def _as_found(stated: Layout, found: Layout) -> Layout:
-    """Whether q, k, v are fused is what the files show."""
-    return Layout(
-        stated.text, stated.vision, stated.tp, stated.vision_tp, found.canonical, stated.vision_qkv, stated.replicate_kv
-    )
-
-
 def _check_family(config: ModelConfig, family: str | None, directory: Path) -> None:
     if family is not None and config.model_type != family:
         raise ConfigError(
@@ -189,11 +202,11 @@ def _check_family(config: ModelConfig, family: str | None, directory: Path) -> N
         )
 
 
-def _check_found_family(layout: Layout, layer_norm: bool, family: str | None, directory: Path) -> None:
-    found = "qwen2_vl" if layer_norm else "qwen2_5_vl"
-    if family is not None and any(layout.stages("vision")) and family != found:
+def _check_found_family(directory: MindSpeedDirectory, family: str | None) -> None:
+    found = "qwen2_5_vl" if has_gated_vision(directory) else "qwen2_vl"
+    if family is not None and any(directory.layout.stages("vision")) and family != found:
         other = f"use {FAMILIES[found]} instead of {FAMILIES[family]}"
-        raise ConfigError(f"{directory}: has the tensors of {found}; {other}")
+        raise ConfigError(f"{directory.path}: has the tensors of {found}; {other}")
 
 
 def _check_adapter(model: Model, layout: Layout, directory: Path) -> None:

@@ -65,7 +65,7 @@ class Layout:
     """A division of a model over pipeline stages and ranks of tensor parallelism.
 
     text, vision: layers of each stage as [virtual stage][pipeline rank]. vision_tp: 0 for that of the text.
-    vision_qkv: the order of rows in the vision tower's fused qkv; releases 2.1.0 to 2.3.0 wrote "hf".
+    vision_qkv: the order of rows in the vision tower's fused qkv; releases 2.1.0 to 2.3.0 wrote "hf". None: not stated.
     replicate_kv: allow more ranks than key and value heads, each with a copy of the head it needs.
     """
 
@@ -74,7 +74,7 @@ class Layout:
     tp: int = 1
     vision_tp: int = 0
     canonical: bool = False
-    vision_qkv: VisionOrder = INTERLEAVED
+    vision_qkv: VisionOrder | None = None
     replicate_kv: bool = False
 
     @classmethod
@@ -101,6 +101,11 @@ class Layout:
         """Ranks that a tower is divided over."""
         return self.tp if tower == "text" or not self.vision_tp else self.vision_tp
 
+    @property
+    def vision_order(self) -> VisionOrder:
+        """The order of rows in the vision tower's fused qkv, where nothing is stated that of present releases."""
+        return self.vision_qkv or INTERLEAVED
+
     def stages(self, tower: Tower) -> tuple[int, ...]:
         """Layers of each stage in the order of computation."""
         rows = self.text if tower == "text" else self.vision
@@ -109,7 +114,7 @@ class Layout:
 
     def rules(self, model: Model) -> tuple[Rule, ...]:
         """The tensors that are stored of this model."""
-        found = rules(model.gated_vision, self.canonical, self.vision_qkv)
+        found = rules(model.gated_vision, self.canonical, self.vision_order)
         return (*found, tied_head()) if model.tied and self.pp > 1 else found
 
     def describe(self) -> str:
@@ -128,44 +133,56 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in the file of one rank and stage: these pieces, one under the other."""
+    """A tensor in the file of one rank and stage: these pieces, one under the other.
+
+    shared: each piece is all of it instead.
+    """
 
     rank: int
     stage: int
     name: str
     pieces: tuple[Piece, ...]
+    shared: bool = False
 
     @property
     def shape(self) -> Shape:
         """Its shape on disk."""
+        if self.shared:
+            return self.pieces[0].box.shape
         rest = self.pieces[0].box.shape[1:]
         return (sum(piece.box.shape[0] for piece in self.pieces), *rest)
+
+    def rows(self) -> Iterator[tuple[Piece, int]]:
+        """Each piece with its first row."""
+        row = 0
+        for piece in self.pieces:
+            yield piece, row
+            row += 0 if self.shared or not piece.box.shape else piece.box.shape[0]
 
 
 def stored_tensors(model: Model, layout: Layout, chosen: Iterable[Rule] | None = None) -> Iterator[Stored]:
     """Every tensor of every file, those of one name on all ranks one after the other."""
-    places = {tower: _owners(layout.stages(tower)) for tower in TOWERS}
     for rule in layout.rules(model) if chosen is None else chosen:
-        owners = places[rule.tower]
-        if rule.place != "layer":
-            owners = [(owners[0 if rule.place == "first" else -1][0], 0)] if owners else []
-        for layer, (stage, local) in enumerate(owners):
+        for layer, (stage, local) in enumerate(placements(rule, layout)):
             parts = [Part(part.name.format(n=layer), part.third, part.kv) for part in rule.parts]
             if not all(part.name in model.shapes for part in parts):
                 continue
             for rank in range(layout.ranks):
                 pieces = tuple(_pieces(rule, parts, model, layout, rank))
-                yield Stored(rank, stage, rule.stored.format(n=local), pieces)
+                yield Stored(rank, stage, rule.stored.format(n=local), pieces, rule.shared)
 
 
 def lora_tensors(model: Model, layout: Layout) -> Iterator[Stored]:
     """The same for the tensors of an adapter, which are those in `model.shapes`."""
-    return stored_tensors(model, layout, lora_rules(model.gated_vision))
+    return stored_tensors(model, layout, lora_rules(model.gated_vision, layout.canonical, layout.vision_order))
 
 
-def _owners(stages: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Stage, and number within it, of each layer."""
-    return [(stage, local) for stage, count in enumerate(stages) for local in range(count)]
+def placements(rule: Rule, layout: Layout) -> list[tuple[int, int]]:
+    """Stage, and number within it, of each layer that has the tensor; one for what the first or last stage has."""
+    owners = [(stage, local) for stage, count in enumerate(layout.stages(rule.tower)) for local in range(count)]
+    if rule.place == "layer" or not owners:
+        return owners
+    return [(owners[0 if rule.place == "first" else -1][0], 0)]
 
 
 def _pieces(rule: Rule, parts: list[Part], model: Model, layout: Layout, rank: int) -> Iterator[Piece]:

@@ -60,8 +60,6 @@ _PREFIXES: Final[Mapping[Tower, str]] = {"text": "text_decoder.", "vision": "ima
 _TEXT_LAYER: Final = re.compile(r"text_decoder\.decoder\.layers\.(\d+)\.")
 _VISION_LAYER: Final = re.compile(r"image_encoder\.encoder\.blocks\.layers\.(\d+)\.")
 _NOT_WEIGHTS: Final = ("_extra_state", ".inv_freq")  # of Transformer Engine and of rotary tables
-_HEAD_SIZE: Final = 128  # of every published model
-_VISION_HEADS: Final = 16  # likewise
 
 Place = tuple[int, int, str]  # rank, stage, name
 
@@ -125,6 +123,12 @@ class MindSpeedDirectory:
             raise CheckpointError(f"{self.path}: its tensors are not those of the model and layout: {found}{hint}")
         return FragmentedTensors(self.path, self._fragments(model, wanted))
 
+    def vision_qkv(self, model: Model, layout: Layout) -> FragmentedTensors:
+        """Of `logical` the fused q, k, v of the vision tower alone."""
+        chosen = [rule for rule in self._readable_rules(model, layout) if "attn.qkv" in rule.parts[0].name]
+        wanted = {(s.rank, s.stage, s.name): s for s in stored_tensors(model, layout, chosen)}
+        return FragmentedTensors(self.path, self._fragments(model, wanted))
+
     def lora(self, model: Model, layout: Layout) -> FragmentedTensors:
         """The adapter's tensors alone."""
         wanted = {(s.rank, s.stage, s.name): s for s in lora_tensors(model, layout)}
@@ -140,8 +144,8 @@ class MindSpeedDirectory:
 
     def _readable_rules(self, model: Model, layout: Layout) -> Sequence[Rule]:
         """Of a tied model: its files may hold the copy of the embedding whatever the stages, or lack it."""
-        found = rules(model.gated_vision, layout.canonical, layout.vision_qkv)
-        return (*found, tied_head()) if model.tied and self.has(_tied_name()) else found
+        found = rules(model.gated_vision, layout.canonical, layout.vision_order)
+        return (*found, tied_head()) if model.tied and self.has(tied_head().stored) else found
 
     def _wrong_shapes(self, wanted: Mapping[Place, Stored]) -> list[str]:
         return [
@@ -155,10 +159,8 @@ class MindSpeedDirectory:
             if place not in self.tensors:
                 continue
             store, key = self.tensors[place]
-            row = 0
-            for piece in stored.pieces:
+            for piece, row in stored.rows():
                 yield piece.name, model.shapes[piece.name], Fragment(piece.box, store, key, row, stored.shape)
-                row += piece.box.shape[0] if piece.box.shape else 0
 
     def _layers(self, pattern: re.Pattern[str]) -> Layers:
         numbers: dict[int, set[int]] = {}
@@ -278,122 +280,9 @@ def _sections_of(store: TensorStore) -> list[str]:
     return json.loads(getattr(store, "metadata", {}).get("sections", '["model"]'))
 
 
-def _tied_name() -> str:
-    return tied_head().stored
-
-
-def _embedding_name() -> str:
-    return next(rule.stored for rule in rules(True, False) if rule.parts[0].name == EMBEDDING)
-
-
 def _tell(place: Place) -> str:
     rank, stage, name = place
     return f"{name} in rank {rank} stage {stage}"
-
-
-# -- models that only their files describe ----------------------------------------------------------------------------
-
-
-def infer_model(
-    directory: MindSpeedDirectory, layout: Layout, others: Sequence[Layout] = (), *, exact: bool = False
-) -> Model:
-    """The model of a directory without a config.json, as far as dividing it otherwise needs to know it.
-
-    Heads cannot be seen in fused tensors. As long as their order stays, any number will do that the divisions share;
-    that of the published models is taken where it fits, so that more ranks than heads are refused. `exact`: the order
-    will change, so nothing but the true numbers will do.
-    """
-    gated = not directory.has("image_encoder.encoder.blocks.layers.0.input_layernorm.bias")
-    shapes = infer_shapes(directory, layout, rules(gated, layout.canonical, layout.vision_qkv))
-    kv_width, width = (
-        shapes.get(f"model.layers.0.self_attn.{name}_proj.weight", (_HEAD_SIZE,))[0] for name in ("k", "q")
-    )
-    vision_width = shapes.get("visual.patch_embed.proj.weight", (_VISION_HEADS,))[0]
-    if HEAD in shapes and layout.pp > 1 and _head_is_embedding(directory):
-        del shapes[HEAD]  # with one stage a tied head is not stored, with several it is
-    divisions = [layout, *others]
-    heads = width // _HEAD_SIZE, kv_width // _HEAD_SIZE
-    guessed = width % _HEAD_SIZE or kv_width % _HEAD_SIZE
-    if guessed:
-        heads = (math.lcm(*(each.tp for each in divisions)),) * 2
-    vision_ranks = math.lcm(*(each.tp_of("vision") for each in divisions))
-    vision_heads = _VISION_HEADS if vision_width % _VISION_HEADS == 0 == _VISION_HEADS % vision_ranks else vision_ranks
-    impossible = width % heads[0] or kv_width % heads[1] or vision_width % vision_heads
-    if impossible or (exact and guessed) or _repeats_heads(directory, layout):
-        raise ConfigError(f"{directory.path}: its heads cannot be told from its files; add --cfg.hf_config.hf_dir")
-    return Model(shapes, *heads, vision_heads, gated)
-
-
-def infer_shapes(directory: MindSpeedDirectory, layout: Layout, chosen: Iterable[Rule]) -> dict[str, Shape]:
-    """Whole shapes of the logical tensors that the files hold."""
-    shapes: dict[str, Shape] = {}
-    widths = [directory.spec(p).shape[0] for p in directory.tensors if p[2].endswith("final_layernorm.weight")]
-    for rule in chosen:
-        for (stage, local), layer in _numbered(layout.stages(rule.tower), rule):
-            place = (0, stage, rule.stored.format(n=local))
-            if place in directory.tensors:
-                whole = _whole_shape(directory.spec(place).shape, rule, layout)
-                for part, shape in zip(rule.parts, _part_shapes(whole, rule, widths), strict=True):
-                    shapes[part.name.format(n=layer)] = shape
-    return shapes
-
-
-def _numbered(stages: tuple[int, ...], rule: Rule) -> list[tuple[tuple[int, int], int]]:
-    owners = [(stage, local) for stage, count in enumerate(stages) for local in range(count)]
-    if rule.place == "layer" or not owners:
-        return [(owner, layer) for layer, owner in enumerate(owners)]
-    return [((owners[0 if rule.place == "first" else -1][0], 0), 0)]
-
-
-def _whole_shape(shape: Shape, rule: Rule, layout: Layout) -> Shape:
-    if rule.axis is None:
-        return shape
-    tower: Tower = rule.tower
-    return tuple(size * layout.tp_of(tower) if axis == rule.axis else size for axis, size in enumerate(shape))
-
-
-def _part_shapes(whole: Shape, rule: Rule, widths: list[int]) -> list[Shape]:
-    if any(part.third is not None for part in rule.parts):
-        return [whole] * len(rule.parts)
-    if rule.units == "kv_groups":
-        kv = (whole[0] - widths[0]) // 2
-        return [(rows, *whole[1:]) for rows in (widths[0], kv, kv)]
-    return [(whole[0] // len(rule.parts), *whole[1:])] * len(rule.parts)
-
-
-def _head_is_embedding(directory: MindSpeedDirectory) -> bool:
-    """Whether the last stage has a copy of the embedding, which only the numbers can tell."""
-    for rank in range(directory.ranks):
-        stored = {name: there for (r, _, name), there in directory.tensors.items() if r == rank}
-        (first, key), (second, head) = stored[_embedding_name()], stored[_tied_name()]
-        spec = first.specs[key]
-        for box in row_chunks(spec, Box.whole(spec.shape)):
-            equal = np.array_equal(first.view(key)[box.slices], second.view(head)[box.slices])
-            first.release(key)
-            second.release(head)
-            if not equal:
-                return False
-    return True
-
-
-def _repeats_heads(directory: MindSpeedDirectory, layout: Layout) -> bool:
-    """Whether neighbouring ranks hold the same keys: then there are fewer heads than ranks."""
-    if layout.tp == 1 or not layout.stages("text") or not directory.has("text_decoder."):
-        return False
-    stage = next(s for s, count in enumerate(layout.stages("text")) if count)
-    leaf = "k_proj.weight" if layout.canonical else "linear_qkv.weight"
-    name = f"text_decoder.decoder.layers.0.self_attention.{leaf}"
-    first, second = ((0, stage, name), (1, stage, name))
-    if first not in directory.tensors or second not in directory.tensors:
-        return False
-    views = [store.view(key) for store, key in (directory.tensors[first], directory.tensors[second])]
-    rows = min(_HEAD_SIZE, views[0].shape[0])
-    return bool(views[0][-rows:].any()) and np.array_equal(views[0][-rows:], views[1][-rows:])
-
-
-def lora_model(directory: MindSpeedDirectory, layout: Layout) -> Model:
-    """The adapter that a directory holds, on Qwen2.5-VL."""
-    return Model(infer_shapes(directory, layout, lora_rules(True)), layout.tp, layout.tp, layout.tp, True)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -8,14 +8,16 @@ are [q of group 0, k 0, v 0, q of group 1, ...]; gate and up have one for each r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import Final, Literal
 
 Tower = Literal["text", "vision"]
 TOWERS: Final[tuple[Tower, Tower]] = ("text", "vision")
 VisionOrder = Literal["interleaved", "hf"]
-INTERLEAVED: Final[VisionOrder] = "interleaved"
+ORDERS: Final[tuple[VisionOrder, VisionOrder]] = ("interleaved", "hf")
+INTERLEAVED: Final = ORDERS[0]
 LORA: Final = (".lora_A.weight", ".lora_B.weight")
 
 _TEXT = "text_decoder."
@@ -43,6 +45,7 @@ class Rule:
     axis: the one that tensor parallelism divides; None: every rank has all of it.
     place: the stages that have it: each layer's own, the first or the last with layers of this tower.
     units: what a unit is: a rank's share, a group of key and value heads, a head of the vision tower.
+    shared: every part is the whole stored tensor, as with the A of an adapter on fused q, k, v.
     """
 
     tower: Tower
@@ -51,6 +54,7 @@ class Rule:
     axis: int | None
     place: Literal["layer", "first", "last"] = "layer"
     units: Literal["ranks", "kv_groups", "vision_heads"] = "ranks"
+    shared: bool = False
 
 
 @cache
@@ -69,19 +73,29 @@ def tied_head() -> Rule:
 
 
 @cache
-def lora_rules(gated: bool) -> tuple[Rule, ...]:
-    """The tensors of LoRA adapters on the canonical structure: A is cut where its matrix is by columns, B by rows."""
-    found = []
-    for rule in rules(gated, True):
-        (part,) = rule.parts
-        if not part.name.endswith(".weight") or "norm" in part.name or part.name.endswith(("ln_q.weight",)):
-            continue
-        for letter, cut in (("A", _COLUMNS), ("B", _ROWS)):
-            stored = rule.stored.removesuffix(".weight") + f".lora_{letter}.default.weight"
-            logical = Part(part.name.removesuffix(".weight") + f".lora_{letter}.weight", kv=part.kv)
-            axis = cut if rule.axis == cut else _WHOLE
-            found.append(Rule(rule.tower, stored, (logical,), axis, rule.place))
-    return tuple(found)
+def lora_rules(gated: bool, canonical: bool, vision_qkv: VisionOrder = INTERLEAVED) -> tuple[Rule, ...]:
+    """The tensors of LoRA adapters: A is cut where its matrix is row-parallel, B where it is column-parallel.
+
+    On a fused matrix there is one A, which each of the matrix's parts has, and one B with the rows of the matrix.
+    """
+    return tuple(chain.from_iterable(_lora_pair(rule) for rule in rules(gated, canonical, vision_qkv)))
+
+
+def _lora_pair(rule: Rule) -> Iterator[Rule]:
+    name = rule.parts[0].name
+    if not name.endswith(".weight") or "norm" in name or name.endswith("ln_q.weight"):
+        return
+    stem = rule.stored.removesuffix(".weight")
+    names = list(dict.fromkeys(part.name for part in rule.parts))
+    a = tuple(Part(_lora_name(name, "A")) for name in names)
+    b = tuple(replace(part, name=_lora_name(part.name, "B")) for part in rule.parts)
+    cut_a, cut_b = (cut if rule.axis == cut else _WHOLE for cut in (_COLUMNS, _ROWS))
+    yield Rule(rule.tower, f"{stem}.lora_A.default.weight", a, cut_a, rule.place, shared=len(a) > 1)
+    yield Rule(rule.tower, f"{stem}.lora_B.default.weight", b, cut_b, rule.place, rule.units)
+
+
+def _lora_name(weight: str, letter: str) -> str:
+    return f"{weight.removesuffix('.weight')}.lora_{letter}.weight"
 
 
 def _vision_rules(gated: bool, canonical: bool, order: VisionOrder) -> Iterator[Rule]:
@@ -91,16 +105,16 @@ def _vision_rules(gated: bool, canonical: bool, order: VisionOrder) -> Iterator[
     yield from _both("vision", f"{stored}input_layernorm", f"{block}norm1", _WHOLE)
     for leaf in (".weight", ".bias"):
         yield _vision_qkv(f"{stored}self_attention.linear_qkv{leaf}", f"{block}attn.qkv{leaf}", canonical, order)
-    yield from _column_parallel("vision", f"{stored}self_attention.linear_proj", f"{block}attn.proj")
+    yield from _row_parallel("vision", f"{stored}self_attention.linear_proj", f"{block}attn.proj")
     yield from _both("vision", f"{stored}pre_mlp_layernorm", f"{block}norm2", _WHOLE)
     if not gated:
         yield from _both("vision", f"{stored}mlp.linear_fc1", f"{block}mlp.fc1", _ROWS)
     else:
         yield from _gate_and_up("vision", f"{stored}mlp.", f"{block}mlp.", canonical)
-    yield from _column_parallel("vision", f"{stored}mlp.linear_fc2", f"{block}mlp.{'down_proj' if gated else 'fc2'}")
+    yield from _row_parallel("vision", f"{stored}mlp.linear_fc2", f"{block}mlp.{'down_proj' if gated else 'fc2'}")
     yield from _both("vision", f"{_PROJECTOR}layernorm", "visual.merger.ln_q", _WHOLE, "last")
     yield from _both("vision", f"{_PROJECTOR}encoder.linear_fc1", "visual.merger.mlp.0", _ROWS, "last")
-    yield from _column_parallel("vision", f"{_PROJECTOR}encoder.linear_fc2", "visual.merger.mlp.2", "last")
+    yield from _row_parallel("vision", f"{_PROJECTOR}encoder.linear_fc2", "visual.merger.mlp.2", "last")
 
 
 def _text_rules(canonical: bool) -> Iterator[Rule]:
@@ -110,10 +124,10 @@ def _text_rules(canonical: bool) -> Iterator[Rule]:
     yield from _both("text", f"{stored}input_layernorm", f"{block}input_layernorm", _WHOLE)
     for leaf in (".weight", ".bias"):
         yield from _text_qkv(f"{stored}self_attention.", f"{block}self_attn.", leaf, canonical)
-    yield from _column_parallel("text", f"{stored}self_attention.linear_proj", f"{block}self_attn.o_proj")
+    yield from _row_parallel("text", f"{stored}self_attention.linear_proj", f"{block}self_attn.o_proj")
     yield from _both("text", f"{stored}pre_mlp_layernorm", f"{block}post_attention_layernorm", _WHOLE)
     yield from _gate_and_up("text", f"{stored}mlp.", f"{block}mlp.", canonical)
-    yield from _column_parallel("text", f"{stored}mlp.linear_fc2", f"{block}mlp.down_proj")
+    yield from _row_parallel("text", f"{stored}mlp.linear_fc2", f"{block}mlp.down_proj")
     yield from _both("text", f"{_TEXT}decoder.final_layernorm", "model.norm", _WHOLE, "last")
     yield Rule("text", f"{_TEXT}output_layer.weight", (Part("lm_head.weight"),), _ROWS, "last")
 
@@ -151,7 +165,7 @@ def _both(
         yield Rule(tower, stored + leaf, (Part(name + leaf),), axis, place)
 
 
-def _column_parallel(tower: Tower, stored: str, name: str, place: Literal["layer", "last"] = "layer") -> Iterator[Rule]:
+def _row_parallel(tower: Tower, stored: str, name: str, place: Literal["layer", "last"] = "layer") -> Iterator[Rule]:
     """Its bias is added after the sum over ranks, so each has all of it."""
     yield Rule(tower, f"{stored}.weight", (Part(f"{name}.weight"),), _COLUMNS, place)
     yield Rule(tower, f"{stored}.bias", (Part(f"{name}.bias"),), _WHOLE, place)

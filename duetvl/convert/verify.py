@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from duetvl.convert.layouts import Layout, Model
-from duetvl.convert.mindspeed import MindSpeedDirectory, infer_model, is_mindspeed, open_mindspeed
+from duetvl.convert.inferred import infer_model
+from duetvl.convert.mindspeed import MindSpeedDirectory, is_mindspeed, open_mindspeed
 from duetvl.convert.names import VisionOrder
 from duetvl.convert.sources import Source, open_source
 from duetvl.convert.streaming import FragmentedTensors, row_chunks
+from duetvl.convert.vision_order import OLD_RELEASES, find_order
 from duetvl.core.boxes import Box
+from duetvl.core.errors import CheckpointError
 from duetvl.models.qwen_vl.config import load_config
 
 
@@ -26,10 +29,19 @@ class Difference:
 
 
 def verify(
-    a: Path, b: Path, *, orders: tuple[VisionOrder, VisionOrder], hf_dir: Path | None = None
+    a: Path,
+    b: Path,
+    *,
+    orders: tuple[VisionOrder | None, VisionOrder | None] = (None, None),
+    hf_dir: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Difference | str]:
-    """Compare two checkpoints of any layouts; the names of equal tensors, and what differs, one by one."""
-    first, second = _open_both(a, b, orders, hf_dir)
+    """Compare two checkpoints of any layouts; the names of equal tensors, and what differs, one by one.
+
+    `orders` of the fused qkv of each one's vision tower; None: the one that the other's weights, or those in `hf_dir`,
+    show, else that of present releases.
+    """
+    first, second = _open_both(a, b, orders, hf_dir, say)
     for path, tensors in ((a, first), (b, second)):
         yield from _differing_copies(path, tensors)
     for name in sorted(set(first.specs) | set(second.specs)):
@@ -41,32 +53,55 @@ def verify(
 
 
 def _open_both(
-    a: Path, b: Path, orders: tuple[VisionOrder, VisionOrder], hf_dir: Path | None
+    a: Path,
+    b: Path,
+    orders: tuple[VisionOrder | None, VisionOrder | None],
+    hf_dir: Path | None,
+    say: Callable[[str], None],
 ) -> tuple[FragmentedTensors, FragmentedTensors]:
-    opened = [open_mindspeed(path) if is_mindspeed(path) else open_source(path) for path in (a, b)]
-    layouts = [
-        _with_order(each.layout, order)
-        for each, order in zip(opened, orders, strict=True)
-        if isinstance(each, MindSpeedDirectory)
-    ]
-    models = [Model.of(load_config(hf_dir))] if hf_dir else []
-    models += [each.model for each in opened if isinstance(each, Source)]
-    if not models:
-        exact = len({(each.canonical, each.vision_qkv) for each in layouts}) > 1
-        assert isinstance(opened[0], MindSpeedDirectory)  # as neither is a Source
-        models = [infer_model(opened[0], layouts[0], layouts[1:], exact=exact)]
-    found = []
-    for each in opened:
-        if isinstance(each, Source):
-            found.append(each.tensors)
-        else:
-            seen = models[0] if each.has("text_decoder.") else models[0].only("visual.")
-            found.append(each.logical(seen, layouts[0 if each is opened[0] else -1]))
-    return found[0], found[1]
+    opened = [open_mindspeed(path) if is_mindspeed(path) else open_source(path, say=say) for path in (a, b)]
+    directories = [(each, order) for each, order in zip(opened, orders, strict=True) if not isinstance(each, Source)]
+    layouts = [replace(each.layout, vision_qkv=order, replicate_kv=True) for each, order in directories]
+    sources = [each for each in opened if isinstance(each, Source)]
+    if hf_dir:
+        model = Model.of(load_config(hf_dir))
+    elif sources:
+        model = sources[0].model
+    else:
+        exact = len({(each.canonical, each.vision_order) for each in layouts}) > 1
+        model = infer_model(directories[0][0], layouts[0], layouts[1:], exact=exact, writes=False)
+    base = sources[0].tensors if sources else _base(hf_dir)
+    readers = iter([_logical(each, layout, model, base, say) for (each, _), layout in zip(directories, layouts, strict=True)])
+    first, second = (each.tensors if isinstance(each, Source) else next(readers) for each in opened)
+    return first, second
 
 
-def _with_order(layout: Layout, order: VisionOrder) -> Layout:
-    return Layout(layout.text, layout.vision, layout.tp, layout.vision_tp, layout.canonical, order, True)
+def _logical(
+    directory: MindSpeedDirectory,
+    layout: Layout,
+    model: Model,
+    base: FragmentedTensors | None,
+    say: Callable[[str], None],
+) -> FragmentedTensors:
+    seen = model if directory.has("text_decoder.") else model.only("visual.")
+    tensors = directory.logical(seen, layout)
+    if base is None or layout.vision_qkv or layout.canonical:
+        return tensors
+    try:
+        order = find_order(directory, layout, seen, base)
+    except CheckpointError:
+        return tensors  # compared as it is, and different
+    if order == "hf":
+        say(f"{directory.path}: its vision tower has the qkv order of {OLD_RELEASES}, and is compared so")
+    return directory.logical(seen, replace(layout, vision_qkv=order))
+
+
+def _base(hf_dir: Path | None) -> FragmentedTensors | None:
+    """The weights in a model directory that may have none."""
+    try:
+        return open_source(hf_dir).tensors if hf_dir else None
+    except CheckpointError:
+        return None
 
 
 def _differing_copies(path: Path, tensors: FragmentedTensors) -> Iterator[Difference]:
