@@ -38,10 +38,10 @@ DIFFERENT: Final = 1
 USER_ERROR: Final = 2
 INTERRUPTED: Final = 130
 
-_CONVERSIONS: Final = ("hf_to_mm", "mm_to_hf", "resplit")
+_CONVERSIONS: Final = ("hf_to_mm", "mm_to_hf", "resplit", "lora_hf_to_mm", "lora_mm_to_hf")
 CONVERTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "Qwen2VLConverter": ("qwen2_vl", _CONVERSIONS),
-    "Qwen2_5_VLConverter": ("qwen2_5_vl", (*_CONVERSIONS, "lora_hf_to_mm", "lora_mm_to_hf")),
+    "Qwen2_5_VLConverter": ("qwen2_5_vl", _CONVERSIONS),
 }
 _NEEDLESS: Final = {
     "hf_to_mm_dcp": "training needs no conversion to DCP: it reads each rank's slices straight from the Hugging Face "
@@ -192,12 +192,12 @@ def _lora_hf_to_mm(values: Mapping[str, Any], family: str) -> None:
         _layout(values, "parallel_config"),
         _options(values),
         prefix=values["common_model_config.model_prefix"],
+        family=family,
         kind=values["format"],
     )
 
 
 def _lora_mm_to_hf(values: Mapping[str, Any], family: str) -> None:
-    _need_canonical(values)
     commands.lora_mm_to_hf(
         values["mm_dir"],
         values["save_hf_dir"],
@@ -205,6 +205,8 @@ def _lora_mm_to_hf(values: Mapping[str, Any], family: str) -> None:
         _options(values),
         prefix=values["common_model_config.model_prefix"],
         new_names=values["common_model_config.new_transformers_weight_key"],
+        family=family,
+        hf_dir=values["hf_config.hf_dir"],
     )
 
 
@@ -236,7 +238,7 @@ def _layout(values: Mapping[str, Any], section: str, order: str = "vit_qkv_layou
         values[f"{section}.tp_size"],
         values[f"{section}.vit_tp_size"],
         bool(values.get("common_model_config.enable_canonical_hf_struct")),
-        values.get(order, "interleaved"),
+        values.get(order),
         bool(values.get("replicate_kv")),
     )
 
@@ -262,7 +264,7 @@ def _verify(argv: list[str]) -> int:
             raise ConfigError(f"{path}: no such directory")
     orders = values["a_vit_qkv_layout"], values["b_vit_qkv_layout"]
     equal, different = 0, 0
-    for found in verify(paths[0], paths[1], orders=orders, hf_dir=values["hf_config.hf_dir"]):
+    for found in verify(paths[0], paths[1], orders=orders, hf_dir=values["hf_config.hf_dir"], say=_say):
         if isinstance(found, Difference):
             _say(f"{found.name}: {found.text}")
         different += isinstance(found, Difference)

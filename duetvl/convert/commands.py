@@ -10,14 +10,15 @@ from typing import Final
 
 import numpy as np
 
-from duetvl.convert.layouts import Layout, Model, Piece, check_layout, lora_tensors, stored_tensors
 from duetvl.convert.inferred import has_gated_vision, infer_adapter, infer_model
+from duetvl.convert.layouts import Layout, Model, Piece, check_layout, lora_tensors, stored_tensors
 from duetvl.convert.mindspeed import LATEST, RELEASE, Format, MindSpeedDirectory, open_mindspeed, plan_mindspeed
 from duetvl.convert.names import TOWERS
 from duetvl.convert.plans import Options, Plan, execute
-from duetvl.convert.sources import INDEX, open_adapter, open_source, shard_map
+from duetvl.convert.sources import INDEX, open_adapter, open_source, read_index
 from duetvl.convert.streaming import FetchedTensors, LogicalTensors, Output, plan_tensor_file
-from duetvl.convert.vision_order import read_order
+from duetvl.convert.verify import differing_copies
+from duetvl.convert.vision_order import OLD_RELEASES, read_order
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
@@ -41,13 +42,13 @@ def hf_to_mm(
     kind: Format = "pt",
 ) -> None:
     """Hugging Face (or a training checkpoint of ours) to MindSpeed-MM."""
-    source = open_source(hf_dir, language_dir)
+    source = open_source(hf_dir, language_dir, options.say)
     _check_family(source.config, family, hf_dir)
     for warning in check_layout(source.model, layout):
         options.say(f"warning: {warning}")
     model = source.model.only("visual.") if vision_only else source.model
     outputs = plan_mindspeed(source.tensors.specs, stored_tensors(model, layout), layout, kind)
-    inputs = [hf_dir] + ([language_dir] if language_dir else [])
+    inputs = [source.path] + ([language_dir] if language_dir else [])
     execute(_release(mm_dir, outputs, source.tensors, layout), inputs, options)
 
 
@@ -128,11 +129,18 @@ def _resplit_model(
 
 
 def lora_hf_to_mm(
-    hf_dir: Path, mm_dir: Path, layout: Layout, options: Options, *, prefix: str | None, kind: Format = "pt"
+    hf_dir: Path,
+    mm_dir: Path,
+    layout: Layout,
+    options: Options,
+    *,
+    prefix: str | None,
+    family: str = "qwen2_5_vl",
+    kind: Format = "pt",
 ) -> None:
     """An adapter of peft to MindSpeed-MM's canonical structure."""
     shapes, tensors = open_adapter(hf_dir, prefix)
-    model = Model(shapes, layout.tp, layout.tp, layout.tp_of("vision"), gated_vision=True)
+    model = Model(shapes, layout.tp, layout.tp, layout.tp_of("vision"), gated_vision=family == "qwen2_5_vl")
     _check_adapter(model, layout, hf_dir)
     stored = list(lora_tensors(model, layout))
     if lost := sorted(set(shapes) - {piece.name for one in stored for piece in one.pieces}):
@@ -141,18 +149,42 @@ def lora_hf_to_mm(
 
 
 def lora_mm_to_hf(
-    mm_dir: Path, save_hf_dir: Path, layout: Layout, options: Options, *, prefix: str | None, new_names: bool
+    mm_dir: Path,
+    save_hf_dir: Path,
+    layout: Layout,
+    options: Options,
+    *,
+    prefix: str | None,
+    new_names: bool,
+    family: str = "qwen2_5_vl",
+    hf_dir: Path | None = None,
 ) -> None:
-    """The adapter in a MindSpeed-MM checkpoint to one `adapter_model.safetensors`."""
+    """The adapter in a MindSpeed-MM checkpoint, fused or canonical, to one `adapter_model.safetensors`.
+
+    The one A on fused q, k, v (gate, up) is written for each of them, B is cut into their rows: that is the same
+    adapter. `hf_dir` is the model that it is for.
+    """
     directory = open_mindspeed(mm_dir)
     directory.check_grid(layout, "parallel_config")  # an adapter need not have every layer
-    model = lora_model(directory, layout)
-    tensors = directory.lora(model, layout)
+    config = load_config(hf_dir) if hf_dir else None
+    if config is not None and hf_dir is not None:
+        _check_family(config, family, hf_dir)
+        check_placed(Model.of(config), layout, "parallel_config")
+    layout = replace(layout, canonical=directory.canonical_adapter(layout.canonical))
+    if not layout.canonical and not layout.vision_qkv and directory.has_vision_qkv_adapter:
+        options.say(
+            f"warning: {directory.path}: the vision tower's fused qkv is taken as interleaved by heads; if its base "
+            f"goes back to a conversion by {OLD_RELEASES}, add --cfg.vit_qkv_layout hf"
+        )
+    tensors = directory.lora(infer_adapter(directory, layout, family == "qwen2_5_vl", config), layout)
+    for difference in differing_copies(directory.path, tensors):
+        raise CheckpointError(f"{difference.name}: {difference.text}; its ranks did not train one adapter")
     names = {name: (prefix or "") + (module_name(name) if new_names else name) for name in tensors.specs}
     specs = {names[name]: spec for name, spec in tensors.specs.items()}
     pieces = {names[name]: _whole(name, spec) for name, spec in tensors.specs.items()}
     output = Output(Path("adapter_model.safetensors"), plan_tensor_file(specs, {"format": "pt"}), pieces)
-    execute(Plan(save_hf_dir, [output], tensors), [mm_dir], options)
+    inputs = [mm_dir, hf_dir] if hf_dir else [mm_dir]
+    execute(Plan(save_hf_dir, [output], tensors), inputs, options)
 
 
 def export_mindspeed_mm(
@@ -231,14 +263,7 @@ def _release(target: Path, outputs: Sequence[Output], tensors: LogicalTensors, l
 
 def _plan_hf(hf_dir: Path, model: Model, specs: Mapping[str, TensorSpec]) -> tuple[list[Output], dict[str, str]]:
     """The shards of the directory that the model came from, under canonical names; our own where it has none."""
-    files = shard_map(hf_dir, model.shapes)
-    if files is None:
-        one_file = (hf_dir / "model.safetensors").exists()
-        shards = [list(model.shapes)] if one_file else plan_shards({n: specs[n] for n in model.shapes}, MAX_SHARD_BYTES)
-        count = len(shards)
-        names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
-        names = names if count > 1 else ["model.safetensors"]
-        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    index, files = read_index(hf_dir, model.shapes) or ({}, _own_shards(hf_dir, model, specs))
     outputs = []
     for file in sorted(set(files.values())):
         chosen = {name: specs[name] for name in model.shapes if files[name] == file}
@@ -246,9 +271,19 @@ def _plan_hf(hf_dir: Path, model: Model, specs: Mapping[str, TensorSpec]) -> tup
         outputs.append(Output(Path(file), plan_tensor_file(chosen, {"format": "pt"}), pieces))
     if len(outputs) == 1 and outputs[0].path.name == "model.safetensors":
         return outputs, {}
-    total = sum(spec.nbytes for spec in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    return outputs, {INDEX: json.dumps(index, indent=2) + "\n"}
+    metadata = {**index.get("metadata", {}), "total_size": sum(spec.nbytes for spec in specs.values())}
+    index = {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))}
+    return outputs, {INDEX: json.dumps(index, indent=2, ensure_ascii=False) + "\n"}
+
+
+def _own_shards(hf_dir: Path, model: Model, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Tensor -> file: one file where `hf_dir` has one."""
+    one_file = (hf_dir / "model.safetensors").exists()
+    shards = [list(model.shapes)] if one_file else plan_shards({n: specs[n] for n in model.shapes}, MAX_SHARD_BYTES)
+    count = len(shards)
+    names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
+    return {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
 
 
 def _whole(name: str, spec: TensorSpec) -> tuple[Piece, ...]:

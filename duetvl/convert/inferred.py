@@ -1,8 +1,8 @@
 """Models that only their files describe: MindSpeed-MM writes no configuration beside its checkpoints.
 
-Shapes can be seen, heads cannot: fused q, k, v of 8 heads of 64 and of 4 heads of 128 have the same rows. They are known
-where the widths are those of a published model. Otherwise a division can only be undone, never refined: ranks that hold
-whole heads still do when they are joined.
+Shapes can be seen, heads cannot: fused q, k, v of 8 heads of 64 and of 4 heads of 128 have the same rows. They are
+known where the widths are those of a published model. Otherwise a division can only be undone, never refined: ranks
+that hold whole heads still do when they are joined.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def text_heads(width: int, keys: int, mlp: int | None) -> tuple[int, int] | None
     return found.pop() if len(found) == 1 else None
 
 
-def infer_shapes(
-    directory: MindSpeedDirectory, layout: Layout, chosen: Iterable[Rule], width: int
-) -> dict[str, Shape]:
+def infer_shapes(directory: MindSpeedDirectory, layout: Layout, chosen: Iterable[Rule], width: int) -> dict[str, Shape]:
     """Whole shapes of the logical tensors that the files hold; `width` is that of the language model."""
     shapes: dict[str, Shape] = {}
     for rule in chosen:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from duetvl.convert.names import INTERLEAVED, TOWERS, Part, Rule, Tower, VisionOrder, lora_rules, rules, tied_head
+from duetvl.convert.names import INTERLEAVED, Part, Rule, Tower, VisionOrder, lora_rules, rules, tied_head
 from duetvl.core.boxes import Box
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig

@@ -11,7 +11,6 @@ same tree with `.safetensors` for `.pt` and names such as `model0.text_decoder.d
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
-import numpy as np
-
 from duetvl.convert.layouts import (
-    EMBEDDING,
-    HEAD,
     Layers,
     Layout,
     Model,
@@ -32,7 +27,7 @@ from duetvl.convert.layouts import (
     lora_tensors,
     stored_tensors,
 )
-from duetvl.convert.names import Rule, Tower, lora_rules, rules, tied_head
+from duetvl.convert.names import Rule, Tower, rules, tied_head
 from duetvl.convert.streaming import (
     Fragment,
     FragmentedTensors,
@@ -40,10 +35,8 @@ from duetvl.convert.streaming import (
     PlannedFile,
     TensorStore,
     plan_tensor_file,
-    row_chunks,
 )
 from duetvl.convert.torch_zip import TorchFile, plan_torch_file
-from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.storage.tensor_files import TensorFile, TensorSpec
 from duetvl.storage.weights_dir import count_and_name
@@ -59,6 +52,9 @@ _SECTION: Final = re.compile(r"model(\d*)\.(.+)", re.DOTALL)
 _PREFIXES: Final[Mapping[Tower, str]] = {"text": "text_decoder.", "vision": "image_encoder."}
 _TEXT_LAYER: Final = re.compile(r"text_decoder\.decoder\.layers\.(\d+)\.")
 _VISION_LAYER: Final = re.compile(r"image_encoder\.encoder\.blocks\.layers\.(\d+)\.")
+_CANONICAL_LORA: Final = re.compile(r"\.(q|k|v|gate|up)_proj\.lora_[AB]\.")
+_FUSED_LORA: Final = re.compile(r"text_decoder\..*\.linear_(qkv|fc1)\.lora_[AB]\.")
+_FUSED_QKV_B: Final = "linear_qkv.lora_B."
 _NOT_WEIGHTS: Final = ("_extra_state", ".inv_freq")  # of Transformer Engine and of rotary tables
 
 Place = tuple[int, int, str]  # rank, stage, name
@@ -90,6 +86,23 @@ class MindSpeedDirectory:
     def has(self, prefix: str) -> bool:
         """Whether a name starts so, e.g. `text_decoder.`."""
         return any(name.startswith(prefix) for _, _, name in self.tensors)
+
+    @property
+    def has_vision_qkv_adapter(self) -> bool:
+        """Whether the vision tower's q, k, v have a LoRA adapter."""
+        return any(_VISION_LAYER.match(name) and _FUSED_QKV_B in name for _, _, name in self.tensors)
+
+    def canonical_adapter(self, stated: bool) -> bool:
+        """Whether its LoRA adapter is on the canonical structure, by its names; as `stated` where they do not tell.
+
+        ConfigError where they tell otherwise than stated.
+        """
+        canonical = any(_CANONICAL_LORA.search(name) for _, _, name in self.tensors)
+        fused = any(_FUSED_LORA.search(name) for _, _, name in self.tensors)
+        if fused and (stated or canonical):
+            what = "also for separate ones" if canonical else "but enable_canonical_hf_struct is true"
+            raise ConfigError(f"{self.path}: its adapter is for fused q, k, v or gate, up, {what}")
+        return canonical or (stated and not fused)
 
     def check_grid(self, stated: Layout, where: str) -> None:
         """Raise ConfigError where the user states other numbers of ranks and stages than there are."""

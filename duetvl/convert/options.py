@@ -86,7 +86,7 @@ _REPLICATE: Final = Key(
 
 def _order(name: str = "vit_qkv_layout") -> Key:
     text = "order of rows in the vision tower's fused qkv; hf: as releases 2.1.0 to 2.3.0 wrote it"
-    return Key(name, "text", text, "interleaved", ("interleaved", "hf"))
+    return Key(name, "text", text, None, ("interleaved", "hf"))
 
 
 _MM_TO_HF: Final = (

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from duetvl.convert.layouts import Model, Shape
 from duetvl.convert.streaming import Fragment, FragmentedTensors
@@ -16,37 +15,45 @@ from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names
 from duetvl.models.qwen_vl.weights import open_model_weights
-from duetvl.storage.checkpoint_format import MANIFEST, Manifest, StoredTensor, box_name
+from duetvl.storage.checkpoint_format import StoredTensor, box_name
+from duetvl.storage.files import read_object
+from duetvl.storage.finding import find_checkpoint, has_checkpoint, parse_run
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.storage.weights_dir import StoredWeights, open_weights
 
 INDEX: Final = "model.safetensors.index.json"
+WEIGHTS: Final = "weights"  # of the kinds of tensors in a checkpoint
+_CONFIG: Final = "config.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be read whole."""
+    """A model that can be read whole. path: the directory that it is in, of a run the run's."""
 
+    path: Path
     config: ModelConfig
     model: Model
     tensors: FragmentedTensors
 
 
-def open_source(directory: Path, language: Path | None = None) -> Source:
-    """A Hugging Face directory, or a training checkpoint of ours (or the run that has it).
+def open_source(directory: Path, language: Path | None = None, say: Callable[[str], None] = lambda _: None) -> Source:
+    """A Hugging Face directory, a training checkpoint of ours, or a run: RUN for its newest, RUN@STEP for that one.
 
-    `language`: another directory that the language model's tensors are taken from.
+    A checkpoint's weights are verified. Of a run a damaged newest one is passed over, and said; a step that is named is
+    read or fails. `language`: another directory that the language model's tensors are taken from.
     """
-    checkpoint = _training_checkpoint(directory)
-    if checkpoint is not None:
-        return _open_checkpoint(checkpoint)
-    config = load_config(directory)
+    run, step = (directory, None) if directory.exists() else parse_run(str(directory))
+    if step is not None or has_checkpoint(run):
+        return _open_checkpoint(run, step, language, say)
+    if (run / "export" / _CONFIG).exists() and not (run / _CONFIG).exists():
+        raise CheckpointError(f"{run}: has no checkpoint; give the model that it exported: {run / 'export'}")
+    config = load_config(run)
     model = Model.of(config)
-    weights = open_model_weights(directory, config)
+    weights = open_model_weights(run, config)
     if language is not None:
         weights = _with_language(weights, language, config.tie_word_embeddings)
     weights.check(model.shapes)
-    return Source(config, model, FragmentedTensors(directory, _whole(weights, model.shapes)))
+    return Source(run, config, model, FragmentedTensors(run, _whole(weights, model.shapes)))
 
 
 def _whole(weights: StoredWeights, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape, Fragment]]:
@@ -62,22 +69,22 @@ def _with_language(weights: StoredWeights, directory: Path, tied: bool) -> Store
     return StoredWeights(directory, places)
 
 
-def shard_map(directory: Path, shapes: Mapping[str, Shape]) -> dict[str, str] | None:
-    """Tensor -> file as the index of a directory says, in canonical names; None for one without an index."""
+def read_index(directory: Path, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """The index of a directory's shards, as it is and as {canonical name: file}; None for one without an index."""
     index = directory / INDEX
     if not index.exists():
         return None
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {canonical_name(name, tied="lm_head.weight" not in shapes): file for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: cannot be read as an index of shards: {error!r}") from None
+    content = read_object(index, CheckpointError)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not isinstance(content.setdefault("metadata", {}), dict):
+        raise CheckpointError(f"{index}: is no index of shards: it has no weight_map, or metadata that are no object")
+    found = {canonical_name(name, tied="lm_head.weight" not in shapes): file for name, file in weight_map.items()}
     if absent := [name for name in shapes if name not in found]:
         raise CheckpointError(f"{index}: does not name {len(absent)} tensor(s) of its model, such as {absent[0]}")
     files = {name: found[name] for name in shapes}
     if odd := [file for file in files.values() if not re.fullmatch(r"[^/\\]+\.safetensors", str(file))]:
         raise CheckpointError(f"{index}: {odd[0]!r} is no name for a shard")
-    return files
+    return content, files
 
 
 def open_adapter(directory: Path, prefix: str | None) -> tuple[dict[str, Shape], FragmentedTensors]:
@@ -106,30 +113,34 @@ def open_adapter(directory: Path, prefix: str | None) -> tuple[dict[str, Shape],
 # -- training checkpoints ---------------------------------------------------------------------------------------------
 
 
-def _training_checkpoint(directory: Path) -> Path | None:
-    if (directory / MANIFEST).exists():
-        return directory
-    folder = directory / "checkpoints"
-    try:
-        return folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-
-
-def _open_checkpoint(directory: Path) -> Source:
-    manifest = _read_manifest(directory / MANIFEST)
+def _open_checkpoint(run: Path, step: int | None, language: Path | None, say: Callable[[str], None]) -> Source:
+    if (run / _CONFIG).exists():
+        raise CheckpointError(
+            f"{run}: is a model ({_CONFIG}) and a run (checkpoints/) at once; give one of its checkpoints, or a copy "
+            f"of the model alone"
+        )
+    if language is not None:
+        raise ConfigError(f"llm_hf_dir {language}: a run ({run}) has its own language model; leave it out")
+    ref = find_checkpoint(run, step, kinds=(WEIGHTS,), pass_over=True)
+    for text in ref.rejected:
+        say(f"warning: passed over: {text}")
+    if ref.path != run:
+        say(f"{run}: its checkpoint of step {ref.step} is read")
+    directory, manifest = ref.path, ref.manifest
+    if not manifest.meta.model_config:
+        raise ConfigError(f"{directory}: says nothing of its model; give the run's export directory instead")
     if manifest.meta.extra.get("base_model"):
         raise CheckpointError(
             f"{directory}: holds the adapters of a LoRA run alone; give a merged model: `duetvl export`, `duetvl merge`"
         )
     config = ModelConfig.from_dict(manifest.meta.model_config, source=f"{directory}: its model_config")
     model = Model.of(config)
-    stored = manifest.tensors.get("weights", {})
+    stored = manifest.tensors.get(WEIGHTS, {})
     wrong = [name for name in model.shapes if name not in stored or stored[name].shape != model.shapes[name]]
     if wrong or len(stored) != len(model.shapes):
         what = wrong[0] if wrong else next(name for name in stored if name not in model.shapes)
         raise CheckpointError(f"{directory}: its weights are not those of its model_config: see {what}")
-    return Source(config, model, FragmentedTensors(directory, _boxes(directory, stored, model)))
+    return Source(run, config, model, FragmentedTensors(directory, _boxes(directory, stored, model)))
 
 
 def _boxes(directory: Path, stored: Mapping[str, StoredTensor], model: Model) -> Iterator[tuple[str, Shape, Fragment]]:
@@ -141,13 +152,3 @@ def _boxes(directory: Path, stored: Mapping[str, StoredTensor], model: Model) ->
             if key not in store.specs or store.specs[key].shape != shape:
                 raise CheckpointError(f"{store.path}: has no {key} of shape {shape}, as the manifest says")
             yield name, model.shapes[name], Fragment(part.box, store, key, 0, shape)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        manifest = Manifest.from_text(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: is damaged or unknown: {error}") from None
-    if not manifest.meta.model_config:
-        raise ConfigError(f"{path}: says nothing of its model; give the run's export directory instead")
-    return manifest

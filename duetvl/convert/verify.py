@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from duetvl.convert.layouts import Layout, Model
 from duetvl.convert.inferred import infer_model
+from duetvl.convert.layouts import Layout, Model
 from duetvl.convert.mindspeed import MindSpeedDirectory, is_mindspeed, open_mindspeed
 from duetvl.convert.names import VisionOrder
 from duetvl.convert.sources import Source, open_source
@@ -43,7 +43,7 @@ def verify(
     """
     first, second = _open_both(a, b, orders, hf_dir, say)
     for path, tensors in ((a, first), (b, second)):
-        yield from _differing_copies(path, tensors)
+        yield from differing_copies(path, tensors)
     for name in sorted(set(first.specs) | set(second.specs)):
         if name not in first.specs or name not in second.specs:
             yield Difference(name, f"absent in {a if name not in first.specs else b}")
@@ -71,7 +71,9 @@ def _open_both(
         exact = len({(each.canonical, each.vision_order) for each in layouts}) > 1
         model = infer_model(directories[0][0], layouts[0], layouts[1:], exact=exact, writes=False)
     base = sources[0].tensors if sources else _base(hf_dir)
-    readers = iter([_logical(each, layout, model, base, say) for (each, _), layout in zip(directories, layouts, strict=True)])
+    readers = iter(
+        [_logical(each, layout, model, base, say) for (each, _), layout in zip(directories, layouts, strict=True)]
+    )
     first, second = (each.tensors if isinstance(each, Source) else next(readers) for each in opened)
     return first, second
 
@@ -104,7 +106,7 @@ def _base(hf_dir: Path | None) -> FragmentedTensors | None:
         return None
 
 
-def _differing_copies(path: Path, tensors: FragmentedTensors) -> Iterator[Difference]:
+def differing_copies(path: Path, tensors: FragmentedTensors) -> Iterator[Difference]:
     """What every rank should have alike, such as norms and a tied head."""
     for name, copy in tensors.copies:
         equal = True

@@ -31,20 +31,22 @@ OLD_RELEASES: Final = "releases 2.1.0 to 2.3.0 (before 2025-12-24)"
 
 
 def find_order(directory: MindSpeedDirectory, layout: Layout, model: Model, base: FragmentedTensors) -> VisionOrder:
-    """The order in which the tower is that of `base`, frozen or trained. CheckpointError where neither is nearer."""
+    """The order in which the tower is that of `base`, frozen or trained. CheckpointError where neither is nearer.
+
+    `directory.logical` must have accepted model and layout.
+    """
     found = {order: directory.vision_qkv(model, replace(layout, vision_qkv=order)) for order in ORDERS}
-    names = [name for name in found["hf"].specs if name in base.specs]
-    alike = bool(names)
-    for name in names:
+    for name in found["hf"].specs:
+        if name not in base.specs:
+            continue
         if base.specs[name].shape != found["hf"].specs[name].shape:
             raise CheckpointError(f"its {name} has another shape")
         distances = {order: _distance(name, tensors, base) for order, tensors in found.items()}
         near, far = sorted(ORDERS, key=lambda order: distances[order])
         if distances[near] < _CLEARLY_NEARER * distances[far]:
             return near
-        alike = alike and distances[near] == distances[far] == 0
-    if alike:  # one head, or nothing but zeros
-        return INTERLEAVED
+    if all(_distance(name, found["hf"], found["interleaved"]) == 0 for name in found["hf"].specs):
+        return INTERLEAVED  # one head, or nothing but zeros: the orders are one
     raise CheckpointError("its vision tower is not the one that this checkpoint began with")
 
 
@@ -52,8 +54,10 @@ def _distance(name: str, a: FragmentedTensors, b: FragmentedTensors) -> float:
     """Sum of the squared differences; not a number where one of them is none."""
     total = 0.0
     for box in row_chunks(a.specs[name], Box.whole(a.specs[name].shape)):
-        x, y = (widened(tensors.read(name, box), tensors.specs[name].dtype) for tensors in (a, b))
-        total += float(np.sum(np.square(x - y, dtype=np.float64)))
+        x, y = (tensors.read(name, box) for tensors in (a, b))
+        if a.specs[name].dtype != b.specs[name].dtype or not np.array_equal(x, y):
+            values = (widened(bits, tensors.specs[name].dtype) for bits, tensors in ((x, a), (y, b)))
+            total += float(np.sum(np.square(np.subtract(*values), dtype=np.float64)))
         a.release(name)
         b.release(name)
     return total if math.isfinite(total) else math.nan

@@ -54,7 +54,7 @@ def put_model(directory: Path, config: ModelConfig) -> None:
 def put_adapter(directory: Path) -> None:
     shapes = parameter_shapes(published_config("Qwen2.5-VL-7B"))
     specs = {}
-    for rule in lora_rules(True):
+    for rule in lora_rules(True, True):
         name = rule.parts[0].name.format(n=3)
         whole = shapes.get(name.replace(".lora_A", "").replace(".lora_B", ""))
         if whole is not None and "model.layers" in name:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from duetvl.convert.commands import hf_to_mm, mm_to_hf, resplit
 from duetvl.convert.layouts import Layers, Layout
-from duetvl.convert.names import VisionOrder
 from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import CheckpointError, ConfigError
@@ -23,7 +22,6 @@ from duetvl.storage.tensor_files import TensorFile
 from tests.convert.tiny import mm_files, random_bits, read_hf, same, tiny_config, write_hf
 
 QUIET = Options()
-ORDERS: tuple[VisionOrder, VisionOrder] = ("interleaved", "interleaved")
 DIVISIONS: list[tuple[Layers, Layers]] = [
     (((4,),), ((4,),)),
     (((1, 3),), ((4, 0),)),
@@ -36,7 +34,7 @@ DIVISIONS: list[tuple[Layers, Layers]] = [
 def round_trip(folder: Path, first: Layout, second: Layout, *, kind: str = "pt", hf: str = "hf") -> None:
     """hf -> first -> second -> back, then all four are the same."""
     hf_to_mm(folder / hf, folder / "a", first, QUIET, kind=kind)  # type: ignore[arg-type]
-    resplit(folder / "a", folder / "b", first, second, QUIET, kind=kind)  # type: ignore[arg-type]
+    resplit(folder / "a", folder / "b", first, second, QUIET, kind=kind, hf_dir=folder / hf)  # type: ignore[arg-type]
     mm_to_hf(folder / "b", folder / hf, folder / "back", second, QUIET)
 
 
@@ -56,7 +54,7 @@ def test_grid(tmp_path: Path, family: str, tied: bool, canonical: bool) -> None:
         shutil.copytree(tmp_path / "hf", folder / "hf")
         round_trip(folder, first, second, kind="safetensors" if number == 3 else "pt")
         assert same(read_hf(folder / "back"), bits)
-        found = [f for f in verify(folder / "a", folder / "b", orders=ORDERS) if isinstance(f, Difference)]
+        found = [f for f in verify(folder / "a", folder / "b") if isinstance(f, Difference)]
         assert not found
 
 
@@ -74,6 +72,33 @@ def test_back_is_the_same_directory(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
         assert name in TensorFile(tmp_path / "back" / file).specs
+
+
+def test_index_keeps_what_it_says(tmp_path: Path) -> None:
+    """All but the size and the names, which are the new files' own."""
+    write_hf(tmp_path / "hf", tiny_config(), shard_bytes=20_000)
+    path = tmp_path / "hf" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    size = index["metadata"]["total_size"]
+    index["metadata"] |= {"total_size": 1, "total_parameters": 7, "source": "量子"}
+    path.write_text(json.dumps({"note": ["kept"], **index}), encoding="utf-8")
+    hf_to_mm(tmp_path / "hf", tmp_path / "mm", Layout(*DIVISIONS[1]), QUIET)
+    mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "back", Layout(*DIVISIONS[1]), QUIET)
+    back = json.loads((tmp_path / "back" / path.name).read_text(encoding="utf-8"))
+    assert back["metadata"] == {"total_size": size, "total_parameters": 7, "source": "量子"}
+    assert back["note"] == ["kept"]
+    assert back["weight_map"] == index["weight_map"]
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": []}', '{"metadata": [], "weight_map": {}}', "[]", "{"])
+def test_index_that_is_none(tmp_path: Path, text: str) -> None:
+    write_hf(tmp_path / "hf", tiny_config(), shard_bytes=20_000)
+    hf_to_mm(tmp_path / "hf", tmp_path / "mm", Layout(*DIVISIONS[1]), QUIET)
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: (is no index of shards|expected an object|cannot be read)"
+    ):
+        mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "no", Layout(*DIVISIONS[1], vision_qkv="hf"), QUIET)
 
 
 def fingerprint(directory: Path) -> dict[str, str]:
@@ -115,30 +140,7 @@ def test_replicated_heads_round_trip(tmp_path: Path) -> None:
         resplit(folder / "a", folder / "b", wide, narrow, QUIET, hf_dir=tmp_path / "hf")
         mm_to_hf(folder / "b", tmp_path / "hf", folder / "back", narrow, QUIET)
         assert same(read_hf(folder / "back"), bits)
-        assert not [f for f in verify(folder / "a", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)]
-
-
-def test_vision_order_of_old_releases(tmp_path: Path) -> None:
-    """Releases 2.1.0 to 2.3.0 kept [q; k; v]: read as such it is right, read as interleaved it is not."""
-    bits = write_hf(tmp_path / "hf", tiny_config())
-    old = Layout(*DIVISIONS[1], 2, vision_qkv="hf")
-    new = Layout(*DIVISIONS[1], 2)
-    hf_to_mm(tmp_path / "hf", tmp_path / "old", old, QUIET)
-    stored = mm_files(tmp_path / "old")["mp_rank_00_000"]["model"]
-    name = "image_encoder.encoder.blocks.layers.0.self_attention.linear_qkv.bias"
-    assert np.array_equal(stored[name].view(dtype=stored[name].dtype).float().numpy(), first_half(bits))
-    mm_to_hf(tmp_path / "old", tmp_path / "hf", tmp_path / "wrong", new, QUIET)
-    mm_to_hf(tmp_path / "old", tmp_path / "hf", tmp_path / "right", old, QUIET)
-    resplit(tmp_path / "old", tmp_path / "mended", old, new, QUIET, hf_dir=tmp_path / "hf")
-    assert not same(read_hf(tmp_path / "wrong"), bits)
-    assert same(read_hf(tmp_path / "right"), bits)
-    assert not [f for f in verify(tmp_path / "mended", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)]
-    assert not [f for f in verify(tmp_path / "old", tmp_path / "hf", orders=("hf", "hf")) if isinstance(f, Difference)]
-
-
-def first_half(bits: dict[str, np.ndarray]) -> np.ndarray:
-    whole = bits["visual.blocks.0.attn.qkv.bias"]
-    return (whole[: len(whole) // 2].astype(np.uint32) << 16).view(np.float32)
+        assert not [f for f in verify(folder / "a", tmp_path / "hf") if isinstance(f, Difference)]
 
 
 def test_new_names_of_transformers_are_read(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_vision_only(tmp_path: Path) -> None:
     names = {name for content in files.values() for name in content["model"]}
     assert names
     assert all(name.startswith("image_encoder.") for name in names)
-    told = {f.name for f in verify(tmp_path / "re", tmp_path / "hf", orders=ORDERS) if isinstance(f, Difference)}
+    told = {f.name for f in verify(tmp_path / "re", tmp_path / "hf") if isinstance(f, Difference)}
     assert told
     assert not any(name.startswith("visual.") for name in told)
 
@@ -209,7 +211,7 @@ def test_verify_says_where_and_by_how_much(tmp_path: Path) -> None:
         handle.write(np.float32(bits[name].flat[0] + 0.5).tobytes())
     hf_to_mm(tmp_path / "b", tmp_path / "mm", Layout(*DIVISIONS[3], 2), QUIET)
     for other in ("b", "mm"):
-        found = list(verify(tmp_path / "a", tmp_path / other, orders=ORDERS))
+        found = list(verify(tmp_path / "a", tmp_path / other))
         (difference,) = [f for f in found if isinstance(f, Difference)]
         assert difference.name == name
         assert difference.text == "1 of 2048 numbers differ, by up to 0.5"
