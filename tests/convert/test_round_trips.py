@@ -164,6 +164,32 @@ def test_new_names_of_transformers_are_read(tmp_path: Path) -> None:
     assert same(read_hf(tmp_path / "back"), bits)
 
 
+@pytest.mark.parametrize("head_size", [8, 64, 256])
+def test_heads_that_cannot_be_seen(tmp_path: Path, head_size: int) -> None:
+    """Four ranks of two heads of 256 have the rows of eight of 128: no division is made on a guess."""
+    heads = 8 // (head_size // 8) if head_size < 64 else 512 // head_size * 4
+    config = tiny_config(heads=heads, kv_heads=heads // 2, head_size=head_size, vocabulary=16)
+    bits = write_hf(tmp_path / "hf", config)
+    one, two = Layout(*DIVISIONS[0]), Layout(*DIVISIONS[1], 2)
+    hf_to_mm(tmp_path / "hf", tmp_path / "two", two, QUIET)
+    with pytest.raises(ConfigError, match=r"its heads cannot be told from its files; add --cfg\.hf_config\.hf_dir"):
+        resplit(tmp_path / "two", tmp_path / "no", two, Layout(*DIVISIONS[1], 4), QUIET)
+    with pytest.raises(ConfigError, match="does not divide the"):
+        resplit(tmp_path / "two", tmp_path / "no", two, Layout(*DIVISIONS[1], 2 * heads), QUIET, hf_dir=tmp_path / "hf")
+    resplit(tmp_path / "two", tmp_path / "one", two, one, QUIET)
+    mm_to_hf(tmp_path / "one", tmp_path / "hf", tmp_path / "back", one, QUIET)
+    assert same(read_hf(tmp_path / "back"), bits)
+
+
+def test_copied_heads_are_seen(tmp_path: Path) -> None:
+    """Whatever their size; joined as if they were not, the rows would be those of another model."""
+    write_hf(tmp_path / "hf", tiny_config(heads=8, kv_heads=2))
+    wide = Layout(*DIVISIONS[1], 4, replicate_kv=True)
+    hf_to_mm(tmp_path / "hf", tmp_path / "wide", wide, QUIET)
+    with pytest.raises(ConfigError, match=r"add --cfg\.hf_config\.hf_dir"):
+        resplit(tmp_path / "wide", tmp_path / "no", Layout(*DIVISIONS[1], 4), Layout(*DIVISIONS[1], 2), QUIET)
+
+
 def test_vision_only(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", tiny_config(tied=True))
     one, two = Layout(*DIVISIONS[1], 2), Layout(*DIVISIONS[2], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny
 TWO = Layout(((1, 3),), ((4, 0),), 2)
 
 
-def save_run(run: Path, be: Backend, bits: dict[str, np.ndarray], model_config: dict[str, object]) -> None:
+def save_run(
+    run: Path, be: Backend, bits: dict[str, np.ndarray], model_config: dict[str, object], step: int = 7
+) -> None:
     parameters = [Parameter(name, be.checkpoint_io.load(array, "bfloat16", "bfloat16")) for name, array in bits.items()]
     meta = Meta(model_config=model_config)
-    save_checkpoint(run, step=7, parameters=parameters, optimizer_state=None, meta=meta, backend=be)
+    save_checkpoint(run, step=step, parameters=parameters, optimizer_state=None, meta=meta, backend=be)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -56,6 +59,63 @@ def test_damaged_training_checkpoints(tmp_path: Path, be: Backend) -> None:
     manifest.write_text(text[:-20])
     with pytest.raises(CheckpointError, match="cannot be read"):
         hf_to_mm(tmp_path / "run", tmp_path / "mm", TWO, Options())
+
+
+def flip(path: Path) -> None:
+    """One bit in the last tensor of a file."""
+    with open(path, "r+b") as handle:
+        handle.seek(-1, 2)
+        last = handle.read(1)
+        handle.seek(-1, 2)
+        handle.write(bytes([last[0] ^ 1]))
+
+
+def test_a_run_is_verified(tmp_path: Path, be: Backend) -> None:
+    """A flipped bit in the newest: the one before is taken, and said; a step that is named is met or fails."""
+    config = tiny_config()
+    old = write_hf(tmp_path / "old", config, seed=1)
+    new = write_hf(tmp_path / "new", config, seed=2)
+    run = tmp_path / "run"
+    save_run(run, be, old, config.to_dict(), step=7)
+    save_run(run, be, new, config.to_dict(), step=9)
+    newest = run / "checkpoints" / "step-0000009"
+    assert same(read_back(run, tmp_path / "a"), new)
+    assert same(read_back(Path(f"{run}@7"), tmp_path / "b"), old)
+    flip(newest / "weights-00000-of-00001.safetensors")
+    said: list[str] = []
+    assert same(read_back(run, tmp_path / "c", said), old)
+    assert ["warning: passed over" in said[0], "step 7 is read" in said[1]] == [True, True]
+    for named in (newest, Path(f"{run}@9"), Path(f"{run}@8"), newest.with_name("step-0000008")):
+        with pytest.raises(CheckpointError):
+            read_back(named, tmp_path / "no")
+    assert not [f for f in verify(run, tmp_path / "old") if isinstance(f, Difference)]
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        list(verify(newest, tmp_path / "new"))
+    flip(run / "checkpoints" / "step-0000007" / "weights-00000-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="no other checkpoint can be used"):
+        read_back(run, tmp_path / "no")
+
+
+def read_back(source: Path, folder: Path, said: list[str] | None = None) -> dict[str, np.ndarray]:
+    hf_to_mm(source, folder / "mm", TWO, Options(say=(said if said is not None else []).append))
+    mm_to_hf(folder / "mm", folder.parent / "old", folder / "back", replace(TWO, vision_qkv="interleaved"), Options())
+    return read_hf(folder / "back")
+
+
+def test_directories_that_are_two_things(tmp_path: Path, be: Backend) -> None:
+    config = tiny_config()
+    bits = write_hf(tmp_path / "hf", config)
+    save_run(tmp_path / "hf", be, bits, config.to_dict())
+    with pytest.raises(CheckpointError, match=r"is a model \(config.json\) and a run"):
+        hf_to_mm(tmp_path / "hf", tmp_path / "mm", TWO, Options())
+    write_hf(tmp_path / "cleaned" / "export", config)
+    with pytest.raises(CheckpointError, match=r"give the model that it exported: .*cleaned/export"):
+        hf_to_mm(tmp_path / "cleaned", tmp_path / "mm", TWO, Options())
+    write_hf(tmp_path / "model@7", config)
+    hf_to_mm(tmp_path / "model@7", tmp_path / "mm", TWO, Options())
+    save_run(tmp_path / "run", be, bits, config.to_dict())
+    with pytest.raises(ConfigError, match="has its own language model"):
+        hf_to_mm(tmp_path / "run", tmp_path / "no", TWO, Options(), language_dir=tmp_path / "model@7")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -28,17 +28,20 @@ def tiny_config(
     tied: bool = False,
     heads: int = 8,
     kv_heads: int = 4,
+    head_size: int = 8,
+    vocabulary: int = 48,
 ) -> ModelConfig:
-    """4 vision heads of 4 numbers, text heads of 8."""
+    """4 vision heads of 4 numbers."""
+    width, thirds = heads * head_size, head_size // 8
     vision: dict[str, Any] = {"depth": depth, "num_heads": 4, "patch_size": 2, "temporal_patch_size": 2}
     if family == "qwen2_vl":
-        vision |= {"embed_dim": 16, "mlp_ratio": 2, "hidden_size": heads * 8, "in_channels": 3}
+        vision |= {"embed_dim": 16, "mlp_ratio": 2, "hidden_size": width, "in_channels": 3}
     else:
-        vision |= {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": heads * 8, "tokens_per_second": 2}
+        vision |= {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": width, "tokens_per_second": 2}
     return ModelConfig.from_dict({
-        "model_type": family, "vocab_size": 48, "num_hidden_layers": layers, "hidden_size": heads * 8,
+        "model_type": family, "vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": width,
         "intermediate_size": 32, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "tie_word_embeddings": tied,
+        "rope_scaling": {"type": "mrope", "mrope_section": [thirds, thirds, 2 * thirds]}, "tie_word_embeddings": tied,
         "vision_config": vision,
     })  # fmt: skip
 
