@@ -14,11 +14,12 @@ from typing import Final
 from duetvl.convert.names import INTERLEAVED, Part, Rule, Tower, VisionOrder, lora_rules, rules, tied_head
 from duetvl.core.boxes import Box
 from duetvl.core.errors import ConfigError
+from duetvl.core.stages import Rows, even_split, show
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 
 Shape = tuple[int, ...]
-Layers = tuple[tuple[int, ...], ...]
+Layers = Rows
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
@@ -291,13 +292,3 @@ def _check_sizes(model: Model, layout: Layout, where: str) -> None:
             size = model.shapes[name][rule.axis or 0] if name in model.shapes else 0
             if not part.kv and size % tp:
                 raise ConfigError(f"{where}: {tp} ranks do not divide axis {rule.axis} of {name}, {size} long")
-
-
-def even_split(layers: int, stages: int) -> tuple[int, ...]:
-    """As even as can be, the first stages having one more."""
-    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
-
-
-def show(rows: Layers) -> str:
-    """As it is typed: `[[1,10,10,7]]`."""
-    return str([list(row) for row in rows]).replace(" ", "")

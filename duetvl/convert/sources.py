@@ -114,7 +114,7 @@ def open_adapter(directory: Path, prefix: str | None) -> tuple[dict[str, Shape],
 
 
 def _open_checkpoint(run: Path, step: int | None, language: Path | None, say: Callable[[str], None]) -> Source:
-    if (run / _CONFIG).exists():
+    if (run / _CONFIG).exists() and has_checkpoint(run):
         raise CheckpointError(
             f"{run}: is a model ({_CONFIG}) and a run (checkpoints/) at once; give one of its checkpoints, or a copy "
             f"of the model alone"

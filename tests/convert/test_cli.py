@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from duetvl.convert import streaming
@@ -135,12 +136,38 @@ def test_config_file_and_what_prints_it(here: Path, capsys: pytest.CaptureFixtur
               "parallel_config": {"llm_pp_layers": [[4]], "vit_pp_layers": [[4]]}}}}}  # fmt: skip
     Path("nested.json").write_text(json.dumps(nested))
     assert run("--config nested.json Qwen2_5_VLConverter hf_to_mm") == 0
-    assert run("Qwen2_5_VLConverter hf_to_mm --print_config=skip_null,skip_default") == 0
-    assert capsys.readouterr().out.strip().splitlines()[-1] == "cfg:"
-    Path("bad.yaml").write_text("cfg: {mm_dri: x}")
-    assert "bad.yaml: there is no key cfg.mm_dri; did you mean 'mm_dir'?" in fails(
-        "Qwen2_5_VLConverter hf_to_mm --config bad.yaml", capsys
-    )
+    capsys.readouterr()
+    assert run(f"{HF_TO_MM} --print_config=skip_null,skip_default") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["cfg"]["mm_dir"] == "out"
+    assert "overwrite" not in printed["cfg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cfg: {mm_dri: x}", "there is no key cfg.mm_dri; did you mean 'mm_dir'?"),
+        ("cfg: {parallel_config: {tp: 2}}", "there is no key cfg.parallel_config.tp"),
+        ("cfg: 3", "cfg is 3, expected a section"),
+        ("cfg: {parallel_config: [1]}", "cfg.parallel_config is [1], expected a section"),
+        ("mm_dir: out", "expected a section cfg, found the key 'mm_dir'"),
+        ("[1]", "expected a section cfg, found [1]"),
+        ("", "expected a section cfg, found None"),
+        ("cfg: [", "cannot be read as YAML"),
+        ("{" * 3000, "cannot be read as YAML"),
+        ("? [1]\n: 2", "cannot be read as YAML"),
+        ("a: " + "x" * (1 << 20), "is too large for a file of keys"),
+    ],
+)
+def test_config_files_that_are_none(here: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    """Even where flags say all that is needed."""
+    Path("bad.yaml").write_text(text)
+    said = fails(f"{HF_TO_MM}{ONE} --config bad.yaml", capsys)
+    assert "bad.yaml: " in said
+    assert message in said
+    assert "bad.yaml: " in fails(f"--config bad.yaml {HF_TO_MM}{ONE}", capsys)
+    assert "none.yaml: " in fails(f"{HF_TO_MM}{ONE} --config none.yaml", capsys)
+    assert len(said) < 1000
 
 
 def test_sections_as_json_and_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +191,13 @@ def test_help(line: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    from duetvl.convert.options import COMMANDS
+    from duetvl.convert.options import COMMANDS, key_names, key_tree
 
-    for command, (_, keys) in COMMANDS.items():
+    for command, keys in COMMANDS.items():
         run(f"Qwen2_5_VLConverter {command} --help" if command != "verify" else "verify --help")
-        said = capsys.readouterr().out
-        assert all(f"--cfg.{key.name}\n" in said and key.help in said for key in keys)
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(f"--{name} " in said for name in key_names(key_tree(keys)))
+        assert "order of rows" in said or command == "lora_hf_to_mm"
 
 
 def test_dry_run_tells_files_sizes_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +213,7 @@ def test_works_without_any_framework(here: Path) -> None:
     """As in an environment that has none, or only the other one."""
     code = (
         "import sys\n"
-        "for name in ('torch', 'mindspore', 'safetensors', 'transformers', 'tqdm', 'yaml', 'pydantic'):\n"
+        "for name in ('torch', 'mindspore', 'safetensors', 'transformers', 'tqdm', 'pydantic'):\n"
         "    sys.modules[name] = None\n"
         "from duetvl.convert.cli import main\n"
         f"assert main({shlex.split(HF_TO_MM.replace('out', 'mm') + TWO)!r}) == 0\n"
@@ -229,24 +257,34 @@ def test_frameworks_read_the_safetensors_edition(tmp_path: Path, monkeypatch: py
         ("Qwen2VLConverter hf2mm", "has no command 'hf2mm'; did you mean 'hf_to_mm'?"),
         ("Qwen2_5_VLConverter hf_to_mm_dcp --cfg.mm_dir x", "training needs no conversion"),
         (HF_TO_MM, "missing: --cfg.parallel_config.llm_pp_layers"),
-        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_sise 2", "did you mean 'parallel_config.tp_size'?"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_sise 2", "did you mean '--cfg.parallel_config.tp_size'?"),
         (HF_TO_MM + ONE + " --tp 2", "unknown option --tp"),
-        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size two", "found 'two', expected a whole number from 1"),
-        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 0", "found '0', expected a whole number from 1"),
-        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 1 2", "takes one value, found 1 2"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size two", "config.tp_size: expected a whole number from 1, found 'two'"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 0", "expected a whole number from 1, found "),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 1 2", "unexpected argument '2': each option takes one value"),
         (HF_TO_MM + ONE + " --cfg.parallel_config.ep_size 2", "no experts"),
-        (HF_TO_MM + ONE + " --cfg.save_vit_only perhaps", "expected true or false"),
-        (HF_TO_MM + ONE + " --cfg.format pth", "expected pt or safetensors"),
+        (HF_TO_MM + ONE + " --cfg.save_vit_only perhaps", "save_vit_only: expected true or false, found 'perhaps'"),
+        (HF_TO_MM + ONE + " --cfg.format pth", "--cfg.format: expected pt or safetensors, found 'pth'"),
         (HF_TO_MM + ONE.replace("[[4]]", "[[4,-1]]", 1), "expected a list of layers for each stage"),
         (HF_TO_MM + ONE.replace("[[4]]", "[[4", 1), "expected a list of layers for each stage"),
         (HF_TO_MM + ONE.replace("[[4]]", "[[5]]", 1), "places 5 layers, the model has 4"),
         (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 8", "does not divide the 4 key and value heads"),
-        (HF_TO_MM.replace("hf_dir hf", "hf_dir nowhere") + ONE, "found 'nowhere', expected an existing directory"),
+        (HF_TO_MM.replace("hf_dir hf", "hf_dir nowhere") + ONE, "expected an existing directory, found 'nowhere'"),
         (HF_TO_MM.replace("Qwen2_5_VL", "Qwen2VL") + ONE, "use Qwen2_5_VLConverter instead of Qwen2VLConverter"),
         (HF_TO_MM.replace("mm_dir out", "mm_dir hf") + ONE, "is not apart from the source"),
         (HF_TO_MM.replace("mm_dir out", "mm_dir hf/mm") + ONE + " --cfg.overwrite", "is not apart from the source"),
-        ("verify hf", "verify takes two directories, found 1"),
-        ("verify hf nowhere", "nowhere: no such directory"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config '{\"tp_sise\": 2}'", "no key cfg.parallel_config.tp_sise; did you"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config '{\"tp_size\": 0}'", "tp_size: expected a whole number from 1"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config 3", "--cfg.parallel_config"),
+        (HF_TO_MM + ONE + " --cfg.parallel 3", "unknown option --cfg.parallel"),
+        (HF_TO_MM + ONE + " --cfg.mm_dir ''", "--cfg.mm_dir: expected the path of a directory, found ''"),
+        (HF_TO_MM + ONE + " --cfg.workers", "--cfg.workers"),
+        (HF_TO_MM.replace("hf_dir hf", "hf_dir hf@x") + ONE, "expected an existing directory, found 'hf@x'"),
+        (HF_TO_MM.replace("hf_dir hf", "hf_dir hf@7") + ONE, "has no checkpoint"),
+        ("verify hf", "missing: b"),
+        ("verify hf hf hf", "unexpected argument 'hf'"),
+        ("verify hf nowhere", "expected an existing directory, found 'nowhere'"),
+        ("verify hf hf --cfg.a_vit_qkv_layout no", "expected auto or interleaved or hf, found 'no'"),
     ],
 )  # fmt: skip
 def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:

@@ -94,7 +94,6 @@ def test_commands_of_the_guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_keys_of_the_original_are_there() -> None:
-    from duetvl.convert.options import COMMANDS
+    from duetvl.convert.options import HfToMm, key_names, key_tree
 
-    known = {key.name for key in COMMANDS["hf_to_mm"][1]}
-    assert set(ORIGINAL_KEYS) <= known
+    assert {f"cfg.{key}" for key in ORIGINAL_KEYS} <= set(key_names(key_tree(HfToMm)))

@@ -340,9 +340,7 @@ class OptimSection(Section):
 
 
 def _rows(value: Any) -> Any:
-    """`[1, 10, 10, 7]` stands for `[[1, 10, 10, 7]]`."""
-    flat = isinstance(value, list | tuple) and value and not any(isinstance(item, list | tuple) for item in value)
-    rows = [value] if flat else value
+    rows = nested(value)
     return tuple(_as_tuple(row) for row in rows) if isinstance(rows, list | tuple) else rows
 
 

@@ -1,0 +1,34 @@
+"""Layers of each pipeline stage, in the notation of MindSpeed-MM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+def nested(value: object) -> object:
+    """`[1, 10, 10, 7]` stands for `[[1, 10, 10, 7]]`: one row for each virtual stage."""
+    flat = isinstance(value, list | tuple) and value and not any(isinstance(item, list | tuple) for item in value)
+    return [value] if flat else value
+
+
+def as_rows(value: object) -> Rows:
+    """Numbers of layers, flat or nested, as rows. Raises ValueError for everything else."""
+    rows = nested(value)
+    if not isinstance(rows, list | tuple) or not rows:
+        raise ValueError(f"no list of layers: {value!r}")
+    for row in rows:
+        if not isinstance(row, list | tuple) or not row or not all(type(n) is int and 0 <= n < 10**6 for n in row):
+            raise ValueError(f"no list of layers: {row!r}")
+    return tuple(tuple(row) for row in rows)
+
+
+def even_split(layers: int, stages: int) -> tuple[int, ...]:
+    """As even as can be, the first stages having one more."""
+    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
+
+
+def show(rows: Sequence[Sequence[int]]) -> str:
+    """As it is typed: `[[1,10,10,7]]`."""
+    return str([list(row) for row in rows]).replace(" ", "")
