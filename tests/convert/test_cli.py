@@ -259,7 +259,7 @@ def test_frameworks_read_the_safetensors_edition(tmp_path: Path, monkeypatch: py
         (HF_TO_MM, "missing: --cfg.parallel_config.llm_pp_layers"),
         (HF_TO_MM + ONE + " --cfg.parallel_config.tp_sise 2", "did you mean '--cfg.parallel_config.tp_size'?"),
         (HF_TO_MM + ONE + " --tp 2", "unknown option --tp"),
-        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size two", "config.tp_size: expected a whole number from 1, found 'two'"),
+        (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size two", "tp_size: expected a whole number from 1, found 'two'"),
         (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 0", "expected a whole number from 1, found "),
         (HF_TO_MM + ONE + " --cfg.parallel_config.tp_size 1 2", "unexpected argument '2': each option takes one value"),
         (HF_TO_MM + ONE + " --cfg.parallel_config.ep_size 2", "no experts"),

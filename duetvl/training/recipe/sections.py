@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from duetvl.core.errors import did_you_mean
 from duetvl.core.mesh import AXES, Mesh
+from duetvl.core.stages import nested
 from duetvl.data.formats.messages import TAGS
 from duetvl.data.formats.reading import COLUMNS
 
