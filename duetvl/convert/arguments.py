@@ -11,6 +11,14 @@ from duetvl.convert.options import COMMANDS, key_names, key_tree
 from duetvl.core.errors import ConfigError, did_you_mean
 
 CONVERTERS: Final = ("Qwen2VLConverter", "Qwen2_5_VLConverter")
+TITLES: Final = {
+    "hf_to_mm": "Convert Hugging Face weights, or a training checkpoint of duetvl, to MindSpeed-MM",
+    "mm_to_hf": "Convert MindSpeed-MM weights to Hugging Face",
+    "resplit": "Divide MindSpeed-MM weights over other stages and ranks",
+    "lora_hf_to_mm": "Convert a LoRA adapter of peft to MindSpeed-MM",
+    "lora_mm_to_hf": "Convert a LoRA adapter of MindSpeed-MM, fused or canonical, to one adapter_model.safetensors",
+    "verify": "Compare two checkpoints of any layouts tensor by tensor",
+}
 CONVERSIONS: Final = tuple(name for name in COMMANDS if name != "verify")
 _NEEDLESS: Final = {
     "hf_to_mm_dcp": "training needs no conversion to DCP: it reads each rank's slices straight from the Hugging Face "
@@ -159,7 +167,7 @@ def _check_section(file: str, value: Any, tree: Mapping[str, Any], path: str) ->
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def in_one_line(text: str, words: Sequence[str]) -> str:
+def in_one_line(text: str) -> str:
     """What the library says of a mistake: the key, what was found, what is expected."""
     if missing := re.search(r"arguments are required: (.*)", text):
         keys = [re.sub(r"^((Qwen\w+|\w+_to_\w+|resplit|verify)\.)*", "", key) for key in missing[1].split(", ")]

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
-from jsonargparse import ArgumentError, auto_cli, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from duetvl.convert import arguments, commands
 from duetvl.convert.options import (
+    COMMANDS,
     CommonModelConfig,
     HfToMm,
     LoraHfToMm,
@@ -68,15 +69,51 @@ def _run(argv: list[str]) -> int:
         _say(f"mm-convert {__version__}" if words[-1:] == ["--version"] else _HELP)
         return 0
     names = arguments.check(words)
+    if not names:
+        raise ConfigError(f"{words[0]}: the name of a converter, or verify, comes first; see mm-convert --help")
+    parser = _parser(names)
     try:
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        chosen = {name: COMPONENTS[name] for name in names[:1] or COMPONENTS}  # a parser for each takes its time
-        return auto_cli(chosen, words, prog="mm-convert", version=__version__, exit_on_error=False,
-                        allow_abbrev=False) or 0  # fmt: skip
+        found = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
-        raise ConfigError(arguments.in_one_line(str(error), words)) from None
+        raise ConfigError(arguments.in_one_line(str(error))) from None
     except SystemExit as end:  # after --help and the like
         return int(end.code or 0)
+    if names[0] == "verify":
+        return _verify(found.verify)
+    _CALLS[names[1]](found[names[0]][names[1]].cfg, _FAMILIES[names[0]])
+    return 0
+
+
+def _parser(names: Sequence[str]) -> ArgumentParser:
+    """Of these names alone: that of every command takes half a second to make."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    root = _new_parser(prog="mm-convert")
+    group = root.add_subcommands()
+    if names[:1] == ["verify"]:
+        parser = _command_parser("verify")
+        for place, text in (("a", _COMPARABLE), ("b", "what it is compared with")):
+            parser.add_argument(place, type=Source, help=text)
+        group.add_subcommand("verify", parser)
+    for converter in names[:1] if names[:1] != ["verify"] else ():
+        parser = _new_parser(description=f"{converter}: convert weights.")
+        group.add_subcommand(converter, parser)
+        commands_of = parser.add_subcommands()
+        for name in arguments.CONVERSIONS:
+            inner = _command_parser(name) if name in names[1:] else _new_parser()
+            commands_of.add_subcommand(name, inner, help=arguments.TITLES[name])
+    return root
+
+
+def _command_parser(command: str) -> ArgumentParser:
+    parser = _new_parser(description=f"{arguments.TITLES[command]}.")
+    parser.add_argument("--cfg", type=COMMANDS[command])
+    return parser
+
+
+def _new_parser(**more: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **more)
+    parser.add_argument("--config", action="config", help="a YAML file with keys, as --print_config=comments prints it")
+    return parser
 
 
 @contextmanager
@@ -99,113 +136,91 @@ def _interrupt(*_: Any) -> None:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-class _Converter:
-    family: ClassVar[str]
+def _hf_to_mm(cfg: HfToMm, family: str) -> None:
+    model = cfg.common_model_config
+    language = cfg.llm_hf_config.hf_dir or model.llm_hf_dir
+    layout = layout_of(cfg.parallel_config, "parallel_config", cfg.vit_qkv_layout, canonical=_canonical(model),
+                       replicate=cfg.replicate_kv)  # fmt: skip
+    commands.hf_to_mm(
+        Path(cfg.hf_config.hf_dir),
+        Path(cfg.mm_dir),
+        layout,
+        _options(cfg),
+        family=family,
+        language_dir=Path(language) if language else None,
+        vision_only=cfg.save_vit_only,
+        kind=cfg.format,
+    )
 
-    def hf_to_mm(self, cfg: HfToMm) -> None:
-        """Convert Hugging Face weights (or a training checkpoint of duetvl) to MindSpeed-MM."""
-        model = cfg.common_model_config
-        language = cfg.llm_hf_config.hf_dir or model.llm_hf_dir
-        layout = layout_of(cfg.parallel_config, "parallel_config", cfg.vit_qkv_layout, canonical=_canonical(model),
-                           replicate=cfg.replicate_kv)  # fmt: skip
-        commands.hf_to_mm(
-            Path(cfg.hf_config.hf_dir),
-            Path(cfg.mm_dir),
-            layout,
-            _options(cfg),
-            family=self.family,
-            language_dir=Path(language) if language else None,
-            vision_only=cfg.save_vit_only,
-            kind=cfg.format,
+
+def _mm_to_hf(cfg: MmToHf, family: str) -> None:
+    layout = layout_of(cfg.parallel_config, "parallel_config", cfg.vit_qkv_layout,
+                       canonical=_canonical(cfg.common_model_config), replicate=cfg.replicate_kv)  # fmt: skip
+    directories = Path(cfg.mm_dir), Path(cfg.hf_config.hf_dir), Path(cfg.save_hf_dir)
+    commands.mm_to_hf(*directories, layout, _options(cfg), family=family)
+
+
+def _resplit(cfg: Resplit, family: str) -> None:
+    source = layout_of(cfg.source_parallel_config, "source_parallel_config", cfg.source_vit_qkv_layout,
+                       replicate=cfg.replicate_kv)  # fmt: skip
+    target = layout_of(cfg.target_parallel_config, "target_parallel_config", cfg.target_vit_qkv_layout,
+                       replicate=cfg.replicate_kv)  # fmt: skip
+    directories, base = (Path(cfg.source_dir), Path(cfg.target_dir)), cfg.hf_config.hf_dir
+    hf_dir = Path(base) if base else None
+    commands.resplit(*directories, source, target, _options(cfg), hf_dir=hf_dir, family=family, kind=cfg.format)
+
+
+def _lora_hf_to_mm(cfg: LoraHfToMm, family: str) -> None:
+    model = cfg.common_model_config
+    if not _canonical(model):
+        raise ConfigError(
+            "--cfg.common_model_config.enable_canonical_hf_struct must be true: an adapter for q, k and v each has "
+            "no equal on fused tensors"
         )
-
-    def mm_to_hf(self, cfg: MmToHf) -> None:
-        """Convert MindSpeed-MM weights to Hugging Face."""
-        layout = layout_of(cfg.parallel_config, "parallel_config", cfg.vit_qkv_layout,
-                           canonical=_canonical(cfg.common_model_config), replicate=cfg.replicate_kv)  # fmt: skip
-        directories = Path(cfg.mm_dir), Path(cfg.hf_config.hf_dir), Path(cfg.save_hf_dir)
-        commands.mm_to_hf(*directories, layout, _options(cfg), family=self.family)
-
-    def resplit(self, cfg: Resplit) -> None:
-        """Divide MindSpeed-MM weights over other stages and ranks."""
-        source = layout_of(cfg.source_parallel_config, "source_parallel_config", cfg.source_vit_qkv_layout,
-                           replicate=cfg.replicate_kv)  # fmt: skip
-        target = layout_of(cfg.target_parallel_config, "target_parallel_config", cfg.target_vit_qkv_layout,
-                           replicate=cfg.replicate_kv)  # fmt: skip
-        directories, base = (Path(cfg.source_dir), Path(cfg.target_dir)), cfg.hf_config.hf_dir
-        hf_dir = Path(base) if base else None
-        commands.resplit(
-            *directories, source, target, _options(cfg), hf_dir=hf_dir, family=self.family, kind=cfg.format
-        )
-
-    def lora_hf_to_mm(self, cfg: LoraHfToMm) -> None:
-        """Convert a LoRA adapter of peft to MindSpeed-MM."""
-        model = cfg.common_model_config
-        if not _canonical(model):
-            raise ConfigError(
-                "--cfg.common_model_config.enable_canonical_hf_struct must be true: an adapter for q, k and v each has "
-                "no equal on fused tensors"
-            )
-        layout = layout_of(cfg.parallel_config, "parallel_config", canonical=True)
-        directories = Path(cfg.hf_config.hf_dir), Path(cfg.mm_dir)
-        commands.lora_hf_to_mm(
-            *directories, layout, _options(cfg), prefix=model.model_prefix, family=self.family, kind=cfg.format
-        )
-
-    def lora_mm_to_hf(self, cfg: LoraMmToHf) -> None:
-        """Convert a LoRA adapter of MindSpeed-MM, fused or canonical, to one adapter_model.safetensors."""
-        model, hf_dir = cfg.common_model_config, cfg.hf_config.hf_dir
-        commands.lora_mm_to_hf(
-            Path(cfg.mm_dir),
-            Path(cfg.save_hf_dir),
-            layout_of(cfg.parallel_config, "parallel_config", cfg.vit_qkv_layout, canonical=_canonical(model)),
-            _options(cfg),
-            prefix=model.model_prefix,
-            new_names=model.new_transformers_weight_key,
-            family=self.family,
-            hf_dir=Path(hf_dir) if hf_dir else None,
-        )
+    layout = layout_of(cfg.parallel_config, "parallel_config", canonical=True)
+    directories = Path(cfg.hf_config.hf_dir), Path(cfg.mm_dir)
+    commands.lora_hf_to_mm(
+        *directories, layout, _options(cfg), prefix=model.model_prefix, family=family, kind=cfg.format
+    )
 
 
-class Qwen2VLConverter(_Converter):
-    """Convert weights of Qwen2-VL."""
+def _lora_mm_to_hf(cfg: LoraMmToHf, family: str) -> None:
+    model, hf_dir = cfg.common_model_config, cfg.hf_config.hf_dir
+    commands.lora_mm_to_hf(
+        Path(cfg.mm_dir),
+        Path(cfg.save_hf_dir),
+        layout_of(cfg.parallel_config, "parallel_config", cfg.vit_qkv_layout, canonical=_canonical(model)),
+        _options(cfg),
+        prefix=model.model_prefix,
+        new_names=model.new_transformers_weight_key,
+        family=family,
+        hf_dir=Path(hf_dir) if hf_dir else None,
+    )
 
-    family = "qwen2_vl"
 
-
-class Qwen2_5_VLConverter(_Converter):  # noqa: N801  the name that users type
-    """Convert weights of Qwen2.5-VL."""
-
-    family = "qwen2_5_vl"
-
-
-_NO_KEYS: Final = Verify()
-
-
-def verify(a: Source, b: Source, cfg: Verify = _NO_KEYS) -> int:
-    """Compare two checkpoints of any layouts tensor by tensor.
-
-    Args:
-        a: a Hugging Face directory, a MindSpeed-MM directory, a run of duetvl or one of its checkpoints
-        b: what it is compared with
-    """
+def _verify(found: Namespace) -> int:
+    cfg: Verify = found.cfg
     hf_dir = Path(cfg.hf_config.hf_dir) if cfg.hf_config.hf_dir else None
     orders = stated(cfg.a_vit_qkv_layout), stated(cfg.b_vit_qkv_layout)
     equal, different = 0, 0
-    for found in compare(Path(a), Path(b), orders=orders, hf_dir=hf_dir, say=_say):
-        if isinstance(found, Difference):
-            _say(f"{found.name}: {found.text}")
-        different += isinstance(found, Difference)
-        equal += not isinstance(found, Difference)
+    for one in compare(Path(found.a), Path(found.b), orders=orders, hf_dir=hf_dir, say=_say):
+        if isinstance(one, Difference):
+            _say(f"{one.name}: {one.text}")
+        different += isinstance(one, Difference)
+        equal += not isinstance(one, Difference)
     _say(f"{equal} tensor(s) equal, {different} difference(s)")
     return DIFFERENT if different else 0
 
 
-COMPONENTS: Final[dict[str, Any]] = {
-    "Qwen2VLConverter": Qwen2VLConverter,
-    "Qwen2_5_VLConverter": Qwen2_5_VLConverter,
-    "verify": verify,
+_CALLS: Final[Mapping[str, Callable[[Any, str], None]]] = {
+    "hf_to_mm": _hf_to_mm,
+    "mm_to_hf": _mm_to_hf,
+    "resplit": _resplit,
+    "lora_hf_to_mm": _lora_hf_to_mm,
+    "lora_mm_to_hf": _lora_mm_to_hf,
 }
+_FAMILIES: Final = {name: family for family, name in commands.FAMILIES.items()}
+_COMPARABLE: Final = "a Hugging Face directory, a MindSpeed-MM directory, a run of duetvl or one of its checkpoints"
 
 
 def _canonical(model: CommonModelConfig) -> bool:
@@ -227,18 +242,15 @@ Convert weights of Qwen2-VL and Qwen2.5-VL between Hugging Face and MindSpeed-MM
 converters:
   Qwen2VLConverter, Qwen2_5_VLConverter
 commands:
-  hf_to_mm       Hugging Face weights, or a training checkpoint of duetvl, to MindSpeed-MM
-  mm_to_hf       MindSpeed-MM weights to Hugging Face
-  resplit        MindSpeed-MM weights to other stages and ranks
-  lora_hf_to_mm  a LoRA adapter of peft to MindSpeed-MM
-  lora_mm_to_hf  a LoRA adapter of MindSpeed-MM to one adapter_model.safetensors
-  verify         two checkpoints of any layouts, compared tensor by tensor
+{commands}
 
 `mm-convert CONVERTER COMMAND --help` explains every key; docs/mm_convert.md has examples.
 Keys may also come from
   --config FILE           a YAML file, as --print_config (or --print_config=comments) prints it
   --cfg.parallel_config '{"tp_size": 2}'   a whole section as JSON
-  JSONARGPARSE_DEFAULT_ENV=true MM_CONVERT_QWEN2VLCONVERTER__HF_TO_MM__CFG__PARALLEL_CONFIG__TP_SIZE=2"""
+  JSONARGPARSE_DEFAULT_ENV=true MM_CONVERT_QWEN2VLCONVERTER__HF_TO_MM__CFG__PARALLEL_CONFIG__TP_SIZE=2""".replace(
+    "{commands}", "\n".join(f"  {name:15}{title}" for name, title in arguments.TITLES.items())
+)
 
 
 def _progress(size: int) -> Any:

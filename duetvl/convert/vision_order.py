@@ -36,17 +36,21 @@ def find_order(directory: MindSpeedDirectory, layout: Layout, model: Model, base
     `directory.logical` must have accepted model and layout.
     """
     found = {order: directory.vision_qkv(model, replace(layout, vision_qkv=order)) for order in ORDERS}
-    for name in found["hf"].specs:
+    alike = True
+    for name, spec in found["hf"].specs.items():
+        if _distance(name, found["hf"], found["interleaved"]) == 0:
+            continue
+        alike = False
         if name not in base.specs:
             continue
-        if base.specs[name].shape != found["hf"].specs[name].shape:
+        if base.specs[name].shape != spec.shape:
             raise CheckpointError(f"its {name} has another shape")
         distances = {order: _distance(name, tensors, base) for order, tensors in found.items()}
         near, far = sorted(ORDERS, key=lambda order: distances[order])
         if distances[near] < _CLEARLY_NEARER * distances[far]:
             return near
-    if all(_distance(name, found["hf"], found["interleaved"]) == 0 for name in found["hf"].specs):
-        return INTERLEAVED  # one head, or nothing but zeros: the orders are one
+    if alike:  # one head, or nothing but zeros
+        return INTERLEAVED
     raise CheckpointError("its vision tower is not the one that this checkpoint began with")
 
 
