@@ -281,6 +281,21 @@ def test_beyond_four_gigabytes(tmp_path: Path) -> None:
     assert zipfile.ZipFile(path).getinfo("model_optim_rng/data/0").file_size == specs["big"].nbytes
 
 
+def test_file_larger_than_memory(tmp_path: Path) -> None:
+    """A map that is only read does not count against memory."""
+    specs = {"big": TensorSpec("bfloat16", (1 << 25, 4096)), "after": TensorSpec("int8", (1,))}
+    planned = plan_torch_file({"model": specs})
+    with open(tmp_path / "x.pt", "wb") as handle:
+        handle.truncate(planned.size)
+        for position, raw in (*planned.fixed, *planned.finish({"model.big": 0, "model.after": 0})):
+            handle.seek(position)
+            handle.write(raw)
+    file = TorchFile(tmp_path / "x.pt")
+    assert file.specs["model.big"].nbytes == 1 << 38
+    assert not file.view("model.big")[-1].any()
+    assert not file.view("model.big").flags.writeable
+
+
 def test_no_framework_is_imported() -> None:
     code = (
         "import sys, duetvl.convert.cli\n"
