@@ -146,6 +146,8 @@ def _read_yaml(file: str, content: bytes | None = None) -> Any:
     try:
         if content is None and Path(file).stat().st_size > _CONFIG_LIMIT:
             raise ConfigError(f"{where}: is too large for a file of keys")
+        if content is None and not Path(file).is_file():
+            raise ConfigError(f"{where}: is no file of keys")
         return yaml.safe_load(Path(file).read_bytes() if content is None else content)
     except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)

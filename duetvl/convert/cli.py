@@ -37,6 +37,7 @@ from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference
 from duetvl.convert.verify import verify as compare
 from duetvl.core.errors import ConfigError, DuetvlError
+from duetvl.core.streams import discard_output, open_streams
 from duetvl.version import __version__
 
 DIFFERENT: Final = 1
@@ -46,6 +47,7 @@ INTERRUPTED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, 1 where `verify` finds differences, 2 for a mistake of the user, 130 after an interrupt."""
+    open_streams()
     try:
         with _tidy_when_terminated():
             return _run(sys.argv[1:] if argv is None else list(argv))
@@ -54,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"error: {error}", sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:  # the reader of --help, such as `head`, has gone
+        discard_output()
+        return 0
     except OSError as error:
+        discard_output()  # a full disk may be where it goes
         where = f"{error.filename}: " if error.filename else ""
         _say(f"error: {where}{error.strerror or error}", sys.stderr)
         return USER_ERROR
@@ -279,8 +285,11 @@ class _Bar:
 
 def _say(text: str, stream: Any = None) -> None:
     out = stream or sys.stdout
-    out.write(text + "\n")
-    out.flush()
+    try:
+        out.write(text + "\n")
+        out.flush()
+    except BrokenPipeError:  # no reason to end a conversion
+        discard_output()
 
 
 if __name__ == "__main__":

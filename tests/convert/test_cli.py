@@ -437,6 +437,23 @@ def test_progress_in_bytes_where_someone_looks(here: Path, monkeypatch: pytest.M
     assert "writing: " in terminal.getvalue()
 
 
+@pytest.mark.parametrize("shell", ["{} >&-", "{} | true", "PYTHONIOENCODING=ascii {}", "{} >&- 2>&-", "{} <&-"])
+def test_streams_that_are_closed_or_narrow(here: Path, shell: str) -> None:
+    """What is said is not what matters: the conversion is made, and no traceback is shown."""
+    line = f"{HF_TO_MM.replace('out', '模型')}{ONE}"
+    command = shell.format(f"{sys.executable} -m duetvl.convert.cli {line}")
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(mm_files(Path("模型"))) == 1
+
+
+def test_config_that_is_a_pipe_or_a_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe")
+    for name in ("pipe", "hf"):
+        assert f"{name}: is no file of keys" in fails(f"{HF_TO_MM}{ONE} --config {name}", capsys)
+
+
 # -- trouble on the way -----------------------------------------------------------------------------------------------
 
 
