@@ -85,7 +85,8 @@ def check(words: Sequence[str]) -> list[str]:
         elif isinstance(section := _below(tree, name), Mapping) and value is not None:
             _check_section(f"--{name}", _section(value), section, name)
         elif name not in (*known, *_GENERAL):
-            raise ConfigError(f"unknown option --{name}{did_you_mean(f'--{name}', (f'--{key}' for key in known))}")
+            hint = did_you_mean(f"--{name}", (f"--{key}" for key in known)).partition(" (")[0]  # there are dozens
+            raise ConfigError(f"unknown option --{_short(name)}{hint}")
     return names[:2]
 
 

@@ -11,12 +11,12 @@ from typing import Final
 import numpy as np
 
 from duetvl.convert.inferred import has_gated_vision, infer_adapter, infer_model
-from duetvl.convert.layouts import Layout, Model, Piece, check_layout, lora_tensors, stored_tensors
+from duetvl.convert.layouts import EMBEDDING, Layout, Model, Piece, check_layout, lora_tensors, stored_tensors
 from duetvl.convert.mindspeed import LATEST, RELEASE, Format, MindSpeedDirectory, open_mindspeed, plan_mindspeed
 from duetvl.convert.names import TOWERS
 from duetvl.convert.plans import Options, Plan, execute
 from duetvl.convert.sources import INDEX, open_adapter, open_source, read_index
-from duetvl.convert.streaming import FetchedTensors, LogicalTensors, Output, plan_tensor_file
+from duetvl.convert.streaming import FetchedTensors, FragmentedTensors, LogicalTensors, Output, plan_tensor_file
 from duetvl.convert.verify import differing_copies
 from duetvl.convert.vision_order import OLD_RELEASES, read_order
 from duetvl.core.boxes import Box
@@ -66,6 +66,7 @@ def mm_to_hf(
     directory.logical(model, layout)  # what is missing is named before orders are compared
     order = read_order(directory, layout, model, hf_dir, key="vit_qkv_layout", needed=True, say=options.say)
     tensors = directory.logical(model, replace(layout, vision_qkv=order))
+    _warn_of_an_untied_head(directory, tensors, options)
     outputs, texts = _plan_hf(hf_dir, model, tensors.specs)
     execute(Plan(save_hf_dir, outputs, tensors, texts, _beside(hf_dir)), [mm_dir, hf_dir], options)
 
@@ -101,6 +102,7 @@ def resplit(
     for warning in check_layout(model, target, "target_parallel_config"):
         options.say(f"warning: {warning}")
     tensors = directory.logical(model, source)
+    _warn_of_an_untied_head(directory, tensors, options)
     outputs = plan_mindspeed(tensors.specs, stored_tensors(model, target), target, kind)
     execute(_release(target_dir, outputs, tensors, target), [source_dir], options)
 
@@ -171,6 +173,8 @@ def lora_mm_to_hf(
         _check_family(config, family, hf_dir)
         check_placed(Model.of(config), layout, "parallel_config")
     layout = replace(layout, canonical=directory.canonical_adapter(layout.canonical))
+    for warning in directory.layers_without_adapter(layout):
+        options.say(f"warning: {directory.path}: {warning}")
     if not layout.canonical and not layout.vision_qkv and directory.has_vision_qkv_adapter:
         options.say(
             f"warning: {directory.path}: the vision tower's fused qkv is taken as interleaved by heads; if its base "
@@ -224,6 +228,14 @@ def check_placed(model: Model, layout: Layout, where: str) -> None:
                 f"{where} ({layout.describe()}) places {sum(layout.stages(tower))} {tower} layers, the model has "
                 f"{model.layers(tower)}"
             )
+
+
+def _warn_of_an_untied_head(directory: MindSpeedDirectory, tensors: FragmentedTensors, options: Options) -> None:
+    for difference in differing_copies(directory.path, tensors, only=(EMBEDDING,)):
+        options.say(
+            f"warning: {difference.name} {difference.text}: the output head is another, though config.json ties them; "
+            f"the embedding is taken. If they were trained apart, set tie_word_embeddings to false in that config.json"
+        )
 
 
 def _check_family(config: ModelConfig, family: str | None, directory: Path) -> None:

@@ -104,6 +104,18 @@ class MindSpeedDirectory:
             raise ConfigError(f"{self.path}: its adapter is for fused q, k, v or gate, up, {what}")
         return canonical or (stated and not fused)
 
+    def layers_without_adapter(self, stated: Layout) -> Iterator[str]:
+        """Stages with adapters on fewer layers than are stated: numbers of the layers after them may be wrong."""
+        for tower, pattern in (("text", _TEXT_LAYER), ("vision", _VISION_LAYER)):
+            found: dict[int, set[int]] = {}
+            for _, stage, name in self.tensors:
+                if (match := pattern.match(name)) and ".lora_" in name:
+                    found.setdefault(stage, set()).add(int(match[1]))
+            stages = stated.stages("text" if tower == "text" else "vision")
+            for stage, count in enumerate(stages):
+                if found and (there := len(found.get(stage, ()))) < count:
+                    yield f"stage {stage} has adapters on {there} of the {count} {tower} layers that are stated for it"
+
     def check_grid(self, stated: Layout, where: str) -> None:
         """Raise ConfigError where the user states other numbers of ranks and stages than there are."""
         if (self.pp, self.vpp, self.ranks) != (stated.pp, stated.vpp, stated.ranks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,9 +106,13 @@ def _base(hf_dir: Path | None) -> FragmentedTensors | None:
         return None
 
 
-def differing_copies(path: Path, tensors: FragmentedTensors) -> Iterator[Difference]:
-    """What every rank should have alike, such as norms and a tied head."""
+def differing_copies(
+    path: Path, tensors: FragmentedTensors, only: Container[str] | None = None
+) -> Iterator[Difference]:
+    """What every rank should have alike, such as norms and a tied head; of the names in `only`, if given."""
     for name, copy in tensors.copies:
+        if only is not None and name not in only:
+            continue
         equal = True
         for box in row_chunks(tensors.specs[name], copy.box):
             equal = equal and np.array_equal(copy.view(box), tensors.read(name, box))

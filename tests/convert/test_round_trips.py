@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -126,6 +127,23 @@ def test_tied_model_into_stages_and_back(tmp_path: Path) -> None:
     embedding = mm_files(tmp_path / "two")["mp_rank_00_000"]["model"]["text_decoder.embedding.word_embeddings.weight"]
     assert head.equal(embedding)
     assert name not in mm_files(tmp_path / "again")["mp_rank_00"]["model"]
+
+
+def test_head_that_is_not_the_embedding(tmp_path: Path) -> None:
+    """Trained apart, with a config.json that ties them: half of the model would be lost without a word."""
+    write_hf(tmp_path / "hf", tiny_config(tied=True))
+    two = Layout(*DIVISIONS[1])
+    hf_to_mm(tmp_path / "hf", tmp_path / "mm", two, QUIET)
+    path = tmp_path / "mm" / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=True)
+    content["model"]["text_decoder.output_layer.weight"] += 1
+    torch.save(content, path)
+    said: list[str] = []
+    mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "back", two, Options(say=said.append))
+    resplit(
+        tmp_path / "mm", tmp_path / "one", two, Layout(*DIVISIONS[0]), Options(say=said.append), hf_dir=tmp_path / "hf"
+    )
+    assert ["the output head is another, though config.json ties them" in line for line in said[::2]] == [True, True]
 
 
 def test_replicated_heads_round_trip(tmp_path: Path) -> None:
