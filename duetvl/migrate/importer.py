@@ -13,7 +13,7 @@ from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.data_keys import data_section
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.script import Script, Text, options, read_script
-from duetvl.migrate.tables import DATA, FAMILIES, MODEL, SCRIPT, SHAPES, TABLES
+from duetvl.migrate.tables import DATA, FAMILIES, MODEL, PARTS, SCRIPT, SHAPES, TABLES
 from duetvl.migrate.training_keys import Devices, Wanted, sections
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
 from duetvl.storage.files import read_object
@@ -76,9 +76,9 @@ class _Import:
         """The recipe's sections, without those that take their defaults."""
         config = self._published()
         self._compare(config)
-        wanted = Wanted(self._gated(config), self._pairs(), self._evaluates())
+        wanted = Wanted(self._gated(config), self._pairs(), self._evaluates(), self._frozen())
         made = sections(self.script, Devices(self.read, str(self.path)), wanted, self.report)
-        made["model"] = {"path": self._path(), **made.pop("model"), **self._freeze("lora" in made)}
+        made["model"] = {"path": self._path(), **made.pop("model"), **self._freeze(wanted.frozen)}
         made["data"] = {**data_section(self.data, self.report), **made.pop("data")}
         made["train"] |= self._recompute()
         made["parallel"] |= self._layers(made["parallel"]["pp"], config)
@@ -111,20 +111,19 @@ class _Import:
         self.report.add("used", "model_name_or_path", f"model.path: {path}; no converted weights are needed")
         return path
 
-    def _freeze(self, lora: bool) -> dict[str, Any]:
+    def _frozen(self) -> tuple[str, ...]:
         keys = {
-            "vision": ("image_encoder.vision_encoder", True),
-            "projector": ("image_encoder.vision_projector", False),
-            "language": ("text_decoder", False),
+            "vision_encoder": ("image_encoder.vision_encoder", True),
+            "vision_projector": ("image_encoder.vision_projector", False),
+            "text_decoder": ("text_decoder", False),
         }
-        frozen = [part for part, (key, usual) in keys.items() if self.model.switch(f"{key}.freeze", usual)]
-        if lora:
-            self.report.add("changed", "freeze", "with lora only adapters are trained: what has none is frozen")
-            return {}
-        said = ", ".join(frozen) or "nothing"
+        return tuple(part for part, (key, usual) in keys.items() if self.model.switch(f"{key}.freeze", usual))
+
+    def _freeze(self, frozen: Sequence[str]) -> dict[str, Any]:
+        parts = [PARTS[part] for part in frozen]
         default = "" if "image_encoder.vision_encoder.freeze" in self.model else " (its default for the vision tower)"
-        self.report.add("used", "freeze", f"model.freeze: {said}{default}")
-        return {"freeze": frozen} if frozen else {}
+        self.report.add("used", "freeze", f"model.freeze: {', '.join(parts) or 'nothing'}{default}")
+        return {"freeze": parts} if parts else {}
 
     def _recompute(self) -> dict[str, Any]:
         """model.json's word for each tower, else the script's for both."""

@@ -24,11 +24,15 @@ _ADAPTED: Final = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the JSON files say that the arguments depend on. `gated`: the vision tower's MLP has a gate."""
+    """What the JSON files say that the arguments depend on.
+
+    `gated`: the vision tower's MLP has a gate. `frozen`: the parts that are not trained, in MindSpeed-MM's names.
+    """
 
     gated: bool
     pairs: bool
     evaluates: bool
+    frozen: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -193,8 +197,8 @@ def _optim(script: Values, steps: int, report: Report) -> dict[str, Any]:
     return made | _groups(script, report)
 
 
-def _absent(script: Values, argument: str) -> str:
-    return "" if argument in script else " (Megatron's default)"
+def _absent(script: Values, argument: str, whose: str = "Megatron's default") -> str:
+    return "" if argument in script else f" ({whose})"
 
 
 def _schedule(script: Values, lr: float, steps: int, report: Report) -> dict[str, Any]:
@@ -288,12 +292,11 @@ def _lora(script: Values, wanted: Wanted, report: Report) -> dict[str, Any]:
     modules = script.get("--lora-target-modules") or []
     if not modules:
         return {}
-    parts = [part for name in script.get("--lora-apply-modules") or ["all"] for part in _applied(name)]
     made: dict[str, Any] = {
         "rank": script.whole("--lora-r", 8),
         "alpha": float(script.number("--lora-alpha", 16)),
         "dropout": float(script.number("--lora-dropout", 0.0)),
-        "targets": _targets(modules, parts, wanted.gated),
+        "targets": _targets(modules, _adapted_parts(script, wanted, report), wanted.gated),
     }
     if wanted.pairs and made["dropout"]:
         report.add(
@@ -305,6 +308,22 @@ def _lora(script: Values, wanted: Wanted, report: Report) -> dict[str, Any]:
     fused = " - q, k, v and gate, up have an adapter each, as in PEFT" if _ADAPTED & set(modules) else ""
     report.add("changed", "--lora-target-modules", f"{' '.join(modules)}: lora.targets: {made['targets']}{fused}")
     return made
+
+
+def _adapted_parts(script: Values, wanted: Wanted, report: Report) -> list[str]:
+    """The parts that get adapters: those asked for, without the frozen ones, which have none there either."""
+    names = script.get("--lora-apply-modules") or ["all"]
+    asked = list(dict.fromkeys(part for name in names for part in _applied(name)))
+    parts = [part for part in asked if part not in wanted.frozen]
+    left_out = ", ".join(part for part in asked if part in wanted.frozen)
+    if not parts:
+        raise ConfigError(
+            f"{SCRIPT.title}: --lora-apply-modules {' '.join(names)}: model.json freezes {left_out}, so no module has "
+            f"an adapter and nothing would be trained; set freeze to false where adapters are wanted"
+        )
+    text = f"lora.targets: only layers of {', '.join(parts)}" + (f"; {left_out} frozen" if left_out else "")
+    report.add("used", "--lora-apply-modules", text + _absent(script, "--lora-apply-modules", "its default, all"))
+    return parts
 
 
 def _applied(name: str) -> tuple[str, ...]:

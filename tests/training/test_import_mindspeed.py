@@ -18,6 +18,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.migrate.importer import Imported, import_run, key_tables
 from duetvl.migrate.script import Text, options, read_script
 from duetvl.migrate.tables import TABLES
+from duetvl.models.qwen_vl.config import published_config
+from duetvl.training.lora import plan_adapters
 from duetvl.training.recipe.reading import load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import parse_yaml
@@ -25,6 +27,10 @@ from duetvl.training.train import train
 
 ROOT = Path(__file__).parents[2]
 SMALL = runs.GUIDES["qwen2_5_vl_7b"]
+FREEZE = {
+    "vision": "image_encoder.vision_encoder.freeze", "projector": "image_encoder.vision_projector.freeze",
+    "language": "text_decoder.freeze",
+}  # fmt: skip
 
 
 def recipe_of(made: Imported) -> Recipe:
@@ -91,10 +97,48 @@ def test_every_key_is_in_the_report(tmp_path):
     text = "\n".join(import_run(*files).report.lines())
     program = next(words for words in files[2].read_text().split('"') if "--use-mcore-models" in words)
     for argument in [word for word in program.split() if word.startswith("--")]:
-        assert argument in text or argument in ("--lora-apply-modules",), argument
+        assert argument in text, argument
     for key in ("image_max_pixels", "template", "drop_last", "freeze", "bridge_patch", "rope_theta", "mrope_section"):
         assert key in text, key
     assert "CUDA_DEVICE_MAX_CONNECTIONS, TASK_QUEUE_ENABLE" in text
+
+
+@pytest.mark.parametrize(
+    ("frozen", "apply", "expected"),
+    [
+        (["vision", "projector"], "", ["language"]),
+        (["vision"], "", ["language", "projector"]),
+        ([], "", ["language", "vision", "projector"]),
+        (["language"], "", ["vision", "projector"]),
+        (["vision", "projector"], "--lora-apply-modules image_encoder text_decoder", ["language"]),
+        (["projector"], "--lora-apply-modules image_encoder", ["vision"]),
+    ],
+)
+@pytest.mark.parametrize("dpo", [False, True])
+def test_what_is_frozen_has_no_adapter(tmp_path, frozen, apply, expected, dpo):
+    """MindSpeed-MM adapts the modules that are not frozen; --lora-apply-modules is `all` in its own scripts."""
+    files = runs.write(tmp_path, SMALL, lora=True, dpo=dpo)
+    for part, key in FREEZE.items():
+        edit(files[1], key, part in frozen)
+    change(files[2], "--lora-r 8", f"--lora-r 8 {apply}")
+    made = import_run(*files)
+    recipe = recipe_of(made)
+    assert recipe.model.freeze == tuple(frozen)
+    assert sorted(recipe.lora.targets) == sorted(expected)
+    modules = plan_adapters(recipe, published_config("Qwen2.5-VL-7B")).adapters.sizes
+    assert {part_of(module) for module in modules} == set(expected)
+    assert notes(made, "used")["freeze"].startswith(f"model.freeze: {', '.join(frozen) or 'nothing'}")
+
+
+def part_of(module: str) -> str:
+    return "language" if module.startswith("model.") else "projector" if ".merger." in module else "vision"
+
+
+def test_an_adapter_of_frozen_modules_alone_is_refused(tmp_path):
+    files = runs.write(tmp_path, SMALL, lora=True)
+    change(files[2], "--lora-r 8", "--lora-r 8 --lora-apply-modules image_encoder")
+    with pytest.raises(ConfigError, match="model.json freezes vision_encoder, vision_projector, so no module has an"):
+        import_run(*files)
 
 
 def test_an_imported_run_trains(be, tmp_path):
@@ -195,6 +239,8 @@ def test_virtual_stages(tmp_path):
 )  # fmt: skip
 def test_arguments(tmp_path, argument, expected):
     files = runs.write(tmp_path, SMALL)
+    for key in FREEZE.values():
+        edit(files[1], key, False)
     change(files[2], "--distributed-timeout-minutes 20 ", f"--distributed-timeout-minutes 20 {argument} ")
     recipe = recipe_of(import_run(*files))
     path, _, value = expected.partition("=")
