@@ -137,7 +137,7 @@ def part_of(module: str) -> str:
 def test_an_adapter_of_frozen_modules_alone_is_refused(tmp_path):
     files = runs.write(tmp_path, SMALL, lora=True)
     change(files[2], "--lora-r 8", "--lora-r 8 --lora-apply-modules image_encoder")
-    with pytest.raises(ConfigError, match="model.json freezes vision_encoder, vision_projector, so no module has an"):
+    with pytest.raises(ConfigError, match=r"model\.json freezes vision_encoder, vision_projector, so no module has an"):
         import_run(*files)
 
 
