@@ -12,7 +12,9 @@ from typing import Any, Final
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.data_keys import data_section
 from duetvl.migrate.report import Report, Values
-from duetvl.migrate.script import Script, Text, options, read_script
+from duetvl.migrate.script import options, training_start
+from duetvl.migrate.shell.run import Script, Start, read_script
+from duetvl.migrate.shell.values import Text
 from duetvl.migrate.tables import DATA, FAMILIES, MODEL, PARTS, SCRIPT, SHAPES, TABLES
 from duetvl.migrate.training_keys import Devices, Wanted, sections
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
@@ -48,13 +50,19 @@ def import_run(
         "data": Values(DATA, _flat(read_object(data, ConfigError)), report),
         "model": Values(MODEL, _flat(read_object(model, ConfigError)), report),
     }
-    read = _read_script(script, variables or {})
-    values["script"] = Values(SCRIPT, _arguments(read, script, report, allow_unknown), report)
-    made = _Import(values["data"], values["model"], values["script"], report, read, script).sections()
+    read = _read_script(script, variables or {}, report)
+    start = training_start(read, script)
+    values["script"] = Values(SCRIPT, _arguments(read, start, script, report, allow_unknown), report)
+    devices = Devices(read, start, str(script))
+    made = _Import(values["data"], values["model"], values["script"], report, devices).sections()
     for given in values.values():
         given.account(allow_unknown=allow_unknown)
     for name in dict.fromkeys(read.exported):
         report.add("not needed", name, "variables of the environment are for its programs and devices")
+    for file in read.sourced:
+        report.add("not needed", f"source {file}", "variables of the environment are for its programs and devices")
+    for name, taken in read.variables.assumed.items():
+        report.add("assumed", f"argument {name}" if name.isdigit() else name, taken)
     recipe = make_recipe(made, name=script.stem)
     mesh = recipe.parallel.mesh
     what = ("dpo" if recipe.dpo else "sft") + (" with lora" if recipe.lora else "")
@@ -68,16 +76,16 @@ def import_run(
 class _Import:
     """One import: the three inputs, and what is found out about them together."""
 
-    def __init__(self, data: Values, model: Values, script: Values, report: Report, read: Script, path: Path) -> None:
+    def __init__(self, data: Values, model: Values, script: Values, report: Report, devices: Devices) -> None:
         self.data, self.model, self.script, self.report = data, model, script, report
-        self.read, self.path = read, path
+        self.devices = devices
 
     def sections(self) -> dict[str, Any]:
         """The recipe's sections, without those that take their defaults."""
         config = self._published()
         self._compare(config)
         wanted = Wanted(self._gated(config), self._pairs(), self._evaluates(), self._frozen())
-        made = sections(self.script, Devices(self.read, str(self.path)), wanted, self.report)
+        made = sections(self.script, self.devices, wanted, self.report)
         made["model"] = {"path": self._path(), **made.pop("model"), **self._freeze(wanted.frozen)}
         made["data"] = {**data_section(self.data, self.report), **made.pop("data")}
         made["train"] |= self._recompute()
@@ -252,9 +260,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_script(path: Path, variables: Mapping[str, str]) -> Script:
+def _read_script(path: Path, variables: Mapping[str, str], report: Report) -> Script:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
         read = read_script(text, variables)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
@@ -264,19 +272,19 @@ def _read_script(path: Path, variables: Mapping[str, str]) -> Script:
         raise ConfigError(f"{path}: {error}") from None
     for name in variables:
         if not (name.isidentifier() and re.search(rf"\b{name}\b", text)):
-            names = sorted(read.variables.keys() - variables.keys())
+            names = sorted(read.variables.values.keys() - variables.keys())
             raise ConfigError(f"{path}: has no variable {name!r}{did_you_mean(name, names)}")
-    if not read.program:
-        raise ConfigError(
-            f"{path}: starts no Python program with options, such as torchrun ... pretrain_vlm.py --lr 1e-5"
+    if "\r\n" in text:
+        report.add(
+            "changed", "line ends", "of Windows, which the shell itself stumbles over; they are read as ends of lines"
         )
     return read
 
 
-def _arguments(read: Script, path: Path, report: Report, allow_unknown: bool) -> dict[str, Any]:
+def _arguments(read: Script, start: Start, path: Path, report: Report, allow_unknown: bool) -> dict[str, Any]:
     """The program's arguments by name: True for a switch, a text, or a list of texts."""
     found: dict[str, Any] = {}
-    for name, words in options(read.arguments):
+    for name, words in options(start.arguments):
         taken, stray = _split(name, words)
         if stray:
             missing = next((word.missing for word in stray if word.missing), "")
@@ -284,11 +292,11 @@ def _arguments(read: Script, path: Path, report: Report, allow_unknown: bool) ->
             what = f"{missing}, so what it adds is not known" if missing else f"{said!r} belongs to no option"
             after = f" after {name}" if name else ""
             if not allow_unknown:
-                raise ConfigError(f"{path}: {what}{after}{_advice(missing)}; --allow-unknown goes on without it")
+                raise ConfigError(f"{path}: {what}{after}{_advice(missing, read)}; --allow-unknown goes on without it")
             report.add("unknown", said or "a variable", f"{what}{after}")
         if not name:
             continue
-        value = _value(name, taken, path)
+        value = _value(name, taken, path, read)
         if found.get(name, value) != value:
             report.add("contradiction", name, f"given twice; the last one counts: {value}")
         found[name] = value
@@ -303,21 +311,21 @@ def _split(name: str, words: Sequence[Text]) -> tuple[Sequence[Text], Sequence[T
     return words[:most], words[most:]
 
 
-def _advice(missing: str) -> str:
+def _advice(missing: str, read: Script) -> str:
     """What to do about a value that the script does not say."""
     name, _, rest = missing.partition(" ")
-    if name.isidentifier() and rest.startswith(("is ", "has ")):
+    if name in read.variables.values or rest.startswith("is not set in the script"):
         return f"; give it here: {name}=..."
     return "; write it into a copy of the script" if missing else ""
 
 
-def _value(name: str, words: Sequence[Text], path: Path) -> Any:
+def _value(name: str, words: Sequence[Text], path: Path, read: Script) -> Any:
     arity = SCRIPT.arity(name)
     if arity == "switch" or (not words and name not in SCRIPT.used):
         return True
     missing = next((word.missing for word in words if word.missing), "")
     if name in SCRIPT.used and (missing or not words):
-        raise ConfigError(f"{path}: {name}: {missing or 'it has no value'}{_advice(missing)}")
+        raise ConfigError(f"{path}: {name}: {missing or 'it has no value'}{_advice(missing, read)}")
     return [word.text for word in words] if arity == "many" else " ".join(word.text for word in words)
 
 

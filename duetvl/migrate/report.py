@@ -12,10 +12,11 @@ from typing import Any, Literal
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.tables import Table
 
-Kind = Literal["used", "changed", "not needed", "contradiction", "unknown"]
+Kind = Literal["used", "changed", "assumed", "not needed", "contradiction", "unknown"]
 TITLES: dict[Kind, str] = {
     "used": "used",
     "changed": "used, with another meaning",
+    "assumed": "not given, and taken as the script has it then",
     "contradiction": "does not fit together",
     "unknown": "not known, and left out",
     "not needed": "not needed",

@@ -8,7 +8,9 @@ from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.report import Report, Values
-from duetvl.migrate.script import Script, Text, options
+from duetvl.migrate.script import options
+from duetvl.migrate.shell.run import Script, Start
+from duetvl.migrate.shell.values import Text
 from duetvl.migrate.tables import (
     APPLY_MODULES,
     CP_ALGORITHMS,
@@ -40,11 +42,12 @@ class Devices:
     """How many processes the script starts."""
 
     script: Script
+    start: Start
     path: str
 
     def count(self) -> int:
         """Raises ConfigError where only running the script would tell."""
-        given = {name.replace("-", "_"): values for name, values in options(self.script.launcher)}
+        given = {name.replace("-", "_"): values for name, values in options(self.start.launcher)}
         if "__worker_num" in given:
             return self._number("--worker_num", given["__worker_num"])
         if "__nproc_per_node" in given:

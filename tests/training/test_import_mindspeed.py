@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import shlex
-from contextlib import suppress
 from pathlib import Path
 
 import mindspeed_runs as runs
 import pytest
 import tiny_run
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from duetvl.cli import main
 from duetvl.core.errors import ConfigError
 from duetvl.migrate.importer import Imported, import_run, key_tables
-from duetvl.migrate.script import Text, options, read_script
 from duetvl.migrate.tables import TABLES
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.training.lora import plan_adapters
@@ -454,83 +449,3 @@ def test_a_key_is_in_one_table_alone():
         names = list(table.known())
         assert len(names) == len(set(names)), table.title
         assert table.switches | table.lists <= set(names)
-
-
-# -- shell -----------------------------------------------------------------------------------------------------------
-
-
-def arguments(text: str, **given: str) -> list[tuple[str, list[str]]]:
-    return [(name, [word.text for word in words]) for name, words in options(read_script(text, given).arguments)]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("python a.py --x 1 --y", [("--x", ["1"]), ("--y", [])]),
-        ("A='--x 1 --y 2'\npython a.py $A", [("--x", ["1"]), ("--y", ["2"])]),
-        ('A=(--x "1 2"\n  # why\n --y 3)\npython a.py "${A[@]}"', [("--x", ["1 2"]), ("--y", ["3"])]),
-        ('A="--x 1"; A+=" --y 2"\npython a.py $A', [("--x", ["1"]), ("--y", ["2"])]),
-        ("A=(--x 1)\nA+=(--y 2)\npython a.py ${A[*]}", [("--x", ["1"]), ("--y", ["2"])]),
-        ("N=3\npython a.py --x $((N * (2 + $N) / 4 % 3)) --y ${N}b", [("--x", ["0"]), ("--y", ["3b"])]),
-        ("python a.py --x ${N:-7} --y ${M-'8'}", [("--x", ["7"]), ("--y", ["'8'"])]),
-        ("python a.py \\\n  --x 1 \\\n  --y 2 > log 2>&1 | tee b", [("--x", ["1"]), ("--y", ["2"])]),
-        ("cat <<EOF > h\n--x 1 ' \" ( \nEOF\npython a.py --y 2", [("--y", ["2"])]),
-        ("if [ -z $P ]; then P=5; fi\npython a.py --x $P", [("--x", ["5"])]),
-        ("export P=5 Q=6\nA=1 python a.py --x $P$Q # --z", [("--x", ["56"])]),
-        ("python -c 'x'; python a.py --x '$P'", [("--x", ["$P"])]),
-        ("python a.py --x a\\ b --y=\"c d\"", [("--x", ["a b"]), ("--y", ["c d"])]),
-        ("python a.py --x 1 $@ \"$@\"", [("--x", ["1"])]),
-        ("A=\npython a.py --x 1 $A --y ${A:-2}", [("--x", ["1"]), ("--y", ["2"])]),
-    ],
-)  # fmt: skip
-def test_shell(text, expected):
-    assert arguments(text) == expected
-
-
-def test_given_variables_win():
-    assert arguments("N=1\nM=$((N*2))\npython a.py --x $N --y $M", N="4") == [("--x", ["4"]), ("--y", ["8"])]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("N=$(nproc)\npython a.py --x $N", "N is the output of a command (line 1)"),
-        ("python a.py --x `nproc`", "the output of nproc is not known"),
-        ("python a.py --x $N", "N is not set in the script"),
-        ("N=1\nif true; then\nN=2\nfi\npython a.py --x $N", "N has different values under conditions (line 3)"),
-        ("python a.py --x $((1 / 0))", "a sum divides by zero"),
-        ("N=a\npython a.py --x $((N + 1))", "N is 'a', no whole number"),
-        ("python a.py --x ${N%%b}", "${N%%b} is not read"),
-        ("python a.py --x $((2 ** 3))", "a sum lacks a number"),
-    ],
-)
-def test_what_a_script_does_not_say(text, reason):
-    found = read_script(text, {})
-    assert [word.missing for word in found.arguments if word.missing] == [reason]
-
-
-@pytest.mark.parametrize("text", ['A="1', "A='1", "A=(1 2", "A=$(ls", "A=`ls", "A=${B", "A=$((1", "(" * 3 + "'"])
-def test_a_quote_without_its_end(text):
-    with pytest.raises(ConfigError, match=r"line 1: .* is not closed"):
-        read_script(text, {})
-
-
-PIECES = st.sampled_from(
-    ["A=", "B=", "$A", "${A}", "${B:-", "}", "$((", "))", "$(", ")", "(", "`", '"', "'", "\\", "\n", " ", ";", "|",
-     "&", "<<E", ">", "#", "if", "then", "fi", "export", "+=", "python a.py", "--x", "1", "*", "/", "%", "${", "[@]",
-     "=", "é", "\r\n"]
-)  # fmt: skip
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(PIECES, max_size=40).map("".join) | st.text(max_size=60))
-def test_any_text_is_read_or_refused(text):
-    with suppress(ConfigError):
-        read_script(text, {})
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1), max_size=5))
-def test_quoted_words_come_out_as_they_went_in(words):
-    found = read_script(f"python a.py --x {' '.join(map(shlex.quote, words))}", {})
-    assert found.arguments == [Text("--x"), *map(Text, words)]
