@@ -35,6 +35,20 @@ def training_start(script: Script, path: object) -> Start:
     return found[0]
 
 
+def advice(missing: str, script: Script) -> str:
+    """What to do about a value that the script does not say."""
+    name, _, rest = missing.partition(" ")
+    if name in script.variables.values or rest.startswith("is not set in the script"):
+        return f"; give it here: {name}=..."
+    return "; write it into a copy of the script" if missing else ""
+
+
+def setting(script: Script, name: str, value: object) -> str:
+    """How to give a variable another value: here, where the script has it, else in a copy of the script."""
+    known = name in script.variables.values
+    return f"give {name}={value} here" if known else "correct it in a copy of the script"
+
+
 def options(words: Iterable[Text]) -> Iterator[tuple[str, list[Text]]]:
     """`--name value value` and `--name=value` as (name, values); words before the first option have the name ""."""
     name, values = "", list[Text]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import mindspeed_runs as runs
@@ -11,7 +12,9 @@ import tiny_run
 
 from duetvl.cli import main
 from duetvl.core.errors import ConfigError
-from duetvl.migrate.importer import Imported, import_run, key_tables
+from duetvl.migrate.importer import Imported, import_run
+from duetvl.migrate.key_tables import key_tables
+from duetvl.migrate.reading import read_keys
 from duetvl.migrate.tables import TABLES
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.training.lora import plan_adapters
@@ -87,6 +90,24 @@ def test_videos_and_pairs(tmp_path, name):
     assert made.summary.startswith("dpo with lora, ")
 
 
+@pytest.mark.parametrize("task", [{}, {"lora": True}, {"lora": True, "dpo": True}, {"video": True}], ids=str)
+@pytest.mark.parametrize("name", ["qwen2_5_vl_72b", "qwen2_vl_2b"])
+def test_every_key_and_every_field_is_in_the_report(tmp_path, task, name):
+    """Whatever the three files say is there, and whatever the recipe says."""
+    files = runs.write(tmp_path, runs.GUIDES[name], **task)
+    edit(files[0], "dataset_param.basic_parameters.val_dataset", "./data/val.json")
+    made = import_run(*files)
+    told = [note for note in made.report.notes if note.kind != "not needed"]
+    for section, values in parse_yaml(made.text, "made").items():
+        for field in values:
+            assert [note for note in told if f"{section}.{field}" in f"{note.key} {note.text}"], f"{section}.{field}"
+    text = " ".join(f"{note.key} {note.text}" for note in made.report.notes)
+    for key in [*read_keys(files[0], "data"), *read_keys(files[1], "model")]:
+        assert re.search(rf"\b{key.rpartition('.')[2]}\b", text), key
+    for argument in re.findall(r"(?<= )--[a-z][a-z0-9-]+", files[2].read_text().partition("GPT_ARGS=")[2]):
+        assert re.search(rf"{argument}(?![\w-])", text), argument
+
+
 def test_every_key_is_in_the_report(tmp_path):
     files = runs.write(tmp_path, SMALL, lora=True)
     text = "\n".join(import_run(*files).report.lines())
@@ -136,7 +157,7 @@ def test_an_adapter_of_frozen_modules_alone_is_refused(tmp_path):
         import_run(*files)
 
 
-def test_an_imported_run_trains(be, tmp_path):
+def test_an_imported_run_trains(be, tmp_path, capsys):
     tiny_run.write_recipe(tmp_path)
     (tmp_path / "run.yaml").write_text(import_run(*runs.write(tmp_path, SMALL, lora=True)).text)
     result = train(
@@ -151,6 +172,9 @@ def test_an_imported_run_trains(be, tmp_path):
     )  # fmt: skip
     assert result.step == 2 and result.loss is not None and 4 < result.loss < 7
     assert (result.run_dir / "export" / "adapter_config.json").is_file()
+    rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens_per_sample"] for row in rows] == [row["tokens"] / 4 for row in rows]  # as --log-tps says
+    assert re.search(rf"^{rows[-1]['total_tokens']:.0f} tokens in steps of .* tokens/s$", capsys.readouterr().out, re.M)
 
 
 # -- what changes its meaning, what does not fit together ------------------------------------------------------------
@@ -187,7 +211,7 @@ def test_stages_of_the_script_and_of_the_model_must_agree(tmp_path):
         import_run(*files, variables={"PP": "4"})
     assert str(caught.value) == (
         "model.json: pipeline_num_layers [32, 0] is for 2 stages, the script has --pipeline-model-parallel-size 4; "
-        "correct one of them, or give its variable here (PP=2)"
+        "correct one of them, or give PP=2 here"
     )
     edit(files[1], "text_decoder.pipeline_num_layers", [12, 15])
     with pytest.raises(ConfigError, match="places 27 layers, the language model has 28"):
@@ -249,8 +273,14 @@ def test_arguments(tmp_path, argument, expected):
         ("basic_parameters.train_on_prompt", True, "train_on_prompt=True"),
         ("basic_parameters.streaming", True, "streaming=True"),
         ("basic_parameters.val_rate", 0.1, "val_rate=0.1"),
-        ("basic_parameters.max_samples", 7, "train[0].max_samples=7"),
-        ("basic_parameters.dataset", "a.json,./b/c.json", "train[0].path=data/a.json"),
+        ("basic_parameters.max_samples", 7, "max_samples=7"),
+        ("basic_parameters.max_samples", 0, "max_samples=None"),
+        ("basic_parameters.dataset", "a.json, ./b/c.json", "train[0].path=a.json"),
+        ("basic_parameters.dataset", "a.json,./b/c.json", "image_root=./data"),
+        ("basic_parameters.dataset_dir", "data/.", "image_root=None"),
+        ("basic_parameters.dataset_dir", None, "image_root=None"),
+        ("basic_parameters.dataset_dir", "./pictures", "image_root=./pictures"),
+        ("basic_parameters.cutoff_len", 512, "cutoff_len=512"),
         ("attr.formatting", "alpaca", "train[0].format=alpaca"),
         ("attr.images", "pictures", "train[0].columns={'images': 'pictures'}"),
         ("attr.assistant_tag", "bot", "train[0].tags={'assistant_tag': 'bot'}"),
@@ -329,6 +359,7 @@ def test_a_vision_tower_is_frozen_where_nothing_is_said_of_it(tmp_path):
         ("--train-iters 10.5", "--train-iters is 10.5, expected a whole number"),
         ("--bf16 yes", "'yes' belongs to no option"),
         ("--lr 1 2", "'2' belongs to no option after --lr"),
+        ("--zzz 1", "script.sh: --zzz is not known; --allow-unknown goes on without it"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: there are cosine, linear, constant"),
         ("--lora-target-modules linear_qvk", "--lora-target-modules linear_qvk; did you mean 'linear_qkv'?"),
         ("--lora-apply-modules vision --lora-target-modules linear_qkv", "--lora-apply-modules vision; did you mean"),
@@ -354,14 +385,16 @@ def test_arguments_that_cannot_be_taken(tmp_path, argument, expected):
     ("number", "key", "value", "expected"),
     [
         (0, "dataset_param.basic_parameters.trian_on_prompt", True, "basic_parameters.train_on_prompt'?"),
-        (0, "dataset_param.basic_parameters.cutoff_len", 512, "cutoff_len: is refused there too"),
         (0, "dataset_param.attr.formatting", "xml", "formatting is 'xml', expected sharegpt or alpaca"),
         (0, "dataset_param.basic_parameters.dataset", None, "basic_parameters.dataset is missing"),
         (0, "dataset_param.basic_parameters.mask_history", "no", "mask_history is 'no', expected true or false"),
         (1, "model_id", "internvl", "model_id is 'internvl'"),
         (1, "text_decoder.pipeline_num_layers", "12,16", "pipeline_num_layers (language_layers) is \"12,16\""),
-        (1, "video_encoder", {"model_id": "x"}, "video_encoder.model_id is not known"),
-        (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known"),
+        (1, "video_encoder", {"model_id": "x"}, "video_encoder.model_id: no such part in these models; give null"),
+        (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known; --allow-unknown goes on without it"),
+        (1, "text_decoder.num_layer", 1, "num_layer is not known; did you mean 'text_decoder.num_layers'?"),
+        (0, "dataset_param.max_samples", 1, "did you mean 'dataset_param.basic_parameters.max_samples'?"),
+        (0, "dataset_param.attr.mask_history", True, "did you mean 'dataset_param.basic_parameters.mask_history'?"),
     ],
 )  # fmt: skip
 def test_keys_that_cannot_be_taken(tmp_path, number, key, value, expected):
@@ -379,6 +412,32 @@ def test_one_can_go_on_without_what_is_not_known(tmp_path):
     made = import_run(*files, allow_unknown=True)
     assert set(notes(made, "unknown")) >= {"--brand-new", "text_decoder.new_key"}
     assert recipe_of(made).train.steps == 10000
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "expected"),
+    [
+        ("--optimizer muon --muon-momentum 0.9", "--optimizer muon", ("optim", "lr", 1e-5)),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD", ("optim", "schedule", "linear")),
+        ("--lora-mixed-training", "--lora-mixed-training", ("model", "dtype", "bfloat16")),
+        ("--context-parallel-algo my_algo", "--context-parallel-algo my_algo", ("parallel", "cp_algorithm", "ulysses")),
+        ("--weight-decay-exclude-modules x text_decoder", "--weight-decay-exclude-modules x",
+         ("optim", "no_decay", ("language",))),
+        ("--lora-target-modules linear_qkv router", "--lora-target-modules router",
+         ("lora", "targets", tuple(f"model.layers.*.self_attn.{name}_proj" for name in "qkv"))),
+        ("--lora-apply-modules vit text_decoder --lora-target-modules linear_proj", "--lora-apply-modules vit",
+         ("lora", "targets", ("model.layers.*.self_attn.o_proj",))),
+    ],
+)  # fmt: skip
+def test_one_can_go_on_without_a_setting_that_is_not_there(tmp_path, argument, key, expected):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--use-flash-attn", f"--use-flash-attn {argument}")
+    with pytest.raises(ConfigError, match="--allow-unknown goes on without it"):
+        import_run(*files)
+    made = import_run(*files, allow_unknown=True)
+    assert list(notes(made, "unknown")) == [key]
+    section, field, value = expected
+    assert getattr(getattr(recipe_of(made), section), field) == value
 
 
 def test_what_only_running_would_tell_is_asked_for(tmp_path):
@@ -439,7 +498,7 @@ def test_windows_line_ends(tmp_path):
 def test_the_table_of_keys_is_current():
     document = ROOT / "docs" / "migrating_keys.md"
     assert document.read_text(encoding="utf-8") == key_tables(), (
-        "make it anew: python -c 'from duetvl.migrate.importer import key_tables as t; "
+        "make it anew: python -c 'from duetvl.migrate.key_tables import key_tables as t; "
         'open("docs/migrating_keys.md", "w").write(t())\''
     )
 
