@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
@@ -58,8 +59,13 @@ class Devices:
         known = self.script.value("WORLD_SIZE")
         if not known.missing:
             return self._number("WORLD_SIZE", [known])
-        launcher = " ".join(word.text for word in self.start.launcher) or self.start.program
-        report.add("added", "number of processes", f"1, since {launcher} says none; parallel.dp holds it")
+        launcher = " ".join(word.text for word in self.start.launcher)
+        if PurePosixPath(launcher.partition(" ")[0]).name.rstrip("0123456789.") not in ("", "python"):
+            raise ConfigError(
+                f"{self.path}: how many processes {launcher!r} starts is not read; start the program with torchrun "
+                f"--nproc_per_node or msrun --worker_num in a copy of the script"
+            )
+        report.add("added", "number of processes", "1, as the program is started by itself")
         return 1
 
     def _number(self, name: str, words: list[Text]) -> int:
@@ -290,7 +296,7 @@ def _parallel(script: Values, devices: Devices, report: Report) -> dict[str, Any
     count, replica = devices.count(report), made["tp"] * made["pp"] * made["cp"]
     if count % replica:
         raise ConfigError(
-            f"{devices.path}: {count} processes cannot be divided into tp {made['tp']} x pp {made['pp']} x "
+            f"{devices.path}: {count} process{'es' * (count > 1)} cannot be divided into tp {made['tp']} x pp {made['pp']} x "
             f"cp {made['cp']} = {replica}; {setting(devices.script, 'NPUS_PER_NODE', replica)}"
         )
     report.add("used", "number of processes", f"{count} / {replica}: parallel.dp: {count // replica}")

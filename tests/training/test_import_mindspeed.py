@@ -338,12 +338,185 @@ def test_evaluation_needs_data_for_it(tmp_path):
     assert recipe.train.eval_every == 10000 and recipe.data.val[0].path == "./data/val.json"
 
 
+@pytest.mark.parametrize(
+    ("argument", "few", "expected"),
+    [
+        ("--eval-iters 5000", None, 5000 * 192), ("--eval-iters 2", None, 384), ("--eval-iters 2", 100, 100),
+        ("--eval-iters 2", 1000, 384), ("", None, 100 * 192),
+    ],
+)  # fmt: skip
+def test_an_evaluation_takes_no_more_batches_than_there(tmp_path, argument, few, expected):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.val_dataset", "./data/val.json")
+    edit(files[0], "dataset_param.basic_parameters.val_max_samples", few)
+    change(files[2], "--eval-iters 5000", argument or "--ckpt-format torch")
+    made = import_run(*files)
+    assert recipe_of(made).data.val_max_samples == expected
+    assert (
+        f"data.val_max_samples: {expected}, the most that an evaluation takes" in notes(made, "changed")["--eval-iters"]
+    )
+
+
+@pytest.mark.parametrize("key", ["val_dataset", "val_rate"])
+def test_no_batches_are_no_evaluation(tmp_path, key):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], f"dataset_param.basic_parameters.{key}", "./val.json" if key == "val_dataset" else 0.1)
+    change(files[2], "--eval-iters 5000", "--eval-iters 0")
+    made = import_run(*files)
+    recipe = recipe_of(made)
+    assert not recipe.data.val and recipe.data.val_rate is None and recipe.train.eval_every is None
+    assert "data.val and data.val_rate are left out" in notes(made, "changed")["--eval-iters"]
+
+
+def test_what_megatron_takes_where_nothing_is_given(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.val_dataset", "./data/val.json")
+    for argument in ("--seed 42", "--num-workers 8", "--log-interval 1", "--eval-interval 10000", "--clip-grad 0.0",
+                     "--weight-decay 0", "--save-interval 10000"):  # fmt: skip
+        change(files[2], f"    {argument} \\\n", "")
+    made = import_run(*files)
+    recipe = recipe_of(made)
+    assert (recipe.data.seed, recipe.data.workers, recipe.log.every, recipe.train.eval_every) == (1234, 2, 100, 1000)
+    assert (recipe.optim.clip, recipe.optim.weight_decay, recipe.checkpoint.every) == (1.0, 0.01, None)
+    assert notes(made, "used")["--seed"] == "data.seed: 1234 (Megatron's default)"
+
+
+def test_streams_have_no_bound_on_records(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.max_samples", 7)
+    edit(files[0], "dataset_param.basic_parameters.streaming", True)
+    made = import_run(*files)
+    assert recipe_of(made).data.max_samples is None
+    assert notes(made, "not needed")["max_samples"] == "is not read with streaming there either"
+
+
 def test_a_vision_tower_is_frozen_where_nothing_is_said_of_it(tmp_path):
     files = runs.write(tmp_path, SMALL)
     values = json.loads(files[1].read_text())
     del values["image_encoder"]["vision_encoder"]["freeze"], values["image_encoder"]["vision_projector"]["freeze"]
     files[1].write_text(json.dumps(values))
     assert recipe_of(import_run(*files)).model.freeze == ("vision",)
+
+
+# -- scripts of other releases ---------------------------------------------------------------------------------------
+
+
+def test_fsdp2(tmp_path):
+    """The guide of the 72B model gives its model.json, for eight stages, to one stage without tensor parallelism."""
+    files = runs.write(tmp_path, runs.GUIDES["qwen2_5_vl_72b"])
+    flags = "--use-torch-fsdp2 --fsdp2-config-path ./fsdp2.yaml --use-cpu-initialization --init-model-with-meta-device"
+    change(files[2], "--use-flash-attn", f"--use-flash-attn --untie-embeddings-and-output-weights {flags}")
+    change(files[2], "--ckpt-format torch", "--ckpt-format torch_dist")
+    made = import_run(*files, variables={"PP": "1", "TP": "1"})
+    recipe = recipe_of(made)
+    assert recipe.parallel.mesh.size == recipe.parallel.dp == 16 and recipe.parallel.language_layers is None
+    changed = notes(made, "changed")
+    assert changed["--use-torch-fsdp2"].startswith("parallel.dp: 16 - parameters are divided over the replicas there")
+    assert "./fsdp2.yaml is not read" in changed["--fsdp2-config-path"]
+    assert "the script has one stage" in notes(made, "contradiction")["pipeline_num_layers"]
+
+
+def test_attention_that_is_swapped_to_the_host(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--use-flash-attn", "--use-flash-attn --swap-attention --swap-modules input_norm,self_attention")
+    made = import_run(*files)
+    assert recipe_of(made) == recipe_of(import_run(*runs.write(tmp_path, SMALL)))
+    assert "train.recompute" in notes(made, "not needed")["--swap-attention"]
+
+
+def test_release_1_0(tmp_path):
+    """Its data.json has the cut and sides of pictures, its model.json more names for the model's shape."""
+    files = runs.write(tmp_path, runs.GUIDES["qwen2_vl_7b"])
+    values = json.loads(files[0].read_text())
+    pictures = values["dataset_param"]["preprocess_parameters"]
+    for name in ("image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels"):
+        del pictures[name]
+    pictures |= {"image_resolution": 512, "video_resolution": 128}
+    values["dataset_param"]["basic_parameters"] |= {"cutoff_len": 2048, "overwrite_cache": True}
+    values["dataloader_param"] |= {"batch_size": 1, "num_workers": 4}
+    files[0].write_text(json.dumps(values))
+    model = json.loads(files[1].read_text())
+    model |= {"ps_version": "v2", "params_dtype": "bf16"}
+    model["text_decoder"] |= {"padded_vocab_size": 152064, "micro_batch_size": 1, "lr": 1e-5, "use_fused_rmsnorm": True}
+    model["image_encoder"]["vision_projector"]["ckpt_path"] = "none.pt"
+    files[1].write_text(json.dumps(model))
+    more = "--initial-loss-scale 4096 --use-rotary-position-embeddings --enable-one-logger --num-layer-list 0,1"
+    change(files[2], "--use-flash-attn", f"--use-flash-attn {more} --tokenizer-name-or-path ./Qwen2-VL-7B-Instruct")
+    made = import_run(*files)
+    data = recipe_of(made).data
+    assert (data.cutoff_len, data.pack_tokens, data.max_pixels, data.video_max_pixels) == (2048, 2048, 512**2, 128**2)
+    assert notes(made, "contradiction")["--seq-length"] == "1024, but data.json has cutoff_len 2048, which counts"
+    assert "data.max_pixels: 262144" in notes(made, "changed")["image_resolution"]
+
+
+@pytest.mark.parametrize(("name", "task"), [("inference", "inference"), ("evaluate", "evaluation")])
+def test_files_of_inference_and_evaluation_are_answered_in_one_line(tmp_path, name, task):
+    files = runs.write(tmp_path, SMALL)
+    other = json.loads(files[1].read_text())
+    marks = {"inference": {"pipeline_class": "Qwen2VlPipeline"}, "evaluate": {"evaluation_dataset": "chartqa_test"}}
+    other |= {"generation_config": {"max_new_tokens": 256}, **marks[name]}
+    path = tmp_path / f"{name}_qwen2_5_vl_7b.json"
+    path.write_text(json.dumps(other))
+    for given in ((files[0], path, files[2]), (path, files[1], files[2])):
+        with pytest.raises(ConfigError, match=rf"{name}_qwen2_5_vl_7b\.json: describes {task}, which is not imported"):
+            import_run(*given)
+    change(files[2], "    pretrain_vlm.py", f"    {name}_vlm.py")
+    with pytest.raises(ConfigError, match=rf"finetune\.sh: starts {task} \({name}_vlm\.py\), which is not imported"):
+        import_run(*files)
+
+
+# -- conditions of the script ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ['[ "$WIDE" = 1 ] && TP=2', "if [ -d /wide ]; then TP=2; fi", "source wide.sh"])
+def test_what_a_condition_decides_is_asked_for(tmp_path, line):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "MBS=1", f"{line}\nMBS=1")
+    with pytest.raises(ConfigError, match=r"TP (depends on a condition|may be changed by).*; give it here: TP=\.\.\."):
+        import_run(*files)
+    given = {name: value for name, value in BEFORE_MBS.items() if line.startswith("source") or name == "TP"}
+    assert recipe_of(import_run(*files, variables={**given, "TP": "2"})).parallel.tp == 2
+
+
+BEFORE_MBS = {
+    "NPUS_PER_NODE": "8", "NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
+    "WORLD_SIZE": "8", "PP": "2", "CP": "1", "LOAD_PATH": "ckpt", "SAVE_PATH": "save_dir",
+}  # fmt: skip
+
+
+def test_a_condition_that_the_script_decides_is_followed(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "MBS=1", 'WIDE=1\n[ "$WIDE" = 1 ] && TP=2 || TP=4\nMBS=${MBS:-1}')
+    made = import_run(*files)
+    assert recipe_of(made).parallel.tp == 2
+    assert notes(made, "assumed") == {"MBS": "1, which the script takes where it is not set"}
+
+
+def test_a_script_that_trains_twice_is_refused(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    text = files[2].read_text()
+    start = text[text.index("torchrun $DIST") : text.index("chmod 440")]
+    files[2].write_text(text.replace(start, f'if [ "$STAGE" = 2 ]; then\n{start}else\n{start}fi\n'))
+    with pytest.raises(ConfigError, match=r"starts a program 2 times \(line \d+, \d+\), and a recipe is one run"):
+        import_run(*files)
+    recipe_of(import_run(*files, variables={"STAGE": "2"}))
+    files[2].write_text(text.replace(start, f"python prepare.py --out x\n{start}"))
+    recipe_of(import_run(*files))
+
+
+def test_how_many_processes_are_started(tmp_path):
+    files = runs.write(tmp_path, runs.GUIDES["qwen2_5_vl_3b"])
+    change(files[2], "torchrun $DISTRIBUTED_ARGS", "mpirun -n 8 python")
+    change(files[2], "WORLD_SIZE", "COUNT")
+    with pytest.raises(ConfigError, match="how many processes 'mpirun -n 8 python' starts is not read; start the"):
+        import_run(*files)
+    change(files[2], "mpirun -n 8 python", "python3")
+    assert recipe_of(import_run(*files)).parallel.mesh.size == 1
+    change(files[2], "python3", "python -m torch.distributed.run --nproc-per-node=4 --nnodes 2")
+    assert recipe_of(import_run(*files)).parallel.dp == 8
+    change(files[2], "--nproc-per-node=4", "--nproc-per-node=auto")
+    with pytest.raises(ConfigError, match="--nproc_per_node: 'auto' is no number of processes; write it into a copy"):
+        import_run(*files)
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
@@ -369,7 +542,10 @@ def test_a_vision_tower_is_frozen_where_nothing_is_said_of_it(tmp_path):
             "EXTRA_ARGS is not set in the script, so what it adds is not known after",
         ),
         ("--save $(pwd)/out", "--save: the output of pwd is not known; write it into a copy of the script"),
-        ("--tensor-model-parallel-size 3", "8 processes cannot be divided into tp 3 x pp 2 x cp 1 = 6"),
+        (
+            "--tensor-model-parallel-size 3",
+            "8 processes cannot be divided into tp 3 x pp 2 x cp 1 = 6; give NPUS_PER_NODE=6 here",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_taken(tmp_path, argument, expected):
