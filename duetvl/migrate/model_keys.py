@@ -9,7 +9,7 @@ from typing import Any, Final
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.script import setting
-from duetvl.migrate.shell.run import Script
+from duetvl.migrate.shell.simple import Script
 from duetvl.migrate.tables import FAMILIES, MODEL, PARTS, SHAPES
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
 from duetvl.training.recipe.reading import check_layers, make_recipe

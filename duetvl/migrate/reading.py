@@ -10,7 +10,8 @@ from typing import Any, Final
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.report import Report
 from duetvl.migrate.script import advice, options
-from duetvl.migrate.shell.run import Script, Start, read_script
+from duetvl.migrate.shell.run import read_script
+from duetvl.migrate.shell.simple import Script, Start
 from duetvl.migrate.shell.values import Text
 from duetvl.migrate.tables import SCRIPT
 from duetvl.storage.files import read_object

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from duetvl.core.errors import ConfigError
-from duetvl.migrate.shell.run import Script, Start
+from duetvl.migrate.shell.simple import Script, Start
 from duetvl.migrate.shell.values import Text
 
 _OTHER_TASKS = {"inference": "inference", "evaluate": "evaluation", "eval": "evaluation"}

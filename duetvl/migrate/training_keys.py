@@ -10,7 +10,7 @@ from typing import Any, Final
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.script import advice, options, setting
-from duetvl.migrate.shell.run import Script, Start
+from duetvl.migrate.shell.simple import Script, Start
 from duetvl.migrate.shell.values import Text
 from duetvl.migrate.tables import (
     APPLY_MODULES,
@@ -296,8 +296,8 @@ def _parallel(script: Values, devices: Devices, report: Report) -> dict[str, Any
     count, replica = devices.count(report), made["tp"] * made["pp"] * made["cp"]
     if count % replica:
         raise ConfigError(
-            f"{devices.path}: {count} process{'es' * (count > 1)} cannot be divided into tp {made['tp']} x pp {made['pp']} x "
-            f"cp {made['cp']} = {replica}; {setting(devices.script, 'NPUS_PER_NODE', replica)}"
+            f"{devices.path}: {count} process{'es' * (count > 1)} cannot be divided into tp {made['tp']} x "
+            f"pp {made['pp']} x cp {made['cp']} = {replica}; {setting(devices.script, 'NPUS_PER_NODE', replica)}"
         )
     report.add("used", "number of processes", f"{count} / {replica}: parallel.dp: {count // replica}")
     made = {"pp": made["pp"], "dp": count // replica, "cp": made["cp"], "tp": made["tp"]}

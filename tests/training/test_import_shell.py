@@ -203,6 +203,7 @@ ASKED = [
     ("X='/* y'\npython a.py --x $X", "which files /* names is not known"),
     ("python a.py --x <(true)", "<(true) is not read"),
     ("python a.py --x $((1 / 0))", "a sum divides by zero"),
+    ("N=2\npython a.py --x $((N * $(nproc)))", "the output of nproc is not known"),
     ("N=a\npython a.py --x $((N + 1))", "N is 'a', no whole number"),
     ("N=08\npython a.py --x $((N))", "N is '08', no whole number"),
     ("N=1_000\npython a.py --x $((N))", "N is '1_000', no whole number"),
