@@ -26,7 +26,6 @@ def data_section(data: Values, report: Report) -> dict[str, Any]:
     streaming = data.switch(f"{_BASIC}streaming")
     made: dict[str, Any] = {
         **_sources(data, streaming, report),
-        **_media(data, report),
         **_pictures(data, report),
         "train_on_prompt": data.switch(f"{_BASIC}train_on_prompt"),
         "mask_history": data.switch(f"{_BASIC}mask_history"),
@@ -35,6 +34,7 @@ def data_section(data: Values, report: Report) -> dict[str, Any]:
         "on_bad_sample": "skip",
     }
     report.add("added", "data.on_bad_sample", "skip: records that cannot be used are left out as there, and named")
+    _tell_of_media(data, report)
     for name in ("train_on_prompt", "mask_history", "streaming"):
         report.add("used", name, f"data.{name}: {str(made[name]).lower()}")
     return {key: value for key, value in made.items() if value is not False or key == "shuffle"}
@@ -78,17 +78,16 @@ def _most(data: Values, streaming: bool, report: Report) -> dict[str, Any]:
     return {}
 
 
-def _media(data: Values, report: Report) -> dict[str, Any]:
-    """Paths of media start from dataset_dir, or from the working directory where nothing is there."""
+def _tell_of_media(data: Values, report: Report) -> None:
+    """Paths of media start from dataset_dir there, and from the working directory where nothing is there."""
     directory = data.text(f"{_BASIC}dataset_dir") or "data"
     files = [PurePosixPath(path) for key in ("dataset", "val_dataset") for path in _files(data, key)]
+    rule = "media are looked for beside the data file and then in the working directory"
     if all(file.parent == PurePosixPath(directory) for file in files):
-        said = f"media are looked for in {directory}, where the data files lie, and then in the working directory"
-        report.add("used", "dataset_dir", said)
-        return {}
-    said = f"data.image_root: {directory} - media are looked for there first, and then in the working directory"
-    report.add("used", "dataset_dir", said)
-    return {"image_root": directory}
+        report.add("used", "dataset_dir", f"{directory}: {rule}, as there")
+    else:
+        said = f"{directory}, where the data files do not lie: {rule}; data.image_root: {directory} looks there alone"
+        report.add("changed", "dataset_dir", said)
 
 
 def _files(data: Values, key: str) -> list[str]:

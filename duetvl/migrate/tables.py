@@ -60,7 +60,7 @@ DATA: Final = Table(
         f"{_PRE}video_fps": "data.video_fps",
         f"{_PRE}video_maxlen": "data.video_max_frames",
         f"{_BASIC}dataset": "data.train",
-        f"{_BASIC}dataset_dir": "data.image_root, where the data files lie elsewhere",
+        f"{_BASIC}dataset_dir": "media are looked for beside the data file, and then in the working directory",
         f"{_BASIC}val_dataset": "data.val",
         f"{_BASIC}val_rate": "data.val_rate",
         f"{_BASIC}val_max_samples": "data.val_max_samples",

@@ -276,10 +276,7 @@ def test_arguments(tmp_path, argument, expected):
         ("basic_parameters.max_samples", 7, "max_samples=7"),
         ("basic_parameters.max_samples", 0, "max_samples=None"),
         ("basic_parameters.dataset", "a.json, ./b/c.json", "train[0].path=a.json"),
-        ("basic_parameters.dataset", "a.json,./b/c.json", "image_root=./data"),
-        ("basic_parameters.dataset_dir", "data/.", "image_root=None"),
-        ("basic_parameters.dataset_dir", None, "image_root=None"),
-        ("basic_parameters.dataset_dir", "./pictures", "image_root=./pictures"),
+        ("basic_parameters.dataset_dir", "./pictures", "image_root=None"),
         ("basic_parameters.cutoff_len", 512, "cutoff_len=512"),
         ("attr.formatting", "alpaca", "train[0].format=alpaca"),
         ("attr.images", "pictures", "train[0].columns={'images': 'pictures'}"),
@@ -296,6 +293,20 @@ def test_keys_of_the_data(tmp_path, key, value, expected):
     path, _, wanted = expected.partition("=")
     found = recipe.data.train[0] if path.startswith("train[0]") else recipe.data
     assert str(getattr(found, path.rpartition(".")[2])) == wanted
+
+
+@pytest.mark.parametrize(
+    ("dataset", "directory", "same"),
+    [("./data/a.json", "./data", True), ("data/a.json,./data/b.json", None, True), ("a.json", "./data", False),
+     ("./data/a.json,/b.json", "data/.", False)],
+)  # fmt: skip
+def test_where_media_are_looked_for(tmp_path, dataset, directory, same):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.dataset", dataset)
+    edit(files[0], "dataset_param.basic_parameters.dataset_dir", directory)
+    told = notes(import_run(*files), "used" if same else "changed")["dataset_dir"]
+    assert "media are looked for beside the data file and then in the working directory" in told
+    assert ("data.image_root" in told) != same
 
 
 @pytest.mark.parametrize(
