@@ -10,6 +10,7 @@ from typing import Any, Final
 from duetvl.core.errors import ConfigError
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.tables import DATA, PIXEL_DEFAULTS, SMALLEST_PICTURE, USUAL_TAGS
+from duetvl.training.recipe.text import show
 
 _PRE: Final = "dataset_param.preprocess_parameters."
 _BASIC: Final = "dataset_param.basic_parameters."
@@ -99,7 +100,7 @@ def _layout(data: Values, report: Report) -> dict[str, Any]:
     """`format`, `columns` and `tags` of the records; usual names are found without being named."""
     formatting = data.text(f"{_ATTR}formatting") or "sharegpt"
     if formatting not in ("sharegpt", "alpaca"):
-        raise ConfigError(f"{DATA.title}: {_ATTR}formatting is {formatting!r}, expected sharegpt or alpaca")
+        raise ConfigError(f"{DATA.title}: {_ATTR}formatting is {show(formatting)}, expected sharegpt or alpaca")
     columns = _named(data, _COLUMNS)
     tags = _named(data, USUAL_TAGS)
     made: dict[str, Any] = {"format": "preference" if data.switch(f"{_ATTR}ranking") else formatting}

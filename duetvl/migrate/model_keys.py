@@ -13,6 +13,7 @@ from duetvl.migrate.shell.simple import Script
 from duetvl.migrate.tables import FAMILIES, MODEL, PARTS, SHAPES
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
 from duetvl.training.recipe.reading import check_layers, make_recipe
+from duetvl.training.recipe.text import show
 
 _VISION_LAYERS: Final = "image_encoder.vision_encoder.pipeline_num_layers"
 _TEXT_LAYERS: Final = "text_decoder.pipeline_num_layers"
@@ -50,7 +51,7 @@ def recompute(model: Values, script: Values, report: Report) -> dict[str, Any]:
     found = {part: model.text(key) or both for part, key in keys.items()}
     for part, value in found.items():
         if value not in (None, "full", "selective"):
-            raise ConfigError(f"{MODEL.title}: {keys[part]} is {value!r}, expected full or selective")
+            raise ConfigError(f"{MODEL.title}: {keys[part]} is {show(value)}, expected full or selective")
     whole = [part for part, value in found.items() if value == "full"]
     if not any(found.values()):
         return {}
@@ -69,7 +70,7 @@ def family(model: Values) -> str:
     """The family's published name. ConfigError for one that is not there."""
     name = model.text("model_id") or ""
     if name not in FAMILIES:
-        raise ConfigError(f"{MODEL.title}: model_id is {name!r}{did_you_mean(name, FAMILIES)}")
+        raise ConfigError(f"{MODEL.title}: model_id is {show(name)}{did_you_mean(name, FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -161,7 +162,5 @@ def layers(model: Values, script: Values, pp: int, config: ModelConfig | None, r
 def _rows(value: Any, name: str) -> list[list[int]]:
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     if not all(isinstance(row, list) and row and all(type(count) is int for count in row) for row in rows):
-        raise ConfigError(
-            f"{MODEL.title}: pipeline_num_layers ({name}) is {json.dumps(value)}, expected numbers of layers"
-        )
+        raise ConfigError(f"{MODEL.title}: pipeline_num_layers ({name}) is {show(value)}, expected numbers of layers")
     return rows

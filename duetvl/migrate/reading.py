@@ -15,6 +15,7 @@ from duetvl.migrate.shell.simple import Script, Start
 from duetvl.migrate.shell.values import Text
 from duetvl.migrate.tables import SCRIPT
 from duetvl.storage.files import read_object
+from duetvl.training.recipe.text import show
 
 _MARKS: Final = {
     "inference": ("pipeline_class", "prompts", "generation_config"),
@@ -22,6 +23,7 @@ _MARKS: Final = {
     "data": ("dataset_param", "dataloader_param"),
     "model": ("text_decoder", "image_encoder"),
 }
+_LARGEST: Final = 8 * 2**20
 _ORDER: Final = "the order is data.json model.json script.sh"
 
 
@@ -30,6 +32,7 @@ def read_keys(path: Path, kind: str) -> dict[str, Any]:
 
     ConfigError for a file of another kind, which is named.
     """
+    _check_file(path)
     values = read_object(path, ConfigError)
     found = next((name for name in ("evaluation", "inference", "data", "model") if _is(name, values)), "")
     if found in ("evaluation", "inference"):
@@ -41,6 +44,16 @@ def read_keys(path: Path, kind: str) -> dict[str, Any]:
         what = f"is a {found}.json" if found else f"has none of {', '.join(_MARKS[kind])}, as a {kind}.json has"
         raise ConfigError(f"{path}: {what}, where {kind}.json is expected; {_ORDER}")
     return _flat(values)
+
+
+def _check_file(path: Path) -> None:
+    """Reading a pipe or device may never end, and these files are small."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    if not path.is_file():
+        raise ConfigError(f"{path}: is not a file; write it to one and give that")
+    if path.stat().st_size > _LARGEST:
+        raise ConfigError(f"{path}: is larger than {_LARGEST // 2**20} MiB, which no file of a run is; {_ORDER}")
 
 
 def _is(kind: str, values: Mapping[str, Any]) -> bool:
@@ -56,10 +69,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def follow_script(path: Path, variables: Mapping[str, str], report: Report) -> Script:
     """Follow a script with the user's variables. ConfigError for one that cannot be read, or lacks a variable."""
+    _check_file(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -73,7 +85,7 @@ def follow_script(path: Path, variables: Mapping[str, str], report: Report) -> S
     for name in variables:
         if not (name.isidentifier() and re.search(rf"\b{name}\b", text)):
             names = sorted(read.variables.values.keys() - variables.keys())
-            raise ConfigError(f"{path}: has no variable {name!r}{did_you_mean(name, names)}")
+            raise ConfigError(f"{path}: has no variable {show(name)}{did_you_mean(name, names)}")
     _note(read, "\r\n" in text, report)
     return read
 
@@ -97,7 +109,7 @@ def program_arguments(read: Script, start: Start, path: Path, report: Report) ->
         if stray:
             missing = next((word.missing for word in stray if word.missing), "")
             said = " ".join(word.text for word in stray).strip()
-            what = f"{missing}, so what it adds is not known" if missing else f"{said!r} belongs to no option"
+            what = f"{missing}, so what it adds is not known" if missing else f"{show(said)} belongs to no option"
             after = f" after {name}" if name else ""
             if not report.allow_unknown:
                 raise ConfigError(f"{path}: {what}{after}{advice(missing, read)}; --allow-unknown goes on without it")

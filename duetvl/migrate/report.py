@@ -11,7 +11,9 @@ from textwrap import wrap
 from typing import Any, Literal
 
 from duetvl.core.errors import ConfigError
+from duetvl.migrate.shell.values import short
 from duetvl.migrate.tables import Table
+from duetvl.training.recipe.text import show
 
 Kind = Literal["used", "changed", "added", "assumed", "not needed", "contradiction", "unknown"]
 TITLES: dict[Kind, str] = {
@@ -43,12 +45,12 @@ class Report:
 
     def add(self, kind: Kind, key: str, text: str) -> None:
         """Note one thing."""
-        self.notes.append(Note(kind, key, text))
+        self.notes.append(Note(kind, short(key, 300), short(text, 600)))
 
     def lacks(self, title: str, key: str, reason: str) -> None:
         """Note what is asked for and not there. Raises ConfigError, unless the user goes on without it."""
         if not self.allow_unknown:
-            raise ConfigError(f"{title}: {key}{reason}; --allow-unknown goes on without it")
+            raise ConfigError(f"{title}: {short(key)}{reason}; --allow-unknown goes on without it")
         self.add("unknown", key, reason.lstrip(": ;"))
 
     def lines(self) -> Iterator[str]:
@@ -103,7 +105,7 @@ class Values:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(value, bool) or (number is not None and not math.isfinite(number)):
-            raise ConfigError(f"{self.table.title}: {key} is {value!r}, expected a number")
+            raise ConfigError(f"{self.table.title}: {key} is {show(value)}, expected a number")
         return number
 
     def whole(self, key: str, default: int | None = None) -> Any:
@@ -118,14 +120,14 @@ class Values:
         value = self.get(key, default)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.table.title}: {key} is {value!r}, expected true or false")
+            raise ConfigError(f"{self.table.title}: {key} is {show(value)}, expected true or false")
         return value
 
     def text(self, key: str) -> str | None:
         """A text, or None. Raises ConfigError for anything else."""
         value = self.get(key)
         if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{self.table.title}: {key} is {value!r}, expected a text")
+            raise ConfigError(f"{self.table.title}: {key} is {show(value)}, expected a text")
         return value
 
     def account(self) -> None:

@@ -20,6 +20,7 @@ from duetvl.migrate.tables import (
     PARTS,
     SCRIPT,
 )
+from duetvl.training.recipe.text import show
 
 _SCHEDULES: Final = ("cosine", "linear", "constant")
 _ADAPTED: Final = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"})
@@ -62,7 +63,7 @@ class Devices:
         launcher = " ".join(word.text for word in self.start.launcher)
         if PurePosixPath(launcher.partition(" ")[0]).name.rstrip("0123456789.") not in ("", "python"):
             raise ConfigError(
-                f"{self.path}: how many processes {launcher!r} starts is not read; start the program with torchrun "
+                f"{self.path}: how many processes {show(launcher)} starts is not read; start the program with torchrun "
                 f"--nproc_per_node or msrun --worker_num in a copy of the script"
             )
         report.add("added", "number of processes", "1, as the program is started by itself")
@@ -72,7 +73,7 @@ class Devices:
         text, missing = (words[0].text, words[0].missing) if words else ("", "it has no value")
         if not missing and text.isdigit() and int(text):
             return int(text)
-        wrong = missing or f"{text!r} is no number of processes"
+        wrong = missing or f"{show(text)} is no number of processes"
         hint = advice(missing, self.script) or "; write it into a copy of the script"
         raise ConfigError(f"{self.path}: {name}: {wrong}{hint}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -576,7 +577,7 @@ def test_arguments_that_cannot_be_taken(tmp_path, argument, expected):
         (0, "dataset_param.basic_parameters.dataset", None, "basic_parameters.dataset is missing"),
         (0, "dataset_param.basic_parameters.mask_history", "no", "mask_history is 'no', expected true or false"),
         (1, "model_id", "internvl", "model_id is 'internvl'"),
-        (1, "text_decoder.pipeline_num_layers", "12,16", "pipeline_num_layers (language_layers) is \"12,16\""),
+        (1, "text_decoder.pipeline_num_layers", "12,16", "pipeline_num_layers (language_layers) is '12,16'"),
         (1, "video_encoder", {"model_id": "x"}, "video_encoder.model_id: no such part in these models; give null"),
         (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known; --allow-unknown goes on without it"),
         (1, "text_decoder.num_layer", 1, "num_layer is not known; did you mean 'text_decoder.num_layers'?"),
@@ -667,6 +668,44 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].endswith("none.sh: no such file") and "cannot be read as JSON" in errors[1]
     assert not (tmp_path / "made.yaml").exists()
+
+
+def test_files_that_are_none(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.sh").write_bytes(b"# " + b"x" * (9 << 20))
+    for path, expected in ((tmp_path / "pipe", "is not a file"), (tmp_path, "is not a file"),
+                           (tmp_path / "large.sh", "is larger than 8 MiB"), (tmp_path / "no", "no such file")):  # fmt: skip
+        for at in range(3):
+            with pytest.raises(ConfigError, match=rf"{path.name}: {expected}"):
+                import_run(*[path if place == at else file for place, file in enumerate(files)])
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 100_000, "a\nb", ["x"] * 50_000, {"k" * 100_000: 1}], ids=["long", "lines", "list", "key"]
+)
+@pytest.mark.parametrize("key", ["basic_parameters.mask_history", "attr.formatting", "basic_parameters.new"])
+def test_what_is_told_of_a_value_is_one_short_line(tmp_path, key, value):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], f"dataset_param.{key}", value)
+    with pytest.raises(ConfigError) as caught:
+        import_run(*files)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    lines = list(import_run(*files, allow_unknown=True).report.lines()) if key.endswith("new") else []
+    assert all(len(line) < 1000 and "\n" not in line for line in lines)
+
+
+def test_an_import_is_checked_on_one_machine(tmp_path, capsys):
+    tiny_run.write_recipe(tmp_path)
+    files = [str(file) for file in runs.write(tmp_path, runs.GUIDES["qwen2_5_vl_3b"])]
+    made = str(tmp_path / "made.yaml")
+    assert main(["import-mindspeed", *files, "-o", made]) == 0
+    place = [f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 'data.jsonl'}"]
+    capsys.readouterr()
+    assert main(["check", made, *place, f"train.output_dir={tmp_path / 'out'}", "train.steps=2"]) == 0
+    told = capsys.readouterr().out
+    assert "layout: pp 1 x dp 8 x cp 1 x tp 1 needs 8 processes\n" in told
+    assert "this release trains on one process: parallel.dp=1 takes the same steps there\n" in told
 
 
 def test_a_script_is_never_run(tmp_path):

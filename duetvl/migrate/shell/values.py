@@ -42,7 +42,7 @@ def unset(name: str) -> str:
     return mark(f"{name} is not set in the script")
 
 
-def short(text: str) -> str:
-    """A text for a message: one line of at most 40 characters."""
+def short(text: str, most: int = 90) -> str:
+    """A text for a message: one line of at most so many characters."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= 40 else flat[:37] + "..."
+    return flat if len(flat) <= most else flat[: most - 3] + "..."

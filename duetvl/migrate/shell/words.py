@@ -27,6 +27,7 @@ class WordReader:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self.documents: list[tuple[str, bool]] = []  # ends of here-documents that begin at the next line
+        self._counted = (0, 1)  # a place and its line
 
     def pass_commands(self) -> None:
         """Go over `( commands )`, of which only a reader of commands knows the end for certain."""
@@ -41,7 +42,9 @@ class WordReader:
 
     def line(self) -> int:
         """The number of the line, from 1."""
-        return self.text.count("\n", 0, self.at) + 1
+        at, line = self._counted if self._counted[0] <= self.at else (0, 1)
+        self._counted = self.at, line + self.text.count("\n", at, self.at)
+        return self._counted[1]
 
     def char(self) -> str:
         """The next character; empty at the end."""
