@@ -674,10 +674,11 @@ def test_files_that_are_none(tmp_path):
     files = runs.write(tmp_path, SMALL)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large.sh").write_bytes(b"# " + b"x" * (9 << 20))
-    for path, expected in ((tmp_path / "pipe", "is not a file"), (tmp_path, "is not a file"),
-                           (tmp_path / "large.sh", "is larger than 8 MiB"), (tmp_path / "no", "no such file")):  # fmt: skip
+    expected = {"pipe": "is not a file", ".": "is not a file", "large.sh": "is larger than 8 MiB", "no": "no such file"}
+    for name, reason in expected.items():
+        path = tmp_path / name
         for at in range(3):
-            with pytest.raises(ConfigError, match=rf"{path.name}: {expected}"):
+            with pytest.raises(ConfigError, match=rf"{path.name}: {reason}"):
                 import_run(*[path if place == at else file for place, file in enumerate(files)])
 
 
