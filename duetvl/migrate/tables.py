@@ -223,6 +223,7 @@ SCRIPT: Final = Table(
         "--dpo-beta": "dpo.beta", "--dpo-loss-type": "dpo.loss", "--dpo-label-smoothing": "dpo.label_smoothing",
         "--pref-ftx": "dpo.pref_ftx", "--ref-model": "dpo.reference",
         "--save-interval": "checkpoint.every", "--eval-interval": "train.eval_every", "--log-interval": "log.every",
+        "--wandb-project": "log.wandb",
         "--eval-iters": "data.val_max_samples, as many batches",
         "--use-torch-fsdp2": "parallel.dp; parameters are not divided over replicas",
         "--fsdp2-config-path": "not read; train.recompute may say what it does",
@@ -293,6 +294,16 @@ SCRIPT: Final = Table(
                 "--recompute-activation-function --recompute-activation-function-num-layers --recompute-norm "
                 "--recompute-norm-num-layers --recompute-in-advance --recompute-in-bubble --recompute-modules "
                 "--optimizer-cpu-offload --optimizer-offload-fraction", _MEMORY),
+        "--moe-*": "these models have no experts",
+        **_each("--wandb-exp-name --wandb-save-dir --wandb-entity", "a run is named after `train.output_dir`"),
+        **_each("--tensorboard-log-interval --log-learning-rate-to-tensorboard --log-loss-scale-to-tensorboard",
+                "TensorBoard has every step"),
+        "--optimizer-selection": "AdamW is the one optimizer, and its kernel is the backend's choice",
+        **_each("--qk-layernorm --fp32-residual-connection", _IGNORED_THERE),
+        "--data-parallel-random-init": "weights are read, not made",
+        **_each("--overlap-p2p-communication --no-overlap-p2p-communication --ddp-bucket-size --no-shared-storage "
+                "--overlap-param-gather-with-optimizer-step --align-grad-reduce --no-align-grad-reduce",
+                "how ranks communicate follows from the layout"),
         "--num-layer-list": "stages are divided evenly; `parallel.language_layers` divides them otherwise",
         **_each("--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
                 "float16 alone has a loss scale, which finds its size itself: `optim.loss_scale`"),
@@ -302,6 +313,10 @@ SCRIPT: Final = Table(
         "--lora-target-parameters": "adapters are of linear layers; use --lora-target-modules",
         "--calculate-square-loss": "train.loss is token, sample or micro_batch",
         "--calculate-token-loss": "train.loss is token, sample or micro_batch",
+        "--use-ema": "there is no moving average of the weights",
+        **_each("--exit-interval --exit-duration-in-mins", "a run ends with train.steps, or by a signal"),
+        "--override-opt_param-scheduler": "the schedule is that of the recipe",
+        "--rampup-batch-size": "every step has train.global_batch samples",
         "--num-layers-per-virtual-pipeline-stage": "give rows of pipeline_num_layers in model.json",
     },
     switches=_names(
@@ -325,10 +340,14 @@ SCRIPT: Final = Table(
         "--swap-attention --swap-optimizer --adaptive-memory-optimization --recompute-activation-function "
         "--recompute-norm --recompute-in-advance --recompute-in-bubble --optimizer-cpu-offload "
         "--use-rotary-position-embeddings --no-position-embedding --enable-one-logger --use-fusion-attn-v2 "
-        "--npu-deterministic"
+        "--npu-deterministic --qk-layernorm --fp32-residual-connection --data-parallel-random-init "
+        "--overlap-p2p-communication --no-overlap-p2p-communication --no-shared-storage --align-grad-reduce "
+        "--overlap-param-gather-with-optimizer-step --no-align-grad-reduce --log-learning-rate-to-tensorboard "
+        "--log-loss-scale-to-tensorboard --use-ema --override-opt_param-scheduler"
     ),
     lists=_names(
-        "--lora-target-modules --lora-apply-modules --lora-target-parameters --lora-register-forward-hook "
+        "--rampup-batch-size --lora-target-modules --lora-apply-modules --lora-target-parameters "
+        "--lora-register-forward-hook "
         "--weight-decay-exclude-modules --lr-scale-modules"
     ),
 )  # fmt: skip

@@ -89,7 +89,7 @@ def sections(script: Values, devices: Devices, wanted: Wanted, report: Report) -
         "optim": _optim(script, train["steps"], report),
         "parallel": parallel,
         "checkpoint": _saving(script, report),
-        "log": _passed(script, report, {"--log-interval": ("log.every", 100)}),
+        "log": _logging(script, report),
         "backend": _backend(script, report),
     }
     if lora := _lora(script, wanted, report):
@@ -434,6 +434,14 @@ def _saving(script: Values, report: Report) -> dict[str, Any]:
         )  # fmt: skip
     report.add("added", "checkpoint.export", "true: at the end the model is written in the Hugging Face layout")
     return {**_passed(script, report, {"--save-interval": ("checkpoint.every", None)}), "export": True}
+
+
+def _logging(script: Values, report: Report) -> dict[str, Any]:
+    made = _passed(script, report, {"--log-interval": ("log.every", 100)})
+    if project := script.text("--wandb-project"):
+        made["wandb"] = project
+        report.add("used", "--wandb-project", f"log.wandb: {project}")
+    return made
 
 
 def _backend(script: Values, report: Report) -> dict[str, Any]:

@@ -242,6 +242,8 @@ def test_virtual_stages(tmp_path):
         ("--clip-grad=1.5", "optim.clip=1.5"),
         ("--use-txt-dynamic-batching --max-seq-len 8192", "data.pack_tokens=8192"),
         ("--ai-framework mindspore", "backend.name=mindspore"),
+        ("--wandb-project cats --wandb-exp-name one --moe-router-topk 2 3", "log.wandb=cats"),
+        ("--optimizer-selection fused_torch_adamw", "optim.lr=1e-05"),
         ("--weight-decay-exclude-modules image_encoder", "optim.no_decay=('vision', 'projector')"),
         ("--lr-scale-modules text_decoder --lr-mult 0.5", "optim.lr_scale={'language': 0.5}"),
         (
@@ -538,6 +540,8 @@ def test_how_many_processes_are_started(tmp_path):
     ("argument", "expected"),
     [
         ("--lr-warmup-fracton 0.1", "--lr-warmup-fracton is not known; did you mean '--lr-warmup-fraction'?"),
+        ("--use-ema", "--use-ema: there is no moving average of the weights"),
+        ("--rampup-batch-size 8 8 100", "--rampup-batch-size: every step has train.global_batch samples"),
         ("--lora-mixed-training", "--lora-mixed-training: with `lora` only adapters are trained"),
         ("--optimizer muon", "--optimizer muon: duetvl has AdamW (adam) alone"),
         ("--lr fast", "--lr is 'fast', expected a number"),
