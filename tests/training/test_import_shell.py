@@ -18,7 +18,7 @@ from duetvl.migrate.shell.values import Text
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is the reference")
 # What a script starts is written out instead: a line's words with \x1f between them, lines with \x1e.
-STUB = "python() { printf '\\x1e'; printf '\\x1f%s' \"$@\"; }; torchrun() { python \"$@\"; }\n"
+STUB = "python() { printf '\\x1e'; printf '\\x1f%s' \"$@\"; }; torchrun() { python \"$@\"; }; export -f python\n"
 
 
 def of_bash(text: str) -> list[list[str]]:
@@ -49,6 +49,10 @@ python a.py "${A[@]}" ${A[@]} "${A[*]}" x"${A[@]}"y $A ${#A[@]} ${#A}
 A=(1 2); A+=(3); A+=x; B+=--z; python a.py --x "${A[@]}" $B
 ---
 A="--x 1"; A+=" --y 2"; python a.py $A
+---
+A=(a b c); python a.py --x ${A[1]} "${A[2]}" ${A[7]:-d} ${A[0]%a}
+---
+trap 'echo failed' ERR; bash -c "python a.py --x 1"; CMD="python b.py --y 2"; echo $CMD > /dev/null && eval $CMD; $CMD
 ---
 N=3; python a.py --x $((N * (2 + $N) / 4 % 3)) --y ${N}b
 ---
@@ -191,6 +195,10 @@ ASKED = [
     ("mapfile -t A < /dev/null\npython a.py --x ${A:-1}", "A is set by mapfile (line 1)"),
     ("A=(1 2)\nA[1]=5\npython a.py --x ${A[@]}", "A has elements that are set one by one (line 2)"),
     ("A=([1]=x)\npython a.py --x ${A[@]}", "A has elements that are set one by one (line 1)"),
+    ("declare -i N=3+4\npython a.py --x $N", "N is declared with -i"),
+    ("declare -i N\nN=3+4\npython a.py --x $N", "N is declared with -i"),
+    ("declare -A M=([a]=1)\npython a.py --x ${M[a]}", "${M[a]} is not read"),
+    ("declare -u N=ab\npython a.py --x $N", "N is declared with -u"),
     ("X=abc\npython a.py --x ${X^^}", "${X^^} is not read"),
     ("X=abc\npython a.py --x ${X/b/c}", "${X/b/c} is not read"),
     ("X=abc\npython a.py --x ${X:1}", "${X:1} is not read"),
@@ -213,10 +221,10 @@ ASKED = [
 
 REFUSED = [
     ("IFS=,", "line 1: a changed IFS is not followed"),
-    ("declare -i N=3+4", "line 1: declare -i is not followed"),
+    ("declare -n N=A", "line 1: declare -n is not followed"),
     ("X=1\nselect y in 1; do X=2; done", "line 2: select is not followed"),
     ("coproc cat", "line 1: coproc is not followed"),
-    ("trap 'X=2' DEBUG", "line 1: trap DEBUG, ERR or RETURN is not followed"),
+    ("trap 'X=2' DEBUG", "line 1: trap DEBUG, ERR or RETURN of what changes variables is not followed"),
     ("shopt -s lastpipe", "line 1: shopt lastpipe or expand_aliases is not followed"),
     ("[ -e /none ] && f() { X=1; }\nf", "line 2: f, which is defined under a condition, is not followed"),
     ("[ -e /none ] && set -- a", "line 1: changing the script's arguments under a condition that is not known"),

@@ -7,8 +7,7 @@ construct that would be followed wrongly is refused with its line.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -16,7 +15,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.migrate.shell.arithmetic import assigned
 from duetvl.migrate.shell.conditions import double_bracket
 from duetvl.migrate.shell.parser import parse
-from duetvl.migrate.shell.simple import Exit, Leave, LoopUnsettled, Return, Script, SimpleCommands, Status
+from duetvl.migrate.shell.simple import Exit, Leave, LoopUnsettled, Script, SimpleCommands, Status
 from duetvl.migrate.shell.syntax import (
     Case,
     Chain,
@@ -82,16 +81,8 @@ class _Follower(SimpleCommands):
     def _group(self, node: Group) -> Status:
         if not node.apart:
             return self.run(node.body)
-        with self._apart():
+        with self.apart():
             return self.run(node.body)
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """As in a shell of its own, which `exit` ends."""
-        functions = dict(self.functions)
-        with self.variables.apart(), suppress(Exit, Return, Leave):
-            yield
-        self.functions = functions
 
     def _chain(self, node: Chain) -> Status:
         status = self.run([node.first])
@@ -108,7 +99,7 @@ class _Follower(SimpleCommands):
             if len(node.parts) == 1:
                 status = self.run([part])
             else:
-                with self._apart():
+                with self.apart():
                     self.run([part])
         return None if status is None or not node.negated else not status
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Final
@@ -18,7 +18,8 @@ from duetvl.migrate.shell.values import Text, mark, missing, short, unset
 from duetvl.migrate.shell.variables import Variables
 
 _DEEPEST: Final = 50  # functions within functions
-_ENVIRONMENTS: Final = ("set_env.sh", "activate", ".bashrc", ".bash_profile", ".profile", "profile", "conda.sh")
+_ENVIRONMENTS: Final = ("set_env.sh", "activate", ".bashrc", ".bash_profile", ".profile", "profile", "conda.sh",
+                          "setenv.bash", "setvars.sh")  # fmt: skip
 _QUIET: Final = frozenset({"echo", "printf", ":", "true", "set", "shift", "unset", "export", "trap", "umask"})
 _CHANGES_NAMES: Final = frozenset({"read", "mapfile", "readarray", "getopts", "let"})
 
@@ -87,6 +88,14 @@ class SimpleCommands(ABC):
     def run(self, nodes: Sequence[Node]) -> Status:
         """Follow commands; the status of the last one."""
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """As in a shell of its own, which `exit` ends."""
+        functions = dict(self.functions)
+        with self.variables.apart(), suppress(Exit, Return, Leave):
+            yield
+        self.functions = functions
+
     def perhaps(self, nodes: Sequence[Node], sure: bool = False) -> Status:
         """Follow commands that are run, or (not `sure`) may be run."""
         if sure:
@@ -134,9 +143,19 @@ class SimpleCommands(ABC):
             self._settings(name, words[1:])
         elif name in _CHANGES_NAMES or (name == "printf" and "-v" in words):
             return self._set_names(name, words[1:])
+        elif name in ("bash", "sh") and words[1:2] == ["-c"] and len(words) > 2:
+            return self._shell_of_its_own(words[2])
         elif name not in _QUIET:
             self._look_for_a_start(words)
         return False if name == "false" else True if name in _QUIET or name in ASSIGNING else None
+
+    def _shell_of_its_own(self, text: str) -> Status:
+        """`bash -c text`, where all variables of the text have been filled in before."""
+        if missing(text) or re.search(r"[$`]", text):
+            return None
+        with self.apart():
+            self.run(parse(text))
+        return None
 
     def _set_names(self, name: str, words: list[str]) -> Status:
         """Commands that put what is not known into variables."""
@@ -204,6 +223,8 @@ class SimpleCommands(ABC):
                     self.variables.assign(name, (value,))
                 elif self._is_local(how, flags):
                     self.variables.remove(name)
+                elif name in self.variables.declared:
+                    self.variables.assign(name, ())
                 self._declare(how, flags, name)
 
     def _is_local(self, how: str, flags: str) -> bool:
@@ -211,8 +232,10 @@ class SimpleCommands(ABC):
 
     def _keep_outer(self, how: str, flags: str, name: str) -> None:
         """Remember what a name stands for outside of the function that declares it."""
-        if how != "export" and set(flags) & set("iluncA"):
+        if how != "export" and "n" in flags:
             raise self._refused(f"{how} {flags}")
+        if how != "export" and set(flags) & set("ilucA"):
+            self.variables.declared[name] = flags
         if self._is_local(how, flags):
             self.locals[-1].setdefault(name, self.variables.values.get(name))
 
@@ -296,10 +319,19 @@ class SimpleCommands(ABC):
             self._set_arguments(variables.arguments[count:] if count <= len(variables.arguments) else None)
         elif name == "set":
             self._set_arguments(_operands(words))
-        elif name == "trap" and any(word in ("DEBUG", "ERR", "RETURN") for word in words):
-            raise self._refused("trap DEBUG, ERR or RETURN")
+        elif name == "trap" and any(word in ("DEBUG", "ERR", "RETURN") for word in words[1:]):
+            self._trap(words[0])
         elif name == "shopt" and any(word in ("lastpipe", "expand_aliases") for word in words):
             raise self._refused("shopt lastpipe or expand_aliases")
+
+    def _trap(self, action: str) -> None:
+        """An action that may run between any two commands; only one that changes no variable can be passed over."""
+        before = dict(self.variables.values)
+        with self.variables.apart():
+            self.perhaps(() if missing(action) else parse(action))
+            changed = missing(action) or self.variables.values != before
+        if changed:
+            raise self._refused("trap DEBUG, ERR or RETURN of what changes variables")
 
     def _set_arguments(self, arguments: Sequence[str] | None) -> None:
         if arguments is not None and self.variables.unsure:

@@ -41,6 +41,7 @@ class Variables:
     given: frozenset[str] = frozenset()
     arguments: tuple[str, ...] = ()
     readonly: set[str] = field(default_factory=set)
+    declared: dict[str, str] = field(default_factory=dict)  # with flags that change what an assignment means
     assumed: dict[str, str] = field(default_factory=dict)
     unsure: str = ""
     asked: list[str] | None = None  # of a test: the variables that it found not set, which count as empty
@@ -58,7 +59,9 @@ class Variables:
             raise self.error("a changed IFS is not followed; write what it does into a copy of the script")
         if sum(map(len, value)) > LONGEST:
             raise self.error(f"the value of {name} is longer than {LONGEST} characters")
-        if self.unsure and value != self.values.get(name):
+        if name in self.declared:
+            value = (mark(f"{name} is declared with {self.declared[name]}"),)
+        elif self.unsure and value != self.values.get(name):
             value = (mark(f"{name} depends on a condition that is not known ({self.unsure})"),)
         self.values[name] = value
 
@@ -212,7 +215,8 @@ class Variables:
         value = self.values.get(name)
         if value is None or part.index in ("@", "*"):
             return value
-        return value[:1] or None
+        place = int(part.index or 0)
+        return value[place : place + 1] or None
 
     def _absent(self, name: str) -> tuple[str, ...]:
         if self.asked is not None:

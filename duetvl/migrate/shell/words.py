@@ -220,7 +220,12 @@ class WordReader:
         self.at += len(sign)
         operand = self.operand(quoted and sign.lstrip(":") in ("", "-", "=", "?", "+"), begun)
         source = self.text[begun - 1 : self.at]
-        readable = name and (bool(sign) or not operand) and not (length and sign) and index in ("", "@", "*", "0")
+        readable = (
+            name
+            and (bool(sign) or not operand)
+            and not (length and sign)
+            and (index in ("", "@", "*") or index.isdecimal())
+        )
         if not readable or (index in ("@", "*") and sign.lstrip(":") in ("=", "%", "%%", "#", "##")):
             return Part("unread", source, quoted)
         return Part("variable", name, quoted, index, "length" if length else sign, operand)
