@@ -316,6 +316,7 @@ SCRIPT: Final = Table(
         "--use-ema": "there is no moving average of the weights",
         **_each("--exit-interval --exit-duration-in-mins", "a run ends with train.steps, or by a signal"),
         "--override-opt_param-scheduler": "the schedule is that of the recipe",
+        **_each("--lr-warmup-samples --lr-decay-samples", "give steps: --lr-warmup-iters, --lr-decay-iters"),
         "--rampup-batch-size": "every step has train.global_batch samples",
         "--num-layers-per-virtual-pipeline-stage": "give rows of pipeline_num_layers in model.json",
     },

@@ -686,6 +686,13 @@ def test_files_that_are_none(tmp_path):
                 import_run(*[path if place == at else file for place, file in enumerate(files)])
 
 
+def test_a_key_that_is_given_twice(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[1], '"num_layers": 32', '"freeze": false, "num_layers": 32')
+    with pytest.raises(ConfigError, match=r"model\.json: has 'freeze' twice in one object; keep one of them"):
+        import_run(*files)
+
+
 @pytest.mark.parametrize(
     "value", ["x" * 100_000, "a\nb", ["x"] * 50_000, {"k" * 100_000: 1}], ids=["long", "lines", "list", "key"]
 )
