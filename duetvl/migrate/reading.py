@@ -126,7 +126,8 @@ def program_arguments(read: Script, start: Start, path: Path, report: Report) ->
             what = f"{missing}, so what it adds is not known" if missing else f"{show(said)} belongs to no option"
             after = f" after {name}" if name else ""
             if not report.allow_unknown:
-                raise ConfigError(f"{path}: {what}{after}{advice(missing, read)}; --allow-unknown goes on without it")
+                hint = advice(missing, read) or _hint(stray)
+                raise ConfigError(f"{path}: {what}{after}{hint}; --allow-unknown goes on without it")
             report.add("unknown", said or "a variable", f"{what}{after}")
         if not name:
             continue
@@ -135,6 +136,15 @@ def program_arguments(read: Script, start: Start, path: Path, report: Report) ->
             report.add("contradiction", name, f"given twice; the last one counts: {value}")
         found[name] = value
     return found
+
+
+def _hint(stray: Sequence[Text]) -> str:
+    """What may have made words of what was meant for the shell."""
+    if any(word.text.startswith("#") for word in stray):
+        return "; # begins no comment within quotes"
+    if any(word.text == "\\" for word in stray):
+        return "; a backslash continues a line only where it is the last character"
+    return ""
 
 
 def _split(name: str, words: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:

@@ -547,6 +547,8 @@ def test_how_many_processes_are_started(tmp_path):
         ("--lr fast", "--lr is 'fast', expected a number"),
         ("--train-iters 10.5", "--train-iters is 10.5, expected a whole number"),
         ("--bf16 yes", "'yes' belongs to no option"),
+        ("--bf16 \\ # faster", "belongs to no option after --bf16; # begins no comment within quotes"),
+        ("--bf16 \\ ", "belongs to no option after --bf16; a backslash continues a line only where it is the last"),
         ("--lr 1 2", "'2' belongs to no option after --lr"),
         ("--zzz 1", "script.sh: --zzz is not known; --allow-unknown goes on without it"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: there are cosine, linear, constant"),
