@@ -99,11 +99,19 @@ def test_resume(argv, resume, overrides):
     assert (args.resume, args.overrides) == (resume, overrides)
 
 
-def test_check_looks_at_a_layout_for_many_processes_before_it_refuses_it(capsys, recipe):
-    assert main(["check", str(recipe), "parallel.tp=2"]) == 2
-    told = capsys.readouterr()
-    assert "data.train: 12 records" in told.out
-    assert told.err.endswith("pp 1 x dp 1 x cp 1 x tp 2 needs 2 processes; this release trains on one process\n")
+def test_check_shows_a_layout_for_many_processes_on_one(capsys, recipe):
+    layers = ["parallel.vision_layers=[2,0]", "parallel.language_layers=[1,1]"]
+    assert main(["check", str(recipe), "parallel.tp=2", "parallel.pp=2", *layers]) == 0
+    told = capsys.readouterr().out
+    assert "data.train: 12 records" in told
+    assert (
+        "layout: pp 2 x dp 1 x cp 1 x tp 2 needs 4 processes, vision layers [[2, 0]], language layers [[1, 1]]" in told
+    )
+    alone = "parallel.pp=1 parallel.tp=1 parallel.vision_layers=null parallel.language_layers=null"
+    assert f"this release trains on one process: {alone} takes the same steps there\n" in told
+    assert main(["train", str(recipe), "parallel.tp=2"]) == 2
+    assert main(["check", str(recipe), "parallel.tp=2", "parallel.pp=2", *layers, *alone.split()]) == 0
+    assert "layout:" not in capsys.readouterr().out
 
 
 def test_train_check_and_plot(capsys, recipe):

@@ -70,7 +70,7 @@ def test_its_name_says_what_it_does(path: Path):
     assert (recipe.lora is not None) == task.endswith("lora")
     assert (recipe.dpo is not None) == task.startswith("dpo")
     assert (recipe.data.video_max_pixels is not None) == (task == "sft_video")
-    assert recipe.model.freeze == (() if recipe.lora else ("vision", "projector"))
+    assert recipe.model.freeze == ("vision", "projector")
     assert path.stem in path.read_text(encoding="utf-8").split("\nmodel:")[0]
 
 

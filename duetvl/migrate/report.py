@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from textwrap import wrap
 from typing import Any, Literal
 
-from duetvl.core.errors import ConfigError, did_you_mean
+from duetvl.core.errors import ConfigError
+from duetvl.migrate.shell.values import short
 from duetvl.migrate.tables import Table
+from duetvl.training.recipe.text import show
 
-Kind = Literal["used", "changed", "not needed", "contradiction", "unknown"]
+Kind = Literal["used", "changed", "added", "assumed", "not needed", "contradiction", "unknown"]
 TITLES: dict[Kind, str] = {
     "used": "used",
     "changed": "used, with another meaning",
+    "added": "added, and in none of the files",
+    "assumed": "not given, and taken as the script has it then",
     "contradiction": "does not fit together",
     "unknown": "not known, and left out",
     "not needed": "not needed",
@@ -33,13 +38,20 @@ class Note:
 
 @dataclass
 class Report:
-    """The notes of an import, in the order in which they were made."""
+    """The notes of an import, in the order in which they were made. `allow_unknown`: what is lacking is noted."""
 
+    allow_unknown: bool = False
     notes: list[Note] = field(default_factory=list)
 
     def add(self, kind: Kind, key: str, text: str) -> None:
         """Note one thing."""
-        self.notes.append(Note(kind, key, text))
+        self.notes.append(Note(kind, short(key, 300), short(text, 600)))
+
+    def lacks(self, title: str, key: str, reason: str) -> None:
+        """Note what is asked for and not there. Raises ConfigError, unless the user goes on without it."""
+        if not self.allow_unknown:
+            raise ConfigError(f"{title}: {short(key)}{reason}; --allow-unknown goes on without it")
+        self.add("unknown", key, reason.lstrip(": ;"))
 
     def lines(self) -> Iterator[str]:
         """The report, kind by kind."""
@@ -93,7 +105,7 @@ class Values:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(value, bool) or (number is not None and not math.isfinite(number)):
-            raise ConfigError(f"{self.table.title}: {key} is {value!r}, expected a number")
+            raise ConfigError(f"{self.table.title}: {key} is {show(value)}, expected a number")
         return number
 
     def whole(self, key: str, default: int | None = None) -> Any:
@@ -108,41 +120,44 @@ class Values:
         value = self.get(key, default)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.table.title}: {key} is {value!r}, expected true or false")
+            raise ConfigError(f"{self.table.title}: {key} is {show(value)}, expected true or false")
         return value
 
     def text(self, key: str) -> str | None:
         """A text, or None. Raises ConfigError for anything else."""
         value = self.get(key)
         if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{self.table.title}: {key} is {value!r}, expected a text")
+            raise ConfigError(f"{self.table.title}: {key} is {show(value)}, expected a text")
         return value
 
-    def account(self, *, allow_unknown: bool) -> None:
+    def account(self) -> None:
         """Note what is not needed. Raises ConfigError for what is not known, unless it is allowed and noted."""
         for key, value in self._values.items():
-            if key in self.table.used:
-                if key not in self._asked and value is not None:
-                    self.report.add("not needed", key, f"nothing else asks for it ({self.table.used[key]})")
-                continue
             reason = _look_up(self.table.not_needed, key)
-            if reason is not None:
+            if value is None:
+                self.report.add("not needed", key, "is null, nothing is asked for")
+            elif key in self.table.used:
+                if key not in self._asked:
+                    self.report.add("not needed", key, f"nothing else asks for it ({self.table.used[key]})")
+            elif reason is not None:
                 self.report.add("not needed", key, reason)
-                continue
-            if _off(value):
-                continue
-            cannot = _look_up(self.table.cannot, key)
-            if not allow_unknown:
-                raise ConfigError(
-                    f"{self.table.title}: {self._refusal(key, cannot)}; --allow-unknown goes on without it"
-                )
-            self.report.add("unknown", key, cannot or "no such key is known")
+            elif _off(value):
+                self.report.add("not needed", key, "is off, nothing is asked for")
+            else:
+                cannot = _look_up(self.table.cannot, key)
+                known = f" is not known{nearest(key, self.table.known())}" if cannot is None else f": {cannot}"
+                self.report.lacks(self.table.title, key, known)
 
-    def _refusal(self, key: str, cannot: str | None) -> str:
-        if cannot is not None:
-            return f"{key}: {cannot}"
-        near, listed, _ = did_you_mean(key, self.table.known()).partition("? (")
-        return f"{key} is not known{near}?" if listed else f"{key} is not known"
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that may have been meant: one of a like name beside it, or the same name at another place."""
+    names = sorted(name for name in known if "*" not in name)
+    parent, dot, last = key.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
+    near = get_close_matches(last, beside, n=1, cutoff=0.75)
+    elsewhere = [name for name in names if dot and name.rpartition(".")[2] == last]
+    found = beside[near[0]] if near else elsewhere[0] if elsewhere else ""
+    return f"; did you mean {found!r}?" if found else ""
 
 
 def _look_up(table: Mapping[str, str], key: str) -> str | None:

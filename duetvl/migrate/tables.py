@@ -60,11 +60,14 @@ DATA: Final = Table(
         f"{_PRE}video_fps": "data.video_fps",
         f"{_PRE}video_maxlen": "data.video_max_frames",
         f"{_BASIC}dataset": "data.train",
-        f"{_BASIC}dataset_dir": "data.train, for names without a directory",
+        f"{_BASIC}dataset_dir": "media are looked for beside the data file, and then in the working directory",
         f"{_BASIC}val_dataset": "data.val",
         f"{_BASIC}val_rate": "data.val_rate",
         f"{_BASIC}val_max_samples": "data.val_max_samples",
-        f"{_BASIC}max_samples": "data.train: max_samples",
+        f"{_BASIC}max_samples": "data.max_samples",
+        f"{_BASIC}cutoff_len": "data.cutoff_len, before --seq-length: a key of release 1.0",
+        f"{_PRE}image_resolution": "data.max_pixels, its square: a key of release 1.0",
+        f"{_PRE}video_resolution": "data.video_max_pixels, its square: a key of release 1.0",
         f"{_BASIC}train_on_prompt": "data.train_on_prompt",
         f"{_BASIC}mask_history": "data.mask_history",
         f"{_BASIC}streaming": "data.streaming",
@@ -84,7 +87,6 @@ DATA: Final = Table(
         f"{_PRE}use_fast_tokenizer": "tokenizer.json of the model directory is used",
         f"{_PRE}split_special_tokens": "text never makes a control token, and the template's own are never split",
         **{f"{_PRE}{name}": "these models have no audio" for name in ("use_audio_in_video", "audio_sampling_rate")},
-        **{f"{_PRE}{name}": "sizes are bounded by pixels" for name in ("image_resolution", "video_resolution")},
         f"{_PRE}trust_remote_code": "no code of a model is ever run",
         f"{_BASIC}template": "the family's own chat template is used",
         f"{_BASIC}tool_format": "tools are written in Qwen's form",
@@ -103,10 +105,12 @@ DATA: Final = Table(
         f"{_LOADER}priority_mode": "a step's packs are balanced by tokens and patches",
         f"{_LOADER}data_sharding": "records are given to ranks by the planner",
         f"{_LOADER}prefetch_factor": "`data.prefetch` steps are made ahead",
+        f"{_LOADER}batch_size": "--micro-batch-size says it",
+        f"{_LOADER}num_workers": "`data.workers`, from --num-workers",
+        f"{_LOADER}collate_param": "it is empty",
     },
     cannot={
         f"{_BASIC}use_pmcc_data": "PMCC's data layout is not read; convert it to messages",
-        f"{_BASIC}cutoff_len": "is refused there too; give --seq-length in the script",
         f"{_ATTR}pretrain": "text without turns is not trained on; give conversations",
         f"{_ATTR}audios": "these models have no audio; give null",
     },
@@ -122,13 +126,21 @@ _STRUCTURE_KEYS = (
     "patch_size spatial_merge_size temporal_patch_size layernorm_epsilon normalization activation_func post_layer_norm "
     "gated_linear_unit tokens_per_second window_attn_size fullatt_block_indexes input_size kv_channels vocab_size "
     "max_position_embeddings rope_theta rope_scaling position_embedding_type mrope_section num_query_groups "
-    "group_query_attention untie_embeddings_and_output_weights add_bias_linear disable_bias_linear add_qkv_bias"
+    "group_query_attention untie_embeddings_and_output_weights add_bias_linear disable_bias_linear add_qkv_bias "
+    "window_size spatial_patch_size padded_vocab_size make_vocab_size_divisible_by norm_epsilon "
+    "use_rotary_position_embeddings rope_scaling_factor rope_scaling_original_max_position_embeddings "
+    "rope_scaling_type rotary_base"
 )
 _RECOMPUTE = "`train.recompute` computes whole blocks again, one by one, or (selective) their MLPs"
 _NOT_IN_A_RECIPE = {
     **_each(_STRUCTURE_KEYS, _STRUCTURE),
     **_each("use_fused_rotary_pos_emb bias_activation_fusion use_remove_padding parallel_output attention_mask_type "
-            "masked_softmax_fusion bias_dropout_fusion use_infer_fa", _KERNELS),
+            "masked_softmax_fusion no_masked_softmax_fusion bias_dropout_fusion use_infer_fa apply_rope_fusion "
+            "use_fused_rmsnorm use_fused_swiglu use_flash_attn", _KERNELS),
+    **_each("micro_batch_size global_batch_size lr lr_decay_style", "the script's arguments say it"),
+    "ckpt_path": "weights come from `model.path`",
+    "ps_version": "there is one model code",
+    "num_layer_list": "stages are divided evenly; `parallel.language_layers` divides them otherwise",
     **_each("attention_softmax_in_fp32 params_dtype bf16 fp16", "`model.dtype`, from --bf16, holds for all; softmax, "
             "norms and the loss are computed in float32"),
     **_each("hidden_dropout attention_dropout", "these models have no dropout; LoRA's is `lora.dropout`"),
@@ -161,12 +173,12 @@ MODEL: Final = Table(
                 "ids are read from the model's config.json; images and videos may be mixed"),
         "image_encoder.vision_projector.recompute_granularity": "the projector is never recomputed",
         "patch.*": "weights are read straight from the Hugging Face directory",
-        **_each("dtype device", "`model.dtype` and --device say so"),
+        **_each("dtype device params_dtype", "`model.dtype` and --device say so"),
+        "ps_version": "there is one model code",
     },
     cannot={
-        "text_encoder": "no such part in these models; give null",
-        "video_encoder": "no such part in these models; give null",
-        "audio_encoder": "no such part in these models; give null",
+        **_each("text_encoder text_encoder.* video_encoder video_encoder.* audio_encoder audio_encoder.*",
+                "no such part in these models; give null"),
     },
 )  # fmt: skip
 
@@ -176,6 +188,7 @@ MODEL: Final = Table(
 _IGNORED_THERE = "the model's shape is read from its config.json (MindSpeed-MM ignores this as well)"
 _ONE_CODE = "there is one model code"
 _STATE = "a checkpoint of duetvl holds all, and a run with checkpoints goes on from them"
+_MEMORY = "what is kept is decided by `train.recompute` and `optim.offload`"
 _BALANCE = "a step's packs are balanced over ranks by tokens and patches"
 
 SCRIPT: Final = Table(
@@ -210,17 +223,25 @@ SCRIPT: Final = Table(
         "--dpo-beta": "dpo.beta", "--dpo-loss-type": "dpo.loss", "--dpo-label-smoothing": "dpo.label_smoothing",
         "--pref-ftx": "dpo.pref_ftx", "--ref-model": "dpo.reference",
         "--save-interval": "checkpoint.every", "--eval-interval": "train.eval_every", "--log-interval": "log.every",
+        "--wandb-project": "log.wandb",
+        "--eval-iters": "data.val_max_samples, as many batches",
+        "--use-torch-fsdp2": "parallel.dp; parameters are not divided over replicas",
+        "--fsdp2-config-path": "not read; train.recompute may say what it does",
         "--load": "model.path, the Hugging Face directory",
         "--ai-framework": "backend.name",
     },
     not_needed={
         "--use-mcore-models": _ONE_CODE,
         **_each("--mm-data --mm-model --mm-tool", "the files are given to this command"),
-        **_each("--tokenizer-type --tokenizer-model --make-vocab-size-divisible-by --vocab-extra-ids",
+        **_each("--tokenizer-type --tokenizer-model --tokenizer-name-or-path --vocab-file --merge-file "
+                "--make-vocab-size-divisible-by --vocab-extra-ids",
                 "tokenizer and vocabulary are those of the model directory"),
         **_each("--vocab-size --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --kv-channels "
                 "--group-query-attention --num-query-groups --max-position-embeddings --position-embedding-type "
-                "--rotary-base --rotary-percent --normalization --norm-epsilon --swiglu --disable-bias-linear "
+                "--rotary-base --rotary-percent --use-rotary-position-embeddings --rope-scaling-type "
+                "--rope-scaling-factor "
+                "--rope-scaling-original-max-position-embeddings --no-position-embedding "
+                "--normalization --norm-epsilon --swiglu --disable-bias-linear "
                 "--add-qkv-bias --untie-embeddings-and-output-weights --init-method-std --no-bias-swiglu-fusion",
                 _IGNORED_THERE),
         **_each("--use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb --use-flash-attn "
@@ -241,11 +262,12 @@ SCRIPT: Final = Table(
         "--lora-register-forward-hook": "gradients reach adapters by themselves",
         **_each("--distributed-backend --distributed-timeout-minutes --local-rank",
                 "torchrun or msrun starts the ranks; DUETVL_PEER_TIMEOUT says how long they wait for each other"),
-        **_each("--log-tps --log-throughput --log-params-norm --log-num-zeros-in-grad --timing-log-level "
+        "--log-tps": "`tokens_per_sample` and `tokens_per_s` of every step are in metrics.jsonl, and the rate of the "
+                     "whole run is said at its end",
+        **_each("--log-throughput --log-params-norm --log-num-zeros-in-grad --timing-log-level "
                 "--tensorboard-dir --tensorboard-queue-size --log-timers-to-tensorboard "
-                "--log-validation-ppl-to-tensorboard --log-memory-to-tensorboard",
+                "--log-validation-ppl-to-tensorboard --log-memory-to-tensorboard --enable-one-logger",
                 "every step's loss, norm, rate of real tokens, time and memory are in metrics.jsonl and TensorBoard"),
-        "--eval-iters": "`data.val` is evaluated whole; `data.val_max_samples` bounds it",
         "--enable-dummy-optimizer": "a stage with nothing to train is legal",
         "--unaligned-linear": "any length and any number of heads may be divided",
         **_each("--trust-remote-code", "no code of a model is ever run"),
@@ -253,7 +275,9 @@ SCRIPT: Final = Table(
                 "--hetero-encoder-mbs-scale --dynamic-batch-buffer-size --dataloader-type --no-mmap-bin-files",
                 _BALANCE),
         **_each("--use-deter-comp --jit-compile --allow-tf32 --downcast-to-bf16 --allow-internal-format "
-                "--no-check-for-nan-in-loss-and-grad --manual-gc --manual-gc-interval", "settings of the device"),
+                "--no-check-for-nan-in-loss-and-grad --manual-gc --manual-gc-interval --transformer-impl "
+                "--use-fusion-attn-v2 "
+                "--npu-deterministic --empty-unused-memory-level", "settings of the device"),
         **_each("--use-cpu-initialization --init-model-with-meta-device --no-initialization",
                 "weights are read slice by slice straight to the device"),
         **_each("--profile-subgraph-seg --profile-stage --simulated-nnodes --simulated-nproc-per-node",
@@ -265,15 +289,35 @@ SCRIPT: Final = Table(
                 "--recompute-num-layers-skip-core-attention", _RECOMPUTE),
         "--ulysses-degree-in-cp": "`parallel.cp_algorithm` is one of ulysses and ring",
         **_each("--cp-attention-mask-type --use-cp-mask", "attention is causal within each sample"),
+        **_each("--swap-attention --swap-modules --swap-optimizer --swap-optimizer-times "
+                "--adaptive-memory-optimization "
+                "--recompute-activation-function --recompute-activation-function-num-layers --recompute-norm "
+                "--recompute-norm-num-layers --recompute-in-advance --recompute-in-bubble --recompute-modules "
+                "--optimizer-cpu-offload --optimizer-offload-fraction", _MEMORY),
+        "--moe-*": "these models have no experts",
+        **_each("--wandb-exp-name --wandb-save-dir --wandb-entity", "a run is named after `train.output_dir`"),
+        **_each("--tensorboard-log-interval --log-learning-rate-to-tensorboard --log-loss-scale-to-tensorboard",
+                "TensorBoard has every step"),
+        "--optimizer-selection": "AdamW is the one optimizer, and its kernel is the backend's choice",
+        **_each("--qk-layernorm --fp32-residual-connection", _IGNORED_THERE),
+        "--data-parallel-random-init": "weights are read, not made",
+        **_each("--overlap-p2p-communication --no-overlap-p2p-communication --ddp-bucket-size --no-shared-storage "
+                "--overlap-param-gather-with-optimizer-step --align-grad-reduce --no-align-grad-reduce",
+                "how ranks communicate follows from the layout"),
+        "--num-layer-list": "stages are divided evenly; `parallel.language_layers` divides them otherwise",
+        **_each("--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
+                "float16 alone has a loss scale, which finds its size itself: `optim.loss_scale`"),
     },
     cannot={
         "--lora-mixed-training": "with `lora` only adapters are trained",
         "--lora-target-parameters": "adapters are of linear layers; use --lora-target-modules",
         "--calculate-square-loss": "train.loss is token, sample or micro_batch",
         "--calculate-token-loss": "train.loss is token, sample or micro_batch",
-        "--use-torch-fsdp2": "parameters are not divided over replicas yet; give the degrees of a tensor or pipeline "
-                             "layout",
-        "--fsdp2-config-path": "parameters are not divided over replicas yet",
+        "--use-ema": "there is no moving average of the weights",
+        **_each("--exit-interval --exit-duration-in-mins", "a run ends with train.steps, or by a signal"),
+        "--override-opt_param-scheduler": "the schedule is that of the recipe",
+        **_each("--lr-warmup-samples --lr-decay-samples", "give steps: --lr-warmup-iters, --lr-decay-iters"),
+        "--rampup-batch-size": "every step has train.global_batch samples",
         "--num-layers-per-virtual-pipeline-stage": "give rows of pipeline_num_layers in model.json",
     },
     switches=_names(
@@ -293,10 +337,18 @@ SCRIPT: Final = Table(
         "--use-deter-comp --jit-compile --allow-tf32 --downcast-to-bf16 --allow-internal-format "
         "--no-check-for-nan-in-loss-and-grad --manual-gc --use-cpu-initialization --init-model-with-meta-device "
         "--no-initialization --profile-subgraph-seg --recompute-skip-core-attention --recompute-activations "
-        "--use-cp-mask --lora-mixed-training --calculate-square-loss --calculate-token-loss --use-torch-fsdp2"
+        "--use-cp-mask --lora-mixed-training --calculate-square-loss --calculate-token-loss --use-torch-fsdp2 "
+        "--swap-attention --swap-optimizer --adaptive-memory-optimization --recompute-activation-function "
+        "--recompute-norm --recompute-in-advance --recompute-in-bubble --optimizer-cpu-offload "
+        "--use-rotary-position-embeddings --no-position-embedding --enable-one-logger --use-fusion-attn-v2 "
+        "--npu-deterministic --qk-layernorm --fp32-residual-connection --data-parallel-random-init "
+        "--overlap-p2p-communication --no-overlap-p2p-communication --no-shared-storage --align-grad-reduce "
+        "--overlap-param-gather-with-optimizer-step --no-align-grad-reduce --log-learning-rate-to-tensorboard "
+        "--log-loss-scale-to-tensorboard --use-ema --override-opt_param-scheduler"
     ),
     lists=_names(
-        "--lora-target-modules --lora-apply-modules --lora-target-parameters --lora-register-forward-hook "
+        "--rampup-batch-size --lora-target-modules --lora-apply-modules --lora-target-parameters "
+        "--lora-register-forward-hook "
         "--weight-decay-exclude-modules --lr-scale-modules"
     ),
 )  # fmt: skip

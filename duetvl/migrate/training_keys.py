@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.report import Report, Values
-from duetvl.migrate.script import Script, Text, options
+from duetvl.migrate.script import advice, options, setting
+from duetvl.migrate.shell.simple import Script, Start
+from duetvl.migrate.shell.values import Text
 from duetvl.migrate.tables import (
     APPLY_MODULES,
     CP_ALGORITHMS,
@@ -17,6 +20,7 @@ from duetvl.migrate.tables import (
     PARTS,
     SCRIPT,
 )
+from duetvl.training.recipe.text import show
 
 _SCHEDULES: Final = ("cosine", "linear", "constant")
 _ADAPTED: Final = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"})
@@ -24,11 +28,17 @@ _ADAPTED: Final = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the JSON files say that the arguments depend on. `gated`: the vision tower's MLP has a gate."""
+    """What the JSON files say that the arguments depend on.
+
+    `gated`: the vision tower's MLP has a gate. `frozen`: the parts that are not trained, in MindSpeed-MM's names.
+    `cutoff`: release 1.0 cuts samples there to that many tokens.
+    """
 
     gated: bool
     pairs: bool
     evaluates: bool
+    frozen: tuple[str, ...]
+    cutoff: int | None
 
 
 @dataclass(frozen=True)
@@ -36,25 +46,36 @@ class Devices:
     """How many processes the script starts."""
 
     script: Script
+    start: Start
     path: str
 
-    def count(self) -> int:
+    def count(self, report: Report) -> int:
         """Raises ConfigError where only running the script would tell."""
-        given = {name.replace("-", "_"): values for name, values in options(self.script.launcher)}
+        given = {name.replace("-", "_"): values for name, values in options(self.start.launcher)}
         if "__worker_num" in given:
             return self._number("--worker_num", given["__worker_num"])
         if "__nproc_per_node" in given:
             nodes = self._number("--nnodes", given["__nnodes"]) if "__nnodes" in given else 1
             return nodes * self._number("--nproc_per_node", given["__nproc_per_node"])
         known = self.script.value("WORLD_SIZE")
-        return 1 if known.missing else self._number("WORLD_SIZE", [known])
+        if not known.missing:
+            return self._number("WORLD_SIZE", [known])
+        launcher = " ".join(word.text for word in self.start.launcher)
+        if PurePosixPath(launcher.partition(" ")[0]).name.rstrip("0123456789.") not in ("", "python"):
+            raise ConfigError(
+                f"{self.path}: how many processes {show(launcher)} starts is not read; start the program with torchrun "
+                f"--nproc_per_node or msrun --worker_num in a copy of the script"
+            )
+        report.add("added", "number of processes", "1, as the program is started by itself")
+        return 1
 
     def _number(self, name: str, words: list[Text]) -> int:
         text, missing = (words[0].text, words[0].missing) if words else ("", "it has no value")
         if not missing and text.isdigit() and int(text):
             return int(text)
-        wrong = missing or f"{text!r} is no number of processes"
-        raise ConfigError(f"{self.path}: {name}: {wrong}; give the variable here, such as NNODES=1 NPUS_PER_NODE=8")
+        wrong = missing or f"{show(text)} is no number of processes"
+        hint = advice(missing, self.script) or "; write it into a copy of the script"
+        raise ConfigError(f"{self.path}: {name}: {wrong}{hint}")
 
 
 def sections(script: Values, devices: Devices, wanted: Wanted, report: Report) -> dict[str, Any]:
@@ -63,12 +84,12 @@ def sections(script: Values, devices: Devices, wanted: Wanted, report: Report) -
     train = _train(script, wanted, parallel["dp"], report)
     made = {
         "model": _dtype(script, report),
-        "data": _lengths(script, report),
+        "data": _lengths(script, wanted, report),
         "train": train,
         "optim": _optim(script, train["steps"], report),
         "parallel": parallel,
         "checkpoint": _saving(script, report),
-        "log": _passed(script, report, {"--log-interval": "log.every"}),
+        "log": _logging(script, report),
         "backend": _backend(script, report),
     }
     if lora := _lora(script, wanted, report):
@@ -78,14 +99,14 @@ def sections(script: Values, devices: Devices, wanted: Wanted, report: Report) -
     return made
 
 
-def _passed(script: Values, report: Report, fields: dict[str, str], whole: bool = True) -> dict[str, Any]:
-    """Numbers that mean the same here."""
+def _passed(script: Values, report: Report, fields: dict[str, tuple[str, int | None]]) -> dict[str, Any]:
+    """Whole numbers that mean the same here, each with Megatron's default."""
     made = {}
-    for argument, field in fields.items():
-        value = script.whole(argument) if whole else script.number(argument)
+    for argument, (field, usual) in fields.items():
+        value = script.whole(argument, usual)
         if value is not None:
             made[field.partition(".")[2]] = value
-            report.add("used", argument, f"{field}: {value:g}")
+            report.add("used", argument, f"{field}: {value:g}{_absent(script, argument)}")
     return made
 
 
@@ -95,11 +116,18 @@ def _dtype(script: Values, report: Report) -> dict[str, Any]:
     return {"dtype": dtype}
 
 
-def _lengths(script: Values, report: Report) -> dict[str, Any]:
+def _lengths(script: Values, wanted: Wanted, report: Report) -> dict[str, Any]:
     seq = script.whole("--seq-length")
     micro = script.whole("--micro-batch-size", 1)
     if seq is None:
         raise ConfigError(f"{SCRIPT.title}: --seq-length is missing")
+    if wanted.cutoff is not None:
+        report.add("changed", "cutoff_len", f"data.cutoff_len: {wanted.cutoff} - of release 1.0, which cuts to it")
+        if wanted.cutoff != seq:
+            report.add(
+                "contradiction", "--seq-length", f"{seq}, but data.json has cutoff_len {wanted.cutoff}, which counts"
+            )
+        seq = wanted.cutoff
     pack = micro * seq
     if script.switch("--use-txt-dynamic-batching"):
         pack = script.whole("--max-seq-len", 2048)
@@ -110,7 +138,7 @@ def _lengths(script: Values, report: Report) -> dict[str, Any]:
         f"there is memory, and the loss stays the same",
     )  # fmt: skip
     made = {"cutoff_len": seq, "too_long": "truncate", "pack_tokens": pack}
-    return made | _passed(script, report, {"--num-workers": "data.workers", "--seed": "data.seed"})
+    return made | _passed(script, report, {"--num-workers": ("data.workers", 2), "--seed": ("data.seed", 1234)})
 
 
 # -- train -----------------------------------------------------------------------------------------------------------
@@ -142,10 +170,11 @@ def _train(script: Values, wanted: Wanted, dp: int, report: Report) -> dict[str,
         made["output_dir"] = save
         report.add("used", "--save", f"train.output_dir: {save}")
     if wanted.evaluates:
-        return made | _passed(script, report, {"--eval-interval": "train.eval_every"})
-    if "--eval-interval" in script:
-        script.whole("--eval-interval")
-        report.add("not needed", "--eval-interval", "data.json gives nothing to evaluate")
+        return made | _passed(script, report, {"--eval-interval": ("train.eval_every", 1000)})
+    for argument in ("--eval-interval", "--eval-iters"):
+        if argument in script:
+            script.whole(argument)
+            report.add("not needed", argument, "data.json gives nothing to evaluate")
     return made
 
 
@@ -174,7 +203,9 @@ def _loss(script: Values, wanted: Wanted, micro: int, report: Report) -> dict[st
 
 def _optim(script: Values, steps: int, report: Report) -> dict[str, Any]:
     if (optimizer := script.text("--optimizer") or "adam") != "adam":
-        raise ConfigError(f"{SCRIPT.title}: --optimizer {optimizer}: duetvl has AdamW (adam) alone")
+        report.lacks(SCRIPT.title, f"--optimizer {optimizer}", ": duetvl has AdamW (adam) alone")
+    elif "--optimizer" in script:
+        report.add("used", "--optimizer", "AdamW, the one there is")
     lr = script.number("--lr")
     if not lr:
         raise ConfigError(f"{SCRIPT.title}: --lr is missing")
@@ -182,7 +213,8 @@ def _optim(script: Values, steps: int, report: Report) -> dict[str, Any]:
     report.add("used", "--lr", f"optim.lr: {lr:g}")
     betas = [float(script.number("--adam-beta1", 0.9)), float(script.number("--adam-beta2", 0.999))]
     made |= {"betas": betas, "eps": float(script.number("--adam-eps", 1e-8))}
-    report.add("used", "--adam-beta1, --adam-beta2", f"optim.betas: {betas}")
+    for argument, field in (("--adam-beta1", "betas"), ("--adam-beta2", "betas"), ("--adam-eps", "eps")):
+        report.add("used", argument, f"optim.{field}: {made[field]}{_absent(script, argument)}")
     decay = float(script.number("--weight-decay", 0.01))
     made["weight_decay"] = decay
     report.add("used", "--weight-decay", f"optim.weight_decay: {decay:g}{_absent(script, '--weight-decay')}")
@@ -193,19 +225,22 @@ def _optim(script: Values, steps: int, report: Report) -> dict[str, Any]:
     return made | _groups(script, report)
 
 
-def _absent(script: Values, argument: str) -> str:
-    return "" if argument in script else " (Megatron's default)"
+def _absent(script: Values, argument: str, whose: str = "Megatron's default") -> str:
+    return "" if argument in script else f" ({whose})"
 
 
 def _schedule(script: Values, lr: float, steps: int, report: Report) -> dict[str, Any]:
     style = script.text("--lr-decay-style") or "linear"
     if style not in _SCHEDULES:
-        raise ConfigError(f"{SCRIPT.title}: --lr-decay-style {style}: there are {', '.join(_SCHEDULES)}")
+        report.lacks(SCRIPT.title, f"--lr-decay-style {style}", f": there are {', '.join(_SCHEDULES)}")
+        style = "linear"
     made: dict[str, Any] = {"schedule": style}
     report.add("used", "--lr-decay-style", f"optim.schedule: {style}{_absent(script, '--lr-decay-style')}")
     decay = script.whole("--lr-decay-iters")
     if decay is not None and decay != steps:
         report.add("changed", "--lr-decay-iters", f"{decay}, but the rate falls over all {steps} steps here")
+    elif decay is not None:
+        report.add("used", "--lr-decay-iters", f"{decay}, as many as train.steps")
     fraction, warmup = script.number("--lr-warmup-fraction"), script.whole("--lr-warmup-iters")
     if fraction or warmup:
         made["warmup"] = float(fraction) if fraction else warmup
@@ -223,23 +258,29 @@ def _groups(script: Values, report: Report) -> dict[str, Any]:
     """Parts with their own learning rate or without weight decay."""
     made: dict[str, Any] = {}
     if excluded := script.get("--weight-decay-exclude-modules"):
-        made["no_decay"] = [part for name in excluded for part in _parts(name, "--weight-decay-exclude-modules")]
+        made["no_decay"] = _parts(excluded, "--weight-decay-exclude-modules", report)
         report.add("used", "--weight-decay-exclude-modules", f"optim.no_decay: {made['no_decay']}")
     factor = float(script.number("--lr-mult", 1.0))
     if scaled := script.get("--lr-scale-modules"):
-        made["lr_scale"] = {part: factor for name in scaled for part in _parts(name, "--lr-scale-modules")}
+        made["lr_scale"] = dict.fromkeys(_parts(scaled, "--lr-scale-modules", report), factor)
         report.add("used", "--lr-scale-modules", f"optim.lr_scale: {made['lr_scale']}")
     return made
 
 
-def _parts(name: str, argument: str) -> list[str]:
-    """Parts of the model under MindSpeed-MM's name of a module."""
-    if name not in APPLY_MODULES:
-        raise ConfigError(
-            f"{SCRIPT.title}: {argument} {name}{did_you_mean(name, APPLY_MODULES)}; for other modules leave the "
-            f"argument out and give patterns in the recipe"
-        )
-    return [PARTS[part] for part in APPLY_MODULES[name]]
+def _parts(names: list[str], argument: str, report: Report) -> list[str]:
+    """Parts of the model under MindSpeed-MM's names of modules."""
+    more = "; for other modules leave the argument out and give patterns in the recipe"
+    return [PARTS[part] for part in _modules(names, argument, more, report)]
+
+
+def _modules(names: list[str], argument: str, more: str, report: Report) -> list[str]:
+    """The parts that names of modules stand for, in MindSpeed-MM's names."""
+    found: list[str] = []
+    for name in names:
+        if name not in APPLY_MODULES:
+            report.lacks(SCRIPT.title, f"{argument} {name}", did_you_mean(name, APPLY_MODULES) + more)
+        found += APPLY_MODULES.get(name, ())
+    return found
 
 
 # -- layout ----------------------------------------------------------------------------------------------------------
@@ -253,25 +294,41 @@ def _parallel(script: Values, devices: Devices, report: Report) -> dict[str, Any
         if made[axis] < 1:
             raise ConfigError(f"{SCRIPT.title}: {argument} is {made[axis]}, expected 1 or more")
         report.add("used", argument, f"parallel.{axis}: {made[axis]}")
-    count, replica = devices.count(), made["tp"] * made["pp"] * made["cp"]
+    count, replica = devices.count(report), made["tp"] * made["pp"] * made["cp"]
     if count % replica:
         raise ConfigError(
-            f"{devices.path}: {count} processes cannot be divided into tp {made['tp']} x pp {made['pp']} x "
-            f"cp {made['cp']} = {replica}; give other variables here, such as NPUS_PER_NODE={replica}"
+            f"{devices.path}: {count} process{'es' * (count > 1)} cannot be divided into tp {made['tp']} x "
+            f"pp {made['pp']} x cp {made['cp']} = {replica}; {setting(devices.script, 'NPUS_PER_NODE', replica)}"
         )
     report.add("used", "number of processes", f"{count} / {replica}: parallel.dp: {count // replica}")
     made = {"pp": made["pp"], "dp": count // replica, "cp": made["cp"], "tp": made["tp"]}
+    _replicas(script, made["dp"], report)
     if script.switch("--sequence-parallel"):
         made["sequence"] = True
         report.add("used", "--sequence-parallel", "parallel.sequence: true")
     return made | _context(script, made["cp"], report)
 
 
+def _replicas(script: Values, dp: int, report: Report) -> None:
+    """FSDP2 divides the parameters over the replicas."""
+    if script.switch("--use-torch-fsdp2"):
+        report.add(
+            "changed", "--use-torch-fsdp2", f"parallel.dp: {dp} - parameters are divided over the replicas there, here "
+            f"each has all of them; for a model that is too large give parallel.tp or parallel.pp",
+        )  # fmt: skip
+    if path := script.text("--fsdp2-config-path"):
+        report.add(
+            "changed", "--fsdp2-config-path", f"{path} is not read: model.dtype holds for all parts, and where it "
+            f"lists recompute_modules give train.recompute: language",
+        )  # fmt: skip
+
+
 def _context(script: Values, cp: int, report: Report) -> dict[str, Any]:
     algorithm = script.text("--context-parallel-algo") or "ulysses_cp_algo"
     if algorithm not in CP_ALGORITHMS:
         known = did_you_mean(algorithm, CP_ALGORITHMS)
-        raise ConfigError(f"{SCRIPT.title}: --context-parallel-algo {algorithm}{known}")
+        report.lacks(SCRIPT.title, f"--context-parallel-algo {algorithm}", known)
+        algorithm = "ulysses_cp_algo"
     ours = CP_ALGORITHMS[algorithm]
     if cp == 1:
         report.add("not needed", "--context-parallel-algo", "sequences are not divided")
@@ -288,12 +345,11 @@ def _lora(script: Values, wanted: Wanted, report: Report) -> dict[str, Any]:
     modules = script.get("--lora-target-modules") or []
     if not modules:
         return {}
-    parts = [part for name in script.get("--lora-apply-modules") or ["all"] for part in _applied(name)]
     made: dict[str, Any] = {
         "rank": script.whole("--lora-r", 8),
         "alpha": float(script.number("--lora-alpha", 16)),
         "dropout": float(script.number("--lora-dropout", 0.0)),
-        "targets": _targets(modules, parts, wanted.gated),
+        "targets": _targets(modules, _adapted_parts(script, wanted, report), wanted.gated, report),
     }
     if wanted.pairs and made["dropout"]:
         report.add(
@@ -307,18 +363,28 @@ def _lora(script: Values, wanted: Wanted, report: Report) -> dict[str, Any]:
     return made
 
 
-def _applied(name: str) -> tuple[str, ...]:
-    if name not in APPLY_MODULES:
-        raise ConfigError(f"{SCRIPT.title}: --lora-apply-modules {name}{did_you_mean(name, APPLY_MODULES)}")
-    return APPLY_MODULES[name]
+def _adapted_parts(script: Values, wanted: Wanted, report: Report) -> list[str]:
+    """The parts that get adapters: those asked for, without the frozen ones, which have none there either."""
+    names = script.get("--lora-apply-modules") or ["all"]
+    asked = list(dict.fromkeys(_modules(names, "--lora-apply-modules", "", report)))
+    parts = [part for part in asked if part not in wanted.frozen]
+    left_out = ", ".join(part for part in asked if part in wanted.frozen)
+    if not parts:
+        raise ConfigError(
+            f"{SCRIPT.title}: --lora-apply-modules {' '.join(names)}: model.json freezes {left_out}, so no module has "
+            f"an adapter and nothing would be trained; set freeze to false where adapters are wanted"
+        )
+    text = f"lora.targets: only layers of {', '.join(parts)}" + (f"; {left_out} frozen" if left_out else "")
+    report.add("used", "--lora-apply-modules", text + _absent(script, "--lora-apply-modules", "its default, all"))
+    return parts
 
 
-def _targets(modules: list[str], parts: list[str], gated: bool) -> list[str]:
+def _targets(modules: list[str], parts: list[str], gated: bool, report: Report) -> list[str]:
     """Patterns of the linear layers; a part of which all have an adapter is named as a whole."""
     known = {name for table in LORA_TARGETS.values() for name in table}
     for name in modules:
         if name not in known:
-            raise ConfigError(f"{SCRIPT.title}: --lora-target-modules {name}{did_you_mean(name, known)}")
+            report.lacks(SCRIPT.title, f"--lora-target-modules {name}", did_you_mean(name, known))
     found: list[str] = []
     for part in dict.fromkeys(parts):
         every = {layer for layers in LORA_TARGETS[part].values() for layer in _existing(part, layers, gated)}
@@ -366,7 +432,16 @@ def _saving(script: Values, report: Report) -> dict[str, Any]:
             f"{load}: weights come from model.path. If you have trained these, give model.path what "
             f"`mm-convert ... mm_to_hf` makes of them",
         )  # fmt: skip
-    return {**_passed(script, report, {"--save-interval": "checkpoint.every"}), "export": True}
+    report.add("added", "checkpoint.export", "true: at the end the model is written in the Hugging Face layout")
+    return {**_passed(script, report, {"--save-interval": ("checkpoint.every", None)}), "export": True}
+
+
+def _logging(script: Values, report: Report) -> dict[str, Any]:
+    made = _passed(script, report, {"--log-interval": ("log.every", 100)})
+    if project := script.text("--wandb-project"):
+        made["wandb"] = project
+        report.add("used", "--wandb-project", f"log.wandb: {project}")
+    return made
 
 
 def _backend(script: Values, report: Report) -> dict[str, Any]:

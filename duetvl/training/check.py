@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
@@ -25,18 +26,19 @@ from duetvl.training.groups import check_patterns
 from duetvl.training.lora import plan_adapters
 from duetvl.training.memory import disk_of, host_memory, memory_of
 from duetvl.training.preference.reference import describe
-from duetvl.training.recipe.reading import check_layers, check_world
+from duetvl.training.recipe.reading import check_layers
 from duetvl.training.recipe.sections import Recipe
+from duetvl.training.recipe.text import show
 from duetvl.training.schedule import total_steps
 from duetvl.training.sft import recipe_processor, record_encoder
-from duetvl.training.train import read_recipe, world_size
+from duetvl.training.train import read_recipe
 from duetvl.training.walk import walk
 
 
 def check(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = (), *, decode: bool = False
 ) -> Iterator[str]:
-    """What the recipe will do, line by line. Raises whatever training would meet.
+    """What the recipe will do, line by line. Raises whatever training would meet on as many processes as it asks for.
 
     All records are read, tokenised and measured by the headers of their media; with `decode` their pixels are made as
     well, which finds truncated pictures and takes as long as training's data side does.
@@ -63,7 +65,7 @@ def check(
     steps = total_steps(given, sets.per_epoch)
     drafts = maker.drafts(list(islice(sets.train_refs(), FIRST)))
     yield from _room_lines(given, source, start, steps, drafts)
-    check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
+    yield from _layout_lines(given)
 
 
 def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
@@ -112,6 +114,20 @@ def _on_cpu(recipe: Recipe) -> bool:
     """Whether it will be trained on the CPU, as far as can be told without a framework."""
     accelerators = any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/davinci0"))
     return recipe.backend.device == "cpu" or (recipe.backend.device == "auto" and not accelerators)
+
+
+def _layout_lines(recipe: Recipe) -> Iterator[str]:
+    """The layout, whatever this machine is; nothing for a single process."""
+    parallel, mesh = recipe.parallel, recipe.parallel.mesh
+    if mesh.size == 1:
+        return
+    degrees = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
+    placed = {"vision": parallel.vision_layers, "language": parallel.language_layers}
+    stages = "".join(f", {name} layers {show(rows)}" for name, rows in placed.items() if rows)
+    yield f"layout: {degrees} needs {mesh.size} processes{stages}"
+    alone = [f"parallel.{axis}=1" for axis in AXES if getattr(mesh, axis) > 1]
+    alone += [f"parallel.{name}_layers=null" for name, rows in placed.items() if rows]
+    yield f"  this release trains on one process: {' '.join(alone)} takes the same steps there"
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -61,7 +61,7 @@ class DataSets:
         sources = as_sources(self.data, self.data.train)
         self._records = Records(sources)
         self.files += self._records.files
-        numbers = _numbers(self._records, sources, self.data.seed)
+        numbers = _numbers(self._records, sources, self.data.seed)[: self.data.max_samples]
         self._val = None
         if self.data.val_rate is not None:
             held = _share(len(numbers), self.data.val_rate, self.data.seed)

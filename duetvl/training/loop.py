@@ -251,6 +251,9 @@ class Run:
             return
         if self.stop_reason is not None:
             self.say(f"stopped at step {self.step} of {self.total}: {self.stop_reason}")
+        if seconds := self.totals["seconds"]:
+            tokens = self.totals["tokens"]
+            self.say(f"{tokens:.0f} tokens in steps of {seconds:.0f} s together: {tokens / seconds:.0f} tokens/s")
         summary = self.feed.summary()
         if summary:
             self.say(summary)

@@ -221,7 +221,7 @@ echo "samples per second: $SPS"
 
 LORA = (
     "\\\n    --lora-r 8 \\\n    --lora-alpha 16 \\\n"
-    "    --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 \\\n    --lora-apply-modules text_decoder"
+    "    --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2"
 )
 DPO = "\\\n    --dpo-beta 0.1 \\\n    --dpo-loss-type sigmoid \\\n    --dpo-label-smoothing 0.0 \\\n    --pref-ftx 0.0"
 

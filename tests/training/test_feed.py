@@ -64,6 +64,21 @@ def test_a_share_for_evaluation_is_not_trained_on(files):
         DataSets(recipe_of(files, val_rate=0.99).data)
 
 
+def test_a_bound_on_all_sets_takes_the_first_records(files):
+    """As MindSpeed-MM's max_samples, before a share is kept for evaluation."""
+    both = [str(files / "a.jsonl"), str(files / "b.jsonl")]
+    sets = DataSets(recipe_of(files, train=both, max_samples=23).data)
+    assert names(sets.train_refs(), sets) == [f"a.jsonl:{n}" for n in range(1, 21)] + [
+        f"b.jsonl:{n}" for n in (1, 2, 3)
+    ]
+    assert (sets.per_epoch, sets.train_count) == (23, 23)
+    assert sorted(names(sets.cursor().take(23), sets)) == sorted(names(sets.train_refs(), sets))
+    one = DataSets(recipe_of(files, train=both, max_samples=10, val_rate=0.2).data)
+    assert (len(names(one.val_refs(), one)), one.train_count) == (2, 8)
+    assert all(name.startswith("a.jsonl:") for name in names(one.cursor().take(16), one))
+    assert DataSets(recipe_of(files, train=both, max_samples=99).data).train_count == 30
+
+
 def test_validation_files_are_read_beside_the_training_files(files):
     for streaming in (False, True):
         sets = DataSets(recipe_of(files, val=str(files / "b.jsonl"), streaming=streaming, val_max_samples=3).data)
@@ -85,6 +100,7 @@ def test_settings_of_a_source_travel_with_its_records(files):
     ("data", "expected"),
     [
         ({"streaming": True, "train": [{"path": "a", "max_samples": 3}]}, "max_samples cannot choose from a stream"),
+        ({"streaming": True, "max_samples": 3}, r"data\.max_samples cannot bound a stream; limit train\.steps instead"),
         ({"streaming": True, "val_rate": 0.1}, "val_rate cannot take records out of a stream"),
     ],
 )

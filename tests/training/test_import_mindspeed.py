@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import shlex
-from contextlib import suppress
+import os
+import re
 from pathlib import Path
 
 import mindspeed_runs as runs
 import pytest
 import tiny_run
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from duetvl.cli import main
 from duetvl.core.errors import ConfigError
-from duetvl.migrate.importer import Imported, import_run, key_tables
-from duetvl.migrate.script import Text, options, read_script
+from duetvl.migrate.importer import Imported, import_run
+from duetvl.migrate.key_tables import key_tables
+from duetvl.migrate.reading import read_keys
 from duetvl.migrate.tables import TABLES
+from duetvl.models.qwen_vl.config import published_config
+from duetvl.training.lora import plan_adapters
 from duetvl.training.recipe.reading import load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import parse_yaml
@@ -25,6 +26,10 @@ from duetvl.training.train import train
 
 ROOT = Path(__file__).parents[2]
 SMALL = runs.GUIDES["qwen2_5_vl_7b"]
+FREEZE = {
+    "vision": "image_encoder.vision_encoder.freeze", "projector": "image_encoder.vision_projector.freeze",
+    "language": "text_decoder.freeze",
+}  # fmt: skip
 
 
 def recipe_of(made: Imported) -> Recipe:
@@ -86,18 +91,74 @@ def test_videos_and_pairs(tmp_path, name):
     assert made.summary.startswith("dpo with lora, ")
 
 
+@pytest.mark.parametrize("task", [{}, {"lora": True}, {"lora": True, "dpo": True}, {"video": True}], ids=str)
+@pytest.mark.parametrize("name", ["qwen2_5_vl_72b", "qwen2_vl_2b"])
+def test_every_key_and_every_field_is_in_the_report(tmp_path, task, name):
+    """Whatever the three files say is there, and whatever the recipe says."""
+    files = runs.write(tmp_path, runs.GUIDES[name], **task)
+    edit(files[0], "dataset_param.basic_parameters.val_dataset", "./data/val.json")
+    made = import_run(*files)
+    told = [note for note in made.report.notes if note.kind != "not needed"]
+    for section, values in parse_yaml(made.text, "made").items():
+        for field in values:
+            assert [note for note in told if f"{section}.{field}" in f"{note.key} {note.text}"], f"{section}.{field}"
+    text = " ".join(f"{note.key} {note.text}" for note in made.report.notes)
+    for key in [*read_keys(files[0], "data"), *read_keys(files[1], "model")]:
+        assert re.search(rf"\b{key.rpartition('.')[2]}\b", text), key
+    for argument in re.findall(r"(?<= )--[a-z][a-z0-9-]+", files[2].read_text().partition("GPT_ARGS=")[2]):
+        assert re.search(rf"{argument}(?![\w-])", text), argument
+
+
 def test_every_key_is_in_the_report(tmp_path):
     files = runs.write(tmp_path, SMALL, lora=True)
     text = "\n".join(import_run(*files).report.lines())
     program = next(words for words in files[2].read_text().split('"') if "--use-mcore-models" in words)
     for argument in [word for word in program.split() if word.startswith("--")]:
-        assert argument in text or argument in ("--lora-apply-modules",), argument
+        assert argument in text, argument
     for key in ("image_max_pixels", "template", "drop_last", "freeze", "bridge_patch", "rope_theta", "mrope_section"):
         assert key in text, key
     assert "CUDA_DEVICE_MAX_CONNECTIONS, TASK_QUEUE_ENABLE" in text
 
 
-def test_an_imported_run_trains(be, tmp_path):
+@pytest.mark.parametrize(
+    ("frozen", "apply", "expected"),
+    [
+        (["vision", "projector"], "", ["language"]),
+        (["vision"], "", ["language", "projector"]),
+        ([], "", ["language", "vision", "projector"]),
+        (["language"], "", ["vision", "projector"]),
+        (["vision", "projector"], "--lora-apply-modules image_encoder text_decoder", ["language"]),
+        (["projector"], "--lora-apply-modules image_encoder", ["vision"]),
+    ],
+)
+@pytest.mark.parametrize("dpo", [False, True])
+def test_what_is_frozen_has_no_adapter(tmp_path, frozen, apply, expected, dpo):
+    """MindSpeed-MM adapts the modules that are not frozen; --lora-apply-modules is `all` in its own scripts."""
+    files = runs.write(tmp_path, SMALL, lora=True, dpo=dpo)
+    for part, key in FREEZE.items():
+        edit(files[1], key, part in frozen)
+    change(files[2], "--lora-r 8", f"--lora-r 8 {apply}")
+    made = import_run(*files)
+    recipe = recipe_of(made)
+    assert recipe.model.freeze == tuple(frozen)
+    assert sorted(recipe.lora.targets) == sorted(expected)
+    modules = plan_adapters(recipe, published_config("Qwen2.5-VL-7B")).adapters.sizes
+    assert {part_of(module) for module in modules} == set(expected)
+    assert notes(made, "used")["freeze"].startswith(f"model.freeze: {', '.join(frozen) or 'nothing'}")
+
+
+def part_of(module: str) -> str:
+    return "language" if module.startswith("model.") else "projector" if ".merger." in module else "vision"
+
+
+def test_an_adapter_of_frozen_modules_alone_is_refused(tmp_path):
+    files = runs.write(tmp_path, SMALL, lora=True)
+    change(files[2], "--lora-r 8", "--lora-r 8 --lora-apply-modules image_encoder")
+    with pytest.raises(ConfigError, match=r"model\.json freezes vision_encoder, vision_projector, so no module has an"):
+        import_run(*files)
+
+
+def test_an_imported_run_trains(be, tmp_path, capsys):
     tiny_run.write_recipe(tmp_path)
     (tmp_path / "run.yaml").write_text(import_run(*runs.write(tmp_path, SMALL, lora=True)).text)
     result = train(
@@ -112,6 +173,9 @@ def test_an_imported_run_trains(be, tmp_path):
     )  # fmt: skip
     assert result.step == 2 and result.loss is not None and 4 < result.loss < 7
     assert (result.run_dir / "export" / "adapter_config.json").is_file()
+    rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens_per_sample"] for row in rows] == [row["tokens"] / 4 for row in rows]  # as --log-tps says
+    assert re.search(rf"^{rows[-1]['total_tokens']:.0f} tokens in steps of .* tokens/s$", capsys.readouterr().out, re.M)
 
 
 # -- what changes its meaning, what does not fit together ------------------------------------------------------------
@@ -148,7 +212,7 @@ def test_stages_of_the_script_and_of_the_model_must_agree(tmp_path):
         import_run(*files, variables={"PP": "4"})
     assert str(caught.value) == (
         "model.json: pipeline_num_layers [32, 0] is for 2 stages, the script has --pipeline-model-parallel-size 4; "
-        "correct one of them, or give its variable here (PP=2)"
+        "correct one of them, or give PP=2 here"
     )
     edit(files[1], "text_decoder.pipeline_num_layers", [12, 15])
     with pytest.raises(ConfigError, match="places 27 layers, the language model has 28"):
@@ -178,6 +242,8 @@ def test_virtual_stages(tmp_path):
         ("--clip-grad=1.5", "optim.clip=1.5"),
         ("--use-txt-dynamic-batching --max-seq-len 8192", "data.pack_tokens=8192"),
         ("--ai-framework mindspore", "backend.name=mindspore"),
+        ("--wandb-project cats --wandb-exp-name one --moe-router-topk 2 3", "log.wandb=cats"),
+        ("--optimizer-selection fused_torch_adamw", "optim.lr=1e-05"),
         ("--weight-decay-exclude-modules image_encoder", "optim.no_decay=('vision', 'projector')"),
         ("--lr-scale-modules text_decoder --lr-mult 0.5", "optim.lr_scale={'language': 0.5}"),
         (
@@ -195,6 +261,8 @@ def test_virtual_stages(tmp_path):
 )  # fmt: skip
 def test_arguments(tmp_path, argument, expected):
     files = runs.write(tmp_path, SMALL)
+    for key in FREEZE.values():
+        edit(files[1], key, False)
     change(files[2], "--distributed-timeout-minutes 20 ", f"--distributed-timeout-minutes 20 {argument} ")
     recipe = recipe_of(import_run(*files))
     path, _, value = expected.partition("=")
@@ -208,8 +276,11 @@ def test_arguments(tmp_path, argument, expected):
         ("basic_parameters.train_on_prompt", True, "train_on_prompt=True"),
         ("basic_parameters.streaming", True, "streaming=True"),
         ("basic_parameters.val_rate", 0.1, "val_rate=0.1"),
-        ("basic_parameters.max_samples", 7, "train[0].max_samples=7"),
-        ("basic_parameters.dataset", "a.json,./b/c.json", "train[0].path=data/a.json"),
+        ("basic_parameters.max_samples", 7, "max_samples=7"),
+        ("basic_parameters.max_samples", 0, "max_samples=None"),
+        ("basic_parameters.dataset", "a.json, ./b/c.json", "train[0].path=a.json"),
+        ("basic_parameters.dataset_dir", "./pictures", "image_root=None"),
+        ("basic_parameters.cutoff_len", 512, "cutoff_len=512"),
         ("attr.formatting", "alpaca", "train[0].format=alpaca"),
         ("attr.images", "pictures", "train[0].columns={'images': 'pictures'}"),
         ("attr.assistant_tag", "bot", "train[0].tags={'assistant_tag': 'bot'}"),
@@ -225,6 +296,20 @@ def test_keys_of_the_data(tmp_path, key, value, expected):
     path, _, wanted = expected.partition("=")
     found = recipe.data.train[0] if path.startswith("train[0]") else recipe.data
     assert str(getattr(found, path.rpartition(".")[2])) == wanted
+
+
+@pytest.mark.parametrize(
+    ("dataset", "directory", "same"),
+    [("./data/a.json", "./data", True), ("data/a.json,./data/b.json", None, True), ("a.json", "./data", False),
+     ("./data/a.json,/b.json", "data/.", False)],
+)  # fmt: skip
+def test_where_media_are_looked_for(tmp_path, dataset, directory, same):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.dataset", dataset)
+    edit(files[0], "dataset_param.basic_parameters.dataset_dir", directory)
+    told = notes(import_run(*files), "used" if same else "changed")["dataset_dir"]
+    assert "media are looked for beside the data file and then in the working directory" in told
+    assert ("data.image_root" in told) != same
 
 
 @pytest.mark.parametrize(
@@ -267,12 +352,185 @@ def test_evaluation_needs_data_for_it(tmp_path):
     assert recipe.train.eval_every == 10000 and recipe.data.val[0].path == "./data/val.json"
 
 
+@pytest.mark.parametrize(
+    ("argument", "few", "expected"),
+    [
+        ("--eval-iters 5000", None, 5000 * 192), ("--eval-iters 2", None, 384), ("--eval-iters 2", 100, 100),
+        ("--eval-iters 2", 1000, 384), ("", None, 100 * 192),
+    ],
+)  # fmt: skip
+def test_an_evaluation_takes_no_more_batches_than_there(tmp_path, argument, few, expected):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.val_dataset", "./data/val.json")
+    edit(files[0], "dataset_param.basic_parameters.val_max_samples", few)
+    change(files[2], "--eval-iters 5000", argument or "--ckpt-format torch")
+    made = import_run(*files)
+    assert recipe_of(made).data.val_max_samples == expected
+    assert (
+        f"data.val_max_samples: {expected}, the most that an evaluation takes" in notes(made, "changed")["--eval-iters"]
+    )
+
+
+@pytest.mark.parametrize("key", ["val_dataset", "val_rate"])
+def test_no_batches_are_no_evaluation(tmp_path, key):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], f"dataset_param.basic_parameters.{key}", "./val.json" if key == "val_dataset" else 0.1)
+    change(files[2], "--eval-iters 5000", "--eval-iters 0")
+    made = import_run(*files)
+    recipe = recipe_of(made)
+    assert not recipe.data.val and recipe.data.val_rate is None and recipe.train.eval_every is None
+    assert "data.val and data.val_rate are left out" in notes(made, "changed")["--eval-iters"]
+
+
+def test_what_megatron_takes_where_nothing_is_given(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.val_dataset", "./data/val.json")
+    for argument in ("--seed 42", "--num-workers 8", "--log-interval 1", "--eval-interval 10000", "--clip-grad 0.0",
+                     "--weight-decay 0", "--save-interval 10000"):  # fmt: skip
+        change(files[2], f"    {argument} \\\n", "")
+    made = import_run(*files)
+    recipe = recipe_of(made)
+    assert (recipe.data.seed, recipe.data.workers, recipe.log.every, recipe.train.eval_every) == (1234, 2, 100, 1000)
+    assert (recipe.optim.clip, recipe.optim.weight_decay, recipe.checkpoint.every) == (1.0, 0.01, None)
+    assert notes(made, "used")["--seed"] == "data.seed: 1234 (Megatron's default)"
+
+
+def test_streams_have_no_bound_on_records(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], "dataset_param.basic_parameters.max_samples", 7)
+    edit(files[0], "dataset_param.basic_parameters.streaming", True)
+    made = import_run(*files)
+    assert recipe_of(made).data.max_samples is None
+    assert notes(made, "not needed")["max_samples"] == "is not read with streaming there either"
+
+
 def test_a_vision_tower_is_frozen_where_nothing_is_said_of_it(tmp_path):
     files = runs.write(tmp_path, SMALL)
     values = json.loads(files[1].read_text())
     del values["image_encoder"]["vision_encoder"]["freeze"], values["image_encoder"]["vision_projector"]["freeze"]
     files[1].write_text(json.dumps(values))
     assert recipe_of(import_run(*files)).model.freeze == ("vision",)
+
+
+# -- scripts of other releases ---------------------------------------------------------------------------------------
+
+
+def test_fsdp2(tmp_path):
+    """The guide of the 72B model gives its model.json, for eight stages, to one stage without tensor parallelism."""
+    files = runs.write(tmp_path, runs.GUIDES["qwen2_5_vl_72b"])
+    flags = "--use-torch-fsdp2 --fsdp2-config-path ./fsdp2.yaml --use-cpu-initialization --init-model-with-meta-device"
+    change(files[2], "--use-flash-attn", f"--use-flash-attn --untie-embeddings-and-output-weights {flags}")
+    change(files[2], "--ckpt-format torch", "--ckpt-format torch_dist")
+    made = import_run(*files, variables={"PP": "1", "TP": "1"})
+    recipe = recipe_of(made)
+    assert recipe.parallel.mesh.size == recipe.parallel.dp == 16 and recipe.parallel.language_layers is None
+    changed = notes(made, "changed")
+    assert changed["--use-torch-fsdp2"].startswith("parallel.dp: 16 - parameters are divided over the replicas there")
+    assert "./fsdp2.yaml is not read" in changed["--fsdp2-config-path"]
+    assert "the script has one stage" in notes(made, "contradiction")["pipeline_num_layers"]
+
+
+def test_attention_that_is_swapped_to_the_host(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--use-flash-attn", "--use-flash-attn --swap-attention --swap-modules input_norm,self_attention")
+    made = import_run(*files)
+    assert recipe_of(made) == recipe_of(import_run(*runs.write(tmp_path, SMALL)))
+    assert "train.recompute" in notes(made, "not needed")["--swap-attention"]
+
+
+def test_release_1_0(tmp_path):
+    """Its data.json has the cut and sides of pictures, its model.json more names for the model's shape."""
+    files = runs.write(tmp_path, runs.GUIDES["qwen2_vl_7b"])
+    values = json.loads(files[0].read_text())
+    pictures = values["dataset_param"]["preprocess_parameters"]
+    for name in ("image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels"):
+        del pictures[name]
+    pictures |= {"image_resolution": 512, "video_resolution": 128}
+    values["dataset_param"]["basic_parameters"] |= {"cutoff_len": 2048, "overwrite_cache": True}
+    values["dataloader_param"] |= {"batch_size": 1, "num_workers": 4}
+    files[0].write_text(json.dumps(values))
+    model = json.loads(files[1].read_text())
+    model |= {"ps_version": "v2", "params_dtype": "bf16"}
+    model["text_decoder"] |= {"padded_vocab_size": 152064, "micro_batch_size": 1, "lr": 1e-5, "use_fused_rmsnorm": True}
+    model["image_encoder"]["vision_projector"]["ckpt_path"] = "none.pt"
+    files[1].write_text(json.dumps(model))
+    more = "--initial-loss-scale 4096 --use-rotary-position-embeddings --enable-one-logger --num-layer-list 0,1"
+    change(files[2], "--use-flash-attn", f"--use-flash-attn {more} --tokenizer-name-or-path ./Qwen2-VL-7B-Instruct")
+    made = import_run(*files)
+    data = recipe_of(made).data
+    assert (data.cutoff_len, data.pack_tokens, data.max_pixels, data.video_max_pixels) == (2048, 2048, 512**2, 128**2)
+    assert notes(made, "contradiction")["--seq-length"] == "1024, but data.json has cutoff_len 2048, which counts"
+    assert "data.max_pixels: 262144" in notes(made, "changed")["image_resolution"]
+
+
+@pytest.mark.parametrize(("name", "task"), [("inference", "inference"), ("evaluate", "evaluation")])
+def test_files_of_inference_and_evaluation_are_answered_in_one_line(tmp_path, name, task):
+    files = runs.write(tmp_path, SMALL)
+    other = json.loads(files[1].read_text())
+    marks = {"inference": {"pipeline_class": "Qwen2VlPipeline"}, "evaluate": {"evaluation_dataset": "chartqa_test"}}
+    other |= {"generation_config": {"max_new_tokens": 256}, **marks[name]}
+    path = tmp_path / f"{name}_qwen2_5_vl_7b.json"
+    path.write_text(json.dumps(other))
+    for given in ((files[0], path, files[2]), (path, files[1], files[2])):
+        with pytest.raises(ConfigError, match=rf"{name}_qwen2_5_vl_7b\.json: describes {task}, which is not imported"):
+            import_run(*given)
+    change(files[2], "    pretrain_vlm.py", f"    {name}_vlm.py")
+    with pytest.raises(ConfigError, match=rf"finetune\.sh: starts {task} \({name}_vlm\.py\), which is not imported"):
+        import_run(*files)
+
+
+# -- conditions of the script ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ['[ "$WIDE" = 1 ] && TP=2', "if [ -d /wide ]; then TP=2; fi", "source wide.sh"])
+def test_what_a_condition_decides_is_asked_for(tmp_path, line):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "MBS=1", f"{line}\nMBS=1")
+    with pytest.raises(ConfigError, match=r"TP (depends on a condition|may be changed by).*; give it here: TP=\.\.\."):
+        import_run(*files)
+    given = {name: value for name, value in BEFORE_MBS.items() if line.startswith("source") or name == "TP"}
+    assert recipe_of(import_run(*files, variables={**given, "TP": "2"})).parallel.tp == 2
+
+
+BEFORE_MBS = {
+    "NPUS_PER_NODE": "8", "NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
+    "WORLD_SIZE": "8", "PP": "2", "CP": "1", "LOAD_PATH": "ckpt", "SAVE_PATH": "save_dir",
+}  # fmt: skip
+
+
+def test_a_condition_that_the_script_decides_is_followed(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "MBS=1", 'WIDE=1\n[ "$WIDE" = 1 ] && TP=2 || TP=4\nMBS=${MBS:-1}')
+    made = import_run(*files)
+    assert recipe_of(made).parallel.tp == 2
+    assert notes(made, "assumed") == {"MBS": "1, which the script takes where it is not set"}
+
+
+def test_a_script_that_trains_twice_is_refused(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    text = files[2].read_text()
+    start = text[text.index("torchrun $DIST") : text.index("chmod 440")]
+    files[2].write_text(text.replace(start, f'if [ "$STAGE" = 2 ]; then\n{start}else\n{start}fi\n'))
+    with pytest.raises(ConfigError, match=r"starts a program 2 times \(line \d+, \d+\), and a recipe is one run"):
+        import_run(*files)
+    recipe_of(import_run(*files, variables={"STAGE": "2"}))
+    files[2].write_text(text.replace(start, f"python prepare.py --out x\n{start}"))
+    recipe_of(import_run(*files))
+
+
+def test_how_many_processes_are_started(tmp_path):
+    files = runs.write(tmp_path, runs.GUIDES["qwen2_5_vl_3b"])
+    change(files[2], "torchrun $DISTRIBUTED_ARGS", "mpirun -n 8 python")
+    change(files[2], "WORLD_SIZE", "COUNT")
+    with pytest.raises(ConfigError, match="how many processes 'mpirun -n 8 python' starts is not read; start the"):
+        import_run(*files)
+    change(files[2], "mpirun -n 8 python", "python3")
+    assert recipe_of(import_run(*files)).parallel.mesh.size == 1
+    change(files[2], "python3", "python -m torch.distributed.run --nproc-per-node=4 --nnodes 2")
+    assert recipe_of(import_run(*files)).parallel.dp == 8
+    change(files[2], "--nproc-per-node=4", "--nproc-per-node=auto")
+    with pytest.raises(ConfigError, match="--nproc_per_node: 'auto' is no number of processes; write it into a copy"):
+        import_run(*files)
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
@@ -282,12 +540,17 @@ def test_a_vision_tower_is_frozen_where_nothing_is_said_of_it(tmp_path):
     ("argument", "expected"),
     [
         ("--lr-warmup-fracton 0.1", "--lr-warmup-fracton is not known; did you mean '--lr-warmup-fraction'?"),
+        ("--use-ema", "--use-ema: there is no moving average of the weights"),
+        ("--rampup-batch-size 8 8 100", "--rampup-batch-size: every step has train.global_batch samples"),
         ("--lora-mixed-training", "--lora-mixed-training: with `lora` only adapters are trained"),
         ("--optimizer muon", "--optimizer muon: duetvl has AdamW (adam) alone"),
         ("--lr fast", "--lr is 'fast', expected a number"),
         ("--train-iters 10.5", "--train-iters is 10.5, expected a whole number"),
         ("--bf16 yes", "'yes' belongs to no option"),
+        ("--bf16 \\ # faster", "belongs to no option after --bf16; # begins no comment within quotes"),
+        ("--bf16 \\ ", "belongs to no option after --bf16; a backslash continues a line only where it is the last"),
         ("--lr 1 2", "'2' belongs to no option after --lr"),
+        ("--zzz 1", "script.sh: --zzz is not known; --allow-unknown goes on without it"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: there are cosine, linear, constant"),
         ("--lora-target-modules linear_qvk", "--lora-target-modules linear_qvk; did you mean 'linear_qkv'?"),
         ("--lora-apply-modules vision --lora-target-modules linear_qkv", "--lora-apply-modules vision; did you mean"),
@@ -297,7 +560,10 @@ def test_a_vision_tower_is_frozen_where_nothing_is_said_of_it(tmp_path):
             "EXTRA_ARGS is not set in the script, so what it adds is not known after",
         ),
         ("--save $(pwd)/out", "--save: the output of pwd is not known; write it into a copy of the script"),
-        ("--tensor-model-parallel-size 3", "8 processes cannot be divided into tp 3 x pp 2 x cp 1 = 6"),
+        (
+            "--tensor-model-parallel-size 3",
+            "8 processes cannot be divided into tp 3 x pp 2 x cp 1 = 6; give NPUS_PER_NODE=6 here",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_taken(tmp_path, argument, expected):
@@ -313,14 +579,16 @@ def test_arguments_that_cannot_be_taken(tmp_path, argument, expected):
     ("number", "key", "value", "expected"),
     [
         (0, "dataset_param.basic_parameters.trian_on_prompt", True, "basic_parameters.train_on_prompt'?"),
-        (0, "dataset_param.basic_parameters.cutoff_len", 512, "cutoff_len: is refused there too"),
         (0, "dataset_param.attr.formatting", "xml", "formatting is 'xml', expected sharegpt or alpaca"),
         (0, "dataset_param.basic_parameters.dataset", None, "basic_parameters.dataset is missing"),
         (0, "dataset_param.basic_parameters.mask_history", "no", "mask_history is 'no', expected true or false"),
         (1, "model_id", "internvl", "model_id is 'internvl'"),
-        (1, "text_decoder.pipeline_num_layers", "12,16", "pipeline_num_layers (language_layers) is \"12,16\""),
-        (1, "video_encoder", {"model_id": "x"}, "video_encoder.model_id is not known"),
-        (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known"),
+        (1, "text_decoder.pipeline_num_layers", "12,16", "pipeline_num_layers (language_layers) is '12,16'"),
+        (1, "video_encoder", {"model_id": "x"}, "video_encoder.model_id: no such part in these models; give null"),
+        (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known; --allow-unknown goes on without it"),
+        (1, "text_decoder.num_layer", 1, "num_layer is not known; did you mean 'text_decoder.num_layers'?"),
+        (0, "dataset_param.max_samples", 1, "did you mean 'dataset_param.basic_parameters.max_samples'?"),
+        (0, "dataset_param.attr.mask_history", True, "did you mean 'dataset_param.basic_parameters.mask_history'?"),
     ],
 )  # fmt: skip
 def test_keys_that_cannot_be_taken(tmp_path, number, key, value, expected):
@@ -338,6 +606,32 @@ def test_one_can_go_on_without_what_is_not_known(tmp_path):
     made = import_run(*files, allow_unknown=True)
     assert set(notes(made, "unknown")) >= {"--brand-new", "text_decoder.new_key"}
     assert recipe_of(made).train.steps == 10000
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "expected"),
+    [
+        ("--optimizer muon --muon-momentum 0.9", "--optimizer muon", ("optim", "lr", 1e-5)),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD", ("optim", "schedule", "linear")),
+        ("--lora-mixed-training", "--lora-mixed-training", ("model", "dtype", "bfloat16")),
+        ("--context-parallel-algo my_algo", "--context-parallel-algo my_algo", ("parallel", "cp_algorithm", "ulysses")),
+        ("--weight-decay-exclude-modules x text_decoder", "--weight-decay-exclude-modules x",
+         ("optim", "no_decay", ("language",))),
+        ("--lora-target-modules linear_qkv router", "--lora-target-modules router",
+         ("lora", "targets", tuple(f"model.layers.*.self_attn.{name}_proj" for name in "qkv"))),
+        ("--lora-apply-modules vit text_decoder --lora-target-modules linear_proj", "--lora-apply-modules vit",
+         ("lora", "targets", ("model.layers.*.self_attn.o_proj",))),
+    ],
+)  # fmt: skip
+def test_one_can_go_on_without_a_setting_that_is_not_there(tmp_path, argument, key, expected):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--use-flash-attn", f"--use-flash-attn {argument}")
+    with pytest.raises(ConfigError, match="--allow-unknown goes on without it"):
+        import_run(*files)
+    made = import_run(*files, allow_unknown=True)
+    assert list(notes(made, "unknown")) == [key]
+    section, field, value = expected
+    assert getattr(getattr(recipe_of(made), section), field) == value
 
 
 def test_what_only_running_would_tell_is_asked_for(tmp_path):
@@ -382,6 +676,52 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path, capsys):
     assert not (tmp_path / "made.yaml").exists()
 
 
+def test_files_that_are_none(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.sh").write_bytes(b"# " + b"x" * (9 << 20))
+    expected = {"pipe": "is not a file", ".": "is not a file", "large.sh": "is larger than 8 MiB", "no": "no such file"}
+    for name, reason in expected.items():
+        path = tmp_path / name
+        for at in range(3):
+            with pytest.raises(ConfigError, match=rf"{path.name}: {reason}"):
+                import_run(*[path if place == at else file for place, file in enumerate(files)])
+
+
+def test_a_key_that_is_given_twice(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[1], '"num_layers": 32', '"freeze": false, "num_layers": 32')
+    with pytest.raises(ConfigError, match=r"model\.json: has 'freeze' twice in one object; keep one of them"):
+        import_run(*files)
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 100_000, "a\nb", ["x"] * 50_000, {"k" * 100_000: 1}], ids=["long", "lines", "list", "key"]
+)
+@pytest.mark.parametrize("key", ["basic_parameters.mask_history", "attr.formatting", "basic_parameters.new"])
+def test_what_is_told_of_a_value_is_one_short_line(tmp_path, key, value):
+    files = runs.write(tmp_path, SMALL)
+    edit(files[0], f"dataset_param.{key}", value)
+    with pytest.raises(ConfigError) as caught:
+        import_run(*files)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    lines = list(import_run(*files, allow_unknown=True).report.lines()) if key.endswith("new") else []
+    assert all(len(line) < 1000 and "\n" not in line for line in lines)
+
+
+def test_an_import_is_checked_on_one_machine(tmp_path, capsys):
+    tiny_run.write_recipe(tmp_path)
+    files = [str(file) for file in runs.write(tmp_path, runs.GUIDES["qwen2_5_vl_3b"])]
+    made = str(tmp_path / "made.yaml")
+    assert main(["import-mindspeed", *files, "-o", made]) == 0
+    place = [f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 'data.jsonl'}"]
+    capsys.readouterr()
+    assert main(["check", made, *place, f"train.output_dir={tmp_path / 'out'}", "train.steps=2"]) == 0
+    told = capsys.readouterr().out
+    assert "layout: pp 1 x dp 8 x cp 1 x tp 1 needs 8 processes\n" in told
+    assert "this release trains on one process: parallel.dp=1 takes the same steps there\n" in told
+
+
 def test_a_script_is_never_run(tmp_path):
     files = runs.write(tmp_path, SMALL)
     change(files[2], "mkdir -p logs", f"touch {tmp_path}/run; X=$(touch {tmp_path}/run2); eval 'touch {tmp_path}/run3'")
@@ -398,7 +738,7 @@ def test_windows_line_ends(tmp_path):
 def test_the_table_of_keys_is_current():
     document = ROOT / "docs" / "migrating_keys.md"
     assert document.read_text(encoding="utf-8") == key_tables(), (
-        "make it anew: python -c 'from duetvl.migrate.importer import key_tables as t; "
+        "make it anew: python -c 'from duetvl.migrate.key_tables import key_tables as t; "
         'open("docs/migrating_keys.md", "w").write(t())\''
     )
 
@@ -408,83 +748,3 @@ def test_a_key_is_in_one_table_alone():
         names = list(table.known())
         assert len(names) == len(set(names)), table.title
         assert table.switches | table.lists <= set(names)
-
-
-# -- shell -----------------------------------------------------------------------------------------------------------
-
-
-def arguments(text: str, **given: str) -> list[tuple[str, list[str]]]:
-    return [(name, [word.text for word in words]) for name, words in options(read_script(text, given).arguments)]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("python a.py --x 1 --y", [("--x", ["1"]), ("--y", [])]),
-        ("A='--x 1 --y 2'\npython a.py $A", [("--x", ["1"]), ("--y", ["2"])]),
-        ('A=(--x "1 2"\n  # why\n --y 3)\npython a.py "${A[@]}"', [("--x", ["1 2"]), ("--y", ["3"])]),
-        ('A="--x 1"; A+=" --y 2"\npython a.py $A', [("--x", ["1"]), ("--y", ["2"])]),
-        ("A=(--x 1)\nA+=(--y 2)\npython a.py ${A[*]}", [("--x", ["1"]), ("--y", ["2"])]),
-        ("N=3\npython a.py --x $((N * (2 + $N) / 4 % 3)) --y ${N}b", [("--x", ["0"]), ("--y", ["3b"])]),
-        ("python a.py --x ${N:-7} --y ${M-'8'}", [("--x", ["7"]), ("--y", ["'8'"])]),
-        ("python a.py \\\n  --x 1 \\\n  --y 2 > log 2>&1 | tee b", [("--x", ["1"]), ("--y", ["2"])]),
-        ("cat <<EOF > h\n--x 1 ' \" ( \nEOF\npython a.py --y 2", [("--y", ["2"])]),
-        ("if [ -z $P ]; then P=5; fi\npython a.py --x $P", [("--x", ["5"])]),
-        ("export P=5 Q=6\nA=1 python a.py --x $P$Q # --z", [("--x", ["56"])]),
-        ("python -c 'x'; python a.py --x '$P'", [("--x", ["$P"])]),
-        ("python a.py --x a\\ b --y=\"c d\"", [("--x", ["a b"]), ("--y", ["c d"])]),
-        ("python a.py --x 1 $@ \"$@\"", [("--x", ["1"])]),
-        ("A=\npython a.py --x 1 $A --y ${A:-2}", [("--x", ["1"]), ("--y", ["2"])]),
-    ],
-)  # fmt: skip
-def test_shell(text, expected):
-    assert arguments(text) == expected
-
-
-def test_given_variables_win():
-    assert arguments("N=1\nM=$((N*2))\npython a.py --x $N --y $M", N="4") == [("--x", ["4"]), ("--y", ["8"])]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("N=$(nproc)\npython a.py --x $N", "N is the output of a command (line 1)"),
-        ("python a.py --x `nproc`", "the output of nproc is not known"),
-        ("python a.py --x $N", "N is not set in the script"),
-        ("N=1\nif true; then\nN=2\nfi\npython a.py --x $N", "N has different values under conditions (line 3)"),
-        ("python a.py --x $((1 / 0))", "a sum divides by zero"),
-        ("N=a\npython a.py --x $((N + 1))", "N is 'a', no whole number"),
-        ("python a.py --x ${N%%b}", "${N%%b} is not read"),
-        ("python a.py --x $((2 ** 3))", "a sum lacks a number"),
-    ],
-)
-def test_what_a_script_does_not_say(text, reason):
-    found = read_script(text, {})
-    assert [word.missing for word in found.arguments if word.missing] == [reason]
-
-
-@pytest.mark.parametrize("text", ['A="1', "A='1", "A=(1 2", "A=$(ls", "A=`ls", "A=${B", "A=$((1", "(" * 3 + "'"])
-def test_a_quote_without_its_end(text):
-    with pytest.raises(ConfigError, match=r"line 1: .* is not closed"):
-        read_script(text, {})
-
-
-PIECES = st.sampled_from(
-    ["A=", "B=", "$A", "${A}", "${B:-", "}", "$((", "))", "$(", ")", "(", "`", '"', "'", "\\", "\n", " ", ";", "|",
-     "&", "<<E", ">", "#", "if", "then", "fi", "export", "+=", "python a.py", "--x", "1", "*", "/", "%", "${", "[@]",
-     "=", "é", "\r\n"]
-)  # fmt: skip
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(PIECES, max_size=40).map("".join) | st.text(max_size=60))
-def test_any_text_is_read_or_refused(text):
-    with suppress(ConfigError):
-        read_script(text, {})
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1), max_size=5))
-def test_quoted_words_come_out_as_they_went_in(words):
-    found = read_script(f"python a.py --x {' '.join(map(shlex.quote, words))}", {})
-    assert found.arguments == [Text("--x"), *map(Text, words)]

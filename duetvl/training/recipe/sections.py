@@ -122,6 +122,12 @@ class DataSection(Section):
         default=None, gt=0, lt=1, description="Instead of `val`: the share of the training records to keep for it."
     )
     val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate only so many records.")
+    max_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train only on the first so many records of all sets together; `max_samples` of a set chooses "
+        "among its records by `data.seed`.",
+    )
     image_root: str | None = Field(
         default=None,
         description="Directory that relative paths of media start from; by default they are looked for beside the data "
@@ -221,6 +227,8 @@ class DataSection(Section):
             raise _contradiction("data.val and data.val_rate both say what to evaluate; keep one")
         if self.streaming and self.val_rate is not None:
             raise _contradiction("data.val_rate cannot take records out of a stream; give data.val")
+        if self.streaming and self.max_samples is not None:
+            raise _contradiction("data.max_samples cannot bound a stream; limit train.steps instead")
         if self.streaming and any(source.max_samples is not None for source in self.train):
             raise _contradiction("data.train: max_samples cannot choose from a stream; limit train.steps instead")
         return self

@@ -60,6 +60,7 @@ class Meter:
             "trained_tokens": work.trained_tokens,
             "micro_batches": len(work.batches),
             "tokens_per_s": work.tokens / seconds,
+            "tokens_per_sample": work.tokens / max(1, len(work.sample_ids)),
             "step_s": seconds,
             "data_wait": waited / seconds,
             "peak_memory": self.device.peak_memory(),

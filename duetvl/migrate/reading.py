@@ -1,0 +1,165 @@
+"""The three files of a run: data.json and model.json as flat keys, the script as its program's arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from duetvl.core.errors import ConfigError, did_you_mean
+from duetvl.migrate.report import Report
+from duetvl.migrate.script import advice, options
+from duetvl.migrate.shell.run import read_script
+from duetvl.migrate.shell.simple import Script, Start
+from duetvl.migrate.shell.values import Text
+from duetvl.migrate.tables import SCRIPT
+from duetvl.storage.files import read_object
+from duetvl.training.recipe.text import show
+
+_MARKS: Final = {
+    "inference": ("pipeline_class", "prompts", "generation_config"),
+    "evaluation": ("evaluation_dataset", "evaluation_model", "result_output_path"),
+    "data": ("dataset_param", "dataloader_param"),
+    "model": ("text_decoder", "image_encoder"),
+}
+_LARGEST: Final = 8 * 2**20
+_ORDER: Final = "the order is data.json model.json script.sh"
+
+
+def read_keys(path: Path, kind: str) -> dict[str, Any]:
+    """The keys of a data.json or model.json, dotted; an empty object stands for itself.
+
+    ConfigError for a file of another kind, which is named.
+    """
+    _check_file(path)
+    values = read_object(path, ConfigError)
+    _check_keys(path)
+    found = next((name for name in ("evaluation", "inference", "data", "model") if _is(name, values)), "")
+    if found in ("evaluation", "inference"):
+        raise ConfigError(
+            f"{path}: describes {found}, which is not imported: `duetvl.Model.generate` answers from Python; give the "
+            f"{kind}.json of a training run"
+        )
+    if found != kind:
+        what = f"is a {found}.json" if found else f"has none of {', '.join(_MARKS[kind])}, as a {kind}.json has"
+        raise ConfigError(f"{path}: {what}, where {kind}.json is expected; {_ORDER}")
+    return _flat(values)
+
+
+def _check_keys(path: Path) -> None:
+    """A key that is given twice has two values, of which JSON's readers take the last without a word."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise ConfigError(f"{path}: has {show(name)} twice in one object; keep one of them")
+
+    json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=check)
+
+
+def _check_file(path: Path) -> None:
+    """Reading a pipe or device may never end, and these files are small."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    if not path.is_file():
+        raise ConfigError(f"{path}: is not a file; write it to one and give that")
+    if path.stat().st_size > _LARGEST:
+        raise ConfigError(f"{path}: is larger than {_LARGEST // 2**20} MiB, which no file of a run is; {_ORDER}")
+
+
+def _is(kind: str, values: Mapping[str, Any]) -> bool:
+    return any(name in values for name in _MARKS[kind])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def follow_script(path: Path, variables: Mapping[str, str], report: Report) -> Script:
+    """Follow a script with the user's variables. ConfigError for one that cannot be read, or lacks a variable."""
+    _check_file(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if text.lstrip().startswith('{"') or re.match(r"\{\s*\"", text.lstrip()):
+        raise ConfigError(f"{path}: is JSON, where a shell script is expected; {_ORDER}")
+    try:
+        read = read_script(text, variables)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for name in variables:
+        if not (name.isidentifier() and re.search(rf"\b{name}\b", text)):
+            names = sorted(read.variables.values.keys() - variables.keys())
+            raise ConfigError(f"{path}: has no variable {show(name)}{did_you_mean(name, names)}")
+    _note(read, "\r\n" in text, report)
+    return read
+
+
+def _note(read: Script, windows: bool, report: Report) -> None:
+    """What the script does to its environment, and what it was taken to be started with."""
+    environment = "variables of the environment are for its programs and devices"
+    for name in dict.fromkeys([*read.exported, *(f"source {file}" for file in read.sourced)]):
+        report.add("not needed", name, environment)
+    for name, taken in read.variables.assumed.items():
+        report.add("assumed", f"argument {name}" if name.isdigit() else name, taken)
+    if windows:
+        report.add("changed", "line ends", "are those of Windows, over which the shell stumbles; read as ends of lines")
+
+
+def program_arguments(read: Script, start: Start, path: Path, report: Report) -> dict[str, Any]:
+    """The program's arguments by name: True for a switch, a text, or a list of texts."""
+    found: dict[str, Any] = {}
+    for name, words in options(start.arguments):
+        taken, stray = _split(name, words)
+        if stray:
+            missing = next((word.missing for word in stray if word.missing), "")
+            said = " ".join(word.text for word in stray).strip()
+            what = f"{missing}, so what it adds is not known" if missing else f"{show(said)} belongs to no option"
+            after = f" after {name}" if name else ""
+            if not report.allow_unknown:
+                hint = advice(missing, read) or _hint(stray)
+                raise ConfigError(f"{path}: {what}{after}{hint}; --allow-unknown goes on without it")
+            report.add("unknown", said or "a variable", f"{what}{after}")
+        if not name:
+            continue
+        value = _value(name, taken, path, read)
+        if found.get(name, value) != value:
+            report.add("contradiction", name, f"given twice; the last one counts: {value}")
+        found[name] = value
+    return found
+
+
+def _hint(stray: Sequence[Text]) -> str:
+    """What may have made words of what was meant for the shell."""
+    if any(word.text.startswith("#") for word in stray):
+        return "; # begins no comment within quotes"
+    if any(word.text == "\\" for word in stray):
+        return "; a backslash continues a line only where it is the last character"
+    return ""
+
+
+def _split(name: str, words: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:
+    """The values of an argument, and words that are none of it."""
+    if name not in set(SCRIPT.known()):
+        return (words, ()) if name else ((), words)
+    most = {"switch": 0, "one": 1, "many": len(words)}[SCRIPT.arity(name)]
+    return words[:most], words[most:]
+
+
+def _value(name: str, words: Sequence[Text], path: Path, read: Script) -> Any:
+    arity = SCRIPT.arity(name)
+    if arity == "switch" or (not words and name not in SCRIPT.used):
+        return True
+    missing = next((word.missing for word in words if word.missing), "")
+    if name in SCRIPT.used and (missing or not words):
+        raise ConfigError(f"{path}: {name}: {missing or 'it has no value'}{advice(missing, read)}")
+    return [word.text for word in words] if arity == "many" else " ".join(word.text for word in words)
