@@ -20,7 +20,8 @@ from duetvl.convert.names import TOWERS, Rule, Tower, lora_rules, rules, tied_he
 from duetvl.convert.streaming import row_chunks
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes, published_config, published_names
+from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.weights_dir import count_and_name
 
 _LAYER_NORM: Final = "image_encoder.encoder.blocks.layers.0.input_layernorm.bias"
