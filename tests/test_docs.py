@@ -13,13 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny_run
 
 from duetvl.cli import _parser
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.yaml_values import parse_yaml
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-import tiny_run
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
@@ -42,6 +43,7 @@ def check(
     well, which finds truncated pictures and takes as long as training's data side does.
     """
     given = read_recipe(recipe, overrides)
+    yield f"backend: {choose_backend(given.backend.name, given.backend.device)}, device {given.backend.device}"
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
     start = find_start(given)
@@ -120,6 +122,8 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
             f"  warning: {beyond} of {len(found.lengths)} samples have more tokens than the {way.most_positions} "
             f"positions that the model is made for (max_position_embeddings)"
         )
+    if not found.trained_tokens:
+        raise DataError(f"{name}: no token of its samples is trained; each needs an answer, neither masked nor cut off")
     picture = way.run_dir / f"{name}.lengths.png"
     with _writing_to(way.run_dir):
         found.draw(picture)

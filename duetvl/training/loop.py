@@ -106,6 +106,7 @@ class Run:
             if self.start.checkpoint is not None:
                 go_on_from(self.start.checkpoint, self.run_dir)
             with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
+                self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework})")
                 for note in self.start.notes:
                     self.say(note)
                 with self._kept():
@@ -303,12 +304,15 @@ class Run:
         if self.signals.caught is not None:
             self.say(f"the evaluation after step {self.step} is given up")
             return
+        self.evaluated_step = self.step
+        if not found.weight:
+            self.say(f"warning: step {self.step} has no eval_loss: no token of the validation data is trained")
+            return
         values = {f"eval_{name}": value for name, value in found.values.items()}
         row = {"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values}
         self.log_file.write(row)
         over = f"over {found.weight:.0f} {self.job.objective.unit}"
         self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  {over}")
-        self.evaluated_step = self.step
         self._call("on_eval", row)
 
     def _snapshot(self, *, copy: bool) -> Snapshot:

@@ -86,8 +86,14 @@ def test_the_last_override_wins():
             "override data.train: not valid YAML: expected alphabetic or numeric character, but found '.'; put a text "
             "that begins with * in quotes",
         ),
-        ("model.path=a\0", "model.path: found 'a\\x00', which holds what no file's name or text can hold"),
-        ("model.path=\udcff", "model.path: found '\\udcff', which holds what no file's name or text can hold"),
+        (
+            "model.path=a\0",
+            "model.path: found 'a\\x00', which is not text in UTF-8 without a byte 0",
+        ),
+        (
+            "model.path=\udcff",
+            "model.path: found '\\udcff', which is not text in UTF-8 without a byte 0",
+        ),
         ('model.freeze=[["a\\nb"]]', "model.freeze: found [a\\nb], allowed: one or a list of text"),
         ("train.steps=99999999999999999999", "train.steps: found a number of 17 hexadecimal digits; it is too large"),
     ],
@@ -266,9 +272,7 @@ def test_paths_are_left_as_they_are_given(tmp_path, monkeypatch):
 
 
 HEAD = "model: {path: m}\ndata: {train: d}\n"
-LAUGHS = "&a [1,2,3,4,5,6,7,8,9]" + "".join(
-    f", &{k} [{', '.join([f'*{j}'] * 9)}]" for j, k in zip("abcdefg", "bcdefgh")
-)
+LAUGHS = "&a [1,2,3,4,5,6,7,8,9]" + "".join(f", &{k} [{', '.join([f'*{j}'] * 9)}]" for j, k in pairwise("abcdefgh"))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +286,7 @@ LAUGHS = "&a [1,2,3,4,5,6,7,8,9]" + "".join(
         (f"{HEAD}optim: {{lr_scale: {{true: 2}}}}\n", "the key 'true' is not text"),
         (f"{HEAD}? [a]\n: b\n", "a key must be text"),
         (f"{HEAD}? {{a: b}}\n: b\n", "a key must be text"),
-        (f"{HEAD}lora: {'[' * 3000}{']' * 3000}\n", "not valid YAML: it is nested too deeply"),
+        (f"{HEAD}lora: {'[' * 3000}{']' * 3000}\n", "nested"),
         (f"{HEAD}lora: {'[' * 30}{']' * 30}\n", "lora: is nested more than 16 deep"),
         (f"{HEAD}log: {{wandb: [{LAUGHS}]}}\n", "log.wandb: is nested more than 16 deep, or has more than 100000"),
         (f"{HEAD}log: {{wandb: &a [*a]}}\n", "recursive"),
@@ -307,7 +311,7 @@ def test_damaged_files(tmp_path, content, expected):
     [
         ('{"model": {"path": "a", "path": "b"}}', "the key 'path' is given twice"),
         ('{"model": {"path": "\\ud800"}}', "surrogates not allowed"),
-        ("[" * 3000, "it is nested too deeply"),
+        (f'{{"model": {"[" * 3000}{"]" * 3000}}}', "nested"),
         ('{"model": {"path": "m"},', "cannot be read as JSON"),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from duetvl.core.errors import did_you_mean
+from duetvl.core.backend import check_name
+from duetvl.core.errors import BackendError, did_you_mean
 from duetvl.core.mesh import AXES, Mesh
 from duetvl.data.formats.messages import TAGS
 from duetvl.data.formats.reading import COLUMNS
@@ -562,11 +563,22 @@ class BackendSection(Section):
     """The framework and the device. `--backend`, `--device` and DUETVL_BACKEND on the command line come first."""
 
     name: str = Field(
-        default="torch_npu", min_length=1, description="torch_npu (or torch), mindspore, or a registered one."
+        default="auto",
+        min_length=1,
+        description="torch_npu (or torch), mindspore, a registered one, or auto for the framework that is installed: "
+        "PyTorch where both are.",
     )
     device: str = Field(
         default="auto", min_length=1, description="cpu, cuda, npu (ascend), or auto for the best that is there."
     )
+
+    @model_validator(mode="after")
+    def _known_name(self) -> BackendSection:
+        try:
+            check_name(self.name)
+        except BackendError as error:
+            raise _contradiction(f"backend.name: {error}") from None
+        return self
 
 
 class Recipe(Section):

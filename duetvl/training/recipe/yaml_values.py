@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import yaml
 
@@ -36,12 +36,16 @@ BLANK: Final = _Blank.BLANK
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the rules of the core schema."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  the class attributes that PyYAML looks at
-    yaml_constructors = {None: yaml.SafeLoader.construct_undefined}  # noqa: RUF012
+    # The class attributes that PyYAML looks at.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict[Any, Any]] = {None: yaml.SafeLoader.construct_undefined}
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
         """The text; two halves of a surrogate pair, as JSON writes a character, become that character."""
         return str(self.construct_scalar(node)).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+    def construct_list(self, node: yaml.SequenceNode) -> list[Any]:
+        return self.construct_sequence(node, deep=True)
 
     def construct_unique(self, node: yaml.MappingNode) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -90,7 +94,7 @@ _Loader.add_scalar("float", _FLOAT, lambda text: float(re.sub(r"\.(?=[in])", "",
 _Loader.add_scalar("null", r"~|null|Null|NULL", lambda text: None)
 _Loader.add_scalar("blank", "", lambda text: BLANK)
 _Loader.add_constructor(_tag("str"), _Loader.construct_text)
-_Loader.add_constructor(_tag("seq"), _Loader.construct_yaml_seq)
+_Loader.add_constructor(_tag("seq"), _Loader.construct_list)
 _Loader.add_constructor(_tag("map"), _Loader.construct_unique)
 
 
