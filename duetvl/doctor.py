@@ -125,7 +125,7 @@ def _line(finding: Finding) -> str:
     place = f"  {finding.backend:12}{finding.device:8}"
     if finding.works:
         return f"{place}works    {finding.detail}"
-    advice = _ADVICE.get((finding.backend, finding.device))
+    advice = None if "pip install" in finding.detail else _ADVICE.get((finding.backend, finding.device))
     return f"{place}-        {finding.detail}" + (f"\n{'':22}         -> {advice}" if advice else "")
 
 
