@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="DIR[@STEP]",
-        help="go on from the newest checkpoint, which must be there, or from another run or an earlier step; without "
-        "it a run that has checkpoints goes on as well",
+        help="resume from the newest checkpoint, which must be there, or from another run or an earlier step; without "
+        "it a run that has checkpoints is resumed as well",
     )
 
     check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
@@ -182,7 +182,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "script", type=Path, metavar="SCRIPT", help="its shell script: read, never run; NAME=VALUE sets a variable"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
-    parser.add_argument("--allow-unknown", action="store_true", help="go on without keys that are not known")
+    parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")
 
 
 def _run(args: argparse.Namespace) -> int:

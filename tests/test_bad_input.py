@@ -154,7 +154,7 @@ def test_check_sees_the_same(place, capsys, spoil):
 
 
 def check_refusal(capsys) -> str:
-    """`duetvl check` may say what is good before it meets what is not."""
+    """`duetvl check` may say what is good before it finds what is not."""
     before = contents(Path.cwd())
     assert main(["check", "tiny.json"]) == 2
     captured = capsys.readouterr()
@@ -358,7 +358,7 @@ def test_a_file_without_records(place, capsys, text, expected):
 
 
 def test_a_bad_picture_in_a_later_step(place, capsys):
-    """The run has begun by then: what it has saved stays whole, and it goes on once the picture is there."""
+    """The run has begun by then: what it has saved stays whole, and it is resumed once the picture is there."""
     write_records(place, *[HELLO] * 6, conversation("<image>what?", ["late.png"]), HELLO)
     (place / "late.png").write_text("not an image")
     argv = ["train", "tiny.json", "data.shuffle=false", "data.val=null", "train.steps=4", "train.global_batch=2"]

@@ -95,9 +95,9 @@ def test_resume(argv, resume, overrides):
 
 def test_check_looks_at_a_layout_for_many_processes_before_it_refuses_it(capsys, recipe):
     assert main(["check", str(recipe), "parallel.tp=2"]) == 2
-    told = capsys.readouterr()
-    assert "data.train: 12 records" in told.out
-    assert told.err.endswith("pp 1 x dp 1 x cp 1 x tp 2 needs 2 processes; this release trains on one process\n")
+    shown = capsys.readouterr()
+    assert "data.train: 12 records" in shown.out
+    assert shown.err.endswith("pp 1 x dp 1 x cp 1 x tp 2 needs 2 processes; this release trains on one process\n")
 
 
 def test_an_unknown_backend_is_refused_by_every_command_that_reads_a_recipe(capsys, recipe, monkeypatch):

@@ -101,7 +101,7 @@ def test_every_command_and_example_works(place: Path, printed: str) -> None:
 
 
 def test_no_command_lifts_the_learning_rate_of_another(place: Path, printed: str) -> None:
-    """Apart from its warm-up a run has a rate that falls, on whatever framework it goes on."""
+    """After its warm-up the rate of a run falls, on whichever framework it is resumed."""
     first, again = ([row for row in read_metrics(place / "runs" / name) if "lr" in row] for name in ("run", "again"))
     assert [row["step"] for row in first] == [row["step"] for row in again] == list(range(1, 61))
     rates = [row["lr"] for row in first]

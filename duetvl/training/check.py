@@ -37,7 +37,7 @@ FIRST = 16  # samples that the estimate of memory is made from
 def check(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = (), *, decode: bool = False
 ) -> Iterator[str]:
-    """What the recipe will do, line by line. Raises whatever training would meet.
+    """What the recipe will do, line by line. Raises what training would raise.
 
     All records are read, tokenised and measured by the headers of their media; with `decode` their pixels are made as
     well, which finds truncated pictures and takes as long as training's data side does.
@@ -102,7 +102,7 @@ def _volume(shape: Sequence[int]) -> int:
 
 
 def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMaker, way: _Way) -> Iterator[str]:
-    """The findings of a walk over all records. Raises DataError, at its end, for what training would meet."""
+    """The findings of a walk over all records. Raises DataError, at its end, for what would end training."""
     found = walk(name, refs, count, maker, merge=way.merge, decode=way.decode)
     lines = found.lines()
     yield f"{name}: {next(lines)}"
@@ -113,7 +113,7 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
     if found.bad and not way.skip_bad:
         raise DataError(
             f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
-            f"{found.examples['bad'][0]}; mend them, or leave them out with data.on_bad_sample=skip"
+            f"{found.examples['bad'][0]}; correct them, or leave them out with data.on_bad_sample=skip"
         )
     if not found.lengths:
         raise DataError(f"{name}: has no usable record")

@@ -261,7 +261,7 @@ class TrainSection(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="A loss or gradient that is not a finite number ends the run, or the step makes no update and the "
-        "run goes on; the step's samples are named in both cases.",
+        "run continues; the step's samples are named in both cases.",
     )
     eval_every: int | None = Field(
         default=None, ge=1, description="Evaluate `data.val` every so many steps; it is always evaluated at the end."
@@ -505,7 +505,7 @@ class CheckpointSection(Section):
     )
     background: bool = Field(
         default=False,
-        description="Write in a thread while training goes on. Takes host memory of one checkpoint's size meanwhile.",
+        description="Write in a thread while training continues. Takes host memory of one checkpoint's size meanwhile.",
     )
     grace: float | None = Field(
         default=None,
