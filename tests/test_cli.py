@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import tiny_run
 from duetvl import doctor
 from duetvl.cli import _overrides, _parse, main
 from duetvl.core import backend as backend_module
+from duetvl.core.errors import BackendError
 
 HEAVY = ("torch", "mindspore", "transformers", "numpy", "pydantic", "matplotlib")
 
@@ -147,12 +150,19 @@ def test_without_any_framework_both_are_named(capsys, recipe, monkeypatch):
     )
 
 
-def test_a_directory_of_the_framework_s_name_is_no_framework(tmp_path):
-    (tmp_path / "torch").mkdir()
-    code = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]\n"
-    code += "from importlib.util import find_spec; print(find_spec('torch').origin)"
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "None\n"
+def test_a_directory_of_the_framework_s_name_is_no_framework(monkeypatch):
+    monkeypatch.setattr(backend_module, "find_spec", lambda name: ModuleSpec(name, None, is_package=True))
+    with pytest.raises(BackendError, match="no framework is installed"):
+        backend_module.choose_backend()
+
+
+def test_a_registered_backend_that_cannot_be_loaded(monkeypatch):
+    point = EntryPoint("mine", "gone.module:create", backend_module.ENTRY_POINTS)
+    monkeypatch.setattr(backend_module, "entry_points", lambda group: [point])
+    only(monkeypatch)
+    assert backend_module.choose_backend() == "mine"
+    with pytest.raises(BackendError, match="backend mine cannot be loaded from gone.module:create: No module named"):
+        backend_module.load_backend("mine")
 
 
 def test_train_check_and_plot(capsys, recipe):

@@ -95,7 +95,7 @@ def test_the_last_override_wins():
             "model.path: found '\\udcff', which is not text in UTF-8 without a byte 0",
         ),
         ('model.freeze=[["a\\nb"]]', "model.freeze: found [a\\nb], allowed: one or a list of text"),
-        ("train.steps=99999999999999999999", "train.steps: found a number of 17 hexadecimal digits; it is too large"),
+        ("train.steps=99999999999999999999", "train.steps: found a whole number beyond 64 bits"),
     ],
 )
 def test_an_error_names_the_field_what_was_found_and_what_is_allowed(override, expected):

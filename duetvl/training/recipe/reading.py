@@ -140,7 +140,7 @@ def _plain(value: Any, where: str) -> Any:
         if isinstance(value, str) and not _is_text(value):
             raise ConfigError(f"{where}: found {show(value)}, which is not text in UTF-8 without a byte 0")
         if isinstance(value, int) and abs(value) > 2**63:
-            raise ConfigError(f"{where}: found a number of {len(hex(value)) - 2} hexadecimal digits; it is too large")
+            raise ConfigError(f"{where}: found a whole number beyond 64 bits")
         return None if value is BLANK else value
 
     return walk(value, 0)
