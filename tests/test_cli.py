@@ -161,7 +161,7 @@ def test_a_registered_backend_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(backend_module, "entry_points", lambda group: [point])
     only(monkeypatch)
     assert backend_module.choose_backend() == "mine"
-    with pytest.raises(BackendError, match="backend mine cannot be loaded from gone.module:create: No module named"):
+    with pytest.raises(BackendError, match=r"backend mine cannot be loaded from gone\.module:create: No module named"):
         backend_module.load_backend("mine")
 
 

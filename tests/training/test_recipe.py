@@ -59,6 +59,7 @@ def test_the_last_override_wins():
             "a recipe has no section 'optm'; did you mean 'optim'? "
             "(backend, checkpoint, data, dpo, log, lora, model, optim, parallel, train)",
         ),
+        ("train.epochs=1e300", "train.epochs: found 1e+300, allowed: a number or null, > 0, <= 1e+09"),
         ("optim.lr=fast", "optim.lr: found 'fast', allowed: a number, > 0"),
         ("optim.lr=0", "optim.lr: found 0, allowed: a number, > 0"),
         ("optim.lr=.nan", "optim.lr: found nan, allowed: a number, > 0"),
@@ -139,7 +140,8 @@ def test_a_field_with_nothing_after_it_is_null_only_where_that_is_its_default(tm
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.train=[a, {path: b, weight: -1}]", "data.train[1].weight: found -1, allowed: a number, > 0"),
+        ("data.train=[a, {path: b, weight: -1}]", "data.train[1].weight: found -1, allowed: a number, >= 1e-06"),
+        ("data.train={path: b, weight: 1e-7}", "data.train[0].weight: found 1.0e-7, allowed: a number, >= 1e-06"),
         ("data.train={pth: b}", "data.train[0] has no field 'pth'; did you mean 'path'?"),
         ("data.train={weight: 2}", "data.train[0].path is missing: File (JSON"),
         ("data.val={path: b, format: lava}", "data.val[0].format: found 'lava', allowed: auto, messages, sharegpt"),

@@ -80,7 +80,7 @@ class DataSource(Section):
         default="auto", description="Layout of the records."
     )
     weight: float = Field(
-        default=1.0, gt=0, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
+        default=1.0, ge=1e-6, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
     )
     max_samples: int | None = Field(default=None, ge=1, description="Only so many records, chosen by `data.seed`.")
     image_root: str | None = Field(default=None, description="Replaces `data.image_root` for this set.")
@@ -244,6 +244,7 @@ class TrainSection(Section):
     epochs: float | None = Field(
         default=None,
         gt=0,
+        le=10**9,
         description="Passes over the data; 1 where `steps` is not given either. Rounded up to whole steps: the last "
         "step is filled from the next epoch's order.",
     )
@@ -426,7 +427,7 @@ class ParallelSection(Section):
 class LoraSection(Section):
     """Low-rank adapters (Hu et al., arXiv:2106.09685) in the place of training the weights themselves.
 
-    The section's presence is the switch; `lora: {}` takes all defaults.
+    The section's presence is the switch: `lora: {}`, or `lora:` with nothing below it, takes all defaults.
     """
 
     rank: int = Field(default=8, ge=1, description="Rank of every adapter.")
@@ -462,7 +463,7 @@ class LoraSection(Section):
 class DpoSection(Section):
     """Direct preference optimisation (Rafailov et al., arXiv:2305.18290) of pairs of answers.
 
-    The section's presence is the switch; `dpo: {}` takes all defaults.
+    The section's presence is the switch: `dpo: {}`, or `dpo:` with nothing below it, takes all defaults.
     """
 
     loss: Literal["sigmoid", "hinge", "ipo", "ipo_sum"] = Field(
