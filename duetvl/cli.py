@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -21,21 +22,55 @@ _OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 tr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0, 2 for a mistake of the user, 128 + n after signal n."""
+    """Run a command and return the exit status: 0, 2 for an error that the user can act on, 128 + n after signal n."""
+    _open_streams()
     _quiet()
     try:
         return _run(_parse(sys.argv[1:] if argv is None else list(argv)))
-    except DuetvlError as error:
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        _discard_output()
+        return 0
+    except (DuetvlError, OSError) as error:
         if os.environ.get("DUETVL_DEBUG") == "1":
             raise
-        _say(f"error: {error}", sys.stderr)
+        if isinstance(error, OSError):
+            _discard_output()  # a full disk may be where it goes
+        _say(f"error: {_in_words(error)}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         _say("interrupted", sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+
+
+def _open_streams() -> None:
+    """Give the process all three standard streams, and those for output a way to show any character.
+
+    While one of them is closed, the next file to be opened takes its number, and gets what a library prints.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Send what is still to be written to standard output nowhere, so that it does not fail again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _in_words(error: DuetvlError | OSError) -> str:
+    """One line of an error; the system's names the file, where it knows one."""
+    if isinstance(error, DuetvlError):
+        return str(error)
+    reason = error.strerror or str(error) or type(error).__name__
+    return str(ConfigError(f"{error.filename}: {reason}" if error.filename else reason))
 
 
 def _quiet() -> None:
@@ -68,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="DIR[@STEP]",
-        help="go on from the newest checkpoint, which must be there, or from another run or an earlier step; without "
-        "it a run that has checkpoints goes on as well",
+        help="resume from the newest checkpoint, which must be there, or from another run or an earlier step; without "
+        "it a run that has checkpoints is resumed as well",
     )
     train.add_argument(
         "--restart", action="store_true", help="start at the beginning; what the run directory holds is set aside"
@@ -139,7 +174,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
     parser.usage = f"{parser.prog} RECIPE [options] [section.key=value ...]"
     parser.add_argument(
-        "--backend", help="torch_npu (or torch) or mindspore; default: DUETVL_BACKEND, the recipe's, torch_npu"
+        "--backend",
+        help="torch_npu (or torch), mindspore, or auto for the one that is installed; default: DUETVL_BACKEND, the "
+        "recipe's, auto",
     )
     parser.add_argument("--device", help="cpu, cuda, npu (ascend) or auto; default: the recipe's")
 
@@ -152,7 +189,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "script", type=Path, metavar="SCRIPT", help="its shell script: read, never run; NAME=VALUE sets a variable"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
-    parser.add_argument("--allow-unknown", action="store_true", help="go on without keys that are not known")
+    parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -182,6 +219,7 @@ def _import_mindspeed(args: argparse.Namespace) -> int:
     from duetvl.migrate.importer import import_run
     from duetvl.storage.files import write_text
 
+    _check_target(args.output)
     if args.output.exists():
         raise ConfigError(f"{args.output}: exists already; choose another name, or move it away")
     variables = dict(text.split("=", 1) for text in args.overrides)
@@ -229,6 +267,7 @@ def _plot(args: argparse.Namespace) -> int:
         if not read_metrics(run):
             raise ConfigError(f"{run}: has no metrics.jsonl with a step in it; give the directory of a run")
     target = args.output or (args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png"))
+    _check_picture(target)
     try:
         plot_runs(args.runs, target, args.key)
     except OSError as error:
@@ -255,10 +294,33 @@ def _preview(args: argparse.Namespace) -> int:
     from duetvl.data.preview import COLOURED, PLAIN
     from duetvl.training.preview import preview
 
+    _check_picture(args.output)
     marks = COLOURED if sys.stdout.isatty() else PLAIN
     for text in preview(args.recipe, _overrides(args), count=args.count, marks=marks, sheet=args.output):
         _say(text)
     return 0
+
+
+def _check_target(path: Path) -> None:
+    """Raise ConfigError, before any work is done, where no file can be made at `path`."""
+    if path.is_dir():
+        raise ConfigError(f"-o {path}: is a directory; give the name of a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"-o {path}: there is no directory {path.parent}; create it, or choose another place")
+
+
+def _check_picture(path: Path) -> None:
+    """The same for a PNG file, which may replace a picture and nothing else."""
+    _check_target(path)
+    if path.exists() and not _is_png(path):
+        raise ConfigError(f"-o {path}: exists already and is not a PNG file; choose another name, or move it away")
+
+
+def _is_png(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as handle:
+        return handle.read(4) == b"\x89PNG"
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:

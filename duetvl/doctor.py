@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
@@ -50,12 +49,14 @@ class Finding:
 
 
 def report() -> Iterator[tuple[str, bool]]:
-    """Lines to show, and for each whether it tells of a backend that works."""
+    """Lines to show, and for each whether it is about a backend that works."""
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()} ({sys.executable})", False
     for name, package in PACKAGES:
         yield f"  {name:14}{_installed(package)}", False
     yield "backends (each tried in a process of its own: a matrix product and its gradient)", False
-    places = [(backend, device) for backend in _backends() for device in _devices(backend)]
+    from duetvl.core.backend import known_devices
+
+    places = [(backend, device) for backend in _backends() for device in known_devices(backend) or ("auto",)]
     with ThreadPoolExecutor(2) as pool:
         for finding in pool.map(lambda place: examine(*place), places):
             yield _line(finding), finding.works
@@ -124,7 +125,7 @@ def _line(finding: Finding) -> str:
     place = f"  {finding.backend:12}{finding.device:8}"
     if finding.works:
         return f"{place}works    {finding.detail}"
-    advice = _ADVICE.get((finding.backend, finding.device))
+    advice = None if "pip install" in finding.detail else _ADVICE.get((finding.backend, finding.device))
     return f"{place}-        {finding.detail}" + (f"\n{'':22}         -> {advice}" if advice else "")
 
 
@@ -139,14 +140,3 @@ def _backends() -> list[str]:
     from duetvl.core.backend import known_backends
 
     return sorted(known_backends(), key=lambda name: (name not in ("torch_npu", "mindspore"), name != "torch_npu"))
-
-
-def _devices(backend: str) -> tuple[str, ...]:
-    """The devices that a backend says it knows, or `auto` where it says nothing."""
-    from duetvl.core.backend import known_backends
-
-    module = known_backends()[backend].partition(":")[0]
-    try:
-        return tuple(import_module(f"{module}.backend").DEVICES)
-    except (ImportError, AttributeError):
-        return ("auto",)

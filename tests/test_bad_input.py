@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_run
 
 from duetvl.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-import tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +154,7 @@ def test_check_sees_the_same(place, capsys, spoil):
 
 
 def check_refusal(capsys) -> str:
-    """`duetvl check` may say what is good before it meets what is not."""
+    """`duetvl check` may say what is good before it finds what is not."""
     before = contents(Path.cwd())
     assert main(["check", "tiny.json"]) == 2
     captured = capsys.readouterr()
@@ -198,6 +197,98 @@ def test_an_unknown_key_in_the_file(place, capsys):
     assert message.startswith("error: model has no field 'pth'; did you mean 'path'?")
 
 
+def test_a_recipe_that_is_no_file(place, capsys):
+    os.mkfifo(place / "pipe")
+    for name, expected in (
+        ("pipe", "error: pipe: is a pipe or a device; write the recipe to a file first\n"),
+        ("/dev/zero", "error: /dev/zero: is a pipe or a device; write the recipe to a file first\n"),
+        ("model", "error: model: is a directory; give the file of a recipe\n"),
+    ):
+        for command in (["train"], ["check"], ["data", "preview"]):
+            assert main([*command, name]) == 2
+            assert capsys.readouterr() == ("", expected)
+    with open(place / "large.yaml", "wb") as sparse:
+        sparse.truncate(10**9)
+    assert refusal_of_one(capsys, "train", "large.yaml") == (
+        "error: large.yaml: has 1000000000 bytes, a recipe at most 1048576\n"
+    )
+
+
+def refusal_of_one(capsys, *argv: str) -> str:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return err
+
+
+# -- where results go -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(good, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", str(good / "tiny.json"), "train.steps=1", f"train.output_dir={run}"]) == 0
+    return run
+
+
+@pytest.mark.parametrize("command", ["data preview tiny.json", "plot RUN", "import-mindspeed a.json b.json c.sh"])
+def test_an_output_that_cannot_be_made(place, trained, capsys, command):
+    argv = command.replace("RUN", str(trained)).split()
+    assert "error: -o gone/x: there is no directory gone; create it" in refusal(capsys, *argv, "-o", "gone/x")
+    assert "error: -o model: is a directory; give the name of a file" in refusal(capsys, *argv, "-o", "model")
+    assert "error: -o tiny.json: exists already" in refusal(capsys, *argv, "-o", "tiny.json").replace(
+        "error: tiny.json", "error: -o tiny.json"
+    )
+
+
+@pytest.mark.parametrize("command", ["data preview tiny.json -n 6", "plot RUN"])
+def test_a_picture_may_replace_a_picture(place, trained, capsys, command):
+    argv = [*command.replace("RUN", str(trained)).split(), "-o", "x.png"]
+    assert main(argv) == 0 == main(argv)
+    assert (place / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# -- the streams ------------------------------------------------------------------------------------------------------
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m duetvl {command}"], capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_closed_streams(place):
+    for closed in (">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        done = shell(f"check tiny.json {closed}")
+        assert (done.returncode, done.stderr) == (0, "")
+    done = shell("train none.yaml >&-")
+    assert (done.returncode, done.stderr) == (2, "error: none.yaml: no such file\n")
+    # What is opened next would get the number of the closed stream, and what is printed to it.
+    done = shell("train tiny.json train.steps=1 <&- >&- 2>&-")
+    assert done.returncode == 0
+    rows = (place / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 1]
+
+
+def test_a_stream_that_is_full_or_has_no_reader(place):
+    done = shell("check tiny.json > /dev/full")
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+    done = shell("train tiny.json train.steps=1 > /dev/full")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = shell("check tiny.json | head -1")
+    assert done.stdout.startswith("backend: ") and done.stderr == ""
+
+
+def test_a_stream_that_cannot_show_a_character(place):
+    shutil.copytree("model", "模型")
+    done = shell("check tiny.json model.path=模型", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "model: \\u6a21\\u578b, " in done.stdout
+    done = shell("check tiny.json model.path=型", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert done.returncode == 2 and done.stderr.startswith("error: \\u578b: no such directory")
+
+
 # -- the data ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +328,21 @@ def test_a_record_that_cannot_be_used(place, capsys, record, expected):
     assert expected in refusal(capsys, "train", "tiny.json", "data.shuffle=false")
 
 
+def test_data_of_which_nothing_is_trained(place, capsys):
+    unheard = [*HELLO["messages"][:1], {**HELLO["messages"][1], "loss": False}]
+    (place / "val.jsonl").write_text(json.dumps({"messages": unheard}) + "\n")
+    expected = "no token of its samples is trained; each needs an answer, neither masked nor cut off"
+    for field in ("data.val", "data.train"):
+        assert main(["check", "tiny.json", f"{field}=val.jsonl"]) == 2
+        assert capsys.readouterr().err == f"error: {field}: {expected}\n"
+    assert main(["train", "tiny.json", "data.val=val.jsonl", "train.steps=2", "train.eval_every=1"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "eval" in line] == [
+        f"warning: step {step} has no eval_loss: no token of the validation data is trained" for step in (1, 2)
+    ]
+    assert "eval" not in (place / "runs" / "tiny" / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -252,7 +358,7 @@ def test_a_file_without_records(place, capsys, text, expected):
 
 
 def test_a_bad_picture_in_a_later_step(place, capsys):
-    """The run has begun by then: what it has saved stays whole, and it goes on once the picture is there."""
+    """The run has begun by then: what it has saved stays whole, and it is resumed once the picture is there."""
     write_records(place, *[HELLO] * 6, conversation("<image>what?", ["late.png"]), HELLO)
     (place / "late.png").write_text("not an image")
     argv = ["train", "tiny.json", "data.shuffle=false", "data.val=null", "train.steps=4", "train.global_batch=2"]

@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny_run
 
 from duetvl.cli import _parser
+from duetvl.core.errors import ConfigError
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.yaml_values import parse_yaml
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-import tiny_run
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -119,17 +118,40 @@ def test_the_check_sees(line: str) -> None:
     assert complaints(shlex.split(line))
 
 
+OVERRIDE = re.compile(r"(?<![\w./-])([a-z]+\.[a-z_]+)=[^\s`]*")
+
+
+def wrong_overrides(text: str) -> list[str]:
+    """`section.key=value` in commands and in the text that name no field, or give it what it does not take."""
+    wrong = []
+    for found in OVERRIDE.finditer(text):
+        override = found[0].rstrip(".,;:)")
+        if not override.endswith("=") and override != "section.key=value":  # `train.output_dir=...`
+            try:
+                make_recipe({"model": {"path": "-"}, "data": {"train": "-", "val": "-"}}, [override])
+            except ConfigError as error:
+                wrong.append(f"{override}: {error}")
+    return wrong
+
+
 @every_document
 def test_overrides_name_fields(path: Path) -> None:
-    overrides = [
-        word
-        for words in commands(path)
-        if words[0] in ("duetvl", "bash")
-        for word in words
-        if re.match(r"[a-z]+\.\w+=", word)
-    ]
-    for override in overrides:
-        make_recipe({"model": {"path": "-"}, "data": {"train": "-"}}, [override])
+    assert wrong_overrides(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_check_of_overrides_sees() -> None:
+    assert wrong_overrides("duetvl train run.yaml optim.lr=3e-5 lora.rank=8, `train.loss=sample`.") == []
+    for wrong in ("optim.rl=3e-5", "`optm.lr=1`", "optim.lr=fast", "(lora.rank=0)", "train.loss=samples."):
+        assert len(wrong_overrides(f"see {wrong} there")) == 1
+
+
+PLACE = re.compile(r"`((?:tests|docs|duetvl|scripts|launch|benchmarks|recipes)/[\w./-]*)`")
+
+
+@every_document
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = PLACE.findall(path.read_text(encoding="utf-8"))
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
 # -- examples --------------------------------------------------------------------------------------------------------
@@ -144,10 +166,10 @@ def test_recipes_are_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "mindspore"])
 def test_python_examples_run(tmp_path: Path, backend: str) -> None:
-    """Blocks after `<!-- runs -->`, in a directory with a tiny model; on MindSpore with the name replaced."""
+    """Blocks after `<!-- runs -->`, with a tiny model in the demo's place; on MindSpore with the name replaced."""
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    tiny_run.write_model(tmp_path / "tiny")
+    tiny_run.write_model(tmp_path / "build" / "demo" / "model")
     programs = re.findall(r"^<!-- runs -->\n```python\n(.*?)^```$", READMES[0].read_text(), re.MULTILINE | re.DOTALL)
     assert programs
     for program in programs:

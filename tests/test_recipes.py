@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 from PIL import Image
 
 from duetvl.cli import _overrides, _parse
@@ -18,9 +18,6 @@ from duetvl.training.recipe.reading import check_layers, check_world, load_recip
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.train import train
 from duetvl.training.watching.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-import tiny_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))

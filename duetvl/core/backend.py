@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,11 @@ _BUILT_IN = {
     "mindspore": "duetvl.backends.mindspore:create",
 }
 _ALIASES = {"torch": "torch_npu", "pytorch": "torch_npu", "ms": "mindspore"}
+_FRAMEWORKS = {  # module, name and extra of what each built-in backend needs, in the order that `auto` tries them
+    "torch_npu": ("torch", "PyTorch", "torch"),
+    "mindspore": ("mindspore", "MindSpore", "mindspore"),
+}
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,67 @@ def known_backends() -> Mapping[str, str]:
     return _BUILT_IN | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
-def load_backend(name: str = "torch_npu", device: str = "auto") -> Backend:
+def check_name(name: str) -> None:
+    """Raise BackendError unless `name` is auto, or a backend or an alias of one, whether it is installed or not."""
+    known = {AUTO, *known_backends(), *_ALIASES}
+    if name not in known:
+        raise BackendError(f"no backend {name!r}{did_you_mean(name, known)}")
+
+
+def choose_backend(name: str = AUTO, device: str = "auto") -> str:
+    """The backend that `load_backend` would load, found without importing a framework.
+
+    Raises BackendError for a name or a device that is not known, and where the framework is not installed. Whether the
+    machine has the device is not looked at.
+    """
+    check_name(name)
+    chosen = _first_installed() if name == AUTO else _ALIASES.get(name, name)
+    if not _is_installed(chosen):
+        _, framework, extra = _FRAMEWORKS[chosen]
+        raise BackendError(f"backend {chosen} needs {framework}, which is not installed: pip install 'duetvl[{extra}]'")
+    devices = known_devices(chosen)
+    if devices and device not in (*devices, "auto", "npu"):  # npu is understood by both built-in backends
+        raise BackendError(f"backend {chosen} has no device {device!r}; it has {', '.join(devices)} and auto")
+    return chosen
+
+
+def _first_installed() -> str:
+    registered = [name for name in known_backends() if name not in _FRAMEWORKS]
+    for name in (*_FRAMEWORKS, *registered):
+        if _is_installed(name):
+            return name
+    needs = " or ".join(f"{framework} (pip install 'duetvl[{extra}]')" for _, framework, extra in _FRAMEWORKS.values())
+    raise BackendError(f"no framework is installed; a backend needs {needs}")
+
+
+def _is_installed(backend: str) -> bool:
+    """Whether its framework can be found; of a registered backend it is not known, and taken to be there."""
+    if backend not in _FRAMEWORKS:
+        return True
+    spec = find_spec(_FRAMEWORKS[backend][0])
+    return spec is not None and spec.origin is not None  # a directory of that name has no origin
+
+
+def known_devices(backend: str) -> tuple[str, ...]:
+    """The devices that a backend has code for: `DEVICES` of its module `backend`; () where it says nothing."""
+    module = known_backends()[backend].partition(":")[0]
+    try:
+        return tuple(import_module(f"{module}.backend").DEVICES)
+    except (ImportError, AttributeError):
+        return ()
+
+
+def load_backend(name: str = AUTO, device: str = "auto") -> Backend:
     """Import a framework and make its backend for one device.
 
-    `name` is torch_npu (or torch), mindspore, or one registered under the entry-point group `duetvl.backends`.
-    `device` is cpu, cuda, npu (ascend on mindspore; npu is understood too), or auto for the best that is there.
-    Raises BackendError.
+    `name` is torch_npu (or torch), mindspore, one registered under the entry-point group `duetvl.backends`, or auto for
+    the framework that is installed, PyTorch where both are. `device` is cpu, cuda, npu (ascend on mindspore; npu is
+    understood too), or auto for the best that is there. Raises BackendError.
     """
-    known = known_backends()
-    chosen = _ALIASES.get(name, name)
-    if chosen not in known:
-        raise BackendError(f"no backend {name!r}{did_you_mean(name, set(known) | set(_ALIASES))}")
-    module, _, factory = known[chosen].partition(":")
-    return getattr(import_module(module), factory)(device)
+    chosen = choose_backend(name, device)
+    module, _, factory = known_backends()[chosen].partition(":")
+    try:
+        create = getattr(import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise BackendError(f"backend {chosen} cannot be loaded from {module}:{factory}: {error}") from None
+    return create(device)

@@ -38,14 +38,15 @@ def sync_files(directory: Path) -> None:
         sync_directory(Path(folder))
 
 
-def parse_json(content: bytes, where: str | Path, error: type[DuetvlError]) -> Any:
+def parse_json(content: bytes, where: str | Path, error: type[DuetvlError], *, unique: bool = False) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte-order mark.
 
-    `error` names `where` and what is wrong, in one line, for whatever json itself refuses, for nesting too deep to
-    read, and for a lone surrogate (`"\\ud800"`), which is no text and could not be written again.
+    Of two equal keys of an object the second one counts; with `unique` they are an error. `error` names `where` and
+    what is wrong, in one line, for whatever json itself refuses, for nesting too deep to read, and for a lone surrogate
+    (`"\\ud800"`), which is no text and could not be written again.
     """
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
         if b"\\u" in content:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -53,6 +54,15 @@ def parse_json(content: bytes, where: str | Path, error: type[DuetvlError]) -> A
     except ValueError as problem:
         raise error(f"{where}: cannot be read as JSON: {problem}") from None
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def read_json(path: Path, error: type[DuetvlError]) -> Any:

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import FEW_MEDIA
@@ -44,6 +45,7 @@ def check(
     well, which finds truncated pictures and takes as long as training's data side does.
     """
     given = read_recipe(recipe, overrides)
+    yield f"backend: {choose_backend(given.backend.name, given.backend.device)}, device {given.backend.device}"
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
     start = find_start(given)
@@ -138,7 +140,7 @@ def _volume(shape: Sequence[int]) -> int:
 
 
 def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMaker, way: _Way) -> Iterator[str]:
-    """The findings of a walk over all records. Raises DataError, at its end, for what training would meet."""
+    """The findings of a walk over all records. Raises DataError, at its end, for what would end training."""
     found = walk(name, refs, count, maker, merge=way.merge, decode=way.decode)
     lines = found.lines()
     yield f"{name}: {next(lines)}"
@@ -149,7 +151,7 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
     if found.bad and not way.skip_bad:
         raise DataError(
             f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
-            f"{found.examples['bad'][0]}; mend them, or leave them out with data.on_bad_sample=skip"
+            f"{found.examples['bad'][0]}; correct them, or leave them out with data.on_bad_sample=skip"
         )
     found.tally.check(1 if not found.lengths else FEW_MEDIA)
     if not found.lengths:
@@ -159,6 +161,8 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
             f"  warning: {beyond} of {len(found.lengths)} samples have more tokens than the {way.most_positions} "
             f"positions that the model is made for (max_position_embeddings)"
         )
+    if not found.trained_tokens:
+        raise DataError(f"{name}: no token of its samples is trained; each needs an answer, neither masked nor cut off")
     picture = way.run_dir / f"{name}.lengths.png"
     with _writing_to(way.run_dir):
         found.draw(picture)

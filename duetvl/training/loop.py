@@ -113,6 +113,7 @@ class Run:
             if self.start.checkpoint is not None:
                 go_on_from(self.start.checkpoint, self.run_dir)
             with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
+                self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework})")
                 for note in (*notes, *self.start.notes, *warnings):
                     self.say(note)
                 with self._kept():
@@ -343,6 +344,10 @@ class Run:
         self._tell_left_out()
         if self.signals.caught is not None:
             self.say(f"the evaluation after step {self.step} is given up")
+            return
+        self.evaluated_step = self.step
+        if not found.weight:
+            self.say(f"warning: step {self.step} has no eval_loss: no token of the validation data is trained")
             return
         values = {f"eval_{name}": value for name, value in found.values.items()}
         row = {"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values}

@@ -9,17 +9,22 @@ from duetvl.training.recipe.sections import OptimSection, Recipe
 
 
 def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
-    """Optimizer steps of a whole run over so many records in an epoch; None: a stream, of which nobody knows."""
+    """Optimizer steps of a whole run over so many records in an epoch; None: a stream, which is not counted."""
     if recipe.train.steps is not None:
         return recipe.train.steps
     assert records is not None, "recipes with streams give train.steps"
     epochs = 1.0 if recipe.train.epochs is None else recipe.train.epochs
-    return math.ceil(Fraction(epochs) * records / recipe.train.global_batch)
+    return math.ceil(_as_written(epochs) * records / recipe.train.global_batch)
 
 
 def warmup_steps(warmup: float, total: int) -> int:
     """Steps of warm-up: `warmup` itself, or that fraction of `total`, rounded up, when it is below 1."""
-    return math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    return math.ceil(_as_written(warmup) * total) if warmup < 1 else int(warmup)
+
+
+def _as_written(number: float) -> Fraction:
+    """The decimal number that was written: 0.1 is a tenth, where the float is a little more and rounds up to a step."""
+    return Fraction(str(number))
 
 
 def learning_rate(step: int, total: int, optim: OptimSection) -> float:

@@ -7,9 +7,7 @@
 # PORT is msrun's rendezvous (a free one by default), LOG_DIR where it keeps the logs of its workers.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="${PYTHON:-$root/.venv/bin/python}"
-[ -x "$python" ] || python="$(command -v python3)"
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh" mindspore MindSpore
 port="${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
 logs="${LOG_DIR:-$(mktemp -d)}"
 

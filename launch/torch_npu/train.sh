@@ -6,9 +6,7 @@
 # All arguments are those of `duetvl train`. PYTHON chooses the interpreter; the project's .venv comes first otherwise.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="${PYTHON:-$root/.venv/bin/python}"
-[ -x "$python" ] || python=python3
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh" torch PyTorch
 
 # --standalone: a rendezvous of its own on a free port, so that several runs can share a machine. One process per
 # device; this release trains on one. torchrun sets OMP_NUM_THREADS=1 unless it is set: on a CPU give it all cores.

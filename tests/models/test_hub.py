@@ -13,13 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny_run
 
 from duetvl.core.errors import CheckpointError
 from duetvl.models.hub import is_id
 from duetvl.models.model_directory import open_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import tiny_run
 
 ROOT = Path(__file__).parents[2]
 BACKEND = "torch" if find_spec("torch") else "mindspore"

@@ -126,7 +126,8 @@ def test_what_cannot_be_written_is_one_line(home, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert errors == [
         f"error: train.output_dir {tmp_path}/file/run: cannot be written: Not a directory",
-        f"error: {tmp_path}/file/sheet.png: cannot be written: Not a directory",
+        f"error: -o {tmp_path}/file/sheet.png: there is no directory {tmp_path}/file; create it, or choose another "
+        "place",
     ]
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,9 +268,9 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
 
 # -- kills ------------------------------------------------------------------------------------------------------------
 
+SAME_PATH = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
+import os, signal
 from numpy_backend import numpy_backend, optimizer_state, parameters
 from duetvl.training.checkpoints import checkpoint as ck
 
@@ -310,8 +309,8 @@ print(moment)
 @pytest.mark.parametrize(("step", "keep"), [(20, 1), (20, 2), (10, 1)])
 def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint(tmp_path, step, keep):
     """Killed before each call that changes the directory, in turn, until a save lives to its end."""
-    script = KILLED.format(tests=str(Path(__file__).parent), root=str(tmp_path), step=step, keep=keep)
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = KILLED.format(root=str(tmp_path), step=step, keep=keep)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=SAME_PATH)
     moments = int(ran.stdout)
     assert moments > 10
     found = []
@@ -334,10 +333,12 @@ def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint(tmp_path, step, keep
 
 def test_a_kill_in_the_middle_of_writing(tmp_path):
     """A process that saves without pause is killed at arbitrary times."""
-    script = KILLED.split("for moment")[0].format(tests=str(Path(__file__).parent), keep=2)
+    script = KILLED.split("for moment")[0].format(keep=2)
     script += f"\nfor step in range(1, 10**6):\n    save({str(tmp_path)!r}, step)\n    print(step, flush=True)\n"
     for wait in (1, 4, 9):
-        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=SAME_PATH
+        ) as child:
             seen = [int(child.stdout.readline()) for _ in range(wait)]
             os.kill(child.pid, signal.SIGKILL)
         ref = find_checkpoint(tmp_path)

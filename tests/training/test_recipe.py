@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,10 +59,13 @@ def test_the_last_override_wins():
             "a recipe has no section 'optm'; did you mean 'optim'? "
             "(backend, checkpoint, data, dpo, log, lora, model, optim, parallel, train)",
         ),
+        ("train.epochs=1e300", "train.epochs: found 1e+300, allowed: a number or null, > 0, <= 1e+09"),
         ("optim.lr=fast", "optim.lr: found 'fast', allowed: a number, > 0"),
         ("optim.lr=0", "optim.lr: found 0, allowed: a number, > 0"),
         ("optim.lr=.nan", "optim.lr: found nan, allowed: a number, > 0"),
-        ("optim.lr=", "optim.lr: found null, allowed: a number, > 0"),
+        ("optim.lr=", "optim.lr has no value; allowed: a number, > 0; or leave the field out"),
+        ("optim.clip=", "optim.clip has no value; allowed: a number or null, > 0; or leave the field out"),
+        ("data.train=", "data.train has no value; allowed: a path or a list of sources, not empty"),
         ("optim.betas=[0.9]", "optim.betas: found [0.9], allowed: 2 numbers, each: a number, >= 0, < 1"),
         ("optim.schedule=cos", "optim.schedule: found 'cos', allowed: cosine, linear, constant"),
         ("train.steps=1.5", "train.steps: found 1.5, allowed: a whole number or null, >= 1"),
@@ -77,6 +82,21 @@ def test_the_last_override_wins():
         ("lr=3", "override 'lr=3' is not of the form section.key=value"),
         ("optim.lr", "override 'optim.lr' is not of the form section.key=value"),
         ("optim.lr=[", "override optim.lr: not valid YAML: expected the node content, but found '<stream end>'"),
+        (
+            "data.train=[*.tar, b]",
+            "override data.train: not valid YAML: expected alphabetic or numeric character, but found '.'; put a text "
+            "that begins with * in quotes",
+        ),
+        (
+            "model.path=a\0",
+            "model.path: found 'a\\x00', which is not text in UTF-8 without a byte 0",
+        ),
+        (
+            "model.path=\udcff",
+            "model.path: found '\\udcff', which is not text in UTF-8 without a byte 0",
+        ),
+        ('model.freeze=[["a\\nb"]]', "model.freeze: found [a\\nb], allowed: one or a list of text"),
+        ("train.steps=99999999999999999999", "train.steps: found a whole number beyond 64 bits"),
     ],
 )
 def test_an_error_names_the_field_what_was_found_and_what_is_allowed(override, expected):
@@ -84,9 +104,44 @@ def test_an_error_names_the_field_what_was_found_and_what_is_allowed(override, e
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("*.tar", "*.tar"), ("dir #2/a", "dir #2/a"), ("a: b", "a: b"), ("@x", "@x"), ("&a", "&a"), ("!x", "!x"),
+        ("- a", "- a"), (" a ", "a"), ("'1e5'", "1e5"), ('"*"', "*"),
+    ],
+)  # fmt: skip
+def test_an_override_without_quotes_or_brackets_is_taken_whole(text, value):
+    assert make(f"model.path={text}").model.path == value
+
+
+@pytest.mark.parametrize("section", ["lora", "dpo"])
+@pytest.mark.parametrize(
+    ("below", "there"), [("", True), (" {}", True), (" # all defaults", True), (" null", False), (" ~", False)]
+)
+def test_a_section_with_nothing_below_it_is_there(tmp_path, section, below, there):
+    (tmp_path / "a.yaml").write_text(f"model: {{path: m}}\n{section}:{below}\ndata: {{train: d}}\n")
+    assert (getattr(load_recipe(tmp_path / "a.yaml"), section) is not None) == there
+
+
+@pytest.mark.parametrize("section", [name for name in Recipe.model_fields if name not in ("model", "data")])
+def test_every_other_section_may_be_empty(tmp_path, section):
+    (tmp_path / "a.yaml").write_text(f"model: {{path: ckpt}}\ndata: {{train: data.jsonl}}\n{section}:\n")
+    assert load_recipe(tmp_path / "a.yaml") == make_recipe({**BASE, section: {}}, name="a")
+
+
+def test_a_field_with_nothing_after_it_is_null_only_where_that_is_its_default(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {path: m}\ndata: {train: d, val: , cutoff_len: }\nlog:\n  wandb:\n")
+    assert load_recipe(tmp_path / "a.yaml").data.val == ()
+    (tmp_path / "a.yaml").write_text("model: {path: m}\ndata: {train: d}\ncheckpoint:\n  keep_last:\n")
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_last has no value"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.train=[a, {path: b, weight: -1}]", "data.train[1].weight: found -1, allowed: a number, > 0"),
+        ("data.train=[a, {path: b, weight: -1}]", "data.train[1].weight: found -1, allowed: a number, >= 1e-06"),
+        ("data.train={path: b, weight: 1e-7}", "data.train[0].weight: found 1.0e-7, allowed: a number, >= 1e-06"),
         ("data.train={pth: b}", "data.train[0] has no field 'pth'; did you mean 'path'?"),
         ("data.train={weight: 2}", "data.train[0].path is missing: File (JSON"),
         ("data.val={path: b, format: lava}", "data.val[0].format: found 'lava', allowed: auto, messages, sharegpt"),
@@ -126,6 +181,9 @@ def test_contradictions(overrides, expected):
         ({**BASE, "model": {}}, "model.path is missing: Directory of the model in the Hugging Face layout, or its id"),
         ({**BASE, "model": 3}, "model: found 3, allowed: a section with fields (path, dtype, freeze)"),
         ({"model": {"pth": "m"}, "data": {}}, "model has no field 'pth'; did you mean 'path'? (dtype, freeze, path)"),
+        ({**BASE, 1: {}}, "the recipe: the key 1 is not text"),
+        ({**BASE, "optim": {1: 2}}, "optim: the key 1 is not text"),
+        ({**BASE, "optim": {"lr_scale": {None: 2}}}, "optim.lr_scale: the key null is not text"),
         (None, "expected sections"),
         ([1], "found list"),
     ],
@@ -215,20 +273,73 @@ def test_paths_are_left_as_they_are_given(tmp_path, monkeypatch):
     assert (recipe.model.path, recipe.data.train[0].path) == ("ckpt", "data/a.jsonl")
 
 
+HEAD = "model: {path: m}\ndata: {train: d}\n"
+LAUGHS = "&a [1,2,3,4,5,6,7,8,9]" + "".join(f", &{k} [{', '.join([f'*{j}'] * 9)}]" for j, k in pairwise("abcdefgh"))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"model: {path: m}\nmodel: {path: n}\n", "line 2, column 1: not valid YAML: the key 'model' is given twice"),
-        (b"model: {path: m\n", "not valid YAML"),
-        (b"\xff\xfe", "cannot be read"),
+        ("model: {path: m}\nmodel: {path: n}\n", "line 2, column 1: not valid YAML: the key 'model' is given twice"),
+        ("model: {path: m\n", "not valid YAML"),
+        (b"\xff\xfe", "cannot be read as UTF-8"),
+        ("a: \x01", "not valid YAML: unacceptable character"),
+        (f"{HEAD}1: x\n", "line 3, column 1: not valid YAML: the key '1' is not text; put it in quotes"),
+        (f"{HEAD}optim: {{lr_scale: {{true: 2}}}}\n", "the key 'true' is not text"),
+        (f"{HEAD}? [a]\n: b\n", "a key must be text"),
+        (f"{HEAD}? {{a: b}}\n: b\n", "a key must be text"),
+        (f"{HEAD}lora: {'[' * 3000}{']' * 3000}\n", "nested"),
+        (f"{HEAD}lora: {'[' * 30}{']' * 30}\n", "lora: is nested more than 16 deep"),
+        (f"{HEAD}log: {{wandb: [{LAUGHS}]}}\n", "log.wandb: is nested more than 16 deep, or has more than 100000"),
+        (f"{HEAD}log: {{wandb: &a [*a]}}\n", "recursive"),
+        (f"{HEAD}log: {{wandb: !!bool x}}\n", "'x' is not of the type bool"),
+        (f"{HEAD}log: {{wandb: !!timestamp x}}\n", "could not determine a constructor"),
+        (f'{HEAD}log: {{wandb: "\\ud800"}}\n', "log.wandb: found '\\ud800'"),
+        (f"{HEAD}log: {{wandb: *x}}\n", "found undefined alias"),
+        (f"{HEAD}log: {{wandb: *.x}}\n", "; put a text that begins with * in quotes"),
+        (" " * (1 << 20) + "a", "has 1048577 bytes, a recipe at most 1048576"),
     ],
 )
 def test_damaged_files(tmp_path, content, expected):
-    (tmp_path / "a.yaml").write_bytes(content)
+    (tmp_path / "a.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as caught:
         load_recipe(tmp_path / "a.yaml")
     assert expected in str(caught.value)
-    assert "a.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"model": {"path": "a", "path": "b"}}', "the key 'path' is given twice"),
+        ('{"model": {"path": "\\ud800"}}', "surrogates not allowed"),
+        (f'{{"model": {"[" * 3000}{"]" * 3000}}}', "nested"),
+        ('{"model": {"path": "m"},', "cannot be read as JSON"),
+    ],
+)
+def test_damaged_json_files(tmp_path, content, expected):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_recipe(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_characters_written_as_two_surrogates(tmp_path, name):
+    (tmp_path / name).write_text(
+        '\ufeff{"model": {"path": "\\ud83d\\ude00"}, "data": {"train": "d"}}', encoding="utf-8"
+    )
+    assert load_recipe(tmp_path / name).model.path == "\U0001f600"
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe: is a pipe or a device; write the recipe to a file first"):
+        load_recipe(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is a directory; give the file of a recipe"):
+        load_recipe(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        load_recipe("a" * 5000)
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -255,9 +366,14 @@ def test_a_recipe_survives_being_written():
     assert make_recipe(parse_yaml(write_yaml(recipe.model_dump(mode="json")), "x")) == recipe
 
 
+@pytest.mark.parametrize("text", ["1e5", "0o17", "", "null", "true", ".inf", "12", "*.tar", "a: b", "no", "010", "'x"])
+def test_texts_survive_being_written(text):
+    assert parse_yaml(write_yaml({"key": text}), "x") == {"key": text}
+
+
 def test_the_document_is_current():
     document = Path(__file__).parents[2] / "docs" / "recipe.md"
     assert document.read_text(encoding="utf-8") == recipe_reference(), (
-        "make it anew: python -c 'from duetvl.training.recipe.text import recipe_reference as r; "
+        "write it again: python -c 'from duetvl.training.recipe.text import recipe_reference as r; "
         'open("docs/recipe.md", "w").write(r())\''
     )

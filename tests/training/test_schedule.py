@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 
+from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.sections import OptimSection
-from duetvl.training.schedule import learning_rate, warmup_steps
+from duetvl.training.schedule import learning_rate, total_steps, warmup_steps
 
 
 def rates(total: int, **fields) -> list[float]:
@@ -24,6 +27,20 @@ def test_literals():
 def test_warmup_is_a_fraction_or_steps():
     assert [warmup_steps(w, 25) for w in (0, 0.1, 0.5, 1, 7, 100)] == [0, 3, 13, 1, 7, 100]
     assert rates(4, warmup=100)[-1] == pytest.approx(2.0 * 3 / 100)
+    assert [warmup_steps(w, 100) for w in (0.07, 0.14, 0.28, 0.29, 1e-3)] == [7, 14, 28, 29, 1]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "records", "batch", "steps"),
+    [
+        (0.1, 80, 8, 1), (1.1, 80, 8, 11), (0.7, 100, 10, 7), (2.3, 1000, 10, 230), (1.0, 81, 8, 11), (None, 16, 8, 2),
+        (1e-9, 80, 8, 1), (0.3, Fraction(15), 9, 1), (3, 7, 7, 3),
+    ],
+)  # fmt: skip
+def test_epochs_are_the_decimal_numbers_that_were_written(epochs, records, batch, steps):
+    train = {"global_batch": batch} | ({} if epochs is None else {"epochs": float(epochs)})
+    recipe = make_recipe({"model": {"path": "m"}, "data": {"train": "d"}, "train": train})
+    assert total_steps(recipe, records) == steps
 
 
 @pytest.mark.parametrize("total", [1, 10, 37])

@@ -18,8 +18,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import AXES
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.training.recipe.sections import ParallelSection, Recipe
-from duetvl.training.recipe.text import fields, no_field, no_section, one_line, show
-from duetvl.training.recipe.yaml_values import parse_yaml, read_yaml
+from duetvl.training.recipe.text import allowed, fields, no_field, no_section, one_line, show
+from duetvl.training.recipe.yaml_values import BLANK, parse_value, read_yaml
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -35,13 +35,11 @@ def make_recipe(
     if not isinstance(values, Mapping):
         found = "nothing" if values is None else type(values).__name__
         raise ConfigError(f"{source}: expected sections ({', '.join(Recipe.model_fields)}), found {found}")
-    sections: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
+    sections = {_text(key): _section(key, value) for key, value in values.items()}
     for override in overrides:
         _apply_override(sections, override)
     try:
-        recipe = Recipe.model_validate(
-            {key: _empty(key) if value is None else value for key, value in sections.items()}
-        )
+        recipe = Recipe.model_validate(sections)
     except ValidationError as error:
         raise ConfigError(one_line(error)) from None
     train = recipe.train.model_copy(update={"output_dir": recipe.train.output_dir.replace("{recipe}", name)})
@@ -86,17 +84,74 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
         raise ConfigError(no_section(section))
     if key not in fields(section):
         raise ConfigError(no_field(section, key))
-    inner = sections.setdefault(section, {})
-    if inner is None:
-        inner = sections[section] = {}
+    if sections.get(section) is None:
+        sections[section] = {}
+    inner = sections[section]
     if not isinstance(inner, dict):
         raise ConfigError(
             f"{section}: found {show(inner)}, allowed: a section with fields ({', '.join(fields(section))})"
         )
-    inner[key] = parse_yaml(text, f"override {target}")
+    inner[key] = _field(section, key, parse_value(text, f"override {target}"))
 
 
-def _empty(section: str) -> dict[str, Any] | None:
-    """What `section:` with nothing after it means: its defaults, or its absence where it may be absent."""
-    field = Recipe.model_fields.get(section)
-    return None if field is not None and field.default is None and not field.is_required() else {}
+# -- what stands in a recipe, before it is known to be one -----------------------------------------------------------
+
+MOST_VALUES, DEEPEST = 100_000, 16  # of a field, far beyond any that makes sense
+
+
+def _section(name: str, value: Any) -> Any:
+    """A section as the recipe is checked with.
+
+    One with nothing below it is there, with its defaults: `lora:` asks for adapters. Null is a section's absence where
+    it may be absent, and its defaults otherwise.
+    """
+    known = Recipe.model_fields.get(name)
+    if value is BLANK or (value is None and known is not None and known.default is not None):
+        return {}
+    if not isinstance(value, Mapping):
+        return _plain(value, name)
+    return {_text(key, name): _field(name, key, item) for key, item in value.items()}
+
+
+def _field(section: str, key: str, value: Any) -> Any:
+    """A field's value. Raises ConfigError where a blank could mean its default as well as null."""
+    if value is not BLANK:
+        return _plain(value, f"{section}.{key}")
+    known = fields(section).get(key) if section in Recipe.model_fields else None
+    if known is not None and known.default not in (None, ()):
+        or_not = "" if known.is_required() else "; or leave the field out"
+        raise ConfigError(f"{section}.{key} has no value; allowed: {allowed(section, key)}{or_not}")
+    return None
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The same value, with null for blanks. Raises ConfigError for what is no part of any recipe."""
+    seen = 0
+
+    def walk(value: Any, depth: int) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen > MOST_VALUES or depth > DEEPEST:
+            raise ConfigError(f"{where}: is nested more than {DEEPEST} deep, or has more than {MOST_VALUES} values")
+        if isinstance(value, Mapping):
+            return {_text(key, where): walk(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(item, depth + 1) for item in value]
+        if isinstance(value, str) and not _is_text(value):
+            raise ConfigError(f"{where}: found {show(value)}, which is not text in UTF-8 without a byte 0")
+        if isinstance(value, int) and abs(value) > 2**63:
+            raise ConfigError(f"{where}: found a whole number beyond 64 bits")
+        return None if value is BLANK else value
+
+    return walk(value, 0)
+
+
+def _text(key: Any, where: str = "the recipe") -> str:
+    if not isinstance(key, str) or not _is_text(key):
+        raise ConfigError(f"{where}: the key {show(key)} is not text")
+    return key
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written: no byte 0, and no half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)

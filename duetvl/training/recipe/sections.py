@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from duetvl.core.errors import did_you_mean
+from duetvl.core.backend import check_name
+from duetvl.core.errors import BackendError, did_you_mean
 from duetvl.core.mesh import AXES, Mesh
 from duetvl.core.stages import nested
 from duetvl.data.formats.messages import TAGS
@@ -80,7 +81,7 @@ class DataSource(Section):
         default="auto", description="Layout of the records."
     )
     weight: float = Field(
-        default=1.0, gt=0, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
+        default=1.0, ge=1e-6, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
     )
     max_samples: int | None = Field(default=None, ge=1, description="Only so many records, chosen by `data.seed`.")
     image_root: str | None = Field(default=None, description="Replaces `data.image_root` for this set.")
@@ -254,6 +255,7 @@ class TrainSection(Section):
     epochs: float | None = Field(
         default=None,
         gt=0,
+        le=10**9,
         description="Passes over the data; 1 where `steps` is not given either. Rounded up to whole steps: the last "
         "step is filled from the next epoch's order.",
     )
@@ -271,7 +273,7 @@ class TrainSection(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="A loss or gradient that is not a finite number ends the run, or the step makes no update and the "
-        "run goes on; the step's samples are named in both cases.",
+        "run continues; the step's samples are named in both cases.",
     )
     eval_every: int | None = Field(
         default=None, ge=1, description="Evaluate `data.val` every so many steps; it is always evaluated at the end."
@@ -434,7 +436,7 @@ class ParallelSection(Section):
 class LoraSection(Section):
     """Low-rank adapters (Hu et al., arXiv:2106.09685) in the place of training the weights themselves.
 
-    The section's presence is the switch; `lora: {}` takes all defaults.
+    The section's presence is the switch: `lora: {}`, or `lora:` with nothing below it, takes all defaults.
     """
 
     rank: int = Field(default=8, ge=1, description="Rank of every adapter.")
@@ -470,7 +472,7 @@ class LoraSection(Section):
 class DpoSection(Section):
     """Direct preference optimisation (Rafailov et al., arXiv:2305.18290) of pairs of answers.
 
-    The section's presence is the switch; `dpo: {}` takes all defaults.
+    The section's presence is the switch: `dpo: {}`, or `dpo:` with nothing below it, takes all defaults.
     """
 
     loss: Literal["sigmoid", "hinge", "ipo", "ipo_sum"] = Field(
@@ -514,7 +516,7 @@ class CheckpointSection(Section):
     )
     background: bool = Field(
         default=False,
-        description="Write in a thread while training goes on. Takes host memory of one checkpoint's size meanwhile.",
+        description="Write in a thread while training continues. Takes host memory of one checkpoint's size meanwhile.",
     )
     grace: float | None = Field(
         default=None,
@@ -572,11 +574,22 @@ class BackendSection(Section):
     """The framework and the device. `--backend`, `--device` and DUETVL_BACKEND on the command line come first."""
 
     name: str = Field(
-        default="torch_npu", min_length=1, description="torch_npu (or torch), mindspore, or a registered one."
+        default="auto",
+        min_length=1,
+        description="torch_npu (or torch), mindspore, a registered one, or auto for the framework that is installed: "
+        "PyTorch where both are.",
     )
     device: str = Field(
         default="auto", min_length=1, description="cpu, cuda, npu (ascend), or auto for the best that is there."
     )
+
+    @model_validator(mode="after")
+    def _known_name(self) -> BackendSection:
+        try:
+            check_name(self.name)
+        except BackendError as error:
+            raise _contradiction(f"backend.name: {error}") from None
+        return self
 
 
 class Recipe(Section):

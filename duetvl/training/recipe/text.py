@@ -37,7 +37,7 @@ def _describe(problem: ErrorDetails) -> str:
         return f"{path} is missing: {_meaning(section, key)}"
     if not key:
         return f"{path}: found {show(problem['input'])}, allowed: a section with fields ({', '.join(fields(section))})"
-    return f"{path}: found {show(problem['input'])}, allowed: {_allowed(section, key)}"
+    return f"{path}: found {show(problem['input'])}, allowed: {allowed(section, key)}"
 
 
 def _of_source(source: str, key: str, problem: ErrorDetails) -> str:
@@ -51,7 +51,7 @@ def _of_source(source: str, key: str, problem: ErrorDetails) -> str:
 
 
 def _path(problem: ErrorDetails) -> str:
-    """section.field: what lies below is told by the value found."""
+    """section.field: the value found shows what lies below."""
     return ".".join(str(part) for part in problem["loc"][:2])
 
 
@@ -85,8 +85,9 @@ def _meaning(section: str, key: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it stands in a recipe, cut where it is long."""
+    """A value as it stands in a recipe, on one line, cut where it is long."""
     text = repr(value) if isinstance(value, str) else _yaml_form(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -122,10 +123,15 @@ known one. Any field can be given on the command line instead: `duetvl train run
 Paths are relative to the working directory. Paths of images inside a data file are those of
 [data_formats.md](data_formats.md): from `data.image_root`, or found by themselves. Numbers are read
 as in JSON (`1e-5` is a number), `true` and `false` are the only booleans.
+
+A section with nothing below it (`lora:`) is there with its defaults. A field with nothing after it is null where that
+is its default, and an error elsewhere. On the command line a value is read as YAML where it begins with a quote or a
+bracket; anything else is one number, boolean, null, or text, taken whole: `data.train=shards/*.tar`.
 """
 
 
-def _allowed(section: str, key: str) -> str:
+def allowed(section: str, key: str) -> str:
+    """What a field takes, in words."""
     return _values(fields(section)[key])
 
 
