@@ -66,7 +66,7 @@ def mm_to_hf(
     directory.logical(model, layout)  # what is missing is named before orders are compared
     order = read_order(directory, layout, model, hf_dir, key="vit_qkv_layout", needed=True, say=options.say)
     tensors = directory.logical(model, replace(layout, vision_qkv=order))
-    _warn_of_an_untied_head(directory, tensors, options)
+    _check_tied(directory, tensors)
     outputs, texts = _plan_hf(hf_dir, model, tensors.specs)
     execute(Plan(save_hf_dir, outputs, tensors, texts, _beside(hf_dir)), [mm_dir, hf_dir], options)
 
@@ -102,7 +102,7 @@ def resplit(
     for warning in check_layout(model, target, "target_parallel_config"):
         options.say(f"warning: {warning}")
     tensors = directory.logical(model, source)
-    _warn_of_an_untied_head(directory, tensors, options)
+    _check_tied(directory, tensors)
     outputs = plan_mindspeed(tensors.specs, stored_tensors(model, target), target, kind)
     execute(_release(target_dir, outputs, tensors, target), [source_dir], options)
 
@@ -230,11 +230,12 @@ def check_placed(model: Model, layout: Layout, where: str) -> None:
             )
 
 
-def _warn_of_an_untied_head(directory: MindSpeedDirectory, tensors: FragmentedTensors, options: Options) -> None:
+def _check_tied(directory: MindSpeedDirectory, tensors: FragmentedTensors) -> None:
+    """Raise CheckpointError where the copies of a tied embedding differ: one of them would be lost."""
     for difference in differing_copies(directory.path, tensors, only=(EMBEDDING,)):
-        options.say(
-            f"warning: {difference.name} {difference.text}: the output head is another, though config.json ties them; "
-            f"the embedding is taken. If they were trained apart, set tie_word_embeddings to false in that config.json"
+        raise CheckpointError(
+            f"{difference.name} {difference.text}, but config.json ties the output head to the embedding; set "
+            f"tie_word_embeddings to false in hf_dir's config.json to have both"
         )
 
 

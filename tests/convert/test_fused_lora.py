@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from duetvl.convert.cli import main
-from duetvl.models.qwen_vl.config import ModelConfig, parameter_shapes
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorFile
 from tests.convert.tiny import expected_files, split, tiny_config, write_hf
 

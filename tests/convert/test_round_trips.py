@@ -138,12 +138,16 @@ def test_head_that_is_not_the_embedding(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     content["model"]["text_decoder.output_layer.weight"] += 1
     torch.save(content, path)
-    said: list[str] = []
-    mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "back", two, Options(say=said.append))
-    resplit(
-        tmp_path / "mm", tmp_path / "one", two, Layout(*DIVISIONS[0]), Options(say=said.append), hf_dir=tmp_path / "hf"
-    )
-    assert ["the output head is another, though config.json ties them" in line for line in said[::2]] == [True, True]
+    with pytest.raises(CheckpointError, match="set tie_word_embeddings to false in hf_dir's"):
+        mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "back", two, QUIET)
+    with pytest.raises(CheckpointError, match="set tie_word_embeddings to false in hf_dir's"):
+        resplit(tmp_path / "mm", tmp_path / "one", two, Layout(*DIVISIONS[0]), QUIET, hf_dir=tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    untied = Layout(*DIVISIONS[1], vision_qkv="interleaved")
+    mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "back", untied, QUIET)
+    back = read_hf(tmp_path / "back")
+    assert not np.array_equal(back["lm_head.weight"], back["model.embed_tokens.weight"])
 
 
 def test_replicated_heads_round_trip(tmp_path: Path) -> None:
