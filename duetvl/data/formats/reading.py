@@ -11,7 +11,16 @@ from typing import Any, Final, Literal
 from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import Conversation, Preference
 from duetvl.data.formats.grounding import Unit, find_boxes, read_objects
-from duetvl.data.formats.messages import TRAINS, Attached, Dialect, check_messages, has_parts, read_answer, read_turns
+from duetvl.data.formats.messages import (
+    TRAINS,
+    Attached,
+    Dialect,
+    check_messages,
+    has_parts,
+    keys_beyond,
+    read_answer,
+    read_turns,
+)
 from duetvl.data.formats.parts import MediaRules
 from duetvl.data.formats.tools import parse_json, read_tools
 
@@ -120,8 +129,8 @@ class _Record:
     def _unread(self) -> tuple[str, ...]:
         """Keys that weigh the record, or seem to hold a picture or video, and are not read."""
         read = {key for column in _KEYS for key in self.keys(column)}
-        rest = [key for key, value in self.values.items() if key not in read and value not in (None, "", [], {})]
-        return tuple(key for key in rest if key in _WEIGHING or _MEDIA_LIKE.fullmatch(str(key)[:80].lower()))
+        rest = keys_beyond(read, self.values)
+        return tuple(key for key in rest if key in _WEIGHING or _MEDIA_LIKE.fullmatch(key[:80].lower()))
 
     def attached(self) -> Attached:
         """Media and boxes. Raises DataError."""
