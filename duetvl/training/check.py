@@ -133,7 +133,7 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
     if found.bad and not way.skip_bad:
         raise DataError(
             f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
-            f"{found.examples['bad'][0]}; mend them, or leave them out with data.on_bad_sample=skip"
+            f"{found.examples['bad'][0]}; correct them, or leave them out with data.on_bad_sample=skip"
         )
     found.tally.check(1 if not found.lengths else FEW_MEDIA)
     if not found.lengths:

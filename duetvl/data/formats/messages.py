@@ -70,7 +70,7 @@ class Dialect:
         )
 
     def speaker(self, message: Any) -> Speaker | None:
-        """Who speaks; None where that cannot be told."""
+        """Who speaks; None where that is not known."""
         role = _first(message, self.role)
         return self.speakers.get(role) if isinstance(role, str) else None
 
