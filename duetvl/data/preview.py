@@ -89,7 +89,7 @@ def _marked_text(sample: Sample, processor: Processor, marks: tuple[str, str]) -
 
 
 def _shortened(ids: np.ndarray, processor: Processor) -> str:
-    """The text of ids; a run of placeholders is told by its length."""
+    """The text of ids; a run of placeholders is shown by its length."""
     pads, parts = (processor.family.special.image, processor.family.special.video), []
     for pad, run in groupby(ids.tolist(), key=lambda number: number if number in pads else None):
         some = list(run)

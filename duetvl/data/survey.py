@@ -67,6 +67,7 @@ class Survey:
         self.image_tokens += sequences * int(outcome.image_grid_thw.prod(axis=1).sum()) // merge**2
         self.video_tokens += sequences * int(outcome.video_grid_thw.prod(axis=1).sum()) // merge**2
         self.notes.update(outcome.notes)
+        self.notes.update(["without a trained token"] if not outcome.trained_tokens else [])
         self.unread.add(outcome)
         self.roots.update(str(m.part.root) for m in outcome.media if isinstance(m, Medium) and m.part.root is not None)
 

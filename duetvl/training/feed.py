@@ -143,7 +143,7 @@ def _share(count: int, rate: float, seed: int) -> np.ndarray:
 
 
 class Feed:
-    """Steps and evaluations of a recipe's data sets, and what is told of the records that give no sample."""
+    """Steps and evaluations of a recipe's data sets, and what is said of the records that give no sample."""
 
     def __init__(
         self,

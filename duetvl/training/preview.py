@@ -31,7 +31,7 @@ def preview(
     """The first samples of training, each as a text of several lines; what is trained stands between `marks`.
 
     Their pictures and frames after processing are drawn into the PNG file `sheet`, where there are any. Records that
-    the recipe leaves out are told. Raises DataError for a bad one, unless those are skipped,
+    the recipe leaves out are named. Raises DataError for a bad one, unless those are skipped,
     ConfigError where the sheet cannot be written.
     """
     if count < 1:

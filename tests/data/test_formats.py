@@ -323,9 +323,9 @@ def test_json_in_a_text_may_have_a_byte_order_mark() -> None:
 def test_what_is_not_read_is_named() -> None:
     answer = {**GPT, "id": 3, "reasoning_content": "hm", "refusal": None, "annotations": [], "mask": False}
     asked = {**user([{"type": "text", "text": "a", "image": None, "weight": 0}]), "train": True}
-    found = read_record({"messages": [asked, answer], "label": False, "id": "x", "n": 1})
+    found = read_record({"messages": [asked, answer], "label": False, "image_path": "a.png", "image_id": 3})
     assert isinstance(found, Conversation)
-    assert found.unread == ("label",)
+    assert found.unread == ("label", "image_path")
     assert [each.unread for each in found.turns] == [("weight", "train"), ("reasoning_content", "mask")]
 
 

@@ -316,6 +316,12 @@ def test_sizes_below_zero_end(tmp_path: Path, kind: bytes) -> None:
         Records([tmp_path / "s.tar"])
 
 
+def test_columns_of_one_name_are_named(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "a.tsv", ["1\ta\tb"], names="index\timage\timage")
+    with pytest.raises(DataError, match=r"a\.tsv:1: two columns are named 'image'"):
+        list(Records([path]))
+
+
 def test_names_may_be_composed_otherwise(tmp_path: Path) -> None:
     record = json.dumps({"messages": TALK, "images": ["caf\u00e9.jpg"]}).encode()
     path = write_tar(tmp_path / "s.tar", {"cafe\u0301.jpg": picture(), "cafe\u0301.json": record})

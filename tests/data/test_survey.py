@@ -48,6 +48,10 @@ def test_keys_that_are_not_read_are_named_once_for_a_file():
     assert named == [f"data/a.jsonl:4: {told}", f"data/b.jsonl:4: {told}"]
 
 
+def test_records_that_train_nothing_are_counted():
+    assert "without a trained token: 1 samples" in list(survey([draft(9), draft(9, trained=0)], merge=2).lines())
+
+
 def test_a_set_without_a_good_record_has_no_lengths():
     assert list(survey([DataError("x")], merge=2).lines()) == ["1 record: 0 good, 0 left out, 1 bad", "  bad: x"]
 

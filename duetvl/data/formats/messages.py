@@ -70,7 +70,7 @@ class Dialect:
         )
 
     def speaker(self, message: Any) -> Speaker | None:
-        """Who speaks; None where that cannot be told."""
+        """Who speaks; None where that is not known."""
         role = _first(message, self.role)
         return self.speakers.get(role) if isinstance(role, str) else None
 
@@ -81,11 +81,11 @@ class Dialect:
     def unread(self, message: Mapping[str, Any]) -> Iterator[str]:
         """Keys of a message that are not read and hold something, unless they only identify it."""
         known = {*self.role, *self.content, "tool_calls", *TRAINS, *_HARMLESS}
-        yield from _beyond(known, message)
+        yield from keys_beyond(known, message)
         parts = self.body(message)
         for part in parts if isinstance(parts, list | tuple) else ():
             if isinstance(part, Mapping) and part.get("type") == "text":
-                yield from _beyond(_TEXT_KEYS, part)
+                yield from keys_beyond(_TEXT_KEYS, part)
 
     def message(self, speaker: Speaker, text: str) -> dict[str, Any]:
         """A message in this dialect."""
@@ -304,7 +304,7 @@ def _trained(message: Mapping[str, Any]) -> bool | None:
     return next(iter(said.values()), None)
 
 
-def _beyond(known: Collection[str], values: Mapping[str, Any]) -> Iterator[str]:
+def keys_beyond(known: Collection[str], values: Mapping[str, Any]) -> Iterator[str]:
     """Keys that are not known and hold something."""
     for key, value in values.items():
         if key not in known and not (value is None or (isinstance(value, str | list | tuple | dict) and not value)):

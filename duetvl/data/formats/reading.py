@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,16 @@ from typing import Any, Final, Literal
 from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import Conversation, Preference
 from duetvl.data.formats.grounding import Unit, find_boxes, read_objects
-from duetvl.data.formats.messages import TRAINS, Attached, Dialect, check_messages, has_parts, read_answer, read_turns
+from duetvl.data.formats.messages import (
+    TRAINS,
+    Attached,
+    Dialect,
+    check_messages,
+    has_parts,
+    keys_beyond,
+    read_answer,
+    read_turns,
+)
 from duetvl.data.formats.parts import MediaRules
 from duetvl.data.formats.tools import parse_json, read_tools
 
@@ -26,6 +36,9 @@ _KEYS: Final[dict[str, tuple[str, ...]]] = {
     "chosen": ("chosen",), "rejected": ("rejected", "rejected_response"),
 }  # fmt: skip
 COLUMNS: Final = tuple(_KEYS)
+_MEDIA_LIKE: Final = re.compile(
+    r"(img|image|picture|photo|video|frame)s?(_?(path|file|url|list|bytes|base64|b64|data|name)s?)*"
+)
 _WEIGHING: Final = (*TRAINS, "label", "kto_tag", "margin")  # of a whole record: not read, and may change its meaning
 
 
@@ -111,11 +124,13 @@ class _Record:
         if not self.has("messages") and "instruction" not in self.values and "prompt" not in self._columns:
             messages = _media_first(messages, attached, self.dialect)
         turns = read_turns(messages, self.dialect, attached)
-        unread = tuple(key for key in _WEIGHING if self.values.get(key) is not None and key not in self._read())
-        return Conversation(tuple(turns), read_tools(self.get("tools")), unread)
+        return Conversation(tuple(turns), read_tools(self.get("tools")), self._unread())
 
-    def _read(self) -> set[str]:
-        return {key for column in _KEYS for key in self.keys(column)}
+    def _unread(self) -> tuple[str, ...]:
+        """Keys that weigh the record, or seem to hold a picture or video, and are not read."""
+        read = {key for column in _KEYS for key in self.keys(column)}
+        rest = keys_beyond(read, self.values)
+        return tuple(key for key in rest if key in _WEIGHING or _MEDIA_LIKE.fullmatch(key[:80].lower()))
 
     def attached(self) -> Attached:
         """Media and boxes. Raises DataError."""

@@ -2,8 +2,8 @@
 
 An entry is a file named by a digest of all that its draft follows from: the record's values, size and time of change
 of the files that it names, how its data set is read, the encoder with its settings, and this package's code. So an
-entry is right for ever, and there is nothing to invalidate. It appears by a rename: whoever reads sees all of it or
-nothing, and two writers of one entry write the same. What is damaged is made anew.
+entry is right for ever, and there is nothing to invalidate. It appears by a rename: a reader sees all of it or
+nothing, and two writers of one entry write the same. What is damaged is made again.
 
 Pixels are not kept. As bytes they take ten times the space of the JPEG that they come from, and reading so much from
 a disk that is shared takes as long as decoding it.
@@ -106,7 +106,7 @@ class CachedEncoder:
 
 
 class _Reader(pickle.Unpickler):
-    """Makes objects of our and the encoder's classes alone: whoever may write to a mount shall not run code here."""
+    """Makes objects of our and the encoder's classes alone: those who may write to a mount shall not run code here."""
 
     def __init__(self, file: io.BytesIO, module: str):
         super().__init__(file)

@@ -226,7 +226,7 @@ class StepLoader:
         if self._first is None:
             made = self._ready.get()
             if isinstance(made, BaseException):
-                self._ready.put(made)  # whoever asks again is told again
+                self._ready.put(made)  # raised again to the next one who asks
                 raise made
             self._first = made
 

@@ -1,4 +1,4 @@
-"""Records of files that are read front to back, in an order that can be gone on with at any record.
+"""Records of files that are read front to back, in an order that can be resumed at any record.
 
 Files are cut into *shards* known from their sizes (ranges of bytes, row groups, whole tar files). An epoch is an
 order of shards, fixed by (seed, epoch). A few shards are read in turn into a buffer, from which records are drawn at

@@ -202,6 +202,8 @@ def opened(source: object) -> Iterator[Any]:
         raise DataError(f"{describe(source)}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{describe(source)}: no such file") from None
+    except MemoryError:  # says nothing about the file
+        raise
     except (av.error.FFmpegError, OSError, ValueError, EOFError, LookupError) as error:
         # PyAV looks up a stream by its number, which a damaged transport stream invents.
         found = _other_kind(source) if isinstance(error, av.error.InvalidDataError) else ""

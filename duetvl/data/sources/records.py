@@ -1,7 +1,7 @@
 """Records, and the files of JSON that they lie in; every error names the file and the line.
 
 A file of records (`RecordFile`) is described by its path alone. A *place* says where a record lies in it: a byte
-offset, or in Parquet a row. So an index holds eight bytes a record, and whoever knows a place can read the record
+offset, or in Parquet a row. So an index holds eight bytes a record, and a reader that knows a place can read the record
 without an index: worker processes get places, and so does the state of a stream.
 """
 

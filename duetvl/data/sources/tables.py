@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
 from duetvl.data.sources.records import LONGEST_LINE, Places, Reading, Record
 
 _MOST_LINES: Final = 1000  # of one row of a TSV file: more mean a quote that nobody closes
@@ -55,6 +55,9 @@ class TsvFile:
             names = _fields(_row(file, f"{self.path}:1"), f"{self.path}:1")
             file.seek(at)
             values = _fields(_row(file, where), where)
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{self.path}:1: two columns are named {shown(twice)}; name each once")
         if len(values) != len(names):
             raise DataError(f"{where}: has {len(values)} fields, but the line of names has {len(names)}")
         return Record(self.path, number, where, dict(zip(names, values, strict=True)), self.reading)
