@@ -15,7 +15,6 @@ def test_device_answers(be: Backend) -> None:
     assert device.name == "cpu"
     assert 0 < device.peak_memory() < device.total_memory()
     device.synchronize()
-    device.reset_peak_memory()
     assert all(device.supports(dtype) for dtype in ("float32", "bfloat16", "float16"))
     assert not device.supports("float64")
 

@@ -42,13 +42,17 @@ def assert_near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
     """`attention` written out: one softmax over all rows, those of other spans masked."""
-    span = torch.from_numpy(np.repeat(np.arange(spans.lengths.size), spans.lengths))
-    seen = span[:, None] == span[None, :]
-    seen = seen.tril() if spans.causal else seen
+    seen = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
+    bounds = zip(spans.cu_seqlens, spans.cu_seqlens[1:], spans.key_offsets, spans.key_offsets[1:], strict=False)
+    for first, last, key, key_end in bounds:
+        block = torch.ones(last - first, key_end - key, dtype=torch.bool)
+        seen[first:last, key:key_end] = block.tril(key_end - key - last + first) if spans.causal else block
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~seen, float("-inf"))
-    return torch.einsum("hts,shk->thk", scores.softmax(-1), v), scores.logsumexp(-1)
+    blind = ~seen.any(1)
+    scores = scores.masked_fill(~seen & ~blind[:, None], float("-inf"))
+    out = torch.einsum("hts,shk->thk", scores.softmax(-1), v) * ~blind[:, None, None]
+    return out, scores.logsumexp(-1).masked_fill(blind, float("-inf"))
 
 
 def expect_gradients(fn: Callable[..., Tensor], inputs: list[Tensor], d: Tensor) -> list[Tensor]:
@@ -123,6 +127,38 @@ def test_attention(
     found = find_gradients(ops, lambda *t: ops.attention(*t, spans), [q, k, v], d)
     for one, other in zip(found, expect_gradients(lambda *t: dense_attention(*t, spans)[0], [q, k, v], d), strict=True):
         assert_near(one, other, dtype)
+
+
+KEYED = [
+    pytest.param([5, 1, 7], [9, 4, 7], True, id="causal, more keys"),
+    pytest.param([9, 4, 2], [5, 1, 6], True, id="causal, more rows"),
+    pytest.param([3, 0, 4, 2], [0, 5, 6, 0], True, id="causal, some without keys or rows"),
+    pytest.param([3, 0, 4, 2], [0, 5, 6, 1], False, id="whole, some without keys or rows"),
+    pytest.param([3, 2], [0, 0], True, id="no keys"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "keys", "causal"), KEYED)
+def test_attention_to_other_keys(ops: NpuOps, lengths: list[int], keys: list[int], causal: bool) -> None:
+    spans = Spans.of_lengths(lengths, keys, causal=causal)
+    q, d = (made(spans.rows, 4, 16, seed=i) for i in (0, 3))
+    k, v = (made(spans.key_rows, 2, 16, seed=i) for i in (1, 2))
+    out, lse = ops.attention(q, k, v, spans)
+    wanted, wanted_lse = dense_attention(*(x.double() for x in (q, k, v)), spans)
+    assert_near(out, wanted, torch.float32)
+    assert_near(lse, wanted_lse, torch.float32)
+    found = ops.attention_grad(d, q, k, v, out, lse, spans)
+    for one, other in zip(found, expect_gradients(lambda *t: dense_attention(*t, spans)[0], [q, k, v], d), strict=True):
+        assert_near(one, other, torch.float32)
+
+
+@pytest.mark.parametrize("size", [784, 1024])
+def test_heads_beyond_the_kernels_are_composed(ops: NpuOps, size: int) -> None:
+    """The reference of attention refuses more than 768, that of the rotation 896 and more."""
+    q, spans = made(3, 1, size), Spans.of_lengths([3], causal=True)
+    assert_near(ops.attention(q, q, q, spans)[0], dense_attention(q, q, q, spans)[0], torch.float32)
+    cos = torch.ones(3, size // 2)
+    assert torch.equal(ops.rope(q, cos, torch.zeros(3, size // 2)), q)
 
 
 def test_gradient_with_the_lse_of_more_keys(ops: NpuOps) -> None:

@@ -30,7 +30,7 @@ from duetvl.core.spans import Spans
 MASK_SIDE = 2048  # of the compressed causal mask that sparse modes 2 and 3 take, whatever the lengths
 STATISTIC_WIDTH = 8  # softmax_max and softmax_sum repeat each number this often
 LARGEST_HEAD = 512
-FULL, LEFT_UP_CAUSAL = 0, 2  # sparse_mode
+FULL, RIGHT_DOWN_CAUSAL = 0, 3  # sparse_mode
 UNLIMITED = 2**31 - 1
 HALF = (ms.float16, ms.bfloat16)
 
@@ -54,7 +54,7 @@ class AscendOps(FusedAttention, MindSporeOps):
     # -- attention -------------------------------------------------------------------------------------------------
 
     def _takes(self, q: Tensor, spans: Spans) -> bool:
-        return q.dtype in HALF and q.shape[-1] % 16 == 0 and q.shape[-1] <= LARGEST_HEAD and spans.rows > 0
+        return q.dtype in HALF and q.shape[-1] % 16 == 0 and q.shape[-1] <= LARGEST_HEAD
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, top, total, *_ = speed_fusion_attention(
@@ -74,13 +74,12 @@ class AscendOps(FusedAttention, MindSporeOps):
 
     def _layout(self, spans: Spans) -> dict[str, Any]:
         """The arguments that forward and gradient share. Ends of spans come without the leading zero."""
-        ends = spans.cu_seqlens[1:].tolist()
         return {
             "atten_mask": self.hidden_later if spans.causal else None,
-            "sparse_mode": LEFT_UP_CAUSAL if spans.causal else FULL,
+            "sparse_mode": RIGHT_DOWN_CAUSAL if spans.causal else FULL,
             "next_tokens": 0 if spans.causal else UNLIMITED,
-            "actual_seq_qlen": ends,
-            "actual_seq_kvlen": ends,
+            "actual_seq_qlen": spans.cu_seqlens[1:].tolist(),
+            "actual_seq_kvlen": spans.key_offsets[1:].tolist(),
         }
 
     def lse_of(self, top: Tensor, total: Tensor, spans: Spans) -> Tensor:
@@ -137,7 +136,7 @@ class AscendOps(FusedAttention, MindSporeOps):
 
 
 def statistic_places(spans: Spans, heads: int) -> np.ndarray:
-    """(H, T) int32: where, counted in groups of 8, the kernel keeps the statistics of head h and row t.
+    """(H, T) int32: where, counted in groups of 8, the kernel keeps the statistics of head h and query row t.
 
     Their shape says (T, H, 8), but each span's lie as (H, L, 8), one span after the other.
     """

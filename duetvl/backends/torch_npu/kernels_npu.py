@@ -32,8 +32,11 @@ STATISTIC_WIDTH = 8  # softmax_max and softmax_sum repeat each number this often
 BLOCK = 128  # rows of a cache block; the paged kernel takes multiples of 16 up to 512 and recommends this
 CACHE_LIMIT = 2**31  # elements of one paged tensor
 HALF = (torch.float16, torch.bfloat16)  # all that the inference kernel takes; the other kernels take float32 too
+LARGEST_HEAD = 768  # of attention
+MOST_ROWS = 2**20  # in one call of attention
+ROTATED_HEAD = 896  # a head that is rotated is smaller
 
-FULL, LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL = 0, 2, 3  # sparse_mode; equal lengths make the causal ones the same
+FULL, RIGHT_DOWN_CAUSAL = 0, 3  # sparse_mode
 
 
 def why_missing() -> str | None:
@@ -65,7 +68,7 @@ class NpuOps(FusedAttention, TorchOps):
     # -- attention -------------------------------------------------------------------------------------------------
 
     def _takes(self, q: Tensor, spans: Spans) -> bool:
-        return spans.rows > 0
+        return q.shape[-1] <= LARGEST_HEAD and max(spans.rows, spans.key_rows) <= MOST_ROWS
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, top, total, *_ = torch.ops.npu.npu_fusion_attention(
@@ -86,12 +89,11 @@ class NpuOps(FusedAttention, TorchOps):
 
     def _layout(self, spans: Spans) -> dict[str, Any]:
         """The arguments that forward and gradient share. Ends of spans come without the leading zero."""
-        ends = spans.cu_seqlens[1:].tolist()
         return {
             "atten_mask": self.hidden_later if spans.causal else None,
-            "sparse_mode": LEFT_UP_CAUSAL if spans.causal else FULL,
-            "actual_seq_qlen": ends,
-            "actual_seq_kvlen": ends,
+            "sparse_mode": RIGHT_DOWN_CAUSAL if spans.causal else FULL,
+            "actual_seq_qlen": spans.cu_seqlens[1:].tolist(),
+            "actual_seq_kvlen": spans.key_offsets[1:].tolist(),
             # Without it the statistics have shape (T, H, 8), but each span's lie as (H, L, 8).
             "softmax_layout": "TND",
         }
@@ -115,7 +117,7 @@ class NpuOps(FusedAttention, TorchOps):
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The composed rope uses it for the gradient too, with -sin. In float32, as the kernel takes one dtype."""
-        if x.numel() == 0:
+        if x.numel() == 0 or x.shape[-1] >= ROTATED_HEAD:
             return super()._rotate(x, cos, sin)
         full_cos, full_sin = (torch.cat([half, half], -1)[None, :, None] for half in (cos, sin))
         return torch.ops.npu.npu_rotary_mul(x[None].float(), full_cos, full_sin)[0].to(x.dtype)
