@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import oracle
 import pytest
-from frameworks import FRAMEWORKS
+from frameworks import FRAMEWORKS, need
 from hypothesis import settings
 
 from duetvl.core.backend import Backend, load_backend
@@ -42,8 +41,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session", params=list(FRAMEWORKS))
 def be(request: pytest.FixtureRequest) -> Backend:
     """Each backend that is installed, on the CPU."""
-    if find_spec(FRAMEWORKS[request.param]) is None:
-        pytest.skip(f"{FRAMEWORKS[request.param]} is not installed")
+    need(request.param)
     return load_backend(request.param, device="cpu")
 
 

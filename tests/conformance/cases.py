@@ -9,12 +9,14 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 
 from duetvl.core.ops import Ops
 from duetvl.core.spans import Spans
 
 from . import reference
+
+torch = pytest.importorskip("torch")
 
 COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
 ALL = ("float32", "bfloat16", "float16")

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+import pytest
+
+torch = pytest.importorskip("torch")
 
 Tensor = torch.Tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from frameworks import FRAMEWORKS, need
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import BackendError
@@ -16,6 +16,8 @@ from duetvl.core.params import Parameter
 
 from .cases import normal
 from .reference import rounded
+
+torch = pytest.importorskip("torch")
 
 FLOATS = ("float32", "bfloat16", "float16")
 STORED: dict[str, Any] = {
@@ -82,6 +84,7 @@ def test_save_of_a_view_is_contiguous(be: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_backends_read_each_others_bits(be: Backend, dtype: str) -> None:
+    need(*FRAMEWORKS)
     reader = load_backend("mindspore" if be.name == "torch_npu" else "torch_npu", device="cpu")
     raw, name = be.checkpoint_io.save(be.ops.from_numpy(awkward().numpy(), dtype))
     back, _ = reader.checkpoint_io.save(reader.checkpoint_io.load(raw, name, dtype))

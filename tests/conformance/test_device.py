@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from frameworks import need
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import BackendError
@@ -27,5 +28,6 @@ def test_profile_writes_a_trace(be: Backend, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["torch_npu", "mindspore"])
 def test_unknown_device_is_refused_with_the_known_ones(name: str) -> None:
+    need(name)
     with pytest.raises(BackendError, match=r"no device 'tpu'; it has cpu, .* and auto"):
         load_backend(name, device="tpu")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.backend import Backend
 from duetvl.core.composed import ComposedKVCache
@@ -17,6 +16,8 @@ from duetvl.core.kv_cache import Append, KVCache
 from . import reference
 from .cases import normal
 from .tolerances import HALF, error
+
+torch = pytest.importorskip("torch")
 
 # One roundings of the result in half precision; in float32 the exponentials (see "exp" and "attention").
 TOLERANCES = {"float32": 5e-6, "bfloat16": 4 * HALF["bfloat16"], "float16": 4 * HALF["float16"]}

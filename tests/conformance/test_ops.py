@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.composed import ComposedOps
@@ -22,6 +21,8 @@ from .cases import Case, all_cases, normal
 from .reference import attention, rounded
 from .test_signatures import operations
 from .tolerances import TOLERANCES, complaint, error
+
+torch = pytest.importorskip("torch")
 
 CASES = all_cases()
 # What ComposedOps gives every backend, and a backend may override.
@@ -246,7 +247,8 @@ def compared(be: Backend, ops: Any, case: Case, dtype: str) -> list[tuple[str, n
     scalar = sum((y * torch.tensor(c)).sum() for y, c, on in zip(expected, pulls, case.pulled, strict=True) if on)
     wanted = torch.autograd.grad(scalar, leaves, allow_unused=True, materialize_grads=True)
     return pairs + [
-        (f"gradient {i}", ops.to_numpy(d), d64.numpy()) for i, (d, d64) in enumerate(zip(found, wanted, strict=True))
+        (f"gradient {i}", ops.to_numpy(d), d64.detach().numpy())
+        for i, (d, d64) in enumerate(zip(found, wanted, strict=True))
     ]
 
 

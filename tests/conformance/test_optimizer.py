@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.backend import Backend
 from duetvl.core.boxes import Box
@@ -17,6 +16,8 @@ from duetvl.core.params import Parameter
 
 from .cases import normal
 from .reference import element_bits, rounded
+
+torch = pytest.importorskip("torch")
 
 SHAPES = {"matrix": (5, 7), "vector": (9,), "number": (), "one": (1,), "empty": (0, 3)}
 STEPS, LR, BETAS, GRAD_SCALE = 20, 1e-2, (0.9, 0.95), 0.37

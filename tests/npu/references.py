@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+import pytest
 
 from .schemas import SCHEMAS
+
+torch = pytest.importorskip("torch")
 
 Tensor = torch.Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)

@@ -8,21 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from duetvl.backends.torch_npu.autograd import TorchAutograd
-from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer, why_missing
-from duetvl.backends.torch_npu.kv_cache import TorchKVCache
-from duetvl.backends.torch_npu.ops import TorchOps
-from duetvl.backends.torch_npu.optimizer import TorchOptimizer
-from duetvl.core.backend import load_backend
-from duetvl.core.errors import BackendError
-from duetvl.core.kv_cache import Append
-from duetvl.core.optimizer import Group
-from duetvl.core.params import Parameter
-from duetvl.core.spans import Spans
+torch = pytest.importorskip("torch")
 
-from .schemas import SCHEMAS, TORCH_NPU
+from duetvl.backends.torch_npu.autograd import TorchAutograd  # noqa: E402
+from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer, why_missing  # noqa: E402
+from duetvl.backends.torch_npu.kv_cache import TorchKVCache  # noqa: E402
+from duetvl.backends.torch_npu.ops import TorchOps  # noqa: E402
+from duetvl.backends.torch_npu.optimizer import TorchOptimizer  # noqa: E402
+from duetvl.core.backend import load_backend  # noqa: E402
+from duetvl.core.errors import BackendError  # noqa: E402
+from duetvl.core.kv_cache import Append  # noqa: E402
+from duetvl.core.optimizer import Group  # noqa: E402
+from duetvl.core.params import Parameter  # noqa: E402
+from duetvl.core.spans import Spans  # noqa: E402
+
+from .schemas import SCHEMAS, TORCH_NPU  # noqa: E402
 
 Tensor = torch.Tensor
 REAL = bool(os.environ.get("DUETVL_REAL_TORCH_NPU"))
