@@ -19,9 +19,10 @@ if os.environ.get("DUETVL_REAL_TORCH_NPU"):
 ms = pytest.importorskip("mindspore")
 
 from duetvl.backends.mindspore import kernels_ascend  # noqa: E402
-from duetvl.backends.mindspore.kernels_ascend import AscendOps, statistic_places  # noqa: E402
+from duetvl.backends.mindspore.kernels_ascend import AscendOps  # noqa: E402
 from duetvl.backends.mindspore.ops import MindSporeOps  # noqa: E402
 from duetvl.core.backend import load_backend  # noqa: E402
+from duetvl.core.composed.ascend_attention import statistic_places  # noqa: E402
 
 torch = pytest.importorskip("torch")
 

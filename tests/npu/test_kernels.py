@@ -153,6 +153,20 @@ def test_attention_to_other_keys(ops: NpuOps, lengths: list[int], keys: list[int
         assert_near(one, other, torch.float32)
 
 
+def test_operators_without_a_layout_for_statistics(ops: NpuOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch_npu 2.6.0 has them: the statistics of several spans lie in another order than their shape says."""
+    spans = Spans.of_lengths([5, 1, 7], [9, 4, 7], causal=True)
+    q, d = (made(13, 4, 16, seed=i) for i in (0, 3))
+    k, v = (made(20, 2, 16, seed=i) for i in (1, 2))
+    assert ops.by_row
+    out, lse = ops.attention(q, k, v, spans)
+    wanted = [out, lse, *ops.attention_grad(d, q, k, v, out, lse, spans)]
+    monkeypatch.setattr(ops, "by_row", False)
+    out, lse = ops.attention(q, k, v, spans)
+    for one, other in zip([out, lse, *ops.attention_grad(d, q, k, v, out, lse, spans)], wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("size", [784, 1024])
 def test_heads_beyond_the_kernels_are_composed(ops: NpuOps, size: int) -> None:
     """The reference of attention refuses more than 768, that of the rotation 896 and more."""
