@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hypothesis import settings
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
+from duetvl.core.errors import BackendError
 
 # A shell starts a background job with Ctrl-C ignored, which its children inherit; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,6 +33,33 @@ settings.load_profile("repeatable")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of ours."""
     parser.addoption("--full", action="store_true", help="what takes minutes as well: 50 kills instead of 5")
+
+
+def skip_for_want_of_a_framework(error: BackendError) -> None:
+    """Skip where a test asked for a backend whose framework is not installed, by whatever way."""
+    for name, framework in FRAMEWORKS.items():
+        if find_spec(framework) is None and str(error).startswith(f"backend {name} needs "):
+            pytest.skip(f"{framework} is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """See `skip_for_want_of_a_framework`."""
+    try:
+        return (yield)
+    except BackendError as error:
+        skip_for_want_of_a_framework(error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """See `skip_for_want_of_a_framework`."""
+    try:
+        return (yield)
+    except BackendError as error:
+        skip_for_want_of_a_framework(error)
+        raise
 
 
 @pytest.fixture(scope="session")
