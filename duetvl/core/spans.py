@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from duetvl.core.errors import ConfigError
+
 
 class Places(NamedTuple):
     """Numbers of query and of key rows, (N,) and (M,) int32."""
@@ -73,14 +75,22 @@ class Spans:
     def of_lengths(
         cls, lengths: Iterable[int] | np.ndarray, keys: Iterable[int] | np.ndarray | None = None, *, causal: bool
     ) -> Spans:
-        """Spans of the given lengths, end to end, and of the given numbers of keys where these are others.
+        """Spans of the given lengths, end to end; those of no rows are left out.
 
-        A span that has neither rows nor keys is left out.
+        With `keys` each span has that many keys, and all are kept: pieces of queries and keys belong together by their
+        places in the two lists.
         """
         rows = _as_lengths(lengths)
-        key_rows = rows if keys is None else _as_lengths(keys)
-        some = (rows > 0) | (key_rows > 0)
-        return cls(_offsets(rows[some]), causal, None if keys is None else _offsets(key_rows[some]))
+        if keys is None:
+            return cls(_offsets(rows[rows != 0]), causal)
+        return cls(_offsets(rows), causal, _offsets(_as_lengths(keys)))
+
+    def __post_init__(self) -> None:
+        if self.key_offsets.shape != self.cu_seqlens.shape:
+            counts = f"{self.cu_seqlens.size - 1} spans of queries and {self.key_offsets.size - 1} of keys"
+            raise ConfigError(f"{counts}: each span needs both, if only of length 0")
+        if (np.diff(self.cu_seqlens) < 0).any() or (np.diff(self.key_offsets) < 0).any():
+            raise ConfigError("a span has a negative number of rows or keys; cu_seqlens must not fall")
 
     @property
     def key_offsets(self) -> np.ndarray:
@@ -150,10 +160,13 @@ class Spans:
         blind = np.where(keys == 0, rows, np.maximum(rows - keys, 0) if self.causal else 0)
         left = rows - blind
         used = left > 0
-        if not blind.any() and used.all():
+        unseen = np.where(used, 0, keys)
+        if used.all() and not blind.any():
             return self, None
-        places = Places(_last_rows(self.cu_seqlens, left), _last_rows(self.key_offsets, np.where(used, keys, 0)))
-        return Spans.of_lengths(left[used], keys[used], causal=self.causal), places
+        seeing = Spans.of_lengths(left[used], keys[used], causal=self.causal)
+        if not blind.any() and not unseen.any():
+            return seeing, None
+        return seeing, Places(_last_rows(self.cu_seqlens, left), _last_rows(self.key_offsets, keys - unseen))
 
 
 def _as_lengths(lengths: Iterable[int] | np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ class AscendAttention(FusedAttention):
     def _repeated(self, lse: Tensor) -> tuple[Tensor, Tensor]:
         """The two statistics of lse (T, H), in the order in which the kernel reads them."""
         shape = (*lse.shape, STATISTIC_WIDTH)
-        return self.broadcast_to(lse[:, :, None], shape), self.from_numpy(np.ones(shape, np.float32))
+        return self.broadcast_to(lse[:, :, None], shape), self.zeros(shape) + 1.0
 
 
 def statistic_places(spans: Spans, heads: int) -> np.ndarray:
