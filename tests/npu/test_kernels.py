@@ -17,7 +17,7 @@ from duetvl.backends.torch_npu.kv_cache import TorchKVCache  # noqa: E402
 from duetvl.backends.torch_npu.ops import TorchOps  # noqa: E402
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer  # noqa: E402
 from duetvl.core.backend import load_backend  # noqa: E402
-from duetvl.core.errors import BackendError  # noqa: E402
+from duetvl.core.errors import BackendError, ConfigError  # noqa: E402
 from duetvl.core.kv_cache import Append  # noqa: E402
 from duetvl.core.optimizer import Group  # noqa: E402
 from duetvl.core.params import Parameter  # noqa: E402
@@ -297,6 +297,14 @@ def test_cache(ops: NpuOps, steps: list[tuple[list[int], list[int]]], dtype: tor
         assert outs[0].dtype == dtype
         assert_near(outs[0], outs[1], dtype)
         lengths[slots] += new
+
+
+def test_the_cache_refuses_groups_that_do_not_divide_the_heads(ops: NpuOps) -> None:
+    cache = NpuKVCache(ops)
+    store = cache.cache_create(layers=1, slots=1, capacity=4, kv_heads=2, head_size=16, dtype="float16")
+    append = Append(np.array([0]), np.array([0]), np.array([1]))
+    with pytest.raises(ConfigError, match="7 query heads with 2 key-value groups"):
+        cache.attention_cached(made(1, 7, 16, dtype=torch.float16), store, 0, append)
 
 
 # -- optimizer, and the choice of a device ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer
 from duetvl.core.composed import AscendAttention
 from duetvl.core.composed.ascend_attention import FULL, RIGHT_DOWN_CAUSAL
+from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import RowCache
 from duetvl.core.kv_cache import Append
 from duetvl.core.optimizer import AdamWState, Group
@@ -146,6 +147,7 @@ class NpuKVCache(TorchKVCache):
 
     def attention_cached(self, q: Tensor, cache: RowCache, layer: int, append: Append) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
+        check_groups(q.shape[1], keys.shape[1])
         if not _fits(q) or (append.new != 1).any() or keys.numel() >= CACHE_LIMIT:
             return super().attention_cached(q, cache, layer, append)
         blocks = cache.capacity // BLOCK
