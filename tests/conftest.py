@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import oracle
 import pytest
-from frameworks import FRAMEWORKS
+from frameworks import FRAMEWORKS, need
 from hypothesis import settings
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
+from duetvl.core.errors import BackendError
 
 # A shell starts a background job with Ctrl-C ignored, which its children inherit; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,6 +35,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="what takes minutes as well: 50 kills instead of 5")
 
 
+def skip_for_want_of_a_framework(error: BackendError) -> None:
+    """Skip where a test asked for a backend whose framework is not installed, by whatever way."""
+    for name, framework in FRAMEWORKS.items():
+        if find_spec(framework) is None and str(error).startswith(f"backend {name} needs "):
+            pytest.skip(f"{framework} is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """See `skip_for_want_of_a_framework`."""
+    try:
+        return (yield)
+    except BackendError as error:
+        skip_for_want_of_a_framework(error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """See `skip_for_want_of_a_framework`."""
+    try:
+        return (yield)
+    except BackendError as error:
+        skip_for_want_of_a_framework(error)
+        raise
+
+
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether `--full` was given."""
@@ -42,8 +71,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session", params=list(FRAMEWORKS))
 def be(request: pytest.FixtureRequest) -> Backend:
     """Each backend that is installed, on the CPU."""
-    if find_spec(FRAMEWORKS[request.param]) is None:
-        pytest.skip(f"{FRAMEWORKS[request.param]} is not installed")
+    need(request.param)
     return load_backend(request.param, device="cpu")
 
 

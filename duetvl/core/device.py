@@ -18,11 +18,7 @@ class Device(Protocol):
         ...
 
     def peak_memory(self) -> int:
-        """Most bytes that the device's allocator held since the last reset; on a CPU the peak resident set."""
-        ...
-
-    def reset_peak_memory(self) -> None:
-        """Start a new measurement, where the device can (the resident set of a process cannot be reset)."""
+        """Most bytes that the device's allocator has held; on a CPU the peak resident set."""
         ...
 
     def total_memory(self) -> int:

@@ -1,7 +1,7 @@
 """Protocol of the tensor functions. A method's docstring is its specification; backends are tested against it.
 
 A tensor is the framework's own. Above the seam it has `+ - * /`, unary minus, comparisons, basic slices,
-`.shape` and `.ndim`; everything else is one of these functions. They never write to an argument, except the three
+`.shape` and `.ndim`; everything else is one of these functions. They never write to an argument, except the two
 mutators at the end. dtypes are named by strings: float32, bfloat16, float16, int32, int64, bool. There is no
 promotion: both sides of an arithmetic operation have one dtype, `cast` changes it.
 
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from duetvl.core.errors import BackendError
 from duetvl.core.spans import Spans
 
 Tensor = Any
@@ -178,13 +179,16 @@ class Ops(Protocol):
         """silu(gate) * up"""
         ...
 
-    def dropout(self, x: Tensor, p: float, key: Sequence[int], origin: tuple[int, int] = (0, 0)) -> Tensor:
+    def dropout(
+        self, x: Tensor, p: float, key: Sequence[int], rows: np.ndarray | None = None, column: int = 0
+    ) -> Tensor:
         """x (..., D) with a share `p` of its elements set to zero and the rest divided by 1 - p, 0 <= p < 1.
 
         Which ones is a hash, specified in counter_hash.py to the bit, of the integers in `key` (what the pass is: a
-        seed, a step, a micro-batch, a place in the model) and of each element's row and column; leading axes count as
-        one. `origin` is the place of the first element in the whole tensor where x is a part of it. The mask is made
-        again for the gradient, not stored. Computed in float32, rounded once.
+        seed, a step, a pack of the step, a place in the model) and of each element's row and column in the whole
+        tensor. Where x is a part of it, `rows` (N,) integers are the numbers of its rows there, in any order, and
+        `column` is that of its first column; leading axes count as one. The mask is made again for the gradient, not
+        stored. Computed in float32, rounded once. Raises ConfigError where `rows` does not number x's rows.
         """
         ...
 
@@ -198,9 +202,11 @@ class Ops(Protocol):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         """Softmax attention inside each span, scores scaled by K ** -0.5.
 
-        q (T, H, K), k and v (T, G, K) where G divides H: head h uses group h * G // H. `spans` covers the T rows.
-        Returns out (T, H, K) in q's dtype and lse (H, T) float32, the log of the summed exponentials.
-        Gradient: from out to q, k, v; none through lse.
+        q (T, H, K), k and v (N, G, K) where G divides H: head h uses group h * G // H. `spans` covers the T query and
+        the N key rows, which are the same rows unless it says otherwise. Returns out (T, H, K) in q's dtype and
+        lse (H, T) float32, the log of the summed exponentials. A row that sees no key has out 0 and lse -inf.
+        Gradient: from out to q, k, v; none through lse. Raises ConfigError where G does not divide H, or shapes and
+        spans do not fit together.
         """
         ...
 
@@ -209,7 +215,8 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of `attention` to q, k and v for the cotangent `dout` of out.
 
-        `out` and `lse` may come from a softmax over more keys than k holds (ring attention). Not differentiable.
+        `out` and `lse` may come from a softmax over more keys than k holds (ring attention). Rows that see no key, and
+        keys that no row sees, have gradient 0, whatever their lse. Not differentiable. Raises as `attention` does.
         """
         ...
 
@@ -229,16 +236,41 @@ class Ops(Protocol):
         """
         ...
 
+    def linear_logprobs_grad(
+        self,
+        dlogp: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        needs: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of `linear_logprobs` to h and weight, each in its dtype, for the cotangent `dlogp` (N,) float32.
+
+        `lse` (N,) may come from a softmax over more rows than weight holds (a vocabulary in parts): a label outside
+        [0, V) is then a row of another part. `needs`: which of the two are computed, the other is None. Not
+        differentiable.
+        """
+        ...
+
     # -- mutators: never while a tape that saw `dst` is in flight --------------------------------------------------
 
     def assign(self, dst: Tensor, src: Tensor) -> None:
-        """Overwrite all of `dst` with `src`, of the same shape, cast to dst's dtype. The storage stays the same."""
+        """Overwrite all of `dst` with `src`, of the same shape, cast to dst's dtype. The storage stays the same.
+
+        `dst` is a whole tensor. A slice of one, or another view, raises BackendError: on some backends what is written
+        into it would be lost.
+        """
         ...
 
     def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
-        """Overwrite rows start, start + 1, ... of `dst` with `src`, cast to dst's dtype."""
+        """Overwrite rows start, start + 1, ... of `dst`, whole as in `assign`, with `src`, cast to dst's dtype."""
         ...
 
-    def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
-        """Overwrite rows `index` (N,) int32, all different, of `dst` with `src` (N, ...), cast to dst's dtype."""
-        ...
+
+def write_refused(dst: Tensor) -> BackendError:
+    """The error of a write into a slice or another view."""
+    return BackendError(
+        f"a write into a slice or a view of shape {tuple(dst.shape)}: on some backends it would be lost; write into "
+        f"the whole tensor (write_slice), or into a tensor of its own and from there with assign"
+    )

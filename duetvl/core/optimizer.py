@@ -52,7 +52,8 @@ class Optimizer(Protocol):
     def create(self, groups: Sequence[Group], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
         """Zero moments for every parameter, and a float32 master copy of each that is stored in half precision.
 
-        dtype: of the moments, float32 or bfloat16. With `offload` the state is kept on the host.
+        dtype: of the moments, float32 or bfloat16. With `offload` the state is kept on the host. A parameter whose
+        tensor is a slice or another view raises BackendError: updates write into whole tensors alone.
         """
         ...
 
@@ -73,8 +74,10 @@ class Optimizer(Protocol):
         without a gradient is left alone, its step count too.
 
         Moments in bfloat16 are computed in float32. The second one is rounded up or down at random, with odds that make
-        its mean right, by numbers that the parameter's path and step count determine: rounded to the nearest it would
-        never fall at beta2 0.999. Offloaded state is moved to the device and back one parameter at a time.
+        its mean right (rounded to the nearest it would never fall at beta2 0.999): by bits, specified in
+        counter_hash.py, of the parameter's path, its step count and each element's place in the whole tensor, of which
+        `Parameter.part` may say that it is a part. Offloaded state is moved to the device and back one parameter at a
+        time.
         """
         ...
 

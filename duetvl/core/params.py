@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from duetvl.core.boxes import Box
+
 Tensor = Any
 
 
@@ -15,7 +17,8 @@ class Parameter:
 
     `tensor` is in the storage dtype. `main_grad` is float32 and None until a gradient arrives; the optimizer step
     sets it back to None. A `conditional` parameter may go without a gradient in a step (the vision tower when a
-    step has no picture).
+    step has no picture). `part` are the boxes that it is of a tensor that is divided, stacked on its first axis; (): it
+    is the whole.
     """
 
     path: str
@@ -23,6 +26,7 @@ class Parameter:
     trainable: bool = True
     conditional: bool = False
     main_grad: Any = None
+    part: tuple[Box, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 
 from duetvl.core.ops import Ops
 from duetvl.core.spans import Spans
 
 from . import reference
+
+torch = pytest.importorskip("torch")
 
 COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
 ALL = ("float32", "bfloat16", "float16")
@@ -302,14 +305,16 @@ KEY = (3, 2**40 + 5, 0, 77)
 
 
 def adapters() -> Iterator[Case]:
-    for shape, p, origin in (
-        ((5, 16), 0.5, (0, 0)), ((3, 4, 7), 0.1, (2, 9)), ((64,), 0.9, (0, 2**31)), ((0, 8), 0.5, (0, 0)),
-        ((4, 6), 0.0, (0, 0)), ((300, 40), 0.3, (2**32, 1)),
+    any_rows, far_rows = np.array([7, 0, 2**33 + 5, 3, 8]), np.arange(2**32, 2**32 + 300)
+    for shape, p, rows, column in (
+        ((5, 16), 0.5, None, 0), ((3, 4, 7), 0.1, np.arange(2, 14), 9), ((64,), 0.9, None, 2**31),
+        ((0, 8), 0.5, None, 0), ((4, 6), 0.0, None, 0), ((300, 40), 0.3, far_rows, 1), ((5, 40), 0.3, any_rows, 0),
     ):  # fmt: skip
-        factor = torch.tensor(reference.dropout_factor(shape, p, KEY, origin))
+        numbers = range(int(np.prod(shape[:-1]))) if rows is None else rows.tolist()
+        factor = torch.tensor(reference.dropout_factor(shape, p, KEY, numbers, column))
         yield Case(
-            "dropout", f"{shape} {p} {origin}", (normal(*shape),),
-            lambda ops, x, p=p, at=origin: ops.dropout(x, p, KEY, at), lambda x, f=factor: x * f,
+            "dropout", f"{shape} {p} {column}", (normal(*shape),),
+            lambda ops, x, p=p, r=rows, c=column: ops.dropout(x, p, KEY, r, c), lambda x, f=factor: x * f,
         )  # fmt: skip
     for out, width, rank in ((5, 7, 2), (1, 64, 8), (3000, 2048, 4)):
         w, a, b = normal(out, width), normal(rank, width, seed=1), normal(out, rank, seed=2)
@@ -329,7 +334,25 @@ SPANS = {
     "long": (150,),
     "none": (),
 }
-HEADS = {"16": (2, 2, 16), "40": (3, 3, 40), "80 of one group": (4, 1, 80), "128 of two groups": (6, 2, 128)}
+# Query rows and keys of each span.
+KEYED = {
+    "more keys": ((5, 1, 7), (9, 4, 7)),
+    "more rows": ((9, 4, 2), (5, 1, 6)),
+    "some without keys": ((3, 2, 4), (0, 5, 0)),
+    "some without rows": ((0, 3, 0), (4, 3, 2)),
+    "no keys": ((3,), (0,)),
+    "no rows": ((0, 0), (4, 1)),
+    "equal runs": ((4, 4, 4, 2), (6, 6, 6, 6)),
+    "one row each": ((1, 1, 1), (7, 9, 9)),
+    "long": ((70,), (150,)),
+}
+HEADS = {
+    "16": (2, 2, 16),
+    "40": (3, 3, 40),
+    "40 of one group": (4, 1, 40),
+    "80 of one group": (4, 1, 80),
+    "128 of two groups": (6, 2, 128),
+}
 
 
 def attention() -> Iterator[Case]:
@@ -344,6 +367,18 @@ def attention() -> Iterator[Case]:
                 "attention", f"{spans_label}, {heads_label}, {'causal' if causal else 'full'}", (q, k, v),
                 lambda ops, q, k, v, s=spans: ops.attention(q, k, v, s),
                 lambda q, k, v, n=lengths, c=causal: reference.attention(q, k, v, n, c), pulled=(True, False),
+            )  # fmt: skip
+    for label, heads_label in product(KEYED, ("16", "40 of one group")):
+        (lengths, keys), (heads, groups, size) = KEYED[label], HEADS[heads_label]
+        q = normal(sum(lengths), heads, size)
+        k, v = (normal(sum(keys), groups, size, seed=i) for i in (1, 2))
+        for causal in (False, True):
+            spans = Spans.of_lengths(lengths, keys, causal=causal)
+            yield Case(
+                "attention", f"{label}, {heads_label}, {'causal' if causal else 'full'}", (q, k, v),
+                lambda ops, q, k, v, s=spans: ops.attention(q, k, v, s),
+                lambda q, k, v, n=lengths, m=keys, c=causal: reference.attention(q, k, v, n, c, m),
+                pulled=(True, False),
             )  # fmt: skip
     q, k, v = (normal(40, 2, 16, seed=i, scale=s) for i, s in enumerate((60.0, 60.0, 1.0)))
     sharp = Spans.of_lengths((40,), causal=True)
@@ -377,6 +412,16 @@ def vocabulary() -> Iterator[Case]:
             "linear_logprobs", label, (h, w, labels), lambda ops, h, w, y: ops.linear_logprobs(h, w, y),
             reference.linear_logprobs, pulled=(True, False), **common,
         )  # fmt: skip
+        if scale == 1.0:
+            elsewhere = integers(3 * size, count) - size  # a third of the labels is in this part of the vocabulary
+            dlogp, lse = normal(count, seed=4), normal(count, seed=5) + np.log(3 * size)
+            yield Case(
+                "linear_logprobs_grad", f"{count} x {size}", (dlogp, h, w, elsewhere, lse),
+                lambda ops, d, h, w, y, m: ops.linear_logprobs_grad(
+                    ops.cast(d, "float32"), h, w, y, ops.cast(m, "float32")
+                ),
+                reference.linear_logprobs_grad, differentiable=False,
+            )  # fmt: skip
         for op, pulled in (("linear_cross_entropy", (True,)), ("linear_logprobs", (True, False))):
             for fixed, position in (("weight", 1), ("h", 0)):
                 yield frozen_argument(op, f"{label} {fixed} frozen", h, w, labels, position, pulled)

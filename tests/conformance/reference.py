@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+import pytest
+
+torch = pytest.importorskip("torch")
 
 Tensor = torch.Tensor
 
@@ -59,16 +61,20 @@ def gather_last(x: Tensor, index: Tensor) -> Tensor:
     return torch.stack([flat[i, n] for i, n in enumerate(index.reshape(-1).tolist())]).reshape(index.shape)
 
 
-def dropout_factor(shape: Sequence[int], p: float, key: Sequence[int], origin: tuple[int, int]) -> np.ndarray:
+def dropout_factor(shape: Sequence[int], p: float, key: Sequence[int], rows: Sequence[int], column: int) -> np.ndarray:
     """0 or 1 / (1 - p) for each element, by counter_hash.py's text in Python's own integers."""
     columns = shape[-1]
-    factors = [
-        dropout_element(origin[0] + n // columns, origin[1] + n % columns, p, key) for n in range(math.prod(shape))
-    ]
+    factors = [dropout_element(row, column + n, p, key) for row in rows for n in range(columns)]
     return np.array(factors, np.float64).reshape(shape)
 
 
 def dropout_element(row: int, column: int, p: float, key: Sequence[int]) -> float:
+    x = element_bits(row, column, key)
+    signed = x - (1 << 32) if x >> 31 else x
+    return 1 / (1 - p) if signed >= round(p * 2**32) - 2**31 else 0.0
+
+
+def element_bits(row: int, column: int, key: Sequence[int]) -> int:
     word = (1 << 32) - 1
 
     def mix(x: int) -> int:
@@ -87,20 +93,20 @@ def dropout_element(row: int, column: int, p: float, key: Sequence[int]) -> floa
     x = column ^ a
     x = ((x ^ x >> 16) * 0x7FEB352D + b) & word
     x = (x ^ x >> 15) * 0x846CA68B & word
-    x = x ^ x >> 16
-    signed = x - (1 << 32) if x >> 31 else x
-    return 1 / (1 - p) if signed >= round(p * 2**32) - 2**31 else 0.0
+    return x ^ x >> 16
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool, keys: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     heads, groups = q.shape[1], k.shape[1]
-    outs, lses, start = [], [], 0
-    for length in lengths:
-        rows = slice(start, start + length)
-        start += length
-        hidden = torch.ones(length, length, dtype=torch.bool).triu(1) & causal
+    outs, lses, start, key_start = [], [], 0, 0
+    for length, count in zip(lengths, lengths if keys is None else keys, strict=True):
+        rows, cols = slice(start, start + length), slice(key_start, key_start + count)
+        start, key_start = start + length, key_start + count
+        hidden = torch.ones(length, count, dtype=torch.bool).triu(1 + count - length) & causal
         by_head = [
-            one_head(q[rows, h], k[rows, h * groups // heads], v[rows, h * groups // heads], hidden)
+            one_head(q[rows, h], k[cols, h * groups // heads], v[cols, h * groups // heads], hidden)
             for h in range(heads)
         ]
         outs.append(torch.stack([out for out, _ in by_head], 1))
@@ -111,8 +117,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: b
 
 
 def one_head(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    scores = (q @ k.T / math.sqrt(q.shape[-1])).masked_fill(hidden, -torch.inf)
-    return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+    """Row by row what it sees: 0 and -inf where that is nothing."""
+    outs, lses = [], []
+    for i in range(q.shape[0]):
+        seen = ~hidden[i]
+        scores = k[seen] @ q[i] / math.sqrt(q.shape[-1])
+        outs.append(torch.softmax(scores, -1) @ v[seen])
+        lses.append(torch.logsumexp(scores, -1))
+    return torch.stack(outs) if outs else q * 1, torch.stack(lses) if lses else q.new_zeros(0)
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -128,6 +140,14 @@ def linear_logprobs(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
     logits = h @ weight.T
     lse = torch.logsumexp(logits, -1)
     return logits[torch.arange(len(labels)), labels.long()] - lse, lse
+
+
+def linear_logprobs_grad(
+    dlogp: Tensor, h: Tensor, weight: Tensor, labels: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    one_hot = (labels.long()[:, None] == torch.arange(len(weight))).double()
+    dlogits = dlogp[:, None] * (one_hot - torch.exp(h @ weight.T - lse[:, None]))
+    return dlogits @ weight, dlogits.T @ h
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.autograd import MissingGradient
 from duetvl.core.backend import Backend
 from duetvl.core.params import Parameter, Weights
 
 from .cases import integers, normal
+
+torch = pytest.importorskip("torch")
 
 
 def tensor(be: Backend, values: Any, dtype: str = "float32") -> Any:

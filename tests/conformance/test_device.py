@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from frameworks import need
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import BackendError
@@ -15,7 +16,6 @@ def test_device_answers(be: Backend) -> None:
     assert device.name == "cpu"
     assert 0 < device.peak_memory() < device.total_memory()
     device.synchronize()
-    device.reset_peak_memory()
     assert all(device.supports(dtype) for dtype in ("float32", "bfloat16", "float16"))
     assert not device.supports("float64")
 
@@ -28,5 +28,6 @@ def test_profile_writes_a_trace(be: Backend, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["torch_npu", "mindspore"])
 def test_unknown_device_is_refused_with_the_known_ones(name: str) -> None:
+    need(name)
     with pytest.raises(BackendError, match=r"no device 'tpu'; it has cpu, .* and auto"):
         load_backend(name, device="tpu")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.backend import Backend
 from duetvl.core.composed import ComposedKVCache
@@ -17,6 +16,8 @@ from duetvl.core.kv_cache import Append, KVCache
 from . import reference
 from .cases import normal
 from .tolerances import HALF, error
+
+torch = pytest.importorskip("torch")
 
 # One roundings of the result in half precision; in float32 the exponentials (see "exp" and "attention").
 TOLERANCES = {"float32": 5e-6, "bfloat16": 4 * HALF["bfloat16"], "float16": 4 * HALF["float16"]}
@@ -120,3 +121,10 @@ def test_overflow_is_refused_before_anything_is_written(be: Backend) -> None:
     rows = be.ops.zeros((4, 1, 16))
     with pytest.raises(ConfigError, match=r"slot 1 .* has 2 rows and room for 4; 3 more do not fit"):
         be.kv_cache.cache_append(cache, 0, rows, rows, Append(np.array([0, 1]), np.array([0, 2]), np.array([1, 3])))
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused(be: Backend) -> None:
+    for kv in caches(be):
+        cache = kv.cache_create(layers=1, slots=1, capacity=4, kv_heads=2, head_size=16, dtype="float32")
+        with pytest.raises(ConfigError, match="7 query heads with 2 key-value groups"):
+            kv.attention_cached(be.ops.zeros((1, 7, 16)), cache, 0, Append(np.array([0]), np.array([0]), np.array([1])))

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.composed import ComposedOps
+from duetvl.core.composed import attention as composed_attention
 from duetvl.core.composed import ops as composed
+from duetvl.core.composed.attention import ComposedAttention
+from duetvl.core.errors import ConfigError
 from duetvl.core.ops import Ops
 from duetvl.core.spans import Spans
 
@@ -20,10 +22,18 @@ from .reference import attention, rounded
 from .test_signatures import operations
 from .tolerances import TOLERANCES, complaint, error
 
+torch = pytest.importorskip("torch")
+
 CASES = all_cases()
 # What ComposedOps gives every backend, and a backend may override.
-COARSE = [case for case in CASES if case.op in vars(ComposedOps)]
-BLOCKED = [case for case in COARSE if case.op in ("attention", "linear_cross_entropy", "linear_logprobs")]
+DEFAULTS = {
+    name: value
+    for kind in (ComposedAttention, ComposedOps)
+    for name, value in vars(kind).items()
+    if not name.startswith("__")
+}
+COARSE = [case for case in CASES if case.op in DEFAULTS]
+BLOCKED = [case for case in COARSE if case.op.startswith(("attention", "linear_cross_entropy", "linear_logprobs"))]
 
 
 def ident(value: Any) -> str:
@@ -52,7 +62,7 @@ def test_mindspore_functions_of_every_device_equal_reference(case: Case) -> None
 
 
 def test_every_operation_has_a_case() -> None:
-    in_test_conversion = {"from_numpy", "to_numpy", "dtype_of", "cast", "zeros", "assign", "write_slice", "write_rows"}
+    in_test_conversion = {"from_numpy", "to_numpy", "dtype_of", "cast", "zeros", "assign", "write_slice"}
     elsewhere = in_test_conversion | {"attention_grad"}  # the gradient of every case of attention
     assert not set(operations(Ops)) - {case.op for case in CASES} - elsewhere
 
@@ -60,7 +70,7 @@ def test_every_operation_has_a_case() -> None:
 @pytest.mark.parametrize("case", BLOCKED, ids=ident)
 def test_blocks_equal_reference(be: Backend, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With budgets so small that everything is computed in many blocks."""
-    monkeypatch.setattr(composed, "SCORE_BUDGET", 64)
+    monkeypatch.setattr(composed_attention, "SCORE_BUDGET", 64)
     monkeypatch.setattr(composed, "LOGIT_BUDGET", 64)
     monkeypatch.setattr(composed, "LEAST_ROWS", 5)
     if be.name == "mindspore":
@@ -97,6 +107,82 @@ def test_attention_grad_takes_out_and_lse_of_more_keys(be: Backend, causal: bool
             assert error(be.to_numpy(ours), exact.numpy()) < TOLERANCES["attention"].float32
 
 
+@pytest.mark.parametrize(
+    ("q", "k", "v", "spans", "complaint"),
+    [
+        ((5, 7, 16), (5, 2, 16), None, Spans.of_lengths([5], causal=True), "7 query heads with 2 key-value groups"),
+        ((5, 2, 16), (5, 4, 16), None, Spans.of_lengths([5], causal=True), "2 query heads with 4 key-value groups"),
+        ((5, 4, 16), (5, 2, 8), None, Spans.of_lengths([5], causal=True), "the head size of q"),
+        ((5, 4, 16), (5, 2, 16), (5, 1, 16), Spans.of_lengths([5], causal=True), "k and v must have one shape"),
+        ((5, 4, 16), (5, 2, 16), None, Spans.of_lengths([4], causal=True), "spans of 4 and 4"),
+        ((5, 4, 16), (6, 2, 16), None, Spans.of_lengths([5], causal=True), "spans of 5 and 5"),
+        ((5, 4, 16), (6, 2, 16), None, Spans.of_lengths([5], [5], causal=False), "spans of 5 and 5"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit_together(
+    be: Backend, q: Any, k: Any, v: Any, spans: Spans, complaint: str
+) -> None:
+    for ops in (be.ops, composed_only(be)):
+        tensors = [ops.zeros(shape) for shape in (q, k, v or k)]
+        with pytest.raises(ConfigError, match=complaint):
+            ops.attention(*tensors, spans)
+        with pytest.raises(ConfigError, match=complaint):
+            ops.attention_grad(tensors[0], *tensors, tensors[0], ops.zeros((q[1], q[0])), spans)
+
+
+def test_attention_in_pieces_of_keys_is_attention(be: Backend) -> None:
+    """As a ring does it: earlier keys are seen in full, the rows' own causally; some sequences have none of either."""
+    rows, keys = np.array([4, 3, 0, 6]), np.array([9, 3, 5, 6])
+    q, k, v, dout = (normal(n, h, 16, seed=i) for i, (n, h) in enumerate(((13, 4), (23, 2), (23, 2), (13, 4))))
+    leaves = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
+    exact, _ = attention(*leaves, rows, True, keys)
+    wanted = torch.autograd.grad((exact * torch.tensor(dout)).sum(), leaves)
+    own = np.concatenate([np.arange(end - n, end) for end, n in zip(np.cumsum(keys), rows, strict=True)])
+    earlier = np.setdiff1d(np.arange(23), own)
+    pieces = (
+        (earlier, Spans.of_lengths(rows, keys - rows, causal=False)),
+        (own, Spans.of_lengths(rows, causal=True)),
+    )
+    ops = be.ops
+    q_, dout_ = (ops.from_numpy(x, "float32") for x in (q, dout))
+    calls = [(*(ops.from_numpy(x[at], "float32") for x in (k, v)), spans) for at, spans in pieces]
+    found = [[be.to_numpy(x) for x in ops.attention(q_, *call)] for call in calls]
+    lse = np.logaddexp(found[0][1], found[1][1])
+    out = sum((o * np.exp(m - lse).T[:, :, None] for o, m in found), np.zeros(q.shape))
+    assert error(out, exact.detach().numpy()) < TOLERANCES["attention"].float32
+    joined = (ops.from_numpy(out, "float32"), ops.from_numpy(lse))
+    dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
+    for (at, _), (piece_k, piece_v, spans) in zip(pieces, calls, strict=True):
+        parts = ops.attention_grad(dout_, q_, piece_k, piece_v, *joined, spans)
+        dq, dk[at], dv[at] = dq + be.to_numpy(parts[0]), be.to_numpy(parts[1]), be.to_numpy(parts[2])
+    for ours, theirs in zip((dq, dk, dv), wanted, strict=True):
+        assert error(ours, theirs.numpy()) < TOLERANCES["attention"].float32
+
+
+def test_linear_logprobs_grad_computes_what_is_needed(be: Backend) -> None:
+    ops = be.ops
+    h, w, labels = ops.zeros((3, 4)), ops.zeros((5, 4)), ops.zeros((3,), "int32")
+    for needs in ((True, False), (False, True)):
+        found = ops.linear_logprobs_grad(ops.zeros((3,)), h, w, labels, ops.zeros((3,)), needs)
+        assert tuple(x is not None for x in found) == needs
+
+
+def test_dropout_refuses_row_numbers_that_are_not_those_of_its_rows(be: Backend) -> None:
+    with pytest.raises(ConfigError, match=r"4 rows with row numbers of shape \(3,\)"):
+        be.ops.dropout(be.ops.zeros((2, 2, 8)), 0.5, (1,), np.arange(3))
+
+
+def test_dropout_of_parts_is_dropout_of_the_whole(be: Backend) -> None:
+    """Rows dealt out to ranks in any order, and columns cut in two."""
+    x = normal(12, 10).astype(np.float32)
+    whole = be.to_numpy(be.ops.dropout(be.ops.from_numpy(x), 0.5, (3, 1)))
+    for rows in (np.array([11, 3, 4, 0]), np.arange(5, 9)):
+        for columns in (slice(0, 6), slice(6, 10)):
+            part = be.ops.from_numpy(np.ascontiguousarray(x[rows, columns]))
+            found = be.to_numpy(be.ops.dropout(part, 0.5, (3, 1), rows, columns.start))
+            np.testing.assert_array_equal(found, whole[rows, columns])
+
+
 def test_gradients_of_saturated_attention_are_finite(be: Backend) -> None:
     """Scores of ten thousand: exponentials of everything but the largest vanish, and nothing overflows."""
     q, k, v = (be.ops.from_numpy(normal(40, 2, 16, seed=i) * 100, "float32") for i in range(3))
@@ -116,8 +202,7 @@ def dtypes_for(be: Backend, case: Case) -> tuple[str, ...]:
 
 def composed_only(be: Backend) -> Ops:
     """The backend's small functions with the composed coarse ones, as a new backend starts out."""
-    defaults = {name: value for name, value in vars(ComposedOps).items() if not name.startswith("__")}
-    kind = type("ComposedOnly", (type(be.ops),), defaults)
+    kind = type("ComposedOnly", (type(be.ops),), dict(DEFAULTS))
     ops = copy.copy(be.ops)
     ops.__dict__.pop("_swiglu", None)  # made once for an instance
     ops.__class__ = kind
@@ -162,7 +247,8 @@ def compared(be: Backend, ops: Any, case: Case, dtype: str) -> list[tuple[str, n
     scalar = sum((y * torch.tensor(c)).sum() for y, c, on in zip(expected, pulls, case.pulled, strict=True) if on)
     wanted = torch.autograd.grad(scalar, leaves, allow_unused=True, materialize_grads=True)
     return pairs + [
-        (f"gradient {i}", ops.to_numpy(d), d64.numpy()) for i, (d, d64) in enumerate(zip(found, wanted, strict=True))
+        (f"gradient {i}", ops.to_numpy(d), d64.detach().numpy())
+        for i, (d, d64) in enumerate(zip(found, wanted, strict=True))
     ]
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.backend import Backend
+from duetvl.core.boxes import Box
 from duetvl.core.optimizer import AdamWState, Group
 from duetvl.core.params import Parameter
 
 from .cases import normal
-from .reference import rounded
+from .reference import element_bits, rounded
+
+torch = pytest.importorskip("torch")
 
 SHAPES = {"matrix": (5, 7), "vector": (9,), "number": (), "one": (1,), "empty": (0, 3)}
 STEPS, LR, BETAS, GRAD_SCALE = 20, 1e-2, (0.9, 0.95), 0.37
@@ -127,6 +130,44 @@ def test_the_second_moment_falls_in_bfloat16(be: Backend) -> None:
     found = np.asarray(be.to_numpy(state.exp_avg_sq["w"]), np.float64)
     assert found.mean() == pytest.approx(0.001 * 0.999**400, rel=0.01)
     assert len(np.unique(found)) > 2
+
+
+def second_moments(be: Backend, shape: tuple[int, ...], part: tuple[Box, ...] = ()) -> np.ndarray:
+    """Of a parameter after two steps in bfloat16, or of the rows and columns `part` of it, as the bits of float32."""
+    gradients = [np.abs(normal(*shape, seed=step)).astype(np.float32) for step in range(2)]
+    cut = [np.concatenate([g[box.slices] for box in part]) if part else g for g in gradients]
+    p = Parameter("layers.0.w", be.ops.zeros(cut[0].shape), part=part)
+    state = be.optimizer.create([Group([p])], dtype="bfloat16")
+    for g in cut:
+        p.main_grad = be.ops.from_numpy(np.ascontiguousarray(g))
+        be.optimizer.step(state, [Group([p])], lr=0.0, betas=(0.0, 0.0), eps=1e-8, grad_scale=1.0)
+    return be.to_numpy(state.exp_avg_sq["layers.0.w"]).view(np.uint32)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (11,), (), (4, 3, 2)], ids=str)
+def test_rounding_of_moments_is_the_hash_of_their_places(be: Backend, shape: tuple[int, ...]) -> None:
+    """With betas of 0 the moment is the square of the last gradient, so the same on every backend."""
+    square = np.square(np.abs(normal(*shape, seed=1)).astype(np.float32)).reshape(shape)
+    key = (zlib.crc32(b"layers.0.w"), 2)
+    columns = shape[-1] if len(shape) > 1 else 1
+    noise = [element_bits(n // columns, n % columns, key) & 0xFFFF for n in range(square.size)]
+    wanted = np.asarray(square).view(np.uint32) + np.array(noise, np.uint32).reshape(shape) & np.uint32(0xFFFF0000)
+    np.testing.assert_array_equal(second_moments(be, shape), wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [
+        ((6, 5), (Box((2, 0), (3, 5)),)),
+        ((6, 5), (Box((0, 2), (6, 3)),)),
+        ((12, 5), (Box((1, 0), (2, 5)), Box((5, 0), (2, 5)), Box((9, 0), (2, 5)))),
+        ((12,), (Box((1,), (2,)), Box((5,), (2,)), Box((9,), (2,)))),
+        ((4, 3, 2), (Box((1, 0, 0), (2, 3, 2)),)),
+    ],
+)
+def test_a_part_is_rounded_as_the_whole_is(be: Backend, shape: tuple[int, ...], part: tuple[Box, ...]) -> None:
+    whole = second_moments(be, shape)
+    np.testing.assert_array_equal(second_moments(be, shape, part), np.concatenate([whole[box.slices] for box in part]))
 
 
 def test_a_step_keeps_the_storage(be: Backend) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
+from frameworks import need
 
 from duetvl.core.autograd import Autograd
 from duetvl.core.backend import Backend
@@ -56,15 +58,21 @@ def test_backend_has_every_attribute(be: Backend, part: str) -> None:
         assert hasattr(getattr(be, part), name), f"{part}.{name}"
 
 
-def test_kernels_for_ascend_have_the_same_signatures() -> None:
-    kernels_npu = pytest.importorskip("duetvl.backends.torch_npu.kernels_npu")
-    kernels_ascend = pytest.importorskip("duetvl.backends.mindspore.kernels_ascend")
-    problems = [
-        *missing_or_different(Ops, kernels_npu.NpuOps),
-        *missing_or_different(KVCache, kernels_npu.NpuKVCache),
-        *missing_or_different(Optimizer, kernels_npu.NpuOptimizer),
-        *missing_or_different(Ops, kernels_ascend.AscendOps),
-    ]
+KERNELS = [
+    ("torch_npu", "kernels_cuda", "CudaOps", Ops),
+    ("torch_npu", "kernels_npu", "NpuOps", Ops),
+    ("torch_npu", "kernels_npu", "NpuKVCache", KVCache),
+    ("torch_npu", "kernels_npu", "NpuOptimizer", Optimizer),
+    ("mindspore", "kernels_ascend", "AscendOps", Ops),
+]
+
+
+@pytest.mark.parametrize(("backend", "module", "name", "protocol"), KERNELS)
+def test_kernels_of_other_devices_have_the_same_signatures(
+    backend: str, module: str, name: str, protocol: type
+) -> None:
+    need(backend)
+    problems = list(missing_or_different(protocol, getattr(import_module(f"duetvl.backends.{backend}.{module}"), name)))
     assert not problems, "\n".join(problems)
 
 

@@ -70,12 +70,17 @@ TOLERANCES: dict[str, Tolerance] = {
     "attention": Tolerance(8e-6, 9, "the gradient is built on the rounded output"),
     "linear_cross_entropy": Tolerance(4e-6, 0.5, "a share of the logits' size, which is where the rounding is"),
     "linear_logprobs": Tolerance(3.5e-6, 0.5, "a share of the logits' size, which is where the rounding is"),
+    "linear_logprobs_grad": Tolerance(8.5e-6, 14, "gradients of logits are rounded before the products"),
 }
 
 
 def error(ours: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, as a share of the reference's largest magnitude; inf where ours is not finite."""
     assert ours.shape == expected.shape, f"shape {ours.shape}, not {expected.shape}"
+    infinite = np.isinf(expected)
+    if (ours[infinite] != expected[infinite]).any():
+        return float("inf")
+    ours, expected = ours[~infinite], expected[~infinite]
     if not expected.size:
         return 0.0
     difference = np.abs(np.asarray(ours, np.float64) - np.asarray(expected, np.float64)).max()

@@ -21,15 +21,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from duetvl.convert import streaming
 from duetvl.convert.cli import main
 from duetvl.storage.tensor_files import TensorFile
 from tests.convert.test_round_trips import fingerprint
 from tests.convert.tiny import mm_files, read_hf, same, tiny_config, write_hf
+
+torch = pytest.importorskip("torch")
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 FAMILIES = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.convert.commands import hf_to_mm
 from duetvl.convert.layouts import Layout, Model, check_layout, stored_tensors
@@ -15,6 +14,8 @@ from duetvl.convert.plans import Options
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import published_config
 from tests.convert.tiny import as_torch, assert_files_equal, expected_files, mm_files, tiny_config, write_hf
+
+torch = pytest.importorskip("torch")
 
 V7 = [[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]]
 P7 = [[10, 10, 10, 2], [0, 0, 0, 0], [0, 0, 0, 0]]

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.convert.cli import main
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 from tests.convert.tiny import mm_files, random_bits, tiny_config
+
+torch = pytest.importorskip("torch")
 
 RANK = 3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "attn.qkv", "attn.proj")

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,8 @@ from duetvl.convert.streaming import PlannedFile
 from duetvl.convert.torch_zip import OPAQUE, TorchFile, plan_torch_file
 from duetvl.core.errors import CheckpointError
 from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
+
+torch = pytest.importorskip("torch")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
           "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8,

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
 from duetvl.storage.weights_dir import open_weights, write_shards
+
+torch = pytest.importorskip("torch")
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

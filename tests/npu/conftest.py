@@ -5,25 +5,27 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-import torch
-
-from duetvl.backends.torch_npu.autograd import TorchAutograd
-from duetvl.backends.torch_npu.kernels_npu import NpuOps
-
-from .references import register
 
 
 @pytest.fixture(scope="package")
 def operators() -> Iterator[None]:
     if os.environ.get("DUETVL_REAL_TORCH_NPU"):
         importlib.import_module("torch_npu")
+    from .references import register
+
     libraries = register()
     yield
     libraries.clear()
 
 
 @pytest.fixture(scope="package")
-def ops(operators: None) -> NpuOps:
+def ops(operators: None) -> Any:
+    import torch
+
+    from duetvl.backends.torch_npu.autograd import TorchAutograd
+    from duetvl.backends.torch_npu.kernels_npu import NpuOps
+
     return NpuOps(TorchAutograd(), torch.device("cpu"))

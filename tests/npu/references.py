@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+import pytest
 
 from .schemas import SCHEMAS
+
+torch = pytest.importorskip("torch")
 
 Tensor = torch.Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,15 +48,14 @@ def _bound(schema: str, reference: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def npu_fusion_attention(a: Any) -> Any:
-    spans = _checked_spans(a)
     out, top, total = torch.empty_like(a.query), *(torch.empty(*a.query.shape[:2], 8) for _ in range(2))
-    for first, last in spans:
-        scores, v = _scores(a, a.scale, first, last), _spread(a.value[first:last], a.head_num)
+    for rows, keys in _checked_spans(a):
+        scores, v = _scores(a, a.scale, rows, keys), _spread(a.value[keys], a.head_num)
         largest = scores.amax(-1, keepdim=True)
         p = (scores - largest).exp()
-        out[first:last] = (p @ v / p.sum(-1, keepdim=True)).transpose(0, 1).to(out.dtype)
-        _store(top, largest, first, last, a.softmax_layout)
-        _store(total, p.sum(-1, keepdim=True), first, last, a.softmax_layout)
+        out[rows] = (p @ v / p.sum(-1, keepdim=True)).transpose(0, 1).to(out.dtype)
+        _store(top, largest, rows, a.softmax_layout)
+        _store(total, p.sum(-1, keepdim=True), rows, a.softmax_layout)
     return out, top, total, torch.empty(0), 0, 0, 0
 
 
@@ -65,20 +66,20 @@ def npu_fusion_attention_grad(a: Any) -> Any:
     assert a.softmax_max.dtype == a.softmax_sum.dtype == torch.float32
     assert a.dy.dtype == a.attention_in.dtype == a.query.dtype
     dq, dk, dv = (torch.empty_like(x) for x in (a.query, a.key, a.value))
-    for first, last in _checked_spans(a):
-        rows, groups = slice(first, last), a.key.shape[1]
-        k, v = (_spread(x[rows], a.head_num) for x in (a.key, a.value))
+    groups = a.key.shape[1]
+    for rows, keys in _checked_spans(a):
+        k, v = (_spread(x[keys], a.head_num) for x in (a.key, a.value))
         q, dy, out = (x[rows].double().transpose(0, 1) for x in (a.query, a.dy, a.attention_in))
-        top, total = (_load(x, first, last, a.softmax_layout) for x in (a.softmax_max, a.softmax_sum))
-        p = (_scores(a, a.scale_value, first, last) - top).exp() / total
+        top, total = (_load(x, rows, a.softmax_layout) for x in (a.softmax_max, a.softmax_sum))
+        p = (_scores(a, a.scale_value, rows, keys) - top).exp() / total
         ds = p * (dy @ v.mT - (dy * out).sum(-1, keepdim=True)) * a.scale_value
         dq[rows] = (ds @ k).transpose(0, 1).to(dq.dtype)
-        dk[rows] = _gather(ds.mT @ q, groups).to(dk.dtype)
-        dv[rows] = _gather(p.mT @ dy, groups).to(dv.dtype)
+        dk[keys] = _gather(ds.mT @ q, groups).to(dk.dtype)
+        dv[keys] = _gather(p.mT @ dy, groups).to(dv.dtype)
     return dq, dk, dv, None, torch.empty(0)
 
 
-def _checked_spans(a: Any) -> list[tuple[int, int]]:
+def _checked_spans(a: Any) -> list[tuple[slice, slice]]:
     assert a.input_layout == "TND"
     assert a.keep_prob == 1.0
     assert a.softmax_layout in ("", "TND")
@@ -87,15 +88,20 @@ def _checked_spans(a: Any) -> list[tuple[int, int]]:
     assert a.query.shape[1] == a.head_num
     assert a.head_num % a.key.shape[1] == 0
     assert a.key.shape == a.value.shape
-    assert 1 <= a.query.shape[0] <= 2**20
     assert 1 <= a.query.shape[2] <= 768
-    ends = list(a.actual_seq_qlen)
-    assert ends == list(a.actual_seq_kvlen), "the spans of queries and of keys are the same here"
-    assert 1 <= len(ends) <= 1024
-    assert ends[-1] == a.query.shape[0] == a.key.shape[0]
-    spans = list(zip([0, *ends], ends, strict=False))
-    assert all(first < last for first, last in spans), "ends of spans, without the leading zero"
+    rows, keys = (_between(ends, x) for ends, x in ((a.actual_seq_qlen, a.query), (a.actual_seq_kvlen, a.key)))
+    assert 1 <= len(rows) == len(keys) <= 1024
+    if a.sparse_mode == 3:
+        assert all(q.stop - q.start <= k.stop - k.start for q, k in zip(rows, keys, strict=True))
     _check_mask(a.atten_mask, a.sparse_mode)
+    return list(zip(rows, keys, strict=True))
+
+
+def _between(ends: Sequence[int], x: Tensor) -> list[slice]:
+    """The rows of each span. None is empty: of the keys MindSpore's documentation says so."""
+    assert ends[-1] == x.shape[0] <= 2**20
+    spans = [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
+    assert all(span.start < span.stop for span in spans), "ends of spans, without the leading zero"
     return spans
 
 
@@ -107,9 +113,11 @@ def _check_mask(mask: Tensor | None, mode: int) -> None:
         assert torch.equal(mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
 
 
-def _scores(a: Any, scale: float, first: int, last: int) -> Tensor:
-    q, k = a.query[first:last].double().transpose(0, 1), _spread(a.key[first:last], a.head_num)
-    hidden = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
+def _scores(a: Any, scale: float, rows: slice, keys: slice) -> Tensor:
+    """Causal modes align at the first rows (2) or at the last (3)."""
+    q, k = a.query[rows].double().transpose(0, 1), _spread(a.key[keys], a.head_num)
+    shift = k.shape[1] - q.shape[1] if a.sparse_mode == 3 else 0
+    hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1 + shift)
     return (q @ k.mT * scale).masked_fill(hidden if a.sparse_mode else hidden & False, float("-inf"))
 
 
@@ -123,18 +131,18 @@ def _gather(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(0, (groups, -1)).sum(1).transpose(0, 1)
 
 
-def _store(whole: Tensor, part: Tensor, first: int, last: int, layout: str) -> None:
+def _store(whole: Tensor, part: Tensor, rows: slice, layout: str) -> None:
     """Write (H, L, 1) for a span. Unless the layout is TND, its storage is (H, L, 8), whatever the shape says."""
     wide = part.expand(-1, -1, 8).float()
     if layout == "TND":
-        whole[first:last] = wide.transpose(0, 1)
+        whole[rows] = wide.transpose(0, 1)
     else:
-        whole.view(-1)[first * whole[0].numel() : last * whole[0].numel()] = wide.reshape(-1)
+        whole.view(-1)[rows.start * whole[0].numel() : rows.stop * whole[0].numel()] = wide.reshape(-1)
 
 
-def _load(whole: Tensor, first: int, last: int, layout: str) -> Tensor:
+def _load(whole: Tensor, rows: slice, layout: str) -> Tensor:
     """(H, L, 1) float64, the reverse of `_store`."""
-    part = whole[first:last].double()
+    part = whole[rows].double()
     assert (part == part[:, :, :1]).all()
     by_head = part.transpose(0, 1) if layout == "TND" else part.reshape(part.shape[1], part.shape[0], 8)
     return by_head[:, :, :1]

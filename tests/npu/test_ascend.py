@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from duetvl.core.spans import Spans
 
@@ -20,9 +19,12 @@ if os.environ.get("DUETVL_REAL_TORCH_NPU"):
 ms = pytest.importorskip("mindspore")
 
 from duetvl.backends.mindspore import kernels_ascend  # noqa: E402
-from duetvl.backends.mindspore.kernels_ascend import AscendOps, statistic_places  # noqa: E402
+from duetvl.backends.mindspore.kernels_ascend import AscendOps  # noqa: E402
 from duetvl.backends.mindspore.ops import MindSporeOps  # noqa: E402
 from duetvl.core.backend import load_backend  # noqa: E402
+from duetvl.core.composed.ascend_attention import statistic_places  # noqa: E402
+
+torch = pytest.importorskip("torch")
 
 TOLERANCE = 3e-3  # float16
 NO_KERNEL = r"The kernel \w+ unregistered"
@@ -44,7 +46,7 @@ def made(*shape: int, seed: int = 0, dtype: type = np.float16) -> Any:
 def test_attention_calls_reach_the_kernel(ops: AscendOps, causal: bool) -> None:
     q, k, spans = made(6, 4, 16), made(6, 2, 16), Spans.of_lengths([2, 4], causal=causal)
     with pytest.raises(RuntimeError, match=NO_KERNEL):
-        ops.attention_forward(q, k, k, spans)
+        ops.attention(q, k, k, spans)
     with pytest.raises(RuntimeError, match=NO_KERNEL):
         ops.attention_grad(q, q, k, k, q, ms.Tensor(np.zeros((4, 6), np.float32)), spans)
 
@@ -149,9 +151,26 @@ def test_attention(ops: AscendOps, kernels: None, causal: bool, size: int) -> No
     spans = Spans.of_lengths([3, 1, 7, 2], causal=causal)
     inputs = [made(13, n, size, seed=i) for i, n in enumerate((4, 2, 2))]
     both(ops, lambda o: lambda *t: o.attention(*t, spans), inputs, made(13, 4, size, seed=9))
-    lse = ops.attention_forward(*inputs, spans)[1].asnumpy()
-    wanted = MindSporeOps(ops.autograd).attention_forward(*(ms.ops.cast(x, ms.float32) for x in inputs), spans)[1]
+    lse = ops.attention(*inputs, spans)[1].asnumpy()
+    wanted = MindSporeOps(ops.autograd).attention(*(ms.ops.cast(x, ms.float32) for x in inputs), spans)[1]
     np.testing.assert_allclose(lse, wanted.asnumpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "keys"), [([5, 1, 7], [9, 4, 7]), ([3, 0, 4, 6], [0, 5, 6, 2])], ids=["more keys", "none of either"]
+)
+def test_attention_to_other_keys(
+    ops: AscendOps, kernels: None, lengths: list[int], keys: list[int], causal: bool
+) -> None:
+    spans = Spans.of_lengths(lengths, keys, causal=causal)
+    inputs = [made(spans.rows, 4, 16), *(made(spans.key_rows, 2, 16, seed=i) for i in (1, 2))]
+    both(ops, lambda o: lambda *t: o.attention(*t, spans), inputs, made(spans.rows, 4, 16, seed=9))
+    lse, wanted = (
+        o.attention(*x, spans)[1].asnumpy()
+        for o, x in ((ops, inputs), (MindSporeOps(ops.autograd), [ms.ops.cast(x, ms.float32) for x in inputs]))
+    )
+    np.testing.assert_allclose(lse, wanted, atol=2e-5)
 
 
 def test_more_spans_than_one_call_takes(ops: AscendOps, kernels: None) -> None:

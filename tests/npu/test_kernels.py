@@ -8,21 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from duetvl.backends.torch_npu.autograd import TorchAutograd
-from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer, why_missing
-from duetvl.backends.torch_npu.kv_cache import TorchKVCache
-from duetvl.backends.torch_npu.ops import TorchOps
-from duetvl.backends.torch_npu.optimizer import TorchOptimizer
-from duetvl.core.backend import load_backend
-from duetvl.core.errors import BackendError
-from duetvl.core.kv_cache import Append
-from duetvl.core.optimizer import Group
-from duetvl.core.params import Parameter
-from duetvl.core.spans import Spans
+torch = pytest.importorskip("torch")
 
-from .schemas import SCHEMAS, TORCH_NPU
+from duetvl.backends.torch_npu.autograd import TorchAutograd  # noqa: E402
+from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer, why_missing  # noqa: E402
+from duetvl.backends.torch_npu.kv_cache import TorchKVCache  # noqa: E402
+from duetvl.backends.torch_npu.ops import TorchOps  # noqa: E402
+from duetvl.backends.torch_npu.optimizer import TorchOptimizer  # noqa: E402
+from duetvl.core.backend import load_backend  # noqa: E402
+from duetvl.core.errors import BackendError, ConfigError  # noqa: E402
+from duetvl.core.kv_cache import Append  # noqa: E402
+from duetvl.core.optimizer import Group  # noqa: E402
+from duetvl.core.params import Parameter  # noqa: E402
+from duetvl.core.spans import Spans  # noqa: E402
+
+from .schemas import SCHEMAS, TORCH_NPU  # noqa: E402
 
 Tensor = torch.Tensor
 REAL = bool(os.environ.get("DUETVL_REAL_TORCH_NPU"))
@@ -42,13 +43,17 @@ def assert_near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
     """`attention` written out: one softmax over all rows, those of other spans masked."""
-    span = torch.from_numpy(np.repeat(np.arange(spans.lengths.size), spans.lengths))
-    seen = span[:, None] == span[None, :]
-    seen = seen.tril() if spans.causal else seen
+    seen = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
+    bounds = zip(spans.cu_seqlens, spans.cu_seqlens[1:], spans.key_offsets, spans.key_offsets[1:], strict=False)
+    for first, last, key, key_end in bounds:
+        block = torch.ones(last - first, key_end - key, dtype=torch.bool)
+        seen[first:last, key:key_end] = block.tril(key_end - key - last + first) if spans.causal else block
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~seen, float("-inf"))
-    return torch.einsum("hts,shk->thk", scores.softmax(-1), v), scores.logsumexp(-1)
+    blind = ~seen.any(1)
+    scores = scores.masked_fill(~seen & ~blind[:, None], float("-inf"))
+    out = torch.einsum("hts,shk->thk", scores.softmax(-1), v) * ~blind[:, None, None]
+    return out, scores.logsumexp(-1).masked_fill(blind, float("-inf"))
 
 
 def expect_gradients(fn: Callable[..., Tensor], inputs: list[Tensor], d: Tensor) -> list[Tensor]:
@@ -123,6 +128,52 @@ def test_attention(
     found = find_gradients(ops, lambda *t: ops.attention(*t, spans), [q, k, v], d)
     for one, other in zip(found, expect_gradients(lambda *t: dense_attention(*t, spans)[0], [q, k, v], d), strict=True):
         assert_near(one, other, dtype)
+
+
+KEYED = [
+    pytest.param([5, 1, 7], [9, 4, 7], True, id="causal, more keys"),
+    pytest.param([9, 4, 2], [5, 1, 6], True, id="causal, more rows"),
+    pytest.param([3, 0, 4, 2], [0, 5, 6, 0], True, id="causal, some without keys or rows"),
+    pytest.param([3, 0, 4, 2], [0, 5, 6, 1], False, id="whole, some without keys or rows"),
+    pytest.param([3, 2], [0, 0], True, id="no keys"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "keys", "causal"), KEYED)
+def test_attention_to_other_keys(ops: NpuOps, lengths: list[int], keys: list[int], causal: bool) -> None:
+    spans = Spans.of_lengths(lengths, keys, causal=causal)
+    q, d = (made(spans.rows, 4, 16, seed=i) for i in (0, 3))
+    k, v = (made(spans.key_rows, 2, 16, seed=i) for i in (1, 2))
+    out, lse = ops.attention(q, k, v, spans)
+    wanted, wanted_lse = dense_attention(*(x.double() for x in (q, k, v)), spans)
+    assert_near(out, wanted, torch.float32)
+    assert_near(lse, wanted_lse, torch.float32)
+    found = ops.attention_grad(d, q, k, v, out, lse, spans)
+    for one, other in zip(found, expect_gradients(lambda *t: dense_attention(*t, spans)[0], [q, k, v], d), strict=True):
+        assert_near(one, other, torch.float32)
+
+
+def test_operators_without_a_layout_for_statistics(ops: NpuOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch_npu 2.6.0 has them: the statistics of several spans lie in another order than their shape says."""
+    spans = Spans.of_lengths([5, 1, 7], [9, 4, 7], causal=True)
+    q, d = (made(13, 4, 16, seed=i) for i in (0, 3))
+    k, v = (made(20, 2, 16, seed=i) for i in (1, 2))
+    assert ops.by_row
+    out, lse = ops.attention(q, k, v, spans)
+    wanted = [out, lse, *ops.attention_grad(d, q, k, v, out, lse, spans)]
+    monkeypatch.setattr(ops, "by_row", False)
+    out, lse = ops.attention(q, k, v, spans)
+    for one, other in zip([out, lse, *ops.attention_grad(d, q, k, v, out, lse, spans)], wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [784, 1024])
+def test_heads_beyond_the_kernels_are_composed(ops: NpuOps, size: int) -> None:
+    """The reference of attention refuses more than 768, that of the rotation 896 and more."""
+    q, spans = made(3, 1, size), Spans.of_lengths([3], causal=True)
+    assert_near(ops.attention(q, q, q, spans)[0], dense_attention(q, q, q, spans)[0], torch.float32)
+    cos = torch.ones(3, size // 2)
+    assert torch.equal(ops.rope(q, cos, torch.zeros(3, size // 2)), q)
 
 
 def test_gradient_with_the_lse_of_more_keys(ops: NpuOps) -> None:
@@ -246,6 +297,14 @@ def test_cache(ops: NpuOps, steps: list[tuple[list[int], list[int]]], dtype: tor
         assert outs[0].dtype == dtype
         assert_near(outs[0], outs[1], dtype)
         lengths[slots] += new
+
+
+def test_the_cache_refuses_groups_that_do_not_divide_the_heads(ops: NpuOps) -> None:
+    cache = NpuKVCache(ops)
+    store = cache.cache_create(layers=1, slots=1, capacity=4, kv_heads=2, head_size=16, dtype="float16")
+    append = Append(np.array([0]), np.array([0]), np.array([1]))
+    with pytest.raises(ConfigError, match="7 query heads with 2 key-value groups"):
+        cache.attention_cached(made(1, 7, 16, dtype=torch.float16), store, 0, append)
 
 
 # -- optimizer, and the choice of a device ---------------------------------------------------------------------------

@@ -23,7 +23,7 @@ try:
     from mindspore._c_expression import run_backward
     from mindspore.graph.api import _pynative_executor as engine
 except ImportError as missing:
-    raise BackendError(f"duetvl needs mindspore>=2.10,<2.11, found {ms.__version__} ({missing})") from None
+    raise BackendError(f"duetvl needs mindspore>=2.9,<2.11, found {ms.__version__} ({missing})") from None
 
 
 @dataclass(eq=False)
@@ -212,6 +212,6 @@ def check_engine() -> None:
         _pull([second], [ops.ones_like(second)])
         found = float(leaf._grad.asnumpy()[0])
     except (AttributeError, RuntimeError, TypeError) as error:
-        raise BackendError(f"duetvl needs mindspore>=2.10,<2.11; {ms.__version__} failed: {error}") from None
+        raise BackendError(f"duetvl needs mindspore>=2.9,<2.11; {ms.__version__} failed: {error}") from None
     if found != 8.0:
-        raise BackendError(f"duetvl needs mindspore>=2.10,<2.11; {ms.__version__} gave gradient {found}, not 8")
+        raise BackendError(f"duetvl needs mindspore>=2.9,<2.11; {ms.__version__} gave gradient {found}, not 8")

@@ -28,10 +28,6 @@ class MindSporeDevice:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(ms.runtime.max_memory_allocated())
 
-    def reset_peak_memory(self) -> None:
-        if not self.on_cpu:
-            ms.runtime.reset_peak_memory_stats()
-
     def total_memory(self) -> int:
         if self.on_cpu:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

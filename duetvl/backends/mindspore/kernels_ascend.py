@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor
 from mindspore.ops import speed_fusion_attention
 from mindspore.ops.auto_generate import (
@@ -24,13 +23,10 @@ from mindspore.ops.auto_generate import (
 )
 
 from duetvl.backends.mindspore.ops import MindSporeOps
-from duetvl.core.composed import FusedAttention
+from duetvl.core.composed import AscendAttention
 from duetvl.core.spans import Spans
 
-MASK_SIDE = 2048  # of the compressed causal mask that sparse modes 2 and 3 take, whatever the lengths
-STATISTIC_WIDTH = 8  # softmax_max and softmax_sum repeat each number this often
 LARGEST_HEAD = 512
-FULL, LEFT_UP_CAUSAL = 0, 2  # sparse_mode
 UNLIMITED = 2**31 - 1
 HALF = (ms.float16, ms.bfloat16)
 
@@ -41,24 +37,17 @@ swiglu = Swiglu()
 swiglu_grad = SwigluGrad()
 
 
-class AscendOps(FusedAttention, MindSporeOps):
+class AscendOps(AscendAttention, MindSporeOps):
     """See core/ops.py."""
-
-    spans_a_call = 1024  # the TND layout takes no more
-
-    @cached_property
-    def hidden_later(self) -> Tensor:
-        """(2048, 2048) bool, True where a column is hidden from a row."""
-        return self.from_numpy(np.triu(np.ones((MASK_SIDE, MASK_SIDE), dtype=np.bool_), 1))
 
     # -- attention -------------------------------------------------------------------------------------------------
 
     def _takes(self, q: Tensor, spans: Spans) -> bool:
-        return q.dtype in HALF and q.shape[-1] % 16 == 0 and q.shape[-1] <= LARGEST_HEAD and spans.rows > 0
+        return q.dtype in HALF and q.shape[-1] % 16 == 0 and q.shape[-1] <= LARGEST_HEAD
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, top, total, *_ = speed_fusion_attention(
-            q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self._layout(spans)
+            q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self.layout_of(spans)
         )
         return out, self.lse_of(top, total, spans)
 
@@ -69,34 +58,11 @@ class AscendOps(FusedAttention, MindSporeOps):
         return speed_fusion_attention_grad(
             q, k, v, dout, q.shape[1], "TND",
             softmax_max=top, softmax_sum=total, attention_in=out,
-            scale_value=q.shape[-1] ** -0.5, **self._layout(spans),
+            scale_value=q.shape[-1] ** -0.5, **self.layout_of(spans),
         )[:3]  # fmt: skip
 
-    def _layout(self, spans: Spans) -> dict[str, Any]:
-        """The arguments that forward and gradient share. Ends of spans come without the leading zero."""
-        ends = spans.cu_seqlens[1:].tolist()
-        return {
-            "atten_mask": self.hidden_later if spans.causal else None,
-            "sparse_mode": LEFT_UP_CAUSAL if spans.causal else FULL,
-            "next_tokens": 0 if spans.causal else UNLIMITED,
-            "actual_seq_qlen": ends,
-            "actual_seq_kvlen": ends,
-        }
-
-    def lse_of(self, top: Tensor, total: Tensor, spans: Spans) -> Tensor:
-        """(H, T) float32 from the kernel's softmax_max and softmax_sum, both (T, H, 8)."""
-        rows, heads = top.shape[:2]
-        lse = top[:, :, 0] + self.log(total[:, :, 0])
-        places = self.from_numpy(statistic_places(spans, heads).reshape(-1))
-        return self.reshape(self.take_rows(self.reshape(lse, (-1,)), places), (heads, rows))
-
-    def statistics_of(self, lse: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        """softmax_max and softmax_sum, both (T, H, 8), from which the kernel makes exp(score - lse) again."""
-        heads, rows = lse.shape
-        where = self.from_numpy(np.argsort(statistic_places(spans, heads).reshape(-1)).astype(np.int32))
-        flat = self.take_rows(self.reshape(lse, (-1,)), where)
-        top = self.broadcast_to(self.reshape(flat, (rows, heads, 1)), (rows, heads, STATISTIC_WIDTH))
-        return top, self.from_numpy(np.ones(top.shape, np.float32))
+    def layout_of(self, spans: Spans) -> dict[str, Any]:
+        return super().layout_of(spans) | {"next_tokens": 0 if spans.causal else UNLIMITED}
 
     # -- norm, rotation, gate --------------------------------------------------------------------------------------
 
@@ -134,14 +100,3 @@ class AscendOps(FusedAttention, MindSporeOps):
             return self.split(swiglu_grad(d, self.concat(residuals, -1), -1), (width, width), -1)
 
         return self.autograd.custom_vjp(forward, backward)
-
-
-def statistic_places(spans: Spans, heads: int) -> np.ndarray:
-    """(H, T) int32: where, counted in groups of 8, the kernel keeps the statistics of head h and row t.
-
-    Their shape says (T, H, 8), but each span's lie as (H, L, 8), one span after the other.
-    """
-    starts = np.repeat(spans.cu_seqlens[:-1], spans.lengths)
-    lengths = np.repeat(spans.lengths, spans.lengths)
-    inside = np.arange(spans.rows) - starts
-    return (starts * heads + np.arange(heads)[:, None] * lengths + inside).astype(np.int32)

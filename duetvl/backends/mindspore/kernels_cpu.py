@@ -19,6 +19,7 @@ from duetvl.backends.mindspore import numpy_kernels as kernels
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
 from duetvl.core.counter_hash import kept
+from duetvl.core.ops import write_refused
 from duetvl.core.spans import Spans
 
 NUMPY_DTYPES = {name: name for name in ("float32", "float16", "int32", "int64", "bool")} | {"bfloat16": bfloat16}
@@ -107,13 +108,18 @@ class CpuOps(MindSporeOps):
         return x
 
     def assign(self, dst: Tensor, src: Tensor) -> None:
+        self.require_whole(dst)
         np.copyto(dst.asnumpy(), self.cast(src, self.dtype_of(dst)).asnumpy())
 
     def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
+        self.require_whole(dst)
         dst.asnumpy()[start : start + src.shape[0]] = src.asnumpy()
 
-    def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
-        dst.asnumpy()[index.asnumpy()] = src.asnumpy()
+    def require_whole(self, dst: Tensor) -> None:
+        """As on every device. Of a view each array is another copy, and what is written into one is lost."""
+        array = dst.asnumpy()
+        if array.size and not np.may_share_memory(array, dst.asnumpy()):
+            raise write_refused(dst)
 
     # -- coarse operations in numpy ---------------------------------------------------------------------------------
 
@@ -180,15 +186,15 @@ class CpuOps(MindSporeOps):
 
         return self.autograd.custom_vjp(forward, backward)(x, scale, bias)
 
-    def _dropped(self, x: Tensor, p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
-        chosen = kept(x.shape, p, key, origin)
+    def _dropped(self, x: Tensor, p: float, key: Sequence[int], rows: np.ndarray, column: int) -> Tensor:
+        chosen = kept(x.shape, p, key, rows, column)
         return self._like(np.where(chosen, self._wide(x) / np.float32(1 - p), np.float32(0)), x)
 
-    def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, lse = kernels.attention(self._wide(q), self._wide(k), self._wide(v), spans)
         return self._like(out, q), ms.Tensor.from_numpy(lse)
 
-    def attention_grad(
+    def _attend_grad(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = self._wide

@@ -108,15 +108,16 @@ def layer_norm_grad(d: Array, unit: Array, scale: Array, inverse: Array) -> tupl
 
 
 def attention(q: Array, k: Array, v: Array, spans: Spans) -> tuple[Array, Array]:
-    """out (T, H, K) and lse (H, T) of softmax attention inside spans; q (T, H, K), k and v (T, G, K)."""
+    """out (T, H, K) and lse (H, T) of softmax attention inside spans that all see something (`Spans.seeing`)."""
     out = np.empty(q.shape, np.float32)
     lse = np.empty((q.shape[1], q.shape[0]), np.float32)
-    scale = np.float32(q.shape[-1] ** -0.5)
+    scale, groups = np.float32(q.shape[-1] ** -0.5), k.shape[1]
     for run in blocks_of_spans(spans, q.shape[1]):
-        qs, ks, vs, outs = (_by_head(x, run, k.shape[1]) for x in (q, k, v, out))
-        lses = _lse_by_head(lse, run, k.shape[1])
+        qs, outs = (_queries(x, run, groups) for x in (q, out))
+        ks, vs = (_keys(x, run) for x in (k, v))
+        lses = _lse_by_head(lse, run, groups)
         for a, b, end in query_rows(run, q.shape[1], spans.causal):
-            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, a, spans.causal)
+            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, spans.causal)
             top = p.max(-1, keepdims=True)
             p -= top
             np.exp(p, out=p)
@@ -133,13 +134,13 @@ def attention_grad(
     dq = np.empty(q.shape, np.float32)
     dk, dv = np.zeros(k.shape, np.float32), np.zeros(v.shape, np.float32)
     delta = np.ascontiguousarray(np.einsum("thk,thk->ht", dout, out))
-    scale = np.float32(q.shape[-1] ** -0.5)
-    groups = k.shape[1]
+    scale, groups = np.float32(q.shape[-1] ** -0.5), k.shape[1]
     for run in blocks_of_spans(spans, q.shape[1]):
-        qs, ks, vs, douts, dqs, dks, dvs = (_by_head(x, run, groups) for x in (q, k, v, dout, dq, dk, dv))
+        qs, douts, dqs = (_queries(x, run, groups) for x in (q, dout, dq))
+        ks, vs, dks, dvs = (_keys(x, run) for x in (k, v, dk, dv))
         lses, deltas = (_lse_by_head(x, run, groups)[..., None] for x in (lse, delta))
         for a, b, end in query_rows(run, q.shape[1], spans.causal):
-            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, a, spans.causal)
+            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, spans.causal)
             p -= lses[..., a:b, :]
             np.exp(p, out=p)
             dvs[..., :end, :] += _sum_over_heads(p, douts[..., a:b, :])
@@ -155,27 +156,31 @@ def attention_grad(
 def blocks_of_spans(spans: Spans, heads: int) -> Iterator[Run]:
     """The runs of `spans`, cut so that the scores of whole spans stay within BLOCK_SCORES where they can."""
     for run in spans.runs:
-        count = max(1, BLOCK_SCORES // (heads * run.length * run.length))
+        count = max(1, BLOCK_SCORES // (heads * run.length * run.keys))
         for first in range(0, run.count, count):
-            yield Run(run.start + first * run.length, min(count, run.count - first), run.length)
+            start, key_start = run.start + first * run.length, run.key_start + first * run.keys
+            yield Run(start, min(count, run.count - first), run.length, key_start, run.keys)
 
 
 def query_rows(run: Run, heads: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     """(first row, end row, keys seen) of blocks of query rows."""
-    size = max(16, BLOCK_SCORES // (run.count * heads * run.length))
+    size = max(16, BLOCK_SCORES // (run.count * heads * run.keys))
     size = min(size, CAUSAL_ROWS) if causal else size
     for a in range(0, run.length, size):
         b = min(run.length, a + size)
-        yield a, b, (b if causal else run.length)
+        yield a, b, (b + run.shift if causal else run.keys)
 
 
-def _scores(q: Array, k: Array, scale: np.float32, first: int, causal: bool) -> Array:
-    """(B, G, R, rows, keys): scaled products, minus infinity where a causal row may not look."""
+def _scores(q: Array, k: Array, scale: np.float32, causal: bool) -> Array:
+    """(B, G, R, rows, keys): scaled products, minus infinity where a causal row may not look.
+
+    Of the keys the last row sees all, so that only the last `rows` columns can be hidden.
+    """
     s = np.matmul(q * scale, k.swapaxes(-1, -2))
     if causal:
         rows = q.shape[-2]
         hidden = np.arange(rows)[None, :] > np.arange(rows)[:, None]
-        s[..., first:][..., hidden] = -np.inf
+        s[..., -rows:][..., hidden] = -np.inf
     return s
 
 
@@ -184,10 +189,19 @@ def _sum_over_heads(p: Array, x: Array) -> Array:
     return np.matmul(p.swapaxes(-1, -2), x).sum(2, keepdims=True)
 
 
-def _by_head(x: Array, run: Run, groups: int) -> Array:
-    """The rows of a run as a view (count, G, heads of a group, length, K); one head a group for keys and values."""
-    rows = x[run.start : run.stop].reshape(run.count, run.length, groups, -1, x.shape[-1])
-    return rows.transpose(0, 2, 3, 1, 4)
+def _queries(x: Array, run: Run, groups: int) -> Array:
+    """The query rows of a run as a view (count, G, heads of a group, length, K)."""
+    return _by_head(x[run.start : run.stop], run.count, groups)
+
+
+def _keys(x: Array, run: Run) -> Array:
+    """The key rows of a run as a view (count, G, 1, keys, K)."""
+    return _by_head(x[run.key_start : run.key_stop], run.count, x.shape[1])
+
+
+def _by_head(rows: Array, count: int, groups: int) -> Array:
+    length, heads, size = rows.shape[0] // count, rows.shape[1], rows.shape[2]
+    return rows.reshape(count, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
 
 
 def _lse_by_head(lse: Array, run: Run, groups: int) -> Array:

@@ -12,6 +12,7 @@ from mindspore import Tensor, mint, ops
 from duetvl.backends.mindspore.autograd import MindSporeAutograd
 from duetvl.core.composed import ComposedOps
 from duetvl.core.counter_hash import kept
+from duetvl.core.ops import write_refused
 
 DTYPES = {
     "float32": ms.float32,
@@ -142,14 +143,21 @@ class MindSporeOps(ComposedOps):
         columns, values = ops.expand_dims(index, -1), ops.expand_dims(values, -1)
         return ops.tensor_scatter_elements(x, columns, values, 1, "add")
 
-    def _kept(self, shape: Sequence[int], p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
-        return kept(shape, p, key, origin, self.from_numpy, ops.bitwise_right_shift)
+    def _kept(self, shape: Sequence[int], p: float, key: Sequence[int], rows: np.ndarray, column: int) -> Tensor:
+        return kept(shape, p, key, rows, column, self.from_numpy, ops.bitwise_right_shift)
 
     def assign(self, dst: Tensor, src: Tensor) -> None:
+        self.require_whole(dst)
         ops.assign(dst, self.cast(src, self.dtype_of(dst)))
 
     def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
+        self.require_whole(dst)
         dst[start : start + src.shape[0]] = self.cast(src, self.dtype_of(dst))
 
-    def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
-        ops.assign(dst, ops.tensor_scatter_update(dst, ops.reshape(index, (-1, 1)), self.cast(src, self.dtype_of(dst))))
+    def require_whole(self, dst: Tensor) -> None:
+        """Raise BackendError where a tensor is a slice or another view, which must not be written into.
+
+        Of the views that this does not see, MindSpore's own Assign refuses all.
+        """
+        if not dst.is_contiguous() or dst.storage_offset():
+            raise write_refused(dst)

@@ -10,9 +10,9 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from duetvl.backends.mindspore.ops import MindSporeOps
+from duetvl.core.counter_hash import rounding_bits
 from duetvl.core.optimizer import AdamWState, Group
 from duetvl.core.params import Parameter
-from duetvl.core.random import philox
 
 _adam = ops.Adam()
 
@@ -27,6 +27,7 @@ class MindSporeOptimizer:
         state = AdamWState(dtype=dtype, offload=offload)
         place = self.to_host if offload else _here
         for p in (p for group in groups for p in group.parameters):
+            self.ops.require_whole(p.tensor)
             state.step[p.path] = 0
             state.exp_avg[p.path] = place(self.ops.zeros(p.shape, dtype))
             state.exp_avg_sq[p.path] = place(self.ops.zeros(p.shape, dtype))
@@ -81,7 +82,7 @@ class MindSporeOptimizer:
         """Round what was updated to the state's dtype, and put it where the state is kept."""
         weight, first, second = held
         if state.dtype == "bfloat16":
-            second = self._rounded_at_random(second, p.path, state.step[p.path])
+            second = self._rounded_at_random(second, p, state.step[p.path])
         for slot, new in ((state.exp_avg, first), (state.exp_avg_sq, second)):
             if slot[p.path] is not new:
                 narrow = self.ops.cast(new, state.dtype)
@@ -91,14 +92,14 @@ class MindSporeOptimizer:
             if state.master[p.path] is not weight:
                 state.master[p.path] = self.to_host(weight)
 
-    def _rounded_at_random(self, x: Tensor, path: str, step: int) -> Tensor:
+    def _rounded_at_random(self, x: Tensor, p: Parameter, step: int) -> Tensor:
         """float32 numbers that bfloat16 holds, one of the two neighbours of each, with the odds that keep the mean.
 
         On the host: MindSpore has no view of a tensor's bits.
         """
-        bits = x.asnumpy().view(np.uint32)
-        noise = philox(0, f"rounding of {path}", step).integers(0, 1 << 16, bits.shape, dtype=np.uint32)
-        return self.ops.from_numpy(((bits + noise) & np.uint32(0xFFFF0000)).view(np.float32))
+        noise = rounding_bits(p.shape, p.path, step, p.part)
+        bits = np.ascontiguousarray(x.asnumpy()).view(np.int32) + noise
+        return self.ops.from_numpy((bits & -(1 << 16)).view(np.float32))
 
     def update(
         self, weight: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, *, scale: float, rate: float,

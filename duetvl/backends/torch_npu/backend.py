@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from duetvl.core.backend import Backend, Capabilities
 from duetvl.core.errors import BackendError
+
+if TYPE_CHECKING:
+    from duetvl.backends.torch_npu.ops import TorchOps
 
 DEVICES = ("cpu", "cuda", "npu")
 
@@ -22,18 +26,25 @@ def create(device: str = "auto") -> Backend:
     from duetvl.backends.torch_npu.collectives import TorchCollectives
     from duetvl.backends.torch_npu.device import TorchDevice
     from duetvl.backends.torch_npu.kv_cache import TorchKVCache
-    from duetvl.backends.torch_npu.ops import TorchOps
     from duetvl.backends.torch_npu.optimizer import TorchOptimizer
 
     kind = _choose(device)
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
-    ops_class, cache_class, optimizer_class = TorchOps, TorchKVCache, TorchOptimizer
+    autograd = TorchAutograd()
+    cache_class, optimizer_class = TorchKVCache, TorchOptimizer
+    ops: TorchOps
     if kind == "npu":
         from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer
 
-        ops_class, cache_class, optimizer_class = NpuOps, NpuKVCache, NpuOptimizer
-    autograd = TorchAutograd()
-    ops = ops_class(autograd, place)
+        ops, cache_class, optimizer_class = NpuOps(autograd, place), NpuKVCache, NpuOptimizer
+    elif kind == "cuda":
+        from duetvl.backends.torch_npu.kernels_cuda import CudaOps
+
+        ops = CudaOps(autograd, place)
+    else:
+        from duetvl.backends.torch_npu.kernels_cpu import CpuOps
+
+        ops = CpuOps(autograd, place)
     return Backend(
         name="torch_npu",
         ops=ops,

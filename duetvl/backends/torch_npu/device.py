@@ -33,10 +33,6 @@ class TorchDevice:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(self._module.max_memory_allocated(self.place))
 
-    def reset_peak_memory(self) -> None:
-        if self.place.type != "cpu":
-            self._module.reset_peak_memory_stats(self.place)
-
     def total_memory(self) -> int:
         if self.place.type == "cpu":
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -19,7 +19,9 @@ from duetvl.backends.torch_npu.autograd import TorchAutograd
 from duetvl.backends.torch_npu.kv_cache import TorchKVCache
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer
-from duetvl.core.composed import FusedAttention
+from duetvl.core.composed import AscendAttention
+from duetvl.core.composed.ascend_attention import FULL, RIGHT_DOWN_CAUSAL
+from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import RowCache
 from duetvl.core.kv_cache import Append
 from duetvl.core.optimizer import AdamWState, Group
@@ -27,13 +29,12 @@ from duetvl.core.spans import Spans
 
 Tensor = torch.Tensor
 
-MASK_SIDE = 2048  # of the compressed causal mask that sparse modes 2 and 3 take, whatever the lengths
-STATISTIC_WIDTH = 8  # softmax_max and softmax_sum repeat each number this often
 BLOCK = 128  # rows of a cache block; the paged kernel takes multiples of 16 up to 512 and recommends this
 CACHE_LIMIT = 2**31  # elements of one paged tensor
 HALF = (torch.float16, torch.bfloat16)  # all that the inference kernel takes; the other kernels take float32 too
-
-FULL, LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL = 0, 2, 3  # sparse_mode; equal lengths make the causal ones the same
+LARGEST_HEAD = 768  # of attention
+MOST_ROWS = 2**20  # in one call of attention
+ROTATED_HEAD = 896  # a head that is rotated is smaller
 
 
 def why_missing() -> str | None:
@@ -47,10 +48,8 @@ def why_missing() -> str | None:
     return None if torch.get_device_module("npu").is_available() else "torch_npu sees no device; try npu-smi info"
 
 
-class NpuOps(FusedAttention, TorchOps):
+class NpuOps(AscendAttention, TorchOps):
     """See core/ops.py. On any other device than npu the operators must have been registered, as tests/npu does."""
-
-    spans_a_call = 1024  # the TND layout takes no more
 
     def __init__(self, autograd: TorchAutograd, place: torch.device):
         super().__init__(autograd, place)
@@ -58,43 +57,45 @@ class NpuOps(FusedAttention, TorchOps):
             importlib.import_module("torch_npu")
 
     @cached_property
-    def hidden_later(self) -> Tensor:
-        """(2048, 2048) bool, True where a column is hidden from a row."""
-        return torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool, device=self.place).triu(1)
+    def by_row(self) -> bool:
+        """Whether the operator can be asked for statistics that lie as their shape (T, H, 8) says.
+
+        torch_npu 2.6.0 has no such argument; there, as without it, each span's lie as (H, L, 8).
+        """
+        arguments = torch.ops.npu.npu_fusion_attention.default._schema.arguments
+        return any(argument.name == "softmax_layout" for argument in arguments)
 
     # -- attention -------------------------------------------------------------------------------------------------
 
     def _takes(self, q: Tensor, spans: Spans) -> bool:
-        return spans.rows > 0
+        return q.shape[-1] <= LARGEST_HEAD and max(spans.rows, spans.key_rows) <= MOST_ROWS
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         out, top, total, *_ = torch.ops.npu.npu_fusion_attention(
-            q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self._layout(spans)
+            q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self.layout_of(spans)
         )
-        return out, (top[:, :, 0] + total[:, :, 0].log()).T.contiguous()
+        return out, self.lse_of(top, total, spans)
 
     def _fused_grad(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
     ) -> tuple[Tensor, ...]:
-        # The kernel makes p = exp(score - max) / sum again: max = lse with sum = 1 is the same p.
-        top = lse.T[:, :, None].expand(-1, -1, STATISTIC_WIDTH).contiguous()
+        top, total = self.statistics_of(lse, spans)
         return torch.ops.npu.npu_fusion_attention_grad(
             q, k, v, dout, q.shape[1], "TND",
-            softmax_max=top, softmax_sum=torch.ones_like(top), attention_in=out,
-            scale_value=q.shape[-1] ** -0.5, **self._layout(spans),
+            softmax_max=top.contiguous(), softmax_sum=total, attention_in=out,
+            scale_value=q.shape[-1] ** -0.5, **self.layout_of(spans),
         )[:3]  # fmt: skip
 
-    def _layout(self, spans: Spans) -> dict[str, Any]:
-        """The arguments that forward and gradient share. Ends of spans come without the leading zero."""
-        ends = spans.cu_seqlens[1:].tolist()
-        return {
-            "atten_mask": self.hidden_later if spans.causal else None,
-            "sparse_mode": LEFT_UP_CAUSAL if spans.causal else FULL,
-            "actual_seq_qlen": ends,
-            "actual_seq_kvlen": ends,
-            # Without it the statistics have shape (T, H, 8), but each span's lie as (H, L, 8).
-            "softmax_layout": "TND",
-        }
+    def layout_of(self, spans: Spans) -> dict[str, Any]:
+        return super().layout_of(spans) | ({"softmax_layout": "TND"} if self.by_row else {})
+
+    def lse_of(self, top: Tensor, total: Tensor, spans: Spans) -> Tensor:
+        if not self.by_row:
+            return super().lse_of(top, total, spans)
+        return (top[:, :, 0] + total[:, :, 0].log()).T.contiguous()
+
+    def statistics_of(self, lse: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+        return self._repeated(lse.T) if self.by_row else super().statistics_of(lse, spans)
 
     # -- norm, rotation, gate --------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class NpuOps(FusedAttention, TorchOps):
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The composed rope uses it for the gradient too, with -sin. In float32, as the kernel takes one dtype."""
-        if x.numel() == 0:
+        if x.numel() == 0 or x.shape[-1] >= ROTATED_HEAD:
             return super()._rotate(x, cos, sin)
         full_cos, full_sin = (torch.cat([half, half], -1)[None, :, None] for half in (cos, sin))
         return torch.ops.npu.npu_rotary_mul(x[None].float(), full_cos, full_sin)[0].to(x.dtype)
@@ -146,6 +147,7 @@ class NpuKVCache(TorchKVCache):
 
     def attention_cached(self, q: Tensor, cache: RowCache, layer: int, append: Append) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
+        check_groups(q.shape[1], keys.shape[1])
         if not _fits(q) or (append.new != 1).any() or keys.numel() >= CACHE_LIMIT:
             return super().attention_cached(q, cache, layer, append)
         blocks = cache.capacity // BLOCK

@@ -1,4 +1,4 @@
-"""Tensor functions on torch tensors."""
+"""Tensor functions on torch tensors, for every device; kernels_cpu, kernels_cuda and kernels_npu add those of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from duetvl.backends.torch_npu.autograd import TorchAutograd
 from duetvl.core.composed import ComposedOps
 from duetvl.core.counter_hash import kept
-from duetvl.core.spans import Run, Spans
+from duetvl.core.ops import write_refused
 
 Tensor = torch.Tensor
 
@@ -126,71 +126,15 @@ class TorchOps(ComposedOps):
         return F.layer_norm(x, (x.shape[-1],), scale, bias, eps)
 
     def assign(self, dst: Tensor, src: Tensor) -> None:
+        require_whole(dst)
         dst.detach().copy_(src.detach())
 
     def write_slice(self, dst: Tensor, start: int, src: Tensor) -> None:
+        require_whole(dst)
         dst.detach()[start : start + src.shape[0]].copy_(src.detach())
 
-    def write_rows(self, dst: Tensor, index: Tensor, src: Tensor) -> None:
-        dst.detach().index_copy_(0, index.long(), src.detach().to(dst.dtype))
-
-    def _kept(self, shape: Sequence[int], p: float, key: Sequence[int], origin: tuple[int, int]) -> Tensor:
-        return kept(shape, p, key, origin, self.from_numpy)
-
-    # -- attention -------------------------------------------------------------------------------------------------
-
-    def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        if self.place.type == "cpu":
-            return self._attention_cpu(q, k, v, spans)
-        if self._has_flash(q, spans):
-            offsets = self.from_numpy(spans.cu_seqlens)
-            out, lse, *_ = torch.ops.aten._flash_attention_forward(
-                q, k, v, offsets, offsets, spans.longest, spans.longest, 0.0, spans.causal, False
-            )
-            return out, lse
-        return super().attention_forward(q, k, v, spans)
-
-    def attention_grad(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.place.type == "cpu":
-            return self._attention_grad_cpu(dout, q, k, v, out, lse, spans)
-        if self._has_flash(q, spans):
-            offsets = self.from_numpy(spans.cu_seqlens)
-            unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off
-            return torch.ops.aten._flash_attention_backward(
-                dout, q, k, v, out, lse, offsets, offsets, spans.longest, spans.longest, 0.0, spans.causal,
-                unused, unused[:0],
-            )  # fmt: skip
-        return super().attention_grad(dout, q, k, v, out, lse, spans)
-
-    def _has_flash(self, q: Tensor, spans: Spans) -> bool:
-        """Whether torch's flash kernels take this: they know half precision only, and want rows."""
-        return self.place.type == "cuda" and q.dtype != torch.float32 and spans.rows > 0
-
-    def _attention_cpu(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-        for run in spans.runs:
-            o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(_by_span(x, run) for x in (q, k, v)), 0.0, spans.causal
-            )
-            _by_span(out, run).copy_(o)
-            _lse_by_span(lse, run).copy_(m)
-        return out, lse
-
-    def _attention_grad_cpu(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for run in spans.runs:
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(_by_span(x, run) for x in (dout, q, k, v, out)), _lse_by_span(lse, run).contiguous(), 0.0,
-                spans.causal,
-            )  # fmt: skip
-            for whole, part in zip((dq, dk, dv), found, strict=True):
-                _by_span(whole, run).copy_(part)
-        return dq, dk, dv
+    def _kept(self, shape: Sequence[int], p: float, key: Sequence[int], rows: np.ndarray, column: int) -> Tensor:
+        return kept(shape, p, key, rows, column, self.from_numpy)
 
     # -- the vocabulary: blocks of logits are made, used and turned into gradients in one buffer --------------------
 
@@ -212,12 +156,7 @@ class TorchOps(ComposedOps):
         return loss, *self._logit_grads(needs, dlogits, h, weight)
 
 
-def _by_span(x: Tensor, run: Run) -> Tensor:
-    """The rows of a run as a view (count, G, length, K)."""
-    rows = x[run.start : run.stop]
-    return rows.view(run.count, run.length, *rows.shape[1:]).transpose(1, 2)
-
-
-def _lse_by_span(lse: Tensor, run: Run) -> Tensor:
-    """The columns of a run of (H, T) as a view (count, H, length)."""
-    return lse[:, run.start : run.stop].unflatten(1, (run.count, run.length)).transpose(0, 1)
+def require_whole(dst: Tensor) -> None:
+    """Raise BackendError where a tensor is a slice or another view, which must not be written into."""
+    if dst._base is not None or not dst.is_contiguous():
+        raise write_refused(dst)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.optim.adamw import adamw
 
+from duetvl.backends.torch_npu.ops import require_whole
+from duetvl.core.counter_hash import rounding_bits
 from duetvl.core.optimizer import AdamWState, Group
 from duetvl.core.params import Parameter
 
@@ -22,6 +23,7 @@ class TorchOptimizer:
         state = AdamWState(dtype=dtype, offload=offload)
         kind = getattr(torch, dtype)
         for p in (p for group in groups for p in group.parameters):
+            require_whole(p.tensor)
             place = torch.device("cpu") if offload else p.tensor.device
             pinned = offload and p.tensor.device.type != "cpu"
             state.step[p.path] = 0
@@ -100,7 +102,7 @@ class _Held:
     def give_back(self, state: AdamWState, p: Parameter) -> None:
         second = self.second
         if state.dtype == "bfloat16":
-            second = _rounded_at_random(second, zlib.crc32(p.path.encode()) << 31 | state.step[p.path])
+            second = _rounded_at_random(second, p, state.step[p.path])
         kept = ((state.exp_avg[p.path], self.first), (state.exp_avg_sq[p.path], second), (state.weight(p), self.weight))
         for own, new in kept:
             if own is not new:
@@ -109,10 +111,9 @@ class _Held:
             p.tensor.copy_(self.weight)
 
 
-def _rounded_at_random(x: torch.Tensor, seed: int) -> torch.Tensor:
+def _rounded_at_random(x: torch.Tensor, p: Parameter, step: int) -> torch.Tensor:
     """float32 numbers that bfloat16 holds, one of the two neighbours of each, with the odds that keep the mean."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    noise = rounding_bits(p.shape, p.path, step, p.part, place=lambda array: torch.from_numpy(array).to(x.device))
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
 
 

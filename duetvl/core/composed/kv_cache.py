@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from duetvl.core.composed.attention import check_groups
 from duetvl.core.errors import ConfigError
 from duetvl.core.kv_cache import Append, KVCache, packed_offsets
 from duetvl.core.ops import Ops
@@ -50,6 +51,7 @@ class ComposedKVCache(KVCache):
             self.ops.write_slice(cache.values[layer], first, v[start : start + new])
 
     def attention_cached(self, q: Tensor, cache: RowCache, layer: int, append: Append) -> Tensor:
+        check_groups(q.shape[1], cache.keys[layer].shape[1])
         outs = []
         for slot, start, before, new in packed_offsets(append):
             first = slot * cache.capacity

@@ -1,0 +1,169 @@
+"""CudaOps without a card: which heads its kernel takes, and its calls, on CPU references under torch's own schemas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from duetvl.backends.torch_npu.autograd import TorchAutograd  # noqa: E402
+from duetvl.backends.torch_npu.kernels_cuda import CudaOps, flash_attention_takes  # noqa: E402
+from duetvl.core.spans import Spans  # noqa: E402
+
+from . import reference  # noqa: E402
+from .tolerances import HALF, error  # noqa: E402
+
+Tensor = Any
+CALLS: list[str] = []
+
+
+def flash_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, longest: int, most_keys: int, dropout: float,
+    causal: bool, debug: bool, **options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    CALLS.append("forward")
+    lengths, key_lengths = checked(q, k, v, rows, keys, longest, most_keys, dropout, options)
+    assert not debug
+    out, lse = reference.attention(q.double(), k.double(), v.double(), lengths, causal, key_lengths)
+    return out.to(q.dtype), lse.float(), torch.zeros(2, dtype=torch.uint64), torch.zeros(0), torch.zeros(0)
+
+
+def flash_attention_backward(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: Tensor, keys: Tensor, longest: int,
+    most_keys: int, dropout: float, causal: bool, state: Tensor, unused: Tensor, **options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    CALLS.append("backward")
+    lengths, key_lengths = checked(q, k, v, rows, keys, longest, most_keys, dropout, options)
+    assert lse.is_contiguous() and lse.shape == (q.shape[1], q.shape[0]) and lse.isfinite().all()
+    heads, times, scale = q.shape[1], q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    q, d, out = (x.double() for x in (q, d, out))
+    wide_k, wide_v = (x.double().repeat_interleave(times, 1) for x in (k, v))
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, wide_k, wide_v))
+    starts, key_starts = rows.tolist(), keys.tolist()
+    for n, (length, count) in enumerate(zip(lengths, key_lengths, strict=True)):
+        at, key_at = slice(starts[n], starts[n + 1]), slice(key_starts[n], key_starts[n + 1])
+        seen = torch.ones(length, count).tril(count - length if causal else count)
+        for h in range(heads):
+            p = (q[at, h] @ wide_k[key_at, h].T * scale - lse[h, at, None].double()).exp() * seen
+            delta = (d[at, h] * out[at, h]).sum(-1, keepdim=True)
+            ds = p * (d[at, h] @ wide_v[key_at, h].T - delta) * scale
+            dq[at, h], dk[key_at, h], dv[key_at, h] = ds @ wide_k[key_at, h], ds.T @ q[at, h], p.T @ d[at, h]
+    grouped = (x.unflatten(1, (-1, times)).sum(2) for x in (dk, dv))
+    return tuple(x.to(k.dtype) for x in (dq, *grouped))
+
+
+def checked(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, longest: int, most_keys: int, dropout: float,
+    options: dict[str, Any],
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """The lengths of the spans; what the kernel would refuse, or answer otherwise than the seam does, fails here."""
+    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+    assert q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.shape[1] % k.shape[1] == 0 and k.shape == v.shape
+    assert rows.dtype == keys.dtype == torch.int32 and rows[0] == keys[0] == 0
+    assert (rows[-1], keys[-1]) == (q.shape[0], k.shape[0]) and dropout == 0.0
+    assert options.get("scale") in (None, q.shape[-1] ** -0.5)
+    lengths, key_lengths = rows.diff().tolist(), keys.diff().tolist()
+    assert (longest, most_keys) == (max(lengths), max(key_lengths))
+    assert min(key_lengths) > 0, "rows without keys would have lse +inf"
+    return lengths, key_lengths
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[None]:
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", flash_attention_forward, "CPU")
+    library.impl("_flash_attention_backward", flash_attention_backward, "CPU")
+    yield
+    del library
+
+
+@pytest.fixture
+def ops(kernels: None) -> CudaOps:
+    made = CudaOps(TorchAutograd(), torch.device("cpu"))
+    made.capability = (9, 0)
+    CALLS.clear()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "capability", "taken"),
+    [
+        ("bfloat16", 128, (8, 0), True), ("float16", 80, (9, 0), True), ("bfloat16", 8, (12, 0), True),
+        ("float32", 128, (9, 0), False), ("bfloat16", 84, (9, 0), False), ("float16", 12, (9, 0), False),
+        ("bfloat16", 256, (9, 0), True), ("bfloat16", 264, (9, 0), False), ("bfloat16", 128, (7, 5), False),
+        ("float16", 64, (6, 1), False), ("bfloat16", 192, (8, 6), True), ("bfloat16", 200, (8, 6), False),
+        ("bfloat16", 224, (8, 9), False), ("bfloat16", 224, (12, 1), False), ("bfloat16", 224, (8, 0), True),
+        ("bfloat16", 128, (0, 0), False),
+    ],
+)  # fmt: skip
+def test_which_heads_the_kernel_takes(dtype: str, size: int, capability: tuple[int, int], taken: bool) -> None:
+    assert flash_attention_takes(getattr(torch, dtype), size, capability) is taken
+
+
+def test_schemas_have_the_arguments_that_are_passed() -> None:
+    forward, backward = (
+        [a.name for a in getattr(torch.ops.aten, name).default._schema.arguments]
+        for name in ("_flash_attention_forward", "_flash_attention_backward")
+    )
+    ends = ["max_q", "max_k", "dropout_p", "is_causal"]
+    assert forward[:10] == ["query", "key", "value", "cum_seq_q", "cum_seq_k", *ends, "return_debug_mask"]
+    assert backward[:12] == ["grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", *ends]
+
+
+SPANS = [
+    ((5, 1, 17, 3), None), ((4, 4, 4), None), ((5, 1, 7), (9, 4, 7)), ((9, 4, 2), (5, 1, 6)), ((3, 0, 4), (0, 5, 6)),
+    ((3,), (0,)), ((), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("lengths", "keys"), SPANS)
+def test_attention(ops: CudaOps, lengths: Sequence[int], keys: Sequence[int] | None, causal: bool) -> None:
+    spans = Spans.of_lengths(lengths, keys, causal=causal)
+    compare(ops, spans, lengths, keys, size=16, dtype=torch.bfloat16)
+    expected = 0 if not spans.seeing[0].rows else 1
+    assert (CALLS.count("forward"), CALLS.count("backward")) == (expected, expected)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(20, "bfloat16"), (264, "float16"), (16, "float32")])
+def test_what_the_kernel_does_not_take_is_composed(ops: CudaOps, size: int, dtype: str) -> None:
+    compare(ops, Spans.of_lengths([5, 3], causal=True), (5, 3), None, size, getattr(torch, dtype))
+    assert not CALLS
+
+
+def test_an_old_card_computes_attention_without_the_kernel(ops: CudaOps) -> None:
+    ops.capability = (7, 5)
+    compare(ops, Spans.of_lengths([5, 3], causal=True), (5, 3), None, 16, torch.float16)
+    assert not CALLS
+
+
+def compare(
+    ops: CudaOps, spans: Spans, lengths: Sequence[int], keys: Sequence[int] | None, size: int, dtype: Any
+) -> None:
+    """Output, lse and gradients are those of the reference, to a few roundings."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((spans.rows, 4), (spans.key_rows, 2), (spans.key_rows, 2), (spans.rows, 4))
+    q, k, v, d = (torch.randn(*shape, size, generator=draw).to(dtype) for shape in shapes)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = ops.attention(*leaves, spans)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted, wanted_lse = reference.attention(*exact, lengths, spans.causal, keys)
+    allowed = 1e-5 if dtype == torch.float32 else 9 * HALF[str(dtype).removeprefix("torch.")]
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    pairs = [(out, wanted), (lse, wanted_lse)]
+    if spans.rows:
+        found = torch.autograd.grad(out, leaves, d)
+        theirs = torch.autograd.grad(wanted, exact, d.double(), allow_unused=True, materialize_grads=True)
+        pairs += list(zip(found, theirs, strict=True))
+    for ours, other in pairs:
+        assert error(ours.detach().float().numpy(), other.detach().numpy()) < allowed
+
+
+def test_lse_is_a_natural_logarithm(ops: CudaOps) -> None:
+    q = torch.zeros(4, 2, 16, dtype=torch.bfloat16)
+    _, lse = ops.attention(q, q, q, Spans.of_lengths([4], causal=False))
+    assert lse.flatten().tolist() == pytest.approx([math.log(4)] * 8)
