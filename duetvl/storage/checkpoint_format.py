@@ -17,9 +17,8 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,6 +86,12 @@ class Manifest:
     tensors: Mapping[str, Mapping[str, StoredTensor]]  # kind -> path -> where
     written_by: Mapping[str, str]
 
+    def files_of(self, kinds: Collection[str]) -> list[FileRecord]:
+        """The files that hold tensors of these kinds."""
+        stored = (tensor for kind in kinds for tensor in self.tensors.get(kind, {}).values())
+        names = {part.file for tensor in stored for part in tensor.boxes}
+        return [record for record in self.files if record.name in names]
+
     def to_text(self) -> str:
         """JSON with its own checksum as the last entry."""
         content = {
@@ -120,6 +125,8 @@ class Manifest:
                 )
             if checksum != _checksum(content):
                 raise CheckpointError("its manifest.json does not match its own checksum")
+            if odd := [name for name in content["files"] if Path(name).name != name]:
+                raise CheckpointError(f"its manifest.json names a file outside of its directory: {odd[0]!r}")
             return cls(
                 step=content["step"],
                 meta=Meta(**{name: content[name] for name in vars(Meta())}),
@@ -141,6 +148,7 @@ class StoredCheckpoint:
 
     path: Path
     manifest: Manifest
+    _files: dict[str, TensorFile] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def read(self, kind: str, path: str, box: Box | None = None) -> tuple[np.ndarray, str]:
         """The bits of a tensor or of a box of it, and their dtype's name.
@@ -163,18 +171,20 @@ class StoredCheckpoint:
     def release(self, kind: str, path: str) -> None:
         """Give back the memory of the tensor's mapped pages."""
         for part in self.manifest.tensors[kind][path].boxes:
-            self._files[part.file].release(box_name(path, part.box))
+            self._file(part.file).release(box_name(path, part.box))
 
     def _view(self, path: str, stored: StoredTensor, part: StoredBox) -> np.ndarray:
-        file, name = self._files[part.file], box_name(path, part.box)
+        file, name = self._file(part.file), box_name(path, part.box)
         spec = TensorSpec(stored.dtype, part.box.shape)
         if file.specs.get(name) != spec:
             raise CheckpointError(f"{file.path}: has {file.specs.get(name)} for {name}, the manifest says {spec}")
         return file.view(name)
 
-    @cached_property
-    def _files(self) -> dict[str, TensorFile]:
-        return {record.name: TensorFile(self.path / record.name) for record in self.manifest.files}
+    def _file(self, name: str) -> TensorFile:
+        """Mapped when the first of its tensors is asked for."""
+        if name not in self._files:
+            self._files[name] = TensorFile(self.path / name)
+        return self._files[name]
 
 
 def box_name(path: str, box: Box) -> str:

@@ -72,8 +72,8 @@ class FileRecord:
 class TensorFile:
     """A safetensors file that is mapped into memory; nothing is read before it is used.
 
-    Opening checks the header against the file: CheckpointError names the file and the cause. The mapping is private
-    (copy on write): arrays are writable, as torch wants them, and the file never changes.
+    Opening checks the header against the file: CheckpointError names the file and the cause. The mapping is
+    read-only, and so are the arrays: a writable one would count against memory, whatever of it is touched.
     """
 
     def __init__(self, path: str | Path):
@@ -85,7 +85,7 @@ class TensorFile:
                 header, self._start = _read_header(self.path, handle, size)
                 self.metadata, self._offsets, self.specs = _read_entries(self.path, header)
                 _check_layout(self.path, self._offsets, size - self._start)
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
 

@@ -15,8 +15,8 @@ from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loading.loader import Step
 from duetvl.storage.checkpoint_format import Meta
+from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import (
-    CheckpointRef,
     Snapshot,
     go_on_from,
     load_checkpoint,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
 from duetvl.core.optimizer import Group
 from duetvl.core.params import Parameter
-from duetvl.storage.checkpoint_format import Manifest, Meta, StoredCheckpoint
+from duetvl.storage.checkpoint_format import Manifest, Meta
+from duetvl.storage.finding import checkpoints_dir, find_checkpoint, has_checkpoint
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
 
@@ -50,7 +53,7 @@ def load(ref, params, state):
 
 
 def steps(run_dir):
-    return sorted(path.name for path in ck.checkpoints_dir(run_dir).iterdir() if path.is_dir())
+    return sorted(path.name for path in checkpoints_dir(run_dir).iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -60,7 +63,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path, half):
     fresh_state = optimizer_state(fresh, 2, half)
     storage = {path: p.tensor.ctypes.data for path, p in fresh.items()}
 
-    ref = ck.find_checkpoint(tmp_path)
+    ref = find_checkpoint(tmp_path)
     meta = load(ref, fresh, fresh_state)
 
     assert ref.step == 100
@@ -93,19 +96,19 @@ def test_files_are_ordinary_safetensors(tmp_path):
 def test_weights_alone(tmp_path):
     params, _ = save(tmp_path, 5)
     fresh = parameters(1)
-    load(ck.find_checkpoint(tmp_path), fresh, None)
+    load(find_checkpoint(tmp_path), fresh, None)
     assert all(np.array_equal(fresh[path].tensor, params[path].tensor) for path in SHAPES)
 
 
 def test_another_dtype_goes_through_the_master(tmp_path):
     half, state = save(tmp_path, 5, half=True)
     whole = parameters(1)
-    load(ck.find_checkpoint(tmp_path), whole, optimizer_state(whole, 1))
+    load(find_checkpoint(tmp_path), whole, optimizer_state(whole, 1))
     assert all(np.array_equal(whole[path].tensor, state.master[path]) for path in SHAPES)
 
     params, _ = save(tmp_path, 6)
     fresh_state = optimizer_state(half, 1, half=True)
-    load(ck.find_checkpoint(tmp_path), half, fresh_state)
+    load(find_checkpoint(tmp_path), half, fresh_state)
     assert all(np.array_equal(fresh_state.master[path], params[path].tensor) for path in SHAPES)
 
 
@@ -117,10 +120,10 @@ def test_rotation_and_chosen_step(tmp_path):
         save(tmp_path, step, keep_last=2)
     assert steps(tmp_path) == ["step-0000020", "step-0000030"]
     assert (tmp_path / "checkpoints/latest").read_text() == "step-0000030\n"
-    assert ck.find_checkpoint(tmp_path, 20).step == 20
-    assert ck.find_checkpoint(tmp_path / "checkpoints/step-0000020").step == 20
+    assert find_checkpoint(tmp_path, 20).step == 20
+    assert find_checkpoint(tmp_path / "checkpoints/step-0000020").step == 20
     with pytest.raises(CheckpointError, match="no checkpoint of step 10; there are 20, 30"):
-        ck.find_checkpoint(tmp_path, 10)
+        find_checkpoint(tmp_path, 10)
 
 
 def test_a_run_that_goes_back_is_not_lost_behind_its_old_branch(tmp_path):
@@ -128,22 +131,22 @@ def test_a_run_that_goes_back_is_not_lost_behind_its_old_branch(tmp_path):
         save(tmp_path, step)
     save(tmp_path, 11, keep_last=2)
     assert steps(tmp_path) == ["step-0000011", "step-0000030"]
-    assert ck.find_checkpoint(tmp_path).step == 11
+    assert find_checkpoint(tmp_path).step == 11
 
 
 def test_the_same_step_again_replaces(tmp_path):
     save(tmp_path, 10)
     params, _ = save(tmp_path, 10, seed=77)
     fresh = parameters(1)
-    load(ck.find_checkpoint(tmp_path), fresh, None)
+    load(find_checkpoint(tmp_path), fresh, None)
     assert np.array_equal(fresh["lm_head.weight"].tensor, params["lm_head.weight"].tensor)
     assert steps(tmp_path) == ["step-0000010"]
 
 
 def test_nothing_to_load(tmp_path):
-    assert not ck.has_checkpoint(tmp_path)
+    assert not has_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="has no checkpoint; give the directory of a run"):
-        ck.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
@@ -168,20 +171,63 @@ def test_a_damaged_newest_is_told_and_passed_over(tmp_path, name, how):
     path = tmp_path / "checkpoints/step-0000020" / name
     path.unlink() if how == "remove" else damage(path, how)
 
-    ref = ck.find_checkpoint(tmp_path)
+    ref = find_checkpoint(tmp_path, pass_over=True)
     assert ref.step == 10
     assert len(ref.rejected) == 1
     assert "step-0000020" in ref.rejected[0]
     assert name in ref.rejected[0]
-    with pytest.raises(CheckpointError, match="step-0000020"):
-        ck.find_checkpoint(tmp_path, 20)
+    for step in (None, 20):  # what was asked for is met, or it is an error
+        with pytest.raises(CheckpointError, match="step-0000020"):
+            find_checkpoint(tmp_path, step)
+    with pytest.raises(CheckpointError, match=rf"undamaged one of step 10, say {tmp_path}@10$"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_newest_that_has_been_removed_is_missed(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    shutil.rmtree(tmp_path / "checkpoints/step-0000020")
+    with pytest.raises(CheckpointError, match=r"step-0000020: the newest checkpoint, is not there any more; .*@10$"):
+        find_checkpoint(tmp_path)
+    ref = find_checkpoint(tmp_path, pass_over=True)
+    assert (ref.step, len(ref.rejected)) == (10, 1)
+
+
+@pytest.mark.parametrize("how", ["flip", "remove"])
+def test_weights_alone_need_no_other_file(tmp_path, how):
+    params, _ = save(tmp_path, 10)
+    moments = tmp_path / "checkpoints/step-0000010/exp_avg-00000-of-00001.safetensors"
+    moments.unlink() if how == "remove" else damage(moments, how)
+    with pytest.raises(CheckpointError, match="exp_avg-00000"):
+        find_checkpoint(tmp_path)
+    stored = find_checkpoint(tmp_path, kinds=("weights",)).stored
+    assert np.array_equal(stored.read("weights", "lm_head.weight")[0], params["lm_head.weight"].tensor)
+    damage(tmp_path / "checkpoints/step-0000010/weights-00000-of-00001.safetensors", "flip")
+    with pytest.raises(CheckpointError, match=r"weights-00000-of-00001\.safetensors does not match its checksum"):
+        find_checkpoint(tmp_path, kinds=("weights",))
+
+
+def test_a_checkpoint_is_found_under_another_name(tmp_path):
+    save(tmp_path, 10)
+    best = (tmp_path / "checkpoints/step-0000010").rename(tmp_path / "best")
+    assert find_checkpoint(best).step == find_checkpoint(best, 10).step == 10
+    with pytest.raises(CheckpointError, match="best: is the checkpoint of step 10, not of step 20"):
+        find_checkpoint(best, 20)
+
+
+def test_a_manifest_names_no_file_elsewhere(tmp_path):
+    save(tmp_path, 10)
+    manifest = find_checkpoint(tmp_path).manifest
+    files = tuple(replace(record, name=f"../{record.name}") for record in manifest.files)
+    with pytest.raises(CheckpointError, match="names a file outside of its directory"):
+        Manifest.from_text(replace(manifest, files=files).to_text())
 
 
 def test_all_damaged(tmp_path):
     save(tmp_path, 10)
     damage(tmp_path / "checkpoints/step-0000010/weights-00000-of-00001.safetensors", "flip")
     with pytest.raises(CheckpointError, match=r"does not match its checksum; no other checkpoint can be used"):
-        ck.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
 
 
 def test_later_format_version(tmp_path):
@@ -189,12 +235,12 @@ def test_later_format_version(tmp_path):
     path = tmp_path / "checkpoints/step-0000010/manifest.json"
     path.write_text(path.read_text().replace('"version": 1,', '"version": 2,'))
     with pytest.raises(CheckpointError, match="version 2, this duetvl reads 1"):
-        ck.find_checkpoint(tmp_path, 10)
+        find_checkpoint(tmp_path, 10)
 
 
 def test_another_model_is_refused_before_anything_is_written(tmp_path):
     save(tmp_path, 10)
-    ref = ck.find_checkpoint(tmp_path)
+    ref = find_checkpoint(tmp_path)
     other = parameters(1, shapes={**SHAPES, "lm_head.weight": (6, 7), "model.extra": (2,)})
     before = {path: p.tensor.copy() for path, p in other.items()}
     expected = r"another model: 1 tensor\(s\) absent \(model.extra\); 1 of another shape \(lm_head.weight \[5, 7\]"
@@ -218,7 +264,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="step 20 could not be written: No space left on device; earlier ones"):
         save(tmp_path, 20)
     assert steps(tmp_path) == ["step-0000010"]
-    assert ck.find_checkpoint(tmp_path).step == 10
+    assert find_checkpoint(tmp_path).step == 10
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
@@ -271,7 +317,7 @@ def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint(tmp_path, step, keep
     found = []
     for moment in range(1, moments):
         run_dir = tmp_path / str(moment)
-        ref = ck.find_checkpoint(run_dir)
+        ref = find_checkpoint(run_dir)
         assert ref.rejected == ()
         found.append(ref.step)
         params = parameters(0)
@@ -279,7 +325,7 @@ def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint(tmp_path, step, keep
         assert np.array_equal(params["lm_head.weight"].tensor, parameters(ref.step)["lm_head.weight"].tensor)
 
         ck.remove_leftovers(run_dir)
-        assert ck.find_checkpoint(run_dir).step == ref.step
+        assert find_checkpoint(run_dir).step == ref.step
         assert not [name for name in steps(run_dir) if name.startswith(".")]
         save(run_dir, 30, keep_last=1)
         assert steps(run_dir) == ["step-0000030"]
@@ -294,12 +340,12 @@ def test_a_kill_in_the_middle_of_writing(tmp_path):
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
             seen = [int(child.stdout.readline()) for _ in range(wait)]
             os.kill(child.pid, signal.SIGKILL)
-        ref = ck.find_checkpoint(tmp_path)
+        ref = find_checkpoint(tmp_path)
         assert ref.rejected == ()
         assert ref.step >= seen[-1]
-        for path in ck.checkpoints_dir(tmp_path).glob("step-*"):
+        for path in checkpoints_dir(tmp_path).glob("step-*"):
             ck.remove_directory(path)
-        (ck.checkpoints_dir(tmp_path) / "latest").unlink()
+        (checkpoints_dir(tmp_path) / "latest").unlink()
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------
@@ -321,8 +367,8 @@ def test_several_writers_and_any_reader(tmp_path):
         written.append(ck.write_pieces(staging, list(ck.on_host(pieces, numpy_backend())), rank=rank, ranks=2))
     ck.commit(staging, ck.make_manifest(3, META, {"w": 3}, written, ck.writer_names(numpy_backend())))
 
-    ref = ck.find_checkpoint(tmp_path)
-    stored = StoredCheckpoint(ref.path, ref.manifest)
+    ref = find_checkpoint(tmp_path)
+    stored = ref.stored
     for kind, whole in (("weights", weight), ("exp_avg", moment)):
         assert np.array_equal(stored.read(kind, "w")[0], whole)
         for box in (Box((1, 2), (4, 5)), Box((5, 7), (1, 1)), Box((0, 0), (3, 8)), Box((2, 0), (0, 8))):
@@ -337,7 +383,7 @@ def test_several_writers_and_any_reader(tmp_path):
 
 def test_manifest_with_missing_boxes_is_damaged(tmp_path):
     save(tmp_path, 10)
-    manifest = ck.find_checkpoint(tmp_path).manifest
+    manifest = find_checkpoint(tmp_path).manifest
     stored = manifest.tensors["weights"]["lm_head.weight"]
     manifest.tensors["weights"]["lm_head.weight"] = type(stored)(stored.dtype, (6, 7), stored.boxes)
     with pytest.raises(CheckpointError, match="do not make up a tensor"):
@@ -382,7 +428,7 @@ def test_bits_are_the_same_on_the_other_backend(tmp_path, backends, writer, read
         tmp_path, step=12, parameters=params.values(), optimizer_state=state, meta=META, backend=backends[writer]
     )
     there, there_state = run_state(backends[reader], dtype, 2)
-    ref = ck.find_checkpoint(tmp_path)
+    ref = find_checkpoint(tmp_path)
     ck.load_checkpoint(ref, parameters=there.values(), optimizer_state=there_state, backend=backends[reader])
     assert bits(backends[reader], there, there_state) == bits(backends[writer], params, state)
     assert there_state.step == state.step

@@ -16,8 +16,8 @@ import pytest
 import tiny_run
 from frameworks import FRAMEWORKS
 
+from duetvl.storage.finding import checkpoints_dir, find_checkpoint, has_checkpoint
 from duetvl.storage.tensor_files import TensorFile
-from duetvl.training.checkpoints.checkpoint import checkpoints_dir, find_checkpoint, has_checkpoint
 from duetvl.training.watching.metrics import read_metrics
 
 STEPS = 16

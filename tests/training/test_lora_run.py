@@ -22,9 +22,9 @@ from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.adapters import merge_directories
 from duetvl.models.qwen_vl.config import load_config
+from duetvl.storage.finding import find_checkpoint
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.check import check
-from duetvl.training.checkpoints.checkpoint import find_checkpoint
 from duetvl.training.checkpoints.export import export_run
 from duetvl.training.train import train
 from duetvl.training.watching.metrics import read_metrics

@@ -21,6 +21,7 @@ from numpy_backend import numpy_backend, optimizer_state, parameters
 import duetvl
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError
+from duetvl.storage.finding import find_checkpoint, has_checkpoint
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
 from duetvl.training.checkpoints.saving import SaveGivenUp, Saver
@@ -52,7 +53,7 @@ def run(be, recipe, *overrides, **options):
 
 
 def stored(run_dir: Path, step: int) -> dict[str, bytes]:
-    ref = ck.find_checkpoint(run_dir, step)
+    ref = find_checkpoint(run_dir, step)
     files = [TensorFile(path) for path in sorted(ref.path.glob("*.safetensors"))]
     return {f"{file.path.name}:{name}": file.view(name).tobytes() for file in files for name in file.specs}
 
@@ -100,7 +101,7 @@ def test_a_snapshot_is_not_changed_by_what_comes_after(tmp_path):
     state.step.update(dict.fromkeys(state.step, 5))
     ck.write_snapshot(tmp_path, taken)
     fresh = parameters(2)
-    ref = ck.find_checkpoint(tmp_path)
+    ref = find_checkpoint(tmp_path)
     ck.load_checkpoint(ref, parameters=fresh.values(), optimizer_state=None, backend=numpy_backend())
     for path, p in parameters(1).items():
         assert np.array_equal(fresh[path].tensor, p.tensor)
@@ -148,7 +149,7 @@ def test_a_program_that_ends_at_once_leaves_nothing_half_written(tmp_path):
         with pytest.raises(SaveGivenUp):
             saver.wait()
     assert leftovers(tmp_path) == []
-    assert not ck.has_checkpoint(tmp_path)
+    assert not has_checkpoint(tmp_path)
 
 
 # -- no space ---------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(torch_be, recipe, tmp_path, cap
     class Look(Callback):
         def on_step(self, run, row):
             if run.step == 7:
-                seen.append(ck.find_checkpoint(run.run_dir).step)
+                seen.append(find_checkpoint(run.run_dir).step)
 
     calls = [NoSpace(3, 7, 100), Look()]
     result = run(torch_be, recipe, f"checkpoint.background={background}", callbacks=calls)
@@ -203,7 +204,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(torch_be, recipe, 
     with pytest.raises(CheckpointError, match="the checkpoint of step 12 could not be written"):
         run(torch_be, recipe, callbacks=[NoSpace(11, 99, 1000)])
     assert leftovers(tmp_path / "run") == []
-    assert ck.find_checkpoint(tmp_path / "run").step == 10
+    assert find_checkpoint(tmp_path / "run").step == 10
 
 
 FULL_DISK = """
@@ -266,7 +267,7 @@ def test_a_second_signal_ends_at_once_and_tidily(torch_be, recipe, tmp_path, bac
     assert caught.value.code == 128 + signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert leftovers(tmp_path / "run") == []
-    assert ck.find_checkpoint(tmp_path / "run").step in (2, 4)
+    assert find_checkpoint(tmp_path / "run").step in (2, 4)
 
 
 def test_a_step_that_takes_too_long_is_given_up_and_made_again(be, recipe, tmp_path, capsys):

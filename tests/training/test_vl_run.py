@@ -22,8 +22,9 @@ from PIL import Image, ImageDraw
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.models.qwen_vl.loading import load_model
+from duetvl.storage.finding import find_checkpoint
 from duetvl.storage.tensor_files import TensorFile
-from duetvl.training.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+from duetvl.training.checkpoints.checkpoint import load_checkpoint
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.step import Trainer

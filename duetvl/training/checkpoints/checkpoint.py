@@ -8,11 +8,9 @@ names and shapes are known to fit.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -30,20 +28,18 @@ from duetvl.storage.checkpoint_format import (
     Manifest,
     Meta,
     StoredBox,
-    StoredCheckpoint,
     StoredTensor,
     box_name,
     file_name,
 )
 from duetvl.storage.files import remove_directory, sync_directory, write_text
-from duetvl.storage.tensor_files import FileRecord, TensorSpec, file_record, write_tensor_file
+from duetvl.storage.finding import STEP, CheckpointRef, checkpoints_dir, step_name
+from duetvl.storage.tensor_files import FileRecord, TensorSpec, write_tensor_file
 from duetvl.storage.weights_dir import count_and_name
 from duetvl.version import __version__
 
 Tensor = Any
 
-_STEP: Final = re.compile(r"step-(\d{7,})")
-_REPLACED: Final = re.compile(r"\.(step-\d{7,})\.replaced")
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 
 
@@ -62,28 +58,6 @@ class Piece:
         """A tensor that this process holds entirely."""
         shape = tuple(tensor.shape)
         return cls(kind, path, shape, Box.whole(shape), tensor)
-
-
-@dataclass(frozen=True)
-class CheckpointRef:
-    """A checkpoint whose files are as they were written.
-
-    `rejected` says of each newer one that was passed over why: tell the user.
-    """
-
-    path: Path
-    manifest: Manifest
-    rejected: tuple[str, ...] = field(default=())
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps made when it was saved."""
-        return self.manifest.step
-
-    @property
-    def meta(self) -> Meta:
-        """What the run was, without reading a tensor."""
-        return self.manifest.meta
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -302,21 +276,11 @@ def remove_leftovers(run_dir: str | Path) -> None:
             shutil.rmtree(leftover)
 
 
-def checkpoints_dir(run_dir: str | Path) -> Path:
-    """Where a run's checkpoints are."""
-    return Path(run_dir) / "checkpoints"
-
-
-def step_name(step: int) -> str:
-    """Directory name of the checkpoint of a step."""
-    return f"step-{step:07}"
-
-
 def _rotate(folder: Path, newest: Path, keep_last: int | None) -> None:
     """By the time of writing, not by number: a run that went back to an earlier step keeps its new ones."""
     if keep_last is None:
         return
-    others = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path != newest]
+    others = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path != newest]
     others.sort(key=_written_at)
     for old in others[: max(len(others) + 1 - keep_last, 0)]:
         remove_directory(old)
@@ -330,27 +294,6 @@ def _written_at(path: Path) -> tuple[int, str]:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(run_dir: str | Path, step: int | None = None) -> CheckpointRef:
-    """The newest undamaged checkpoint of a run, or that of a chosen step, all checksums verified.
-
-    Damaged newer ones are passed over and told in `rejected`; a chosen step is never replaced by another. `run_dir`
-    may also be one checkpoint's own directory. CheckpointError where there is nothing to load.
-    """
-    found = _candidates(Path(run_dir))
-    if not found:
-        raise CheckpointError(f"{checkpoints_dir(run_dir)}: has no checkpoint; give the directory of a run that saved")
-    if step is not None and step not in found:
-        steps = ", ".join(str(known) for known in sorted(found))
-        raise CheckpointError(f"{checkpoints_dir(run_dir)}: has no checkpoint of step {step}; there are {steps}")
-    rejected: list[str] = []
-    for path in [found[step]] if step is not None else found.values():
-        try:
-            return CheckpointRef(path, _verified(path), tuple(rejected))
-        except CheckpointError as error:
-            rejected.append(str(error))
-    raise CheckpointError("; ".join(rejected) + "; no other checkpoint can be used instead")
-
-
 def go_on_from(ref: CheckpointRef, run_dir: str | Path) -> None:
     """Make a checkpoint of the run its latest, before rows of later steps are removed from its metrics.
 
@@ -359,11 +302,6 @@ def go_on_from(ref: CheckpointRef, run_dir: str | Path) -> None:
     folder = checkpoints_dir(run_dir)
     if ref.path.parent.resolve() == folder.resolve():
         write_text(folder / "latest", ref.path.name + "\n")
-
-
-def has_checkpoint(run_dir: str | Path) -> bool:
-    """Whether a run has saved anything, damaged or not."""
-    return bool(_candidates(Path(run_dir)))
 
 
 def load_checkpoint(
@@ -388,7 +326,7 @@ def load_checkpoint(
 def load_pieces(ref: CheckpointRef, pieces: Sequence[Piece], backend: Backend) -> None:
     """Fill this process's tensors, whatever boxes they are of whatever the writers had."""
     _check_same_model(ref, pieces)
-    stored = StoredCheckpoint(ref.path, ref.manifest)
+    stored = ref.stored
     for piece in pieces:
         wanted = backend.ops.dtype_of(piece.tensor)
         kind = _source(ref.manifest, piece, wanted)
@@ -396,56 +334,6 @@ def load_pieces(ref: CheckpointRef, pieces: Sequence[Piece], backend: Backend) -
         backend.ops.assign(piece.tensor, backend.checkpoint_io.load(raw, dtype, wanted))
         del raw
         stored.release(kind, piece.path)
-
-
-def _candidates(run_dir: Path) -> dict[int, Path]:
-    """Step -> directory, best first: the latest, those before it backwards, then any after it backwards.
-
-    Steps after the latest are of a branch that the run has gone back from, or killed just before `latest` was moved.
-    Raises CheckpointError where the directory may not be read.
-    """
-    folder = checkpoints_dir(run_dir)
-    try:
-        if (run_dir / MANIFEST).exists() and (match := _STEP.fullmatch(run_dir.name)):
-            return {int(match[1]): run_dir}
-        entries = list(folder.iterdir()) if folder.is_dir() else []
-    except OSError as error:
-        raise CheckpointError(f"{run_dir}: cannot be looked into: {error.strerror or error}") from None
-    found = {match[1]: path for path in entries if (match := _REPLACED.fullmatch(path.name))}
-    found |= {path.name: path for path in entries if _STEP.fullmatch(path.name)}
-    try:
-        latest = int((folder / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
-    except (OSError, ValueError):
-        latest = 10**18
-    steps = {int(name.removeprefix("step-")): path for name, path in found.items()}
-    return dict(sorted(steps.items(), key=lambda item: (item[0] > latest, -item[0])))
-
-
-def _verified(path: Path) -> Manifest:
-    """The manifest, once every file is as it says."""
-    try:
-        manifest = Manifest.from_text((path / MANIFEST).read_text(encoding="utf-8"))
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            problems = [problem for problem in pool.map(lambda r: _difference(path, r), manifest.files) if problem]
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: is damaged or unknown: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: is damaged: {MANIFEST} cannot be read: {error}") from None
-    if problems:
-        raise CheckpointError(f"{path}: is damaged: {'; '.join(problems)}")
-    return manifest
-
-
-def _difference(path: Path, record: FileRecord) -> str | None:
-    try:
-        size = (path / record.name).stat().st_size
-        if size != record.size:
-            return f"{record.name} has {size} bytes instead of {record.size}"
-        if file_record(path / record.name) != record:
-            return f"{record.name} does not match its checksum"
-    except OSError as error:
-        return f"{record.name} cannot be read: {error.strerror or error}"
-    return None
 
 
 def _check_same_model(ref: CheckpointRef, pieces: Sequence[Piece]) -> None:

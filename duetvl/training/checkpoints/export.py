@@ -15,12 +15,10 @@ from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.storage.checkpoint_format import StoredCheckpoint
 from duetvl.storage.files import staged_directory
+from duetvl.storage.finding import CheckpointRef, find_checkpoint, parse_run
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import count_and_name, write_shards
-from duetvl.training.checkpoints.checkpoint import CheckpointRef, find_checkpoint
-from duetvl.training.checkpoints.run_directory import parse_run
 
 Say = Callable[[str], None]
 
@@ -30,12 +28,11 @@ def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
     directory that is returned.
 
     Takes the weights as they are stored and the tokenizer and settings of the recipe's model. `target` appears whole
-    or not at all, and one that exists is refused. The run may still be going on. Raises CheckpointError, ConfigError.
+    or not at all, and one that exists is refused. The run may still be going on. Where the checkpoint is damaged, an
+    older one is named and not taken instead. Raises CheckpointError, ConfigError.
     """
     directory, step = parse_run(run)
-    ref = find_checkpoint(directory, step)
-    for text in ref.rejected:
-        say(f"damaged, passed over: {text}")
+    ref = find_checkpoint(directory, step, kinds=("weights",))
     kind = "adapter" if ref.meta.recipe.get("lora") is not None else "model"
     with staged_directory(target) as staging:
         EXPORTERS[kind](ref, staging, say)
@@ -78,7 +75,7 @@ def _export_adapter(ref: CheckpointRef, staging: Path, say: Say) -> None:
 
 def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
     """Reads one tensor at a time, and gives the memory of the one before back."""
-    checkpoint, before = StoredCheckpoint(ref.path, ref.manifest), [""]
+    checkpoint, before = ref.stored, [""]
 
     def fetch(name: str) -> np.ndarray:
         if before[0]:

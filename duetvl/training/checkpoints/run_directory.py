@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.errors import ConfigError
 from duetvl.storage.files import write_text
-from duetvl.training.checkpoints.checkpoint import CheckpointRef, find_checkpoint, has_checkpoint
+from duetvl.storage.finding import CheckpointRef, find_checkpoint, has_checkpoint, parse_run
 from duetvl.training.recipe.sections import DataSource, Recipe
 from duetvl.training.recipe.yaml_values import write_yaml
 
@@ -82,7 +82,7 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
             f"train.output_dir {own} has checkpoints of its own; to go on from {source} give a new directory: "
             f"train.output_dir=..."
         )
-    ref = find_checkpoint(source, step)
+    ref = find_checkpoint(source, step, pass_over=True)
     changed = _refuse_other_recipe(recipe, ref)
     notes = [f"damaged, passed over: {text}" for text in ref.rejected]
     notes.append(f"resuming {ref.path} (step {ref.step})")
@@ -112,20 +112,6 @@ def locked(run_dir: Path) -> Iterator[None]:
 def write_recipe(recipe: Recipe, run_dir: Path) -> None:
     """Write the run's recipe, all defaults spelled out."""
     write_text(run_dir / "recipe.yaml", write_yaml(recipe.model_dump(mode="json")))
-
-
-def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
-    """A run and a step of it, from DIR or DIR@STEP; without DIR it is `own`."""
-    name, at, step = text.rpartition("@")
-    if not at:
-        name, step = text, ""
-    elif not step.isdigit():
-        if not Path(text).exists():  # it could be a directory with an @ in its name
-            raise CheckpointError(f"{text}: after @ comes the number of a step, found {step!r}")
-        name, step = text, ""
-    if not name and own is None:
-        raise CheckpointError(f"{text!r}: names no run directory; give DIR or DIR@STEP")
-    return Path(name) if name or own is None else own, int(step) if step else None
 
 
 def _run_of(ref: CheckpointRef) -> Path:

@@ -1,0 +1,182 @@
+"""Finding a checkpoint of a run, and verifying it before anything of it is used.
+
+Whoever reads a run comes through here: resuming, `duetvl export`, mm-convert.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from duetvl.core.errors import CheckpointError
+from duetvl.storage.checkpoint_format import KINDS, MANIFEST, Manifest, Meta, StoredCheckpoint
+from duetvl.storage.tensor_files import FileRecord, file_record
+
+STEP: Final = re.compile(r"step-(\d{7,})")
+_REPLACED: Final = re.compile(r"\.(step-\d{7,})\.replaced")
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A checkpoint whose files are as they were written, as far as they hold the kinds that were asked for.
+
+    `rejected` says of each newer one that was passed over why: tell the user.
+    """
+
+    path: Path
+    manifest: Manifest
+    rejected: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made when it was saved."""
+        return self.manifest.step
+
+    @property
+    def meta(self) -> Meta:
+        """What the run was, without reading a tensor."""
+        return self.manifest.meta
+
+    @property
+    def stored(self) -> StoredCheckpoint:
+        """Its tensors, to be read."""
+        return StoredCheckpoint(self.path, self.manifest)
+
+
+def find_checkpoint(
+    run: str | Path, step: int | None = None, *, kinds: Collection[str] = KINDS, pass_over: bool = False
+) -> CheckpointRef:
+    """The newest checkpoint of a run, or that of a chosen step; `run` may also be one checkpoint's own directory.
+
+    The checksums of all files that hold tensors of `kinds` are verified; other files need not even be there. A damaged
+    checkpoint is an error that names the one before it, unless `pass_over`: then the newest undamaged one is used, and
+    `rejected` says what was passed over. A chosen step is never replaced by another. Raises CheckpointError.
+    """
+    run = Path(run)
+    if _is_checkpoint(run):
+        ref = CheckpointRef(run, _verified(run, kinds))
+        if step not in (None, ref.step):
+            raise CheckpointError(f"{run}: is the checkpoint of step {ref.step}, not of step {step}")
+        return ref
+    found = _candidates(run)
+    if not found:
+        raise CheckpointError(f"{checkpoints_dir(run)}: has no checkpoint; give the directory of a run that saved")
+    if step is None:
+        return _newest(run, found, kinds, pass_over)
+    if step not in found:
+        steps = ", ".join(str(known) for known in sorted(found))
+        raise CheckpointError(f"{checkpoints_dir(run)}: has no checkpoint of step {step}; there are {steps}")
+    return CheckpointRef(found[step], _verified(found[step], kinds))
+
+
+def has_checkpoint(run: str | Path) -> bool:
+    """Whether this is a run that has saved anything, damaged or not, or a checkpoint's own directory."""
+    return _is_checkpoint(Path(run)) or bool(_candidates(Path(run)))
+
+
+def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
+    """A run and a step of it, from DIR or DIR@STEP; without DIR it is `own`."""
+    name, at, step = text.rpartition("@")
+    if not at:
+        name, step = text, ""
+    elif not (step.isascii() and step.isdigit()):
+        if not Path(text).exists():  # it could be a directory with an @ in its name
+            raise CheckpointError(f"{text}: after @ comes the number of a step, found {step!r}")
+        name, step = text, ""
+    if not name and own is None:
+        raise CheckpointError(f"{text!r}: names no run directory; give DIR or DIR@STEP")
+    return Path(name) if name or own is None else own, int(step) if step else None
+
+
+def checkpoints_dir(run: str | Path) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(run) / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    """Directory name of the checkpoint of a step."""
+    return f"step-{step:07}"
+
+
+def _newest(run: Path, found: dict[int, Path], kinds: Collection[str], pass_over: bool) -> CheckpointRef:
+    rejected = list(_gone(run, found))
+    for step, path in found.items():
+        try:
+            ref = CheckpointRef(path, _verified(path, kinds), tuple(rejected))
+        except CheckpointError as error:
+            rejected.append(str(error))
+            continue
+        if rejected and not pass_over:
+            raise CheckpointError(f"{'; '.join(rejected)}; to take the undamaged one of step {step}, say {run}@{step}")
+        return ref
+    raise CheckpointError("; ".join(rejected) + "; no other checkpoint can be used instead")
+
+
+def _gone(run: Path, found: dict[int, Path]) -> Iterator[str]:
+    latest = _latest(checkpoints_dir(run))
+    if latest is not None and latest not in found:
+        yield f"{checkpoints_dir(run) / step_name(latest)}: the newest checkpoint, is not there any more"
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    try:
+        return (directory / MANIFEST).exists()
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be looked into: {error.strerror or error}") from None
+
+
+def _candidates(run: Path) -> dict[int, Path]:
+    """Step -> directory, best first: the latest, those before it backwards, then any after it backwards.
+
+    Steps after the latest are of a branch that the run has gone back from, or killed just before `latest` was moved.
+    Raises CheckpointError where the directory may not be read.
+    """
+    folder = checkpoints_dir(run)
+    try:
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{run}: cannot be looked into: {error.strerror or error}") from None
+    found = {match[1]: path for path in entries if (match := _REPLACED.fullmatch(path.name))}
+    found |= {path.name: path for path in entries if STEP.fullmatch(path.name)}
+    latest = _latest(folder)
+    steps = {int(name.removeprefix("step-")): path for name, path in found.items()}
+    return dict(sorted(steps.items(), key=lambda item: (latest is not None and item[0] > latest, -item[0])))
+
+
+def _latest(folder: Path) -> int | None:
+    try:
+        return int((folder / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return None
+
+
+def _verified(path: Path, kinds: Collection[str]) -> Manifest:
+    """The manifest, once every file with tensors of these kinds is as it says."""
+    try:
+        manifest = Manifest.from_text((path / MANIFEST).read_text(encoding="utf-8"))
+        wanted = manifest.files_of(kinds)
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            problems = [problem for problem in pool.map(lambda r: _difference(path, r), wanted) if problem]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: is damaged or unknown: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: is damaged: {MANIFEST} cannot be read: {error}") from None
+    if problems:
+        raise CheckpointError(f"{path}: is damaged: {'; '.join(problems)}")
+    return manifest
+
+
+def _difference(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = (path / record.name).stat().st_size
+        if size != record.size:
+            return f"{record.name} has {size} bytes instead of {record.size}"
+        if file_record(path / record.name) != record:
+            return f"{record.name} does not match its checksum"
+    except OSError as error:
+        return f"{record.name} cannot be read: {error.strerror or error}"
+    return None
