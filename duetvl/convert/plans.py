@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -20,7 +17,6 @@ from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.storage.files import staged_directory, write_text
 
-_LOG: Final = logging.getLogger(__name__)
 _BASE_MEMORY: Final = 120 * 10**6  # Python, numpy, headers
 
 
@@ -63,7 +59,7 @@ def execute(plan: Plan, inputs: Sequence[Path], options: Options) -> None:
     _check_space(plan)
     progress, started = options.start(plan.size), time.monotonic()
     try:
-        with _alone(plan.target), staged_directory(plan.target, overwrite=options.overwrite) as staging:
+        with staged_directory(plan.target, overwrite=options.overwrite) as staging:
             write_files(staging, plan.outputs, plan.source, workers=options.workers, progress=progress)
             for name, path in plan.copies.items():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,24 +77,6 @@ def execute(plan: Plan, inputs: Sequence[Path], options: Options) -> None:
         f"{plan.target}: {len(plan.outputs)} file(s), {show_bytes(plan.size)} in {seconds:.1f} s "
         f"({show_bytes(plan.size / seconds)}/s)"
     )
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Two that write one target would put their files into one staging directory, and either would publish it."""
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    path = target.absolute().with_name(f".{target.name}.lock")
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{target}: another mm-convert is writing it; wait for its end") from None
-        except OSError:
-            _LOG.debug("%s: this file system has no locks", path)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _check_apart(target: Path, inputs: Sequence[Path]) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from duetvl.core.errors import CheckpointError, DuetvlError
+from duetvl.storage.locks import file_lock, made_directory, tidy_when_ended
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_OF_A_MODEL = (*WEIGHT_FILES, "config.json", "adapter_config.json")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def sync_directory(directory: Path) -> None:
@@ -76,9 +81,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write or replace a small file: readers see the old content or the new one, on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two processes may write it at once
     try:
-        with open(temporary, "wb") as handle:
+        with open(temporary, "xb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
@@ -90,27 +95,33 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def remove_temporaries(directory: Path) -> None:
+    """Remove what killed processes have left of `write_bytes`; nobody may be writing there."""
+    for file in directory.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
 @contextmanager
 def staged_file(target: str | Path) -> Iterator[TextIO]:
     """A new text file to write, which becomes `target` when the block ends without an error; never one that exists.
 
-    Raises CheckpointError where `target` exists or cannot be written.
+    Raises CheckpointError where `target` exists, is being written by another process, or cannot be written.
     """
-    target = Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        if target.exists():
-            raise CheckpointError(f"{target}: exists already; choose another name or remove it")
-        os.rename(temporary, target)
-        sync_directory(target.parent)
-    except OSError as error:
-        raise CheckpointError(f"{target}: could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    target = Path(os.path.realpath(target))
+    with _alone(target):
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with open(temporary, "x", encoding="utf-8") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            if os.path.lexists(target):
+                raise CheckpointError(f"{target}: exists already; choose another name or remove it")
+            os.rename(temporary, target)
+            sync_directory(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_directory(directory: Path) -> None:
@@ -125,49 +136,88 @@ def remove_directory(directory: Path) -> None:
 def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new directory to fill, which becomes `target` when the block ends without an error.
 
-    Until then `target` is as it was, and after an error it still is. A target that exists and is not empty is
-    refused with CheckpointError unless `overwrite`: then its weights and all files that have a new version are
-    replaced together, by two renames (a kill between them leaves the old directory beside it under the name
-    `.NAME.replaced`), and whatever else it held stays.
+    Until then `target` is as it was, and after an error or a signal it still is. A target that exists and is not empty
+    is refused with CheckpointError unless `overwrite`: then the model in it and all files that have a new version are
+    replaced together, by two renames, and whatever else it held stays. After a kill between the two the old
+    directory lies beside it under the name `.NAME.replaced`; writing there again puts it back first. One process
+    writes to a target at a time: another is refused.
     """
-    target = Path(target).absolute()
-    if not overwrite and _holds_something(target):
-        raise CheckpointError(f"{target}: exists already; choose another directory, or move it away")
-    staging = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(staging, ignore_errors=True)  # a killed run's
+    target = Path(os.path.realpath(target))
+    with _alone(target, parents=True) as locks:
+        if locks:
+            _tidy_up(target)
+        if not overwrite and _holds_something(target):
+            raise CheckpointError(f"{target}: exists already; choose another directory, or move it away")
+        staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.saving")
+        try:
+            staging.mkdir()
+            yield staging
+            sync_files(staging)
+            if overwrite and target.is_dir():
+                _replace(target, staging)
+            else:
+                os.rename(staging, target)  # fails where somebody has put something there meanwhile
+            sync_directory(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _alone(target: Path, *, parents: bool = False) -> Iterator[bool]:
+    """Keep other processes from writing to a target; whether that is possible. OSErrors become CheckpointErrors."""
+    lock = target.with_name(f".{target.name}.lock")
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        sync_files(staging)
-        _swap(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{target}: could not be written: {error.strerror or error}") from error
-        raise
+        with (
+            tidy_when_ended(),
+            made_directory(target.parent) if parents else nullcontext(),
+            file_lock(lock) as works,
+        ):
+            yield works
+    except BlockingIOError:
+        raise CheckpointError(
+            f"{target}: another process is writing it; wait for its end, or choose another name"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{target}: could not be written: {error.strerror or error}") from error
+
+
+def _tidy_up(target: Path) -> None:
+    """End what a killed process has begun: remove what was half written, put back what was to be replaced."""
+    begun = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.saving")
+    for path in target.parent.iterdir():
+        if begun.fullmatch(path.name):
+            shutil.rmtree(path)
+    _settle(target)
 
 
 def _holds_something(target: Path) -> bool:
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _replace(target: Path, staging: Path) -> None:
     try:
-        return target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be looked into: {error.strerror or error}") from None
+        os.rename(target, _replaced(target))
+        os.rename(staging, target)
+    finally:
+        _settle(target)
 
 
-def _swap(staging: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.replaced")
-    if target.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-    os.rename(staging, target)
-    sync_directory(target.parent)
-    if old.is_dir():
+def _settle(target: Path) -> None:
+    """Between the two renames the old directory goes back; after them it gives up what the new one does not replace."""
+    old = _replaced(target)
+    if old.is_dir() and not target.exists():
+        os.rename(old, target)
+    elif old.is_dir():
         _keep_the_rest(old, target)
-        shutil.rmtree(old)
 
 
 def _keep_the_rest(old: Path, target: Path) -> None:
-    """Move what the new directory does not replace: all but the weights."""
+    """Move what the new directory does not replace, which is all but the model, and remove the old one."""
     for entry in list(old.iterdir()):
-        if not (target / entry.name).exists() and not any(entry.match(pattern) for pattern in WEIGHT_FILES):
+        if not (target / entry.name).exists() and not any(entry.match(pattern) for pattern in _OF_A_MODEL):
             os.rename(entry, target / entry.name)
+    shutil.rmtree(old)

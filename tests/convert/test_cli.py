@@ -502,7 +502,7 @@ def test_two_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second is refused, and leaves the first alone."""
     with open(".out.lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        assert "another mm-convert is writing it" in fails(HF_TO_MM + ONE, capsys)
+        assert "another process is writing it" in fails(HF_TO_MM + ONE, capsys)
         assert Path(".out.lock").exists()
     assert run(HF_TO_MM + ONE) == 0, "a lock that nobody holds is no obstacle"
     assert not list(here.glob(".*"))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from duetvl.core.errors import CheckpointError
-from duetvl.storage.files import staged_directory, write_text
 from duetvl.storage.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec, file_record, write_tensor_file
 
 RANDOM = np.random.default_rng(0)
@@ -188,60 +187,3 @@ def test_an_array_that_is_not_as_announced(tmp_path):
         write_tensor_file(
             tmp_path / "a.safetensors", SPECS, lambda name: ARRAYS[name][:1] if name == "half" else ARRAYS[name]
         )
-
-
-# -- directories that appear whole ------------------------------------------------------------------------------------
-
-
-def test_staged_directory_appears_at_the_end(tmp_path):
-    target = tmp_path / "deep/out"
-    with staged_directory(target) as staging:
-        (staging / "config.json").write_text("{}")
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["config.json"]
-    assert [path.name for path in target.parent.iterdir()] == ["out"]
-
-
-def test_staged_directory_after_an_error(tmp_path):
-    def fill():
-        with staged_directory(tmp_path / "out") as staging:
-            (staging / "config.json").write_text("{}")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fill()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_staged_directory_and_an_existing_one(tmp_path):
-    target = tmp_path / "out"
-    (target / "logs").mkdir(parents=True)
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "notes.txt"):
-        (target / name).write_text("old")
-    with pytest.raises(CheckpointError, match="exists already"), staged_directory(target):
-        pass
-    with staged_directory(target, overwrite=True) as staging:
-        (staging / "model.safetensors").write_text("new")
-        (staging / "config.json").write_text("new")
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "logs", "model.safetensors", "notes.txt"]
-    assert (target / "config.json").read_text() == "new"
-    assert (target / "notes.txt").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_staged_directory_over_a_file(tmp_path):
-    (tmp_path / "out").write_text("a file")
-    with (
-        pytest.raises(CheckpointError, match="could not be written"),
-        staged_directory(tmp_path / "out", overwrite=True),
-    ):
-        pass
-    assert (tmp_path / "out").read_text() == "a file"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_write_text_replaces(tmp_path):
-    write_text(tmp_path / "latest", "one")
-    write_text(tmp_path / "latest", "two")
-    assert (tmp_path / "latest").read_text() == "two"
-    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
