@@ -221,6 +221,7 @@ def train(
     *,
     backend: Backend | None = None,
     resume: str | None = None,
+    restart: bool = False,
     prepare: Callable[[Recipe, Backend], Job] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
@@ -230,7 +231,9 @@ def train(
     """
     given = read_recipe(recipe, overrides)
     own = [SampleAnswers()] if given.log.generate else []
-    return train_module.train(given, backend=backend, resume=resume, prepare=prepare, callbacks=[*own, *callbacks])
+    return train_module.train(
+        given, backend=backend, resume=resume, restart=restart, prepare=prepare, callbacks=[*own, *callbacks]
+    )
 
 
 def load_processor(path: str | Path) -> Processor:

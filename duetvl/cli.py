@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from the newest checkpoint, which must be there, or from another run or an earlier step; without "
         "it a run that has checkpoints goes on as well",
     )
+    train.add_argument(
+        "--restart", action="store_true", help="start at the beginning; what the run directory holds is set aside"
+    )
 
     check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
     _add_recipe(check)
@@ -163,7 +166,7 @@ def _run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from duetvl.api import train
 
-    result = train(args.recipe, _overrides(args), resume=args.resume)
+    result = train(args.recipe, _overrides(args), resume=args.resume, restart=args.restart)
     return 128 + result.stopped_by if result.stopped_by else 0
 
 

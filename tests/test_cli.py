@@ -186,5 +186,5 @@ def test_launch_scripts(backend, launcher, recipe):
     assert done.stdout.count("step 1/1  loss") == 1
     rows = (recipe.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 1]
-    stored = (recipe.parent / "runs" / "tiny" / "recipe.yaml").read_text()
+    stored = (recipe.parent / "runs" / "tiny" / "resolved_recipe.yaml").read_text()
     assert f"name: {backend}" in stored

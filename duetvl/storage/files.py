@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -165,18 +165,15 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
 @contextmanager
 def _alone(target: Path, *, parents: bool = False) -> Iterator[bool]:
     """Keep other processes from writing to a target; whether that is possible. OSErrors become CheckpointErrors."""
-    lock = target.with_name(f".{target.name}.lock")
     try:
-        with (
-            tidy_when_ended(),
-            made_directory(target.parent) if parents else nullcontext(),
-            file_lock(lock) as works,
-        ):
+        with tidy_when_ended(), made_directory(target.parent) if parents else nullcontext(), ExitStack() as held:
+            try:
+                works = held.enter_context(file_lock(target.with_name(f".{target.name}.lock")))
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{target}: another process is writing it; wait for its end, or choose another name"
+                ) from None
             yield works
-    except BlockingIOError:
-        raise CheckpointError(
-            f"{target}: another process is writing it; wait for its end, or choose another name"
-        ) from None
     except OSError as error:
         raise CheckpointError(f"{target}: could not be written: {error.strerror or error}") from error
 

@@ -16,13 +16,15 @@ from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.model_directory import ModelDirectory, open_model
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import PARTS
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.training.checkpoints.run_directory import find_start
-from duetvl.training.feed import DataSets
+from duetvl.training.checkpoints.run_directory import Start, find_start
+from duetvl.training.checkpoints.space import Space, in_words
+from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.lora import plan_adapters
-from duetvl.training.memory import memory_line
+from duetvl.training.memory import disk_of, host_memory, memory_of
 from duetvl.training.preference.reference import describe
 from duetvl.training.recipe.reading import check_layers, check_world
 from duetvl.training.recipe.sections import Recipe
@@ -30,8 +32,6 @@ from duetvl.training.schedule import total_steps
 from duetvl.training.sft import recipe_processor, record_encoder
 from duetvl.training.train import read_recipe, world_size
 from duetvl.training.walk import walk
-
-FIRST = 16  # samples that the estimate of memory is made from
 
 
 def check(
@@ -61,7 +61,8 @@ def check(
     val = sets.val_refs()
     if val is not None:
         yield from _walked("data.val", val, sets.val_count, maker, way)
-    yield from _memory_lines(given, source, maker.drafts(list(islice(sets.train_refs(), FIRST))))
+    steps = total_steps(given, sets.per_epoch)
+    yield from _room_lines(given, source.config, start, steps, maker.drafts(list(islice(sets.train_refs(), FIRST))))
     check_world(given, world_size())  # last: a layout for many processes is looked at on one, up to here
 
 
@@ -89,11 +90,27 @@ def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
         yield plan.describe(config)
 
 
-def _memory_lines(recipe: Recipe, source: ModelDirectory, outcomes: Iterable[Any]) -> Iterator[str]:
-    """The estimate, from the sizes of the first samples."""
-    plan = plan_adapters(recipe, source.config)
-    if line := memory_line(recipe, source.config, plan.adapters if plan else None, outcomes):
-        yield line
+def _room_lines(
+    recipe: Recipe, config: ModelConfig, start: Start, steps: int, outcomes: Iterable[Any]
+) -> Iterator[str]:
+    """The estimate of memory, from the sizes of the first samples, and what to say where that or the disk is short."""
+    plan = plan_adapters(recipe, config)
+    adapters = plan.adapters if plan else None
+    if memory := memory_of(recipe, config, adapters, outcomes):
+        yield memory.describe()
+        if _on_cpu(recipe) and (warning := memory.warning(host_memory(), "cpu")):
+            yield warning
+    space = Space.with_export(*disk_of(config, recipe, adapters), recipe)
+    yield f"disk: a checkpoint takes {in_words(space.checkpoint)}"
+    left = steps - (start.checkpoint.step if start.checkpoint else 0)
+    if left > 0 and (warning := space.warning(start.run_dir, recipe.checkpoint, left)):
+        yield warning
+
+
+def _on_cpu(recipe: Recipe) -> bool:
+    """Whether it will be trained on the CPU, as far as can be told without a framework."""
+    accelerators = any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/davinci0"))
+    return recipe.backend.device == "cpu" or (recipe.backend.device == "auto" and not accelerators)
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Encoder
+from duetvl.data.draft import Encoder, Outcome
 from duetvl.data.loading.cache import CachedEncoder
 from duetvl.data.loading.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
 from duetvl.data.loading.order import Cursor, Mixture, RecordCursor, choice
@@ -24,6 +24,7 @@ from duetvl.data.sources.catalog import Records, Source, open_source, resolve
 from duetvl.data.sources.records import Reading, RecordFile, Ref, with_line
 from duetvl.training.recipe.sections import DataSection, DataSource, Recipe
 
+FIRST = 16  # samples that the estimate of memory is made from
 _NAMED = 10  # records left out that are named one by one; the rest is counted
 
 
@@ -242,6 +243,10 @@ class Feed:
                 yield from passes(maker, refs, self.recipe.train.global_batch)
         finally:
             pool.close()
+
+    def first_drafts(self) -> list[Outcome]:
+        """Drafts of a few training records, or why there is none, for an estimate of what a step takes."""
+        return self._maker.drafts(list(islice(self.sets.train_refs(), FIRST)))
 
     def val_samples(self, count: int) -> list[Sample | Pair]:
         """The first so many good samples of the validation data.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from duetvl.core.params import Parameter
 from duetvl.data.draft import Encoder
 from duetvl.training.feed import Feed
+from duetvl.training.memory import Memory
 from duetvl.training.objective import Objective, Reference
 from duetvl.training.step import TrainableModel
 from duetvl.training.watching.costs import Flops
@@ -24,7 +25,7 @@ class Job:
     `fingerprint`, wherever they lie) when the run goes on. `flops` counts the operations that a micro-batch asks for,
     forward and backward, for the utilisation shown; none is shown without it. `before` is called once with the data,
     while the model has its starting weights also where a run is resumed. `compared_with` gives what the objective needs
-    of a reference, if it needs one.
+    of a reference, if it needs one. `memory` estimates what a step takes, from some drafts.
     """
 
     model: TrainableModel
@@ -38,6 +39,7 @@ class Job:
     flops: Flops | None = None
     before: Callable[[Feed], None] | None = None
     compared_with: Reference | None = None
+    memory: Callable[[Iterable[Any]], Memory | None] | None = None
 
     def checkpointed(self) -> Sequence[Parameter]:
         """The parameters that a checkpoint keeps."""

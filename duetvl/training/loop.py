@@ -14,7 +14,7 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loading.loader import Step
-from duetvl.storage.checkpoint_format import Meta
+from duetvl.storage.checkpoint_format import MANIFEST, Meta
 from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import (
     Snapshot,
@@ -23,8 +23,9 @@ from duetvl.training.checkpoints.checkpoint import (
     remove_leftovers,
     take_snapshot,
 )
-from duetvl.training.checkpoints.run_directory import Start, locked, write_recipe
+from duetvl.training.checkpoints.run_directory import Start, begin, note_saved
 from duetvl.training.checkpoints.saving import Saver
+from duetvl.training.checkpoints.space import Space
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
@@ -33,7 +34,7 @@ from duetvl.training.signals import StopSignals
 from duetvl.training.step import StepGivenUp, StepResult, Trainer
 from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.costs import Meter
-from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
+from duetvl.training.watching.metrics import MetricsLog, Progress, check_own, read_metrics
 from duetvl.training.watching.plots import plot_runs
 from duetvl.training.watching.trackers import open_trackers
 
@@ -88,6 +89,8 @@ class Run:
         self.saved: Path | None = start.checkpoint.path if start.checkpoint and not start.history else None
         self.saved_step = self.step if self.saved else -1
         self.stop_reason: str | None = None
+        self.export_dir = self.run_dir / "export"
+        self.complete = False
 
     def _fed(self, sets: DataSets, ref: CheckpointRef | None) -> Feed:
         """The data from where the checkpoint left it."""
@@ -100,13 +103,14 @@ class Run:
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
-        with self.feed.started(self.total - self.step), locked(self.run_dir):
+        with self.feed.started(self.total - self.step):
+            warnings = self._room_warnings()
             remove_leftovers(self.run_dir)
-            write_recipe(self.recipe, self.run_dir)
+            notes = begin(self.start, self.recipe)
             if self.start.checkpoint is not None:
                 go_on_from(self.start.checkpoint, self.run_dir)
             with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
-                for note in self.start.notes:
+                for note in (*notes, *self.start.notes, *warnings):
                     self.say(note)
                 with self._kept():
                     self._steps()
@@ -150,25 +154,46 @@ class Run:
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
-        """A bad record that is met late, be it of the evaluation, does not cost the steps done before it."""
+        """What ends the run before its time does not cost the steps since the last checkpoint."""
         try:
             yield
-        except DataError:
-            if self.step > max(self.first_step, self.saved_step):
-                self.saver.save(self._snapshot)
+        except Exception:
+            self._rescue()
             raise
+        except (KeyboardInterrupt, SystemExit):
+            if self.signals.caught is None:  # not by a second signal, which wants the end at once
+                self._rescue()
+            raise
+
+    def _rescue(self) -> None:
+        """Save what there is while an error is on its way out, which nothing here may hide."""
+        if self.step <= max(self.first_step, self.saved_step):
+            return
+        try:
+            if self.trainer.is_sound():
+                self.saver.save_last(self._snapshot, rotate=False)
+            else:
+                self.say(f"step {self.step} is not saved: its weights are not finite, or an update was under way")
+        except Exception as error:
+            self.say(f"warning: while the run was ending: {type(error).__name__}: {error}")
 
     @contextmanager
     def _profiled(self) -> Iterator[ExitStack]:
         """Holds the trace that `log.profile` asks for, which a run may end in the middle of."""
-        with ExitStack() as trace:
+        trace = ExitStack()
+        try:
             yield trace
+        except BaseException:
+            _quietly(self, "the trace", trace.close)
+            raise
+        trace.close()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
+        self._saved_at = time.monotonic()
         while self.step < self.total and self.stop_reason is None and self.signals.caught is None:
             try:
                 self._one_step()
@@ -176,11 +201,12 @@ class Run:
                 self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
                 return
             self.saver.poll()
-            evaluate, save = self._due(self.recipe.train.eval_every), self._due(self.recipe.checkpoint.every)
+            evaluate, save = self._due(self.recipe.train.eval_every), self._due_to_save()
             if evaluate:
                 self._evaluate()
             if save:
                 self.saver.save(self._snapshot)
+                self._saved_at = time.monotonic()
             if evaluate or save:
                 self._plot()
 
@@ -191,7 +217,6 @@ class Run:
         waited = time.perf_counter() - begun
         lr = learning_rate(self.step, self.total, self.recipe.optim)
         result = self.trainer.step(work, lr, self.step)
-        self.backend.device.synchronize()
         seconds = time.perf_counter() - begun
         self.step += 1
         self.feed.done(work)
@@ -237,7 +262,7 @@ class Run:
         self.saver.wait()
         if self.saved_step != self.step:
             self.saver.save_last(self._snapshot)
-        if self.signals.caught is not None:
+        if self.signals.caught is not None and self._unfinished():
             self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
             return
         if self.stop_reason is not None:
@@ -246,10 +271,27 @@ class Run:
         if summary:
             self.say(summary)
         self._plot()
-        target = self.run_dir / "export"
-        if self.recipe.checkpoint.export and (self.step > self.first_step or not target.exists()):
-            self.job.export(target)
-            self.say(f"exported {target}")
+        if self._export_due():
+            self.job.export(self.export_dir)
+            self.say(f"exported {self.export_dir}")
+        self.complete = True
+
+    def _unfinished(self) -> bool:
+        """Whether a signal has kept the run from something."""
+        ended = self.step >= self.total or self.stop_reason is not None
+        evaluated = not self.feed.has_val or self.evaluated_step == self.step
+        return not ended or not evaluated or self._export_due()
+
+    def _export_due(self) -> bool:
+        """Whether `export/` is asked for, and is not there as the last checkpoint and the recipe want it."""
+        if not self.recipe.checkpoint.export:
+            return False
+        ref = self.start.checkpoint
+        if ref is None or self.step > self.first_step or not self.export_dir.exists():
+            return True
+        asked_before = (ref.meta.recipe.get("checkpoint") or {}).get("export")
+        older = self.export_dir.stat().st_mtime_ns < (ref.path / MANIFEST).stat().st_mtime_ns
+        return older or asked_before != self.recipe.checkpoint.export
 
     # -- what callbacks use ------------------------------------------------------------------------------------------
 
@@ -269,6 +311,7 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add numbers to metrics.jsonl and every tracker."""
+        check_own(row)
         self.log_file.write({"step": self.step, **row})
 
     def log_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -294,6 +337,21 @@ class Run:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
+
+    def _due_to_save(self) -> bool:
+        section = self.recipe.checkpoint
+        late = section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
+        return late or self._due(section.every)
+
+    def _room_warnings(self) -> list[str]:
+        """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""
+        if self.step >= self.total:
+            return []
+        space = Space.of(self._snapshot(copy=False), self.job.model.parameters, self.recipe, self.backend)
+        device, estimate = self.backend.device, self.job.memory and self.job.memory(self.feed.first_drafts())
+        found = [space.warning(self.run_dir, self.recipe.checkpoint, self.total - self.step, refuse=True)]
+        found += [estimate.warning(device.total_memory(), device.name)] if estimate else []
+        return [*filter(None, found)]
 
     def _evaluate(self) -> None:
         if not self.feed.has_val:
@@ -334,6 +392,7 @@ class Run:
 
     def _saved(self, path: Path, step: int) -> None:
         self.saved, self.saved_step = path, step
+        note_saved(self.run_dir)
         self.say(f"saved {path}")
         self._call("on_save", path)
 
@@ -374,7 +433,7 @@ class Run:
             loss=_last(rows, "loss"),
             eval_loss=_last(rows, "eval_loss"),
             checkpoint=self.saved,
-            stopped_by=int(self.signals.caught) if self.signals.caught else None,
+            stopped_by=None if self.signals.caught is None or self.complete else int(self.signals.caught),
             stop_reason=self.stop_reason,
         )
 
@@ -383,9 +442,20 @@ def _ending(callback: Callback, run: Run) -> Callable[..., None]:
     """What a `with` calls at its end."""
 
     def end(kind: Any, error: BaseException | None, trace: Any) -> None:
-        callback.on_end(run, error)
+        if error is None:
+            callback.on_end(run, None)
+        else:
+            _quietly(run, f"on_end of {type(callback).__name__}", lambda: callback.on_end(run, error))
 
     return end
+
+
+def _quietly(run: Run, what: str, action: Callable[[], None]) -> None:
+    """Do what is due on the way out; its own error does not hide the one that the run ends with."""
+    try:
+        action()
+    except Exception as error:
+        run.say(f"warning: {what}: {type(error).__name__}: {error}")
 
 
 def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:

@@ -8,8 +8,11 @@ has an adapter. benchmarks/results/memory_estimate.md compares with measured run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from duetvl.core.composed.ops import LEAST_ROWS, LOGIT_BUDGET
@@ -65,6 +68,7 @@ class Memory:
     activations: int
     passing: int
     peak: int
+    offload: bool = False  # the optimizer's part is in the host's memory
 
     def describe(self) -> str:
         """One line."""
@@ -73,11 +77,42 @@ class Memory:
         listed = ", ".join(f"{name} {getattr(self, name) / size:{form}}" for name in parts)
         return f"memory: tensors of about {self.peak / size:{form}} {unit} at the peak on each rank ({listed})"
 
+    def warning(self, there: int, device: str) -> str | None:
+        """What to say where that is beyond the bytes of memory of a device; None where it is not."""
+        cpu = device.startswith("cpu")
+        there = min(there, *_limits()) if cpu else there
+        peak = self.peak - (self.optimizer if self.offload and not cpu else 0)
+        if peak <= there:
+            return None
+        return (
+            f"warning: tensors of about {peak / 2**30:.2f} GiB are expected at the peak, {device} has "
+            f"{there / 2**30:.2f} GiB of memory; lower data.pack_tokens, set train.recompute or optim.offload, or "
+            f"train with lora"
+        )
 
-def memory_line(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, drafts: Iterable[Any]) -> str | None:
-    """The estimate for a recipe from some of its samples, in a line; None where none of them can be used."""
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _limits() -> Iterator[int]:
+    """The limits that a container or `ulimit -v` sets to this process, and the machine's memory."""
+    yield host_memory()
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        yield soft
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            yield int(Path(file).read_text())
+        except (OSError, ValueError):  # there is none, or it says "max"
+            continue
+
+
+def memory_of(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, drafts: Iterable[Any]) -> Memory | None:
+    """The estimate for a recipe from some of its samples; None where none of them can be used."""
     sizes = [(d.tokens, d.trained_tokens, d.patches) for d in drafts if isinstance(d, Draft)]
-    return estimate(config, recipe, Load.of(recipe, sizes), adapters).describe() if sizes else None
+    return estimate(config, recipe, Load.of(recipe, sizes), adapters) if sizes else None
 
 
 @dataclass(frozen=True)
@@ -106,6 +141,12 @@ class Trained:
         """Elements of these parameters."""
         return sum(math.prod(self.shapes[path]) for path in paths)
 
+    def state(self, recipe: Recipe) -> int:
+        """Bytes of the optimizer's state: moments, and float32 masters of what is stored in half precision."""
+        moments = 2 * _BYTES[recipe.optim.state_dtype] * self.numbers(self.paths)
+        halves = (path for path in self.paths if not is_adapter(path)) if _BYTES[recipe.model.dtype] < 4 else ()
+        return moments + 4 * self.numbers(halves)
+
 
 def estimate(config: ModelConfig, recipe: Recipe, load: Load, adapters: Adapters | None = None) -> Memory:
     """Memory of a training step on one rank.
@@ -122,22 +163,30 @@ def estimate(config: ModelConfig, recipe: Recipe, load: Load, adapters: Adapters
     if recipe.dpo is not None and recipe.dpo.cache is None and (adapters is None or recipe.dpo.reference is not None):
         weights += narrow * sum(map(math.prod, parameter_shapes(config).values()))
     gradients = 4 * trained.numbers(trained.paths)
-    masters = 4 * trained.numbers(path for path in trained.paths if not is_adapter(path)) if narrow < 4 else 0
-    moments = 2 * _BYTES[recipe.optim.state_dtype] * trained.numbers(trained.paths)
+    state = trained.state(recipe)
     kept = _kept(config, recipe, load, trained)
     forward, backward, end = _passing(config, load, trained, narrow)
     before = gradients if load.micro_batches > 1 else 0
     work = max(before + kept.bytes + max(forward, backward + kept.again), gradients + end)
-    fixed = weights // share + (moments + masters) // (share * layout.dp)
+    fixed = weights // share + state // (share * layout.dp)
     divided = layout.tp * layout.cp
     return Memory(
         weights=weights // share,
         gradients=gradients // share,
-        optimizer=(moments + masters) // (share * layout.dp),
+        optimizer=state // (share * layout.dp),
         activations=kept.bytes // divided,
         passing=max(forward, backward + kept.again, end) // divided,
         peak=fixed + before // share + (work - before) // divided,
+        offload=recipe.optim.offload,
     )
+
+
+def disk_of(config: ModelConfig, recipe: Recipe, adapters: Adapters | None = None) -> tuple[int, int, int]:
+    """Bytes of a checkpoint, those of the weights in it (of a LoRA run the adapters'), and those of the whole model."""
+    trained, narrow = Trained.of(config, recipe, adapters), _BYTES[recipe.model.dtype]
+    model = _stored(trained, parameter_shapes(config), narrow)
+    weights = model if adapters is None else _stored(trained, filter(is_adapter, trained.shapes), narrow)
+    return weights + trained.state(recipe), weights, model
 
 
 def _stored(trained: Trained, paths: Iterable[str], narrow: int) -> int:

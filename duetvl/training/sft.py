@@ -22,6 +22,7 @@ from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.training.job import Job
 from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
+from duetvl.training.memory import memory_of
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
 from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity, reference_model
@@ -58,6 +59,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         flops=_flops(recipe, model),
         before=reference.prepare if isinstance(reference, CachedReference) else None,
         compared_with=reference,
+        memory=partial(memory_of, recipe, model.config, plan.adapters if plan else None),
     )
 
 

@@ -12,10 +12,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Would end the program too, unless they are ignored (as after nohup) or somebody handles them: a closed terminal, and
+# what some schedulers send before they kill.
+OTHERS = (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM only sets `caught`; a second one ends the program.
+    """While entered, the first SIGINT, SIGTERM or one like them only sets `caught`; a second one ends the program.
 
     The second raises KeyboardInterrupt or SystemExit(128 + number) in the main thread, so that everything is tidied
     up on the way out; a third acts as it did before. Signals reach the main thread alone: elsewhere this does nothing.
@@ -32,7 +35,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._first) for number in SIGNALS}
+            taken = (*SIGNALS, *(number for number in OTHERS if signal.getsignal(number) is signal.SIG_DFL))
+            self._before = {number: signal.signal(number, self._first) for number in taken}
         return self
 
     def __exit__(

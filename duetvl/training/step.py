@@ -118,6 +118,7 @@ class Trainer:
         start, window = optim.loss_scale or START, optim.loss_scale_window or WINDOW
         self.loss_scale = LossScale(start, window) if halves else None
         self.give_up: Callable[[], bool] = lambda: False  # asked before every micro-batch
+        self._updating = False
 
     def step(self, work: Step, lr: float, number: int = 0) -> StepResult | None:
         """Forward, backward and update. None, and no update, where nothing in the step is trained.
@@ -145,7 +146,14 @@ class Trainer:
             self._drop_gradients()
         return StepResult(loss, norm, means, skipped)
 
+    def is_sound(self) -> bool:
+        """Whether the weights are those after a whole number of updates, and all finite: worth being saved."""
+        if self._updating:
+            return False
+        return all(np.isfinite(self.backend.to_numpy(p.tensor)).all() for p in self.trained)
+
     def _update(self, lr: float, norm: float, scale: float) -> None:
+        self._updating = True  # and it stays so where an error ends this
         clip = self.optim.clip
         shrink = min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0  # the 1e-6 is torch's and Megatron's
         self.backend.optimizer.step(
@@ -156,6 +164,8 @@ class Trainer:
             eps=self.optim.eps,
             grad_scale=shrink / scale,
         )
+        self.backend.device.synchronize()
+        self._updating = False
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective's means over the batches."""

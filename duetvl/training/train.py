@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from duetvl.core.backend import Backend, load_backend
-from duetvl.training.checkpoints.run_directory import find_start
+from duetvl.core.errors import ConfigError
+from duetvl.training.checkpoints.run_directory import Start, find_start, locked
 from duetvl.training.feed import DataSets
 from duetvl.training.job import Job
 from duetvl.training.loop import Run, TrainResult
@@ -23,13 +26,15 @@ def train(
     *,
     backend: Backend | None = None,
     resume: str | None = None,
+    restart: bool = False,
     prepare: Callable[[Recipe, Backend], Job] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Run a recipe: a file, a mapping of its sections, or a `Recipe`.
 
     `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
-    checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step.
+    checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step, and `restart`
+    sets aside what the directory holds and starts at the beginning.
     `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. `callbacks` are called
     as the run goes along. However it ends, no file is left half-written.
     """
@@ -39,11 +44,15 @@ def train(
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
         raise SystemExit(0)
-    start = find_start(given, resume)
-    sets = DataSets(given.data)
-    backend = backend or load_backend(given.backend.name, given.backend.device)
-    job = (prepare or _sft)(given, backend)
-    return Run(given, job, backend, start, sets, callbacks).run()
+    if restart and resume is not None:
+        raise ConfigError("--restart begins anew and --resume goes on; give one of them")
+    run_dir = Path(given.train.output_dir)
+    with locked(run_dir) as notes:  # before looking for checkpoints: while this loads, another may train and end
+        start = Start(run_dir, anew=True) if restart else find_start(given, resume)
+        sets = DataSets(given.data)
+        backend = backend or load_backend(given.backend.name, given.backend.device)
+        job = (prepare or _sft)(given, backend)
+        return Run(given, job, backend, replace(start, notes=(*notes, *start.notes)), sets, callbacks).run()
 
 
 def _sft(recipe: Recipe, backend: Backend) -> Job:

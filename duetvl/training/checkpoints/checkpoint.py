@@ -32,7 +32,7 @@ from duetvl.storage.checkpoint_format import (
     box_name,
     file_name,
 )
-from duetvl.storage.files import remove_directory, sync_directory, write_text
+from duetvl.storage.files import remove_directory, remove_temporaries, sync_directory, write_text
 from duetvl.storage.finding import STEP, CheckpointRef, checkpoints_dir, step_name
 from duetvl.storage.tensor_files import FileRecord, TensorSpec, write_tensor_file
 from duetvl.storage.weights_dir import count_and_name
@@ -73,6 +73,11 @@ class HostPiece:
     box: Box
     dtype: str
     fetch: Callable[[], np.ndarray]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape in its file."""
+        return TensorSpec(self.dtype, self.box.shape)
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ def write_pieces(staging: Path, pieces: Sequence[HostPiece], *, rank: int = 0, r
         if not chosen:
             continue
         name = file_name(kind, rank, ranks)
-        specs = {key: TensorSpec(p.dtype, p.box.shape) for key, p in chosen.items()}
+        specs = {key: p.spec for key, p in chosen.items()}
         files.append(write_tensor_file(staging / name, specs, _fetcher(chosen), {"format": "pt"}))
         boxes += [(kind, p.path, StoredTensor(p.dtype, p.shape, (StoredBox(name, p.box),))) for p in chosen.values()]
     return WrittenPieces(tuple(files), tuple(boxes))
@@ -267,6 +272,7 @@ def commit(staging: Path, manifest: Manifest, keep_last: int | None = None) -> P
 def remove_leftovers(run_dir: str | Path) -> None:
     """Tidy up after a run that was killed while it saved; no other run may be saving here."""
     folder = checkpoints_dir(run_dir)
+    remove_temporaries(folder)
     for old in folder.glob(".step-*.replaced"):
         name = old.name[1 : -len(".replaced")]
         if not (folder / name).exists():  # killed between its two renames

@@ -1,22 +1,25 @@
 """Where a run is kept, and where a new start of it goes on. Nothing that exists is overwritten without a word.
 
-A run directory holds recipe.yaml, checkpoints/, metrics.jsonl, and as the recipe says tensorboard/, loss.png, export/.
+A run directory holds resolved_recipe.yaml, checkpoints/, metrics.jsonl, and as the recipe says tensorboard/, loss.png,
+export/ and more.
 """
 
 from __future__ import annotations
 
-import fcntl
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError
-from duetvl.storage.files import write_text
+from duetvl.storage.files import remove_temporaries, write_text
 from duetvl.storage.finding import CheckpointRef, find_checkpoint, has_checkpoint, parse_run
+from duetvl.storage.locks import file_lock, made_directory
 from duetvl.training.recipe.sections import DataSource, Recipe
-from duetvl.training.recipe.yaml_values import write_yaml
+from duetvl.training.recipe.yaml_values import read_yaml, write_yaml
 
 # What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no
 # result beyond rounding; a new length changes the schedule from here on.
@@ -47,19 +50,29 @@ HARMLESS = frozenset(
 )
 PLACES = frozenset({"path", "image_root"})  # of a data set
 LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
-HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log"})
+# A checkpoint knows no layout: any can go on from it.
+HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log", "parallel"})
+
+RECIPE = "resolved_recipe.yaml"
+UNSAVED = ".unsaved"  # is there until the first checkpoint is
+RESULTS = ("metrics.jsonl", "samples.jsonl", "export", "loss.png")
+# What a restart sets aside. Checkpoints first: what is left after a kill in between is not taken for a run to resume.
+_OURS = ("checkpoints", *RESULTS, "tensorboard", "profile", "trackers.json", RECIPE, UNSAVED)
+_ADVICE = "give a new directory (train.output_dir=...), or set all that aside and start over with --restart"
 
 
 @dataclass(frozen=True)
 class Start:
     """Where a run starts: from `checkpoint`, or from the model's own weights where it is None.
 
-    `history` is another run's directory whose metrics this one goes on from. `notes` are to be told the user.
+    `history` is another run's directory whose metrics this one goes on from. With `anew` what the directory holds is
+    set aside first. `notes` are to be told the user.
     """
 
     run_dir: Path
     checkpoint: CheckpointRef | None = None
     history: Path | None = None
+    anew: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -69,12 +82,13 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
     resume None: go on from the newest checkpoint of `train.output_dir` where it has one, else start at the
     beginning. "": the same, but a checkpoint must be there. "DIR" or "DIR@STEP": go on from a checkpoint of that
     run, in this recipe's own directory; "@STEP": from that step of its own run.
-    Raises ConfigError where the recipe is not the one that the checkpoint was trained with, CheckpointError where
+    To decide for a run that is then started, hold `locked`. Raises ConfigError where the recipe is not the one that
+    the checkpoint was trained with and where results without a checkpoint would be overwritten, CheckpointError where
     there is no checkpoint.
     """
     own = Path(recipe.train.output_dir)
     if resume is None and not has_checkpoint(own):
-        return Start(own, notes=_restart_notes(own))
+        return Start(own, notes=_check_free(own, recipe))
     source, step = parse_run(resume or "", own)
     other = source.resolve() != own.resolve()
     if other and has_checkpoint(own):
@@ -83,66 +97,126 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
             f"train.output_dir=..."
         )
     ref = find_checkpoint(source, step, pass_over=True)
-    changed = _refuse_other_recipe(recipe, ref)
+    harmless, grave = _differences(recipe, ref.meta.recipe)
+    if grave:
+        raise ConfigError(
+            f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore these to go on, "
+            f"or begin a new run: train.output_dir=..."
+        )
+    if other:
+        _check_free(own, recipe)
     notes = [f"damaged, passed over: {text}" for text in ref.rejected]
     notes.append(f"resuming {ref.path} (step {ref.step})")
-    if changed:
-        notes.append(f"changed since then: {', '.join(changed)}")
-    return Start(own, ref, _run_of(ref) if other else None, tuple(notes))
+    if harmless:
+        notes.append(f"changed since then: {', '.join(harmless)}")
+    return Start(own, ref, _run_of(ref) if other else None, notes=tuple(notes))
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Create the run directory, and keep every other process from training in it meanwhile."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")  # noqa: SIM115  held open to the end
-    except OSError as error:
-        raise ConfigError(f"train.output_dir {run_dir}: cannot be written: {error.strerror or error}") from None
-    with lock:  # the lock goes with the process, however it ends
+def locked(run_dir: Path) -> Iterator[tuple[str, ...]]:
+    """Create the run directory, and keep every other process from training in it meanwhile. Gives notes for the user.
+
+    A directory that is still empty at the end is removed again.
+    """
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(made_directory(run_dir))
+            works = held.enter_context(file_lock(run_dir / ".lock"))
+            remove_temporaries(run_dir)
         except BlockingIOError:
             raise ConfigError(
                 f"train.output_dir {run_dir}: another process is training there; wait, or choose another directory"
             ) from None
-        yield
+        except OSError as error:
+            raise ConfigError(f"train.output_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+        yield () if works else (f"warning: {run_dir}: its file system has no locks; start no other run there",)
 
 
-def write_recipe(recipe: Recipe, run_dir: Path) -> None:
-    """Write the run's recipe, all defaults spelled out."""
-    write_text(run_dir / "recipe.yaml", write_yaml(recipe.model_dump(mode="json")))
+def begin(start: Start, recipe: Recipe) -> tuple[str, ...]:
+    """Write what says how far the run is: its recipe with all defaults spelled out, and whether it has saved yet.
+
+    Gives notes for the user; hold `locked`.
+    """
+    notes = _set_aside(start.run_dir) if start.anew else ()
+    saved = start.checkpoint is not None and start.history is None
+    note_saved(start.run_dir) if saved else write_text(start.run_dir / UNSAVED, "")
+    target, values = start.run_dir / RECIPE, recipe.model_dump(mode="json")
+    if not _is_there(target, values):
+        write_text(target, write_yaml(values))
+    return notes
+
+
+def note_saved(run_dir: Path) -> None:
+    """The run has a checkpoint: should that be removed, its results are not those of a run that may be started over."""
+    (run_dir / UNSAVED).unlink(missing_ok=True)
+
+
+def _set_aside(run_dir: Path) -> tuple[str, ...]:
+    """Move what a run has left in a directory to a new one inside of it, and say so."""
+    held = [name for name in _OURS if os.path.lexists(run_dir / name)]
+    if not held:
+        return ()
+    place = next(path for i in count(1) if not (path := run_dir / f"before-restart-{i}").exists())
+    place.mkdir()
+    for name in held:
+        os.rename(run_dir / name, place / name)
+    return (f"starting over; what {run_dir} held is in {place}",)
 
 
 def _run_of(ref: CheckpointRef) -> Path:
     return ref.path.parent.parent
 
 
-def _restart_notes(run_dir: Path) -> tuple[str, ...]:
-    if not (run_dir / "metrics.jsonl").is_file():
+def _check_free(run_dir: Path, recipe: Recipe) -> tuple[str, ...]:
+    """Whether a run may begin in a directory without checkpoints: ConfigError where something would be lost.
+
+    A run that was killed before its first checkpoint is started over, if by the same recipe.
+    """
+    unsaved = (run_dir / UNSAVED).exists()
+    found = [name for name in (*RESULTS, *(() if unsaved else (RECIPE,))) if _holds_something(run_dir / name)]
+    if not found:
         return ()
+    if not unsaved:
+        raise ConfigError(
+            f"train.output_dir {run_dir}: holds {', '.join(found)} and no checkpoint to go on from; {_ADVICE}"
+        )
+    stored = read_yaml(run_dir / RECIPE)
+    _, grave = _differences(recipe, stored if isinstance(stored, Mapping) else {})
+    if grave:
+        raise ConfigError(
+            f"train.output_dir {run_dir}: holds a run by another recipe ({', '.join(grave)}) that was ended before its "
+            f"first checkpoint; {_ADVICE}"
+        )
     return (f"{run_dir} holds a run that has saved no checkpoint: starting it over from step 0",)
 
 
-def _refuse_other_recipe(recipe: Recipe, ref: CheckpointRef) -> list[str]:
-    """The harmless differences to the recipe of a checkpoint, as text; ConfigError where there are others."""
-    old, new = {**_defaults(), **dict(_flat(ref.meta.recipe))}, dict(_flat(recipe.model_dump(mode="json")))
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path) and path.stat().st_size > 0
+
+
+def _is_there(file: Path, values: Any) -> bool:
+    """Whether a YAML file has these values: then it stays as it is, with the comments that somebody put in."""
+    try:
+        return bool(read_yaml(file) == values)
+    except ConfigError:
+        return False
+
+
+def _differences(recipe: Recipe, stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What a recipe has otherwise than the one that a run was trained with, as texts: harmless, and not."""
+    old, new = {**_defaults(), **dict(_flat(stored))}, dict(_flat(recipe.model_dump(mode="json")))
     for values in (old, new):  # the longest sample follows the packs where it is not given
         values["data.cutoff_len"] = values["data.cutoff_len"] or values["data.pack_tokens"]
     # A section that is absent now is one key here and several there; what only an old version knew has no meaning now.
     removed = [key for key in old if key not in new and key.partition(".")[0] in new]
-    differences = {
+    texts = {
         key: f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}"
         for key in (*new, *removed)
         if old.get(key) != new.get(key)
     }
-    grave = [text for key, text in differences.items() if not _harmless(key, old, recipe)]
-    if grave:
-        raise ConfigError(
-            f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore these to go on, "
-            f"or begin a new run: train.output_dir=..."
-        )
-    return [text for key, text in differences.items() if key != "train.output_dir"]
+    harmless = [key for key in texts if _harmless(key, old, recipe)]
+    grave = [text for key, text in texts.items() if key not in harmless]
+    return [texts[key] for key in harmless if key != "train.output_dir"], grave
 
 
 def _shown(value: Any) -> str:
@@ -176,7 +250,7 @@ def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section, fields in recipe.items():
         if fields is None:
             yield section, None
-        for key, value in (fields or {}).items():
+        for key, value in (fields if isinstance(fields, Mapping) else {}).items():
             yield f"{section}.{key}", value
 
 

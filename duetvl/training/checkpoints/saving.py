@@ -64,11 +64,14 @@ class Saver:
         pieces = tuple(self._stoppable(piece) for piece in taken.pieces)
         self._pending = taken.step, self._thread.submit(self._write, replace(taken, pieces=pieces))
 
-    def save_last(self, take: TakeSnapshot) -> None:
-        """The checkpoint at the end, which is waited for; CheckpointError where it cannot be written."""
+    def save_last(self, take: TakeSnapshot, *, rotate: bool = True) -> None:
+        """The checkpoint at the end, which is waited for; CheckpointError where it cannot be written.
+
+        Without `rotate` no older one is removed.
+        """
         self.wait()
         taken = take(copy=False)
-        self.on_saved(self._write(taken), taken.step)
+        self.on_saved(write_snapshot(self.run_dir, taken, self.keep_last if rotate else None), taken.step)
 
     def poll(self) -> None:
         """Tell what has become of the checkpoint in the background, once it has ended."""
@@ -89,14 +92,23 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the checkpoint in the background; where the program ends at once, give it up and remove it."""
+        """Finish the checkpoint in the background; where the program ends at once, give it up and remove it.
+
+        What goes wrong with it does not hide the error that the run ends with.
+        """
         if self._thread is None:
             return
         if kind is not None and not issubclass(kind, Exception):
             self._given_up.set()
-        else:
-            self.wait()
-        self._thread.shutdown(wait=True)
+        try:
+            if not self._given_up.is_set():
+                self.wait()
+        except Exception as own:
+            if error is None:
+                raise
+            self.warn(f"warning: while the run was ending: {type(own).__name__}: {own}")
+        finally:
+            self._thread.shutdown(wait=True)
 
     def _copy(self, take: TakeSnapshot) -> Snapshot | None:
         try:
@@ -110,6 +122,8 @@ class Saver:
             path = written()
         except CheckpointError as error:
             self.warn(f"warning: {error}")
+        except MemoryError:
+            self.warn(f"warning: the checkpoint of step {step} could not be written: there is no memory for it")
         else:
             self.on_saved(path, step)
 

@@ -496,10 +496,11 @@ class DpoSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is saved, and when. The last step is always saved."""
+    """What is saved, and when. The last step is always saved, and the one before an error or a signal."""
 
-    every: int | None = Field(
-        default=None, ge=1, description="Save a checkpoint every so many steps; null: at the end only."
+    every: int | None = Field(default=500, ge=1, description="Save a checkpoint every so many steps; null: never so.")
+    minutes: float | None = Field(
+        default=30.0, gt=0, description="Save one as well when the last is so many minutes old; null: never so."
     )
     keep_last: int | None = Field(
         default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."

@@ -10,12 +10,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
+from duetvl.core.errors import ConfigError
 from duetvl.storage.files import write_text
 from duetvl.training.watching.trackers import Guarded, Tracker
 
 Row = dict[str, Any]
 METRICS = "metrics.jsonl"
 ANSWERS = "samples.jsonl"
+# What the trainer itself writes of a step and of an evaluation; an objective has values of its own beside these.
+RESERVED = frozenset({
+    "step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "micro_batches", "tokens_per_s", "step_s",
+    "data_wait", "peak_memory", "mfu", "loss_scale", "total_tokens", "total_skipped", "eval_loss", "eval_tokens",
+})  # fmt: skip
 
 
 def read_metrics(run: Path) -> list[Row]:
@@ -24,16 +32,19 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a file of JSON lines, up to one that is cut off."""
+    """The rows of a file of JSON lines: objects with a `step`. A line that is cut off or something else is left out."""
     if not file.is_file():
         return []
-    rows: list[Row] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: str) -> Row | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
 class JsonLines:
@@ -89,8 +100,8 @@ class MetricsLog:
         self._trackers = [Guarded(tracker, say) for tracker in trackers]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; numbers that are not finite become null."""
-        clean = {key: _finite(value) for key, value in row.items()}
+        """Append one row; numbers that are not finite become null. ConfigError for what is no JSON."""
+        clean = _clean(row)
         self._append(METRICS, [clean])
         numbers = {key: value for key, value in clean.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
@@ -100,7 +111,9 @@ class MetricsLog:
         """Append generated answers to samples.jsonl."""
         if ANSWERS not in self._files:
             self._files[ANSWERS] = self._open(ANSWERS)
-        self._append(ANSWERS, [{"step": step, **row} for row in rows])
+        self._append(
+            ANSWERS, [{"step": step, **{key: _plain(key, value) for key, value in row.items()}} for row in rows]
+        )
         for tracker in self._trackers:
             tracker.call("write_texts", step, rows)
 
@@ -131,8 +144,29 @@ class MetricsLog:
                 self._say(f"warning: {self.run / name} cannot be written: {reason}; its rows are kept for later")
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+def check_own(row: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a callback logs under a name that is the trainer's."""
+    if taken := [key for key in row if key in RESERVED]:
+        raise ConfigError(
+            f"a callback logs {taken[0]!r}, which the trainer itself writes; choose another name, such as "
+            f"'my_{taken[0]}'"
+        )
+
+
+def _clean(row: Mapping[str, Any]) -> Row:
+    return {key: _plain(key, value) for key, value in row.items()}
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as metrics.jsonl takes it: numpy's numbers as Python's, null for what is not finite."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the value logged as {key!r} is no number or other JSON value: {error}") from None
+    return value
 
 
 class Progress:
@@ -169,6 +203,8 @@ class Progress:
         try:
             self.stream.write(text + "\n")
             self.stream.flush()
+        except UnicodeEncodeError:
+            self.say(text.encode("ascii", "backslashreplace").decode())
         except BrokenPipeError:  # `duetvl train ... | head`
             self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
         except OSError:  # `duetvl train ... > file` on a full disk

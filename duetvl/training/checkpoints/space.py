@@ -1,0 +1,88 @@
+"""Whether the disk has room for what a run will save; looked at before its first step, and by `duetvl check`."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from duetvl.core.backend import Backend
+from duetvl.core.errors import ConfigError
+from duetvl.core.params import Parameter
+from duetvl.models.lora import is_adapter
+from duetvl.storage.finding import STEP, checkpoints_dir
+from duetvl.storage.tensor_files import TensorSpec
+from duetvl.training.checkpoints.checkpoint import Snapshot
+from duetvl.training.recipe.sections import CheckpointSection, Recipe
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes of one checkpoint of a run, and of its export (0 where there is none)."""
+
+    checkpoint: int
+    export: int = 0
+
+    @classmethod
+    def of(cls, taken: Snapshot, parameters: Mapping[str, Parameter], recipe: Recipe, backend: Backend) -> Space:
+        """Of a run whose snapshots are like this one, and whose model has these parameters, adapters included."""
+        specs = {name: TensorSpec(backend.ops.dtype_of(p.tensor), p.shape) for name, p in parameters.items()}
+        weights = sum(piece.spec.nbytes for piece in taken.pieces if piece.kind == "weights")
+        model = sum(spec.nbytes for name, spec in specs.items() if not is_adapter(name))
+        return cls.with_export(sum(piece.spec.nbytes for piece in taken.pieces), weights, model, recipe)
+
+    @classmethod
+    def with_export(cls, checkpoint: int, weights: int, model: int, recipe: Recipe) -> Space:
+        """Of a recipe's run: `weights` are the bytes of a checkpoint that are weights, `model` those of all of it."""
+        export = recipe.checkpoint.export
+        whole = export in ("merged", "mindspeed_mm")
+        return cls(checkpoint, 0 if not export else model if whole else weights)
+
+    def needed(self, section: CheckpointSection, steps: int, there: int) -> int:
+        """What is written at most at one time, in so many steps, beside `there` checkpoints that are there already.
+
+        How often `minutes` will have a checkpoint saved is not known: not counted.
+        """
+        saves = math.ceil(steps / section.every) if section.every else 1
+        kept = saves + there if section.keep_last is None else min(saves + there, section.keep_last + 1)
+        return self.checkpoint * max(kept - there, 1) + self.export
+
+    def warning(self, run_dir: Path, section: CheckpointSection, steps: int, *, refuse: bool = False) -> str | None:
+        """What to say where the disk has no room for what so many more steps will keep; None where it has.
+
+        With `refuse` ConfigError is raised where it has not even room for one checkpoint.
+        """
+        free = free_space(run_dir)
+        needed = self.needed(section, steps, _there(run_dir))
+        if free is None or needed <= free:
+            return None
+        found = f"train.output_dir {run_dir}: a checkpoint takes {in_words(self.checkpoint)}"
+        found += f", the export {in_words(self.export)}" if self.export else ""
+        have = f"its disk has {in_words(free)} free; make room, or choose a directory on another disk"
+        if self.checkpoint > free and refuse:
+            raise ConfigError(f"{found}, {have}")
+        return f"warning: {found}, all at one time {in_words(needed)}, {have}"
+
+
+def free_space(directory: Path) -> int | None:
+    """Free bytes of the disk that a directory is on or will be on; None where the system does not say."""
+    directory = directory.absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    usage = shutil.disk_usage(there)
+    return usage.free if usage.total else None
+
+
+def in_words(count: float) -> str:
+    """`1.50 GB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _there(run_dir: Path) -> int:
+    folder = checkpoints_dir(run_dir)
+    return sum(bool(STEP.fullmatch(path.name)) for path in folder.iterdir()) if folder.is_dir() else 0
