@@ -111,7 +111,7 @@ def _newest(run: Path, found: dict[int, Path], kinds: Collection[str], pass_over
             rejected.append(str(error))
             continue
         if rejected and not pass_over:
-            raise CheckpointError(f"{'; '.join(rejected)}; to take the undamaged one of step {step}, say {run}@{step}")
+            raise CheckpointError(f"{'; '.join(rejected)}; give {run}@{step} for the undamaged one of step {step}")
         return ref
     raise CheckpointError("; ".join(rejected) + "; no other checkpoint can be used instead")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import ConfigError
-from duetvl.training.checkpoints.run_directory import Start, find_start, locked
+from duetvl.training.checkpoints.run_directory import find_start, locked, start_anew
 from duetvl.training.feed import DataSets
 from duetvl.training.job import Job
 from duetvl.training.loop import Run, TrainResult
@@ -48,7 +48,7 @@ def train(
         raise ConfigError("--restart begins anew and --resume goes on; give one of them")
     run_dir = Path(given.train.output_dir)
     with locked(run_dir) as notes:  # before looking for checkpoints: while this loads, another may train and end
-        start = Start(run_dir, anew=True) if restart else find_start(given, resume)
+        start = start_anew(given) if restart else find_start(given, resume)
         sets = DataSets(given.data)
         backend = backend or load_backend(given.backend.name, given.backend.device)
         job = (prepare or _sft)(given, backend)

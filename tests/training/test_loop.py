@@ -108,7 +108,9 @@ def test_a_run_learns_and_leaves_its_files(be, recipe, tmp_path):
     assert steps[0]["lr"] == 0.0
     assert max(row["lr"] for row in steps) == 0.05
     assert all(row["micro_batches"] >= row["tokens"] / 32 and row["peak_memory"] > 2**20 for row in steps)
-    assert {"resolved_recipe.yaml", "checkpoints", "metrics.jsonl", "loss.png", "export"} <= set(os.listdir(tmp_path / "run"))
+    assert {"resolved_recipe.yaml", "checkpoints", "metrics.jsonl", "loss.png", "export"} <= set(
+        os.listdir(tmp_path / "run")
+    )
     assert result.checkpoint == tmp_path / "run" / "checkpoints" / "step-0000020"
 
 

@@ -322,10 +322,12 @@ def test_a_damaged_checkpoint_is_not_exported_in_silence(recipe, tmp_path, capsy
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert main(["export", str(run), "-o", str(tmp_path / "new")]) == 0
-    out = capsys.readouterr().out
-    assert "damaged, passed over" in out
-    assert "exported step 2" in out
+    assert main(["export", str(run), "-o", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert "step-0000004: is damaged: weights-00000-of-00001.safetensors does not match its checksum" in error
+    assert f"give {run}@2 for the undamaged one of step 2" in error
+    assert not (tmp_path / "new").exists()
+    assert main(["export", f"{run}@2", "-o", str(tmp_path / "new")]) == 0
     with pytest.raises(CheckpointError, match="does not match its checksum"):
         export_run(f"{run}@4", tmp_path / "four")
     assert not (tmp_path / "four").exists()

@@ -112,6 +112,19 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
     return Start(own, ref, _run_of(ref) if other else None, notes=tuple(notes))
 
 
+def start_anew(recipe: Recipe) -> Start:
+    """Start at the beginning, and set aside what the directory holds.
+
+    ConfigError where a part of that is what the recipe starts from.
+    """
+    own = Path(recipe.train.output_dir)
+    adapter, reference = recipe.lora and recipe.lora.adapter, recipe.dpo and recipe.dpo.reference
+    for name, path in (("model.path", recipe.model.path), ("lora.adapter", adapter), ("dpo.reference", reference)):
+        if path and any(Path(path).resolve().is_relative_to((own / moved).resolve()) for moved in _OURS):
+            raise ConfigError(f"{name} {path} is a part of what --restart sets aside; give a new train.output_dir")
+    return Start(own, anew=True)
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[tuple[str, ...]]:
     """Create the run directory, and keep every other process from training in it meanwhile. Gives notes for the user.
