@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -32,10 +32,11 @@ from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import learning_rate, total_steps
 from duetvl.training.signals import StopSignals
 from duetvl.training.step import StepGivenUp, StepResult, Trainer
-from duetvl.training.watching.callbacks import Callback
+from duetvl.training.watching.callbacks import Callback, Callbacks, told
 from duetvl.training.watching.costs import Meter
 from duetvl.training.watching.metrics import MetricsLog, Progress, check_own, read_metrics
 from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.trace import Trace
 from duetvl.training.watching.trackers import open_trackers
 
 
@@ -65,7 +66,8 @@ class Run:
         callbacks: Sequence[Callback] = (),
     ):
         """Put the parts together and go to the start; nothing is written yet."""
-        self.recipe, self.job, self.backend, self.callbacks = recipe, job, backend, callbacks
+        self.recipe, self.job, self.backend = recipe, job, backend
+        self.callbacks = Callbacks(callbacks, self)
         self.start, self.run_dir = start, start.run_dir
         self.total = total_steps(recipe, sets.per_epoch)
         self.trainer = Trainer(
@@ -89,6 +91,7 @@ class Run:
         self.saved: Path | None = start.checkpoint.path if start.checkpoint and not start.history else None
         self.saved_step = self.step if self.saved else -1
         self.stop_reason: str | None = None
+        self.trace = Trace(recipe.log.profile, backend.device, self.run_dir / "profile", self.say)
         self.export_dir = self.run_dir / "export"
         self.complete = False
 
@@ -109,7 +112,7 @@ class Run:
             notes = begin(self.start, self.recipe)
             if self.start.checkpoint is not None:
                 go_on_from(self.start.checkpoint, self.run_dir)
-            with self._watched(), self.signals, self._profiled() as self._profile, self._called_back(), self.saver:
+            with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
                 for note in (*notes, *self.start.notes, *warnings):
                     self.say(note)
                 with self._kept():
@@ -145,48 +148,29 @@ class Run:
             yield
 
     @contextmanager
-    def _called_back(self) -> Iterator[None]:
-        with ExitStack() as ends:
-            for callback in self.callbacks:
-                callback.on_start(self)
-                ends.push(_ending(callback, self))
-            yield
-
-    @contextmanager
     def _kept(self) -> Iterator[None]:
         """What ends the run before its time does not cost the steps since the last checkpoint."""
         try:
             yield
-        except Exception:
-            self._rescue()
+        except Exception as error:
+            self._rescue(error)
             raise
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as error:
             if self.signals.caught is None:  # not by a second signal, which wants the end at once
-                self._rescue()
+                self._rescue(error)
             raise
 
-    def _rescue(self) -> None:
-        """Save what there is while an error is on its way out, which nothing here may hide."""
-        if self.step <= max(self.first_step, self.saved_step):
+    def _rescue(self, error: BaseException) -> None:
+        """Save what there is while an error is on its way out, unless it is that this cannot be written."""
+        with told(error, "the checkpoint in the background", self.say):
+            self.saver.wait()
+        if self.step <= max(self.first_step, self.saved_step) or isinstance(error, CheckpointError):
             return
-        try:
+        with told(error, f"step {self.step} could not be saved", self.say):
             if self.trainer.is_sound():
                 self.saver.save_last(self._snapshot, rotate=False)
             else:
                 self.say(f"step {self.step} is not saved: its weights are not finite, or an update was under way")
-        except Exception as error:
-            self.say(f"warning: while the run was ending: {type(error).__name__}: {error}")
-
-    @contextmanager
-    def _profiled(self) -> Iterator[ExitStack]:
-        """Holds the trace that `log.profile` asks for, which a run may end in the middle of."""
-        trace = ExitStack()
-        try:
-            yield trace
-        except BaseException:
-            _quietly(self, "the trace", trace.close)
-            raise
-        trace.close()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -211,7 +195,7 @@ class Run:
                 self._plot()
 
     def _one_step(self) -> None:
-        self._profile_from_here()
+        self.trace.before(self.step + 1)
         begun = time.perf_counter()
         work = self.feed.next_step()
         waited = time.perf_counter() - begun
@@ -220,7 +204,7 @@ class Run:
         seconds = time.perf_counter() - begun
         self.step += 1
         self.feed.done(work)
-        self._profile_up_to_here()
+        self.trace.after(self.step)
         if result is None:
             names = ", ".join(work.sample_ids)
             self.say(f"warning: step {self.step} has no trained token and is skipped; samples: {names}")
@@ -253,7 +237,7 @@ class Run:
         }
         self.log_file.write(row)
         self.progress.step(row)
-        self._call("on_step", row)
+        self.callbacks.call("on_step", row)
 
     def _finish(self) -> None:
         """The last evaluation, checkpoint, plot and export; after a signal the checkpoint alone."""
@@ -331,10 +315,6 @@ class Run:
     def _announce_stop(self, signal_name: str) -> None:
         self.say(f"{signal_name}: finishing this step, then saving; once more stops at once")
 
-    def _call(self, event: str, *args: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *args)
-
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
@@ -367,7 +347,7 @@ class Run:
         over = f"over {found.weight:.0f} {self.job.objective.unit}"
         self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  {over}")
         self.evaluated_step = self.step
-        self._call("on_eval", row)
+        self.callbacks.call("on_eval", row)
 
     def _snapshot(self, *, copy: bool) -> Snapshot:
         return take_snapshot(
@@ -394,7 +374,7 @@ class Run:
         self.saved, self.saved_step = path, step
         note_saved(self.run_dir)
         self.say(f"saved {path}")
-        self._call("on_save", path)
+        self.callbacks.call("on_save", path)
 
     def _restore(self, ref: CheckpointRef) -> None:
         _check_same(ref, "base_model", self.job.base, "its adapters belong to")
@@ -408,15 +388,6 @@ class Run:
         self.step = ref.step
         self.totals |= ref.meta.extra.get("totals", {})
         self.trainer.restore(ref.meta.extra.get("trainer", {}))
-
-    def _profile_from_here(self) -> None:
-        if self.recipe.log.profile is not None and self.step + 1 == self.recipe.log.profile[0]:
-            self._profile.enter_context(self.backend.device.profile(self.run_dir / "profile"))
-
-    def _profile_up_to_here(self) -> None:
-        if self.recipe.log.profile is not None and self.step == self.recipe.log.profile[1]:
-            self._profile.close()
-            self.say(f"the trace of steps {list(self.recipe.log.profile)} is in {self.run_dir / 'profile'}")
 
     def _plot(self) -> None:
         if self.recipe.log.plot:
@@ -436,26 +407,6 @@ class Run:
             stopped_by=None if self.signals.caught is None or self.complete else int(self.signals.caught),
             stop_reason=self.stop_reason,
         )
-
-
-def _ending(callback: Callback, run: Run) -> Callable[..., None]:
-    """What a `with` calls at its end."""
-
-    def end(kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            callback.on_end(run, None)
-        else:
-            _quietly(run, f"on_end of {type(callback).__name__}", lambda: callback.on_end(run, error))
-
-    return end
-
-
-def _quietly(run: Run, what: str, action: Callable[[], None]) -> None:
-    """Do what is due on the way out; its own error does not hide the one that the run ends with."""
-    try:
-        action()
-    except Exception as error:
-        run.say(f"warning: {what}: {type(error).__name__}: {error}")
 
 
 def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bag_model
@@ -20,11 +21,15 @@ from numpy_backend import numpy_backend, optimizer_state, parameters
 
 import duetvl
 from duetvl.core.backend import load_backend
-from duetvl.core.errors import CheckpointError
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.storage.files import staged_directory
 from duetvl.storage.finding import find_checkpoint, has_checkpoint
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
 from duetvl.training.checkpoints.saving import SaveGivenUp, Saver
+from duetvl.training.checkpoints.space import Space
+from duetvl.training.recipe.sections import CheckpointSection
+from duetvl.training.step import NonFiniteError
 from duetvl.training.train import train
 from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.metrics import read_metrics
@@ -59,7 +64,7 @@ def stored(run_dir: Path, step: int) -> dict[str, bytes]:
 
 
 def leftovers(run_dir: Path) -> list[str]:
-    return [str(path) for path in run_dir.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+    return [str(path) for path in run_dir.rglob("*") if path.name.startswith(".")]
 
 
 class At(Callback):
@@ -217,26 +222,32 @@ train(recipe, [f"train.output_dir={run}"], backend=load_backend("torch_npu", "cp
 """
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_a_disk_that_is_really_full(recipe, tmp_path, background):
-    """A file system of 128 kB of our own, which a few checkpoints of some 20 kB fill."""
+def on_a_disk_of(size, recipe, tmp_path):
+    """Train on a small file system of our own; then its hidden files are listed, and its checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mounted = f"mount -t tmpfs -o size=128k none {disk}"
+    mounted = f"mount -t tmpfs -o size={size} none {disk}"
     if shutil.which("unshare") is None or subprocess.run([*mount, mounted], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    values = recipe | {"checkpoint": {"every": 1, "keep_last": None, "background": background}}
-    values["log"] = {"tensorboard": True, "plot": True}
-    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     (tmp_path / "program.py").write_text(FULL_DISK)
     place = {
         "PYTHONPATH": os.pathsep.join(map(str, (Path(bag_model.__file__).parent, Path(duetvl.__file__).parents[1])))
     }
     command = f"{sys.executable} {tmp_path}/program.py {tmp_path}/recipe.json {disk}/run"
-    look = f"find {disk}/run/ -name '.*' ! -name .lock; ls {disk}/run/checkpoints"
+    look = f"find {disk}/run/ -name '.*'; ls {disk}/run/checkpoints"
     script = f"{mounted} && {{ {command}; echo status $?; {look}; }}"
     done = subprocess.run([*mount, script], env={**os.environ, **place}, capture_output=True, text=True)
+    return done, disk
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_is_really_full(recipe, tmp_path, background):
+    """A file system of 128 kB of our own, which a few checkpoints of some 20 kB fill."""
+    values = recipe | {"checkpoint": {"every": 1, "keep_last": None, "background": background}}
+    values["log"] = {"tensorboard": True, "plot": True}
+    done, _ = on_a_disk_of("128k", values, tmp_path)
     assert "could not be written: No space left on device; earlier ones are untouched" in done.stdout, done.stderr
     told, _, after = done.stdout.partition("status 1\n")
     assert "step 12/12" in told  # it went on to its end, where the last checkpoint is an error
@@ -352,7 +363,7 @@ def test_a_callback_may_stop_a_run_which_then_ends_as_at_its_last_step(torch_be,
     assert [row["twice"] for row in rows if "twice" in row] == [2 * row["loss"] for row in rows if "loss" in row]
 
 
-def test_an_error_of_a_callback_ends_the_run_tidily(torch_be, recipe, tmp_path):
+def test_an_error_of_a_callback_ends_the_run_tidily(torch_be, recipe, tmp_path, capsys):
     class Broken(Callback):
         def on_step(self, run, row):
             if run.step == 5:
@@ -362,6 +373,238 @@ def test_an_error_of_a_callback_ends_the_run_tidily(torch_be, recipe, tmp_path):
     with pytest.raises(RuntimeError, match="my own mistake"):
         run(torch_be, recipe, "checkpoint.background=true", callbacks=[seen, Broken()])
     assert seen.events[-1] == ("end", "RuntimeError")
-    assert ("save", "step-0000004") in seen.events
+    assert [event for event in seen.events if event[0] == "save"][-2:] == [
+        ("save", "step-0000004"),
+        ("save", "step-0000005"),
+    ]
     assert leftovers(tmp_path / "run") == []
     assert run(torch_be, recipe).step == 12
+    assert "step-0000005 (step 5)" in capsys.readouterr().out
+
+
+# -- every way out ----------------------------------------------------------------------------------------------------
+
+NEVER = ("checkpoint.every=null", "checkpoint.minutes=null")
+
+
+def raising(error):
+    def raise_it():
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), SystemExit(3), KeyboardInterrupt(), OSError("no network")])
+def test_what_is_done_is_saved_however_a_run_ends(be, recipe, tmp_path, error):
+    with pytest.raises(type(error)):
+        run(be, recipe, *NEVER, callbacks=[At(step_5=raising(error))])
+    assert find_checkpoint(tmp_path / "run").step == 5
+    run(be, recipe, *NEVER)
+    run(be, recipe, *NEVER, f"train.output_dir={tmp_path}/whole")
+    ends = [stored(place, 12) for place in (tmp_path / "run", tmp_path / "whole")]
+    assert not be.capabilities.bitwise_repeatable or ends[0] == ends[1]
+
+
+def test_a_loss_that_is_not_finite_saves_the_steps_before_it(torch_be, recipe, tmp_path):
+    def prepare(given, backend):
+        job = bag_model.prepare(given, backend)
+        plain = job.objective.forward
+
+        def forward(batch, key=()):
+            found = plain(batch, key)
+            return replace(found, loss=found.loss * float("nan")) if key[1] == 5 else found
+
+        job.objective.forward = forward
+        return job
+
+    with pytest.raises(NonFiniteError, match="step 6: the loss is not finite"):
+        train(recipe, NEVER, backend=torch_be, prepare=prepare)
+    assert find_checkpoint(tmp_path / "run").step == 5
+
+
+def test_weights_that_are_not_finite_are_not_saved(torch_be, recipe, tmp_path, capsys):
+    """The newest checkpoint stays one that can be gone on from."""
+
+    class Break(Callback):
+        def on_step(self, run, row):
+            if run.step == 5:
+                run.model.parameters["norm.weight"].tensor.fill_(float("inf"))
+
+    with pytest.raises(NonFiniteError):
+        run(torch_be, recipe, callbacks=[Break()])
+    assert "step 5 is not saved: its weights are not finite" in capsys.readouterr().out
+    assert find_checkpoint(tmp_path / "run").step == 4
+
+
+def test_half_an_update_is_not_saved(torch_be, recipe, tmp_path, capsys, monkeypatch):
+    plain = torch_be.optimizer.step
+
+    def step(state, groups, **options):
+        plain(state, [replace(groups[0], parameters=groups[0].parameters[:1])], **options)
+        if state.step["embed.weight"] == 6:
+            raise MemoryError
+        plain(state, [replace(groups[0], parameters=groups[0].parameters[1:]), *groups[1:]], **options)
+
+    monkeypatch.setattr(torch_be.optimizer, "step", step)
+    with pytest.raises(MemoryError):
+        run(torch_be, recipe)
+    assert "step 5 is not saved: " in capsys.readouterr().out
+    assert find_checkpoint(tmp_path / "run").step == 4
+
+
+def test_a_way_out_removes_no_older_checkpoint(torch_be, recipe, tmp_path):
+    with pytest.raises(RuntimeError):
+        run(torch_be, recipe, "checkpoint.keep_last=1", callbacks=[At(step_5=raising(RuntimeError()))])
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert names == ["step-0000004", "step-0000005"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_other_signals_that_would_end_the_program_save_first(torch_be, recipe, number):
+    before = signal.getsignal(number)
+    result = run(torch_be, recipe, *NEVER, callbacks=[At(step_5=signalled(number))])
+    assert (result.step, result.stopped_by, result.checkpoint.name) == (5, number, "step-0000005")
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so(torch_be, recipe):
+    """As after nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(torch_be, recipe, callbacks=[At(step_5=signalled(signal.SIGHUP))]).step == 12
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Broken(Callback):
+    """Everything that comes after an error fails as well."""
+
+    def on_save(self, run, path):
+        if run.step >= 5:
+            raise ValueError("on_save too")
+
+    def on_end(self, run, error):
+        raise ValueError("on_end too")
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_no_second_error_hides_the_first(torch_be, recipe, tmp_path, capsys, background):
+    seen = Record()
+    calls = [Broken(), At(step_5=raising(RuntimeError("the first"))), seen]
+    with pytest.raises(RuntimeError, match="the first"):
+        run(torch_be, recipe, f"checkpoint.background={background}", "checkpoint.every=4", callbacks=calls)
+    out = capsys.readouterr().out
+    assert "could not be saved: ValueError: on_save too" in out or "background: ValueError: on_save too" in out
+    assert "warning: on_end of Broken: ValueError: on_end too" in out
+    assert seen.events[-1] == ("end", "RuntimeError")
+    assert find_checkpoint(tmp_path / "run").step == 5
+
+
+def test_an_error_of_on_end_is_one_where_there_is_no_other(torch_be, recipe, tmp_path):
+    class Ends(Callback):
+        def on_end(self, run, error):
+            raise ValueError("on_end")
+
+    with pytest.raises(ValueError, match="on_end"):
+        run(torch_be, recipe, callbacks=[Ends()])
+    assert find_checkpoint(tmp_path / "run").step == 12
+
+
+def test_a_run_saves_now_and_then_without_being_asked(torch_be, recipe, tmp_path):
+    assert (CheckpointSection().every, CheckpointSection().minutes) == (500, 30)
+    run(torch_be, recipe, "checkpoint.every=null", "checkpoint.minutes=1e-9", "checkpoint.keep_last=null")
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 12
+
+
+# -- complete or not --------------------------------------------------------------------------------------------------
+
+
+def exporting(what=lambda: None):
+    def prepare(given, backend):
+        job = bag_model.prepare(given, backend)
+
+        def export(target):
+            what()
+            with staged_directory(target, overwrite=True) as staging:
+                (staging / "loss").write_text(f"{time.time_ns()}")
+
+        return replace(job, export=export)
+
+    return prepare
+
+
+def test_a_signal_during_the_export_does_not_make_a_complete_run_a_stopped_one(torch_be, recipe, tmp_path):
+    prepare = exporting(signalled(signal.SIGTERM))
+    result = train(recipe, ["checkpoint.export=true"], backend=torch_be, prepare=prepare)
+    assert (result.step, result.stopped_by) == (12, None)
+    assert (tmp_path / "run/export/loss").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "stopped_by"), [("log.every=1", None), ("checkpoint.export=true", signal.SIGTERM)]
+)
+def test_a_signal_in_the_last_step(torch_be, recipe, tmp_path, override, stopped_by):
+    """It stops what is left to do, if anything is; the next start does that."""
+    calls = [At(step_12=signalled(signal.SIGTERM))]
+    result = train(recipe, [override], backend=torch_be, prepare=exporting(), callbacks=calls)
+    assert (result.step, result.stopped_by) == (12, stopped_by)
+    assert not (tmp_path / "run/export").exists()
+    assert train(recipe, [override], backend=torch_be, prepare=exporting()).stopped_by is None
+    assert (tmp_path / "run/export").exists() == bool(stopped_by)
+
+
+def test_an_export_is_that_of_the_last_checkpoint(torch_be, recipe, tmp_path):
+    """A run is made longer and stopped before it exports again: the old export must not pass for the new one."""
+    options = {"backend": torch_be, "prepare": exporting()}
+    train(recipe, ["train.steps=6", "checkpoint.export=true"], **options)
+    before = (tmp_path / "run/export/loss").read_text()
+    calls = [At(step_12=signalled(signal.SIGTERM))]
+    assert train(recipe, ["checkpoint.export=true"], **options, callbacks=calls).stopped_by == signal.SIGTERM
+    assert (tmp_path / "run/export/loss").read_text() == before
+    for override, again in (("checkpoint.export=true", True), ("checkpoint.export=true", False)):
+        assert train(recipe, [override], **options).stopped_by is None
+        after = (tmp_path / "run/export/loss").read_text()
+        assert (after != before) == again
+        before = after
+    train(recipe, ["checkpoint.export=mindspeed_mm"], **options)
+    assert (tmp_path / "run/export/loss").read_text() != before, "another kind is asked for"
+
+
+# -- room -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_needs_of_the_disk():
+    def needed(steps, there=0, **section):
+        return Space(10, 3).needed(CheckpointSection(**section), steps, there)
+
+    assert needed(400) == 10 + 3
+    assert needed(1200) == 3 * 10 + 3  # two are kept while the third is written
+    assert needed(5000) == 3 * 10 + 3
+    assert needed(5000, keep_last=None) == 10 * 10 + 3
+    assert needed(5000, there=2) == 10 + 3
+    assert needed(5000, there=7) == 10 + 3
+    assert needed(7, every=None) == 10 + 3
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path):
+    section = CheckpointSection()
+    assert Space(10).warning(tmp_path / "a/b", section, 100) is None
+    free = shutil.disk_usage(tmp_path).free
+    warned = Space(free // 2).warning(tmp_path, section, 2000)
+    assert warned.startswith(f"warning: train.output_dir {tmp_path}: a checkpoint takes ")
+    with pytest.raises(ConfigError, match=r"a checkpoint takes .* GB, its disk has .* GB free; make room"):
+        Space(2 * free + 10**12).warning(tmp_path, section, 2000, refuse=True)
+
+
+def test_a_run_does_not_begin_where_it_cannot_save(recipe, tmp_path):
+    """A file system of 12 kB, and a checkpoint of some 20."""
+    done, disk = on_a_disk_of("12k", recipe, tmp_path)
+    assert f"ConfigError: train.output_dir {disk}/run: a checkpoint takes " in done.stderr
+    assert "step 1/12" not in done.stdout
+    assert "status 1" in done.stdout
+
+
+def test_a_run_warns_where_not_all_has_room(recipe, tmp_path):
+    done, disk = on_a_disk_of("64k", recipe | {"checkpoint": {"every": 1, "keep_last": 9}}, tmp_path)
+    assert f"warning: train.output_dir {disk}/run: a checkpoint takes " in done.stdout, done.stderr
+    assert "step 12/12" in done.stdout

@@ -15,6 +15,7 @@ import numpy as np
 
 from duetvl.core.errors import CheckpointError
 from duetvl.training.checkpoints.checkpoint import HostPiece, Snapshot, write_snapshot
+from duetvl.training.watching.callbacks import told
 
 
 class TakeSnapshot(Protocol):
@@ -102,11 +103,8 @@ class Saver:
             self._given_up.set()
         try:
             if not self._given_up.is_set():
-                self.wait()
-        except Exception as own:
-            if error is None:
-                raise
-            self.warn(f"warning: while the run was ending: {type(own).__name__}: {own}")
+                with told(error, "the last checkpoint in the background", self.warn):
+                    self.wait()
         finally:
             self._thread.shutdown(wait=True)
 

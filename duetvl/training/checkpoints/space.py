@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
@@ -16,6 +17,8 @@ from duetvl.storage.finding import STEP, checkpoints_dir
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.training.checkpoints.checkpoint import Snapshot
 from duetvl.training.recipe.sections import CheckpointSection, Recipe
+
+_HEADERS: Final = 1 << 14  # of the files of tensors and the manifest, roughly
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Space:
         """Of a recipe's run: `weights` are the bytes of a checkpoint that are weights, `model` those of all of it."""
         export = recipe.checkpoint.export
         whole = export in ("merged", "mindspeed_mm")
-        return cls(checkpoint, 0 if not export else model if whole else weights)
+        return cls(checkpoint + _HEADERS, 0 if not export else model if whole else weights)
 
     def needed(self, section: CheckpointSection, steps: int, there: int) -> int:
         """What is written at most at one time, in so many steps, beside `there` checkpoints that are there already.

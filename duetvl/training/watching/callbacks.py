@@ -10,7 +10,8 @@ duetvl.train("recipe.yaml", callbacks=[StopWhenGood()])
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,7 +65,7 @@ class Running(Protocol):
 class Callback:
     """Does nothing; override what you need. All are called by the training thread, between two steps.
 
-    An exception ends the run, which then leaves no file half-written.
+    An exception ends the run, which saves what it has done and leaves no file half-written.
     """
 
     def on_start(self, run: Running) -> None:
@@ -81,3 +82,45 @@ class Callback:
 
     def on_end(self, run: Running, error: BaseException | None) -> None:
         """Once, however the run ended: `error` is None where it ended well, which a polite stop is."""
+
+
+class Callbacks:
+    """All callbacks of a run."""
+
+    def __init__(self, each: Sequence[Callback], run: Running):
+        """None is called yet."""
+        self.each, self.run = each, run
+
+    def call(self, event: str, *args: Any) -> None:
+        """Call `event`, such as "on_step", of each."""
+        for callback in self.each:
+            getattr(callback, event)(self.run, *args)
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Start them; at the end each that was started is ended."""
+        with ExitStack() as ends:
+            for callback in self.each:
+                callback.on_start(self.run)
+                ends.push(self._ending(callback))
+            yield
+
+    def _ending(self, callback: Callback) -> Callable[..., None]:
+        """What a `with` calls at its end. An error of `on_end` does not hide the one that the run ends with."""
+
+        def end(kind: Any, error: BaseException | None, trace: Any) -> None:
+            with told(error, f"on_end of {type(callback).__name__}", self.run.say):
+                callback.on_end(self.run, error)
+
+        return end
+
+
+@contextmanager
+def told(error: BaseException | None, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """While an `error` is on its way out, another one is said and not raised: it would hide the first."""
+    try:
+        yield
+    except Exception as second:
+        if error is None:
+            raise
+        say(f"warning: {what}: {type(second).__name__}: {second}")
