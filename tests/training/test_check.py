@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import tiny_run
 from PIL import Image
 
 from duetvl.cli import main
-from duetvl.core.errors import DataError
+from duetvl.core.errors import ConfigError, DataError
 from duetvl.training.check import check
 from duetvl.training.preview import preview
 from duetvl.training.train import train
@@ -154,3 +156,32 @@ def test_preview_tells_what_is_left_out_and_stops_at_the_end_of_the_data(home):
     assert any(text.startswith("left out: ") for text in shown)
     with pytest.raises(DataError, match="no such file"):
         list(preview(home / "tiny.json", ["data.train=nowhere.jsonl"]))
+
+
+def test_what_a_run_takes_of_disk_and_memory_is_told(home, tmp_path):
+    place = f"train.output_dir={tmp_path}/run"
+    lines = list(check(home / "tiny.json", [place]))
+    assert any(line.startswith("disk: a checkpoint takes ") for line in lines)
+    assert not [line for line in lines if line.startswith("warning")]
+    lines = list(check(home / "tiny.json", [place, "train.global_batch=100000000", "data.pack_tokens=1000000000"]))
+    assert any("are expected at the peak, cpu has " in line for line in lines if line.startswith("warning: "))
+
+
+def test_a_disk_that_is_too_small_is_warned_of(home, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mounted = f"mount -t tmpfs -o size=300k none {disk}"
+    if shutil.which("unshare") is None or subprocess.run([*mount, mounted], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    command = f"{sys.executable} -m duetvl check {home}/tiny.json train.output_dir={disk}/run"
+    done = subprocess.run([*mount, f"{mounted} && {command}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"warning: train.output_dir {disk}/run: a checkpoint takes " in done.stdout
+
+
+def test_results_that_training_would_refuse_to_empty_are_found(home, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 9}\n')
+    with pytest.raises(ConfigError, match=r"run: holds metrics\.jsonl and no checkpoint to go on from"):
+        list(check(home / "tiny.json", [f"train.output_dir={tmp_path}/run"]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+import subprocess
+import sys
 
 import oracle
 import pytest
@@ -11,7 +14,11 @@ import duetvl
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.adapters import add_adapters, layers
 from duetvl.models.qwen_vl.config import load_config
-from duetvl.training.memory import Load, Memory, estimate
+from duetvl.storage.checkpoint_format import Meta
+from duetvl.training.checkpoints.checkpoint import take_snapshot
+from duetvl.training.checkpoints.space import Space
+from duetvl.training.lora import stored_parameters
+from duetvl.training.memory import Load, Memory, disk_of, estimate, host_memory
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.step import Trainer
@@ -123,3 +130,50 @@ def test_small_models_are_told_in_small_units():
     parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "passing"), 3 * 2**20)
     assert "about 12.0 MiB at the peak on each rank (weights 3.0, " in Memory(**parts, peak=12 * 2**20).describe()
     assert "about 2.00 GiB at the peak on each rank (weights 0.00, " in Memory(**parts, peak=2**31).describe()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [None, ("language", "vision")])
+def test_a_checkpoint_takes_what_is_told_before_it(tiny, dtype, targets):
+    pytest.importorskip("torch")
+    be = duetvl.load_backend("torch", "cpu")
+    model = duetvl.load_model(tiny.directory("qwen2-untied"), backend=be, dtype=dtype)
+    adapters = Adapters(dict.fromkeys(layers(model.config).choose(targets), Size(2, 4.0))) if targets else None
+    sections = {"model": {"path": "m", "dtype": dtype, "freeze": [] if targets else ["vision"]}}
+    recipe = recipe_of(**sections, checkpoint={"export": True}, **({"lora": {}} if targets else {}))
+    plain = sum(p.tensor.nbytes for p in model.parameters.values())
+    if adapters:
+        add_adapters(model, adapters, 0)
+    model.freeze(recipe.model.freeze)
+    trainer = Trainer(model, TokenLoss(model), be, recipe.optim)
+    stored = stored_parameters(model) or model.parameters.values()
+    taken = take_snapshot(step=1, parameters=stored, optimizer_state=trainer.state, meta=Meta(), backend=be, copy=False)
+    checkpoint, weights, whole = disk_of(model.config, recipe, adapters)
+    assert checkpoint == sum(piece.spec.nbytes for piece in taken.pieces)
+    assert weights == sum(p.tensor.nbytes for p in stored)
+    assert whole == plain
+    assert Space.of(taken, model.parameters, recipe, be) == Space.with_export(checkpoint, weights, whole, recipe)
+
+
+def test_what_is_beyond_the_memory_is_said():
+    parts = dict.fromkeys(("weights", "gradients", "activations", "passing"), 0)
+    memory = Memory(**parts, optimizer=3 * 2**40, peak=4 * 2**40, offload=True)
+    assert memory.warning(2**50, "cuda:0") is None
+    assert memory.warning(2**40, "cuda:0") is None  # three quarters of it are in the host's memory
+    assert "about 1024.00 GiB are expected at the peak, cuda:0 has 1023.00 GiB" in memory.warning(
+        1023 * 2**30, "cuda:0"
+    told = memory.warning(1023 * 2**30, "cuda:0")
+    assert "about 1024.00 GiB are expected at the peak, cuda:0 has 1023.00 GiB" in told
+    told = memory.warning(2**50, "cpu")  # no machine of today has 4 TiB for a test
+    assert "warning: tensors of about 4096.00 GiB are expected at the peak, cpu has " in told
+
+
+def test_a_limit_of_the_process_counts_as_its_memory():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    memory = Memory(**dict.fromkeys(("weights", "gradients", "optimizer", "activations", "passing"), 0), peak=2**30)
+    assert host_memory() < 2**30 or memory.warning(host_memory(), "cpu") is None
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29));"
+    script += "from duetvl.training.memory import _limits; print(min(_limits()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2**29
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -6,10 +6,12 @@ import io
 import json
 import resource
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
+from duetvl.core.errors import ConfigError
+from duetvl.training.watching.metrics import MetricsLog, Progress, check_own, read_metrics
 from duetvl.training.watching.plots import plot_runs
 from duetvl.training.watching.trackers import TensorBoard
 
@@ -140,3 +142,28 @@ def test_a_plot_of_nothing_is_no_error(tmp_path):
     MetricsLog(tmp_path).close()
     plot_runs([tmp_path], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists()
+
+
+def test_the_names_of_the_trainer_are_its_own(tmp_path):
+    for name in ("loss", "step", "lr", "eval_loss", "total_tokens"):
+        with pytest.raises(ConfigError, match=f"a callback logs '{name}', which the trainer itself writes"):
+            check_own({"mine": 1, name: 2.0})
+    check_own({"my_loss": 1.0, "eval_accuracy": 0.5})
+
+
+def test_numbers_of_numpy_are_written_and_what_is_none_is_named(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "a": np.float32(0.5), "b": np.int64(3), "c": np.float32("nan"), "d": [1, 2], "e": "text"})
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 0.5, "b": 3, "c": None, "d": [1, 2], "e": "text"}]
+    for value in (object(), {"x": {1, 2}}, [float("inf")]):
+        with pytest.raises(ConfigError, match="the value logged as 'mine' is no number or other JSON value"):
+            log.write({"step": 2, "mine": value})
+    log.close()
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_a_line_that_the_terminal_cannot_encode_is_shown_all_the_same():
+    raw = io.BytesIO()
+    progress = Progress(1, stream=io.TextIOWrapper(raw, encoding="ascii"))
+    progress.say("saved 运行")
+    assert raw.getvalue() == b"saved \\u8fd0\\u884c\n"

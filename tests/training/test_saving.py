@@ -516,6 +516,18 @@ def test_a_run_saves_now_and_then_without_being_asked(torch_be, recipe, tmp_path
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 12
 
 
+def test_a_callback_that_logs_the_trainers_own_names_is_refused_and_nothing_is_lost(torch_be, recipe, tmp_path):
+    class Mine(Callback):
+        def on_step(self, run, row):
+            if run.step == 5:
+                run.log({"loss": "low"})
+
+    with pytest.raises(ConfigError, match="a callback logs 'loss', which the trainer itself writes"):
+        run(torch_be, recipe, callbacks=[Mine()])
+    assert find_checkpoint(tmp_path / "run").step == 5
+    assert run(torch_be, recipe).loss == read_metrics(tmp_path / "run")[-1]["loss"]
+
+
 # -- complete or not --------------------------------------------------------------------------------------------------
 
 
