@@ -145,7 +145,7 @@ def test_a_checkpoint_takes_what_is_told_before_it(tiny, dtype, targets):
     if adapters:
         add_adapters(model, adapters, 0)
     model.freeze(recipe.model.freeze)
-    trainer = Trainer(model, TokenLoss(model), be, recipe.optim)
+    trainer = Trainer(model, TokenLoss(be.ops), be, recipe.optim)
     stored = stored_parameters(model) or model.parameters.values()
     taken = take_snapshot(step=1, parameters=stored, optimizer_state=trainer.state, meta=Meta(), backend=be, copy=False)
     checkpoint, weights, whole = disk_of(model.config, recipe, adapters)

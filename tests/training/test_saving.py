@@ -286,15 +286,15 @@ def test_a_step_that_takes_too_long_is_given_up_and_made_again(be, recipe, tmp_p
 
     def prepare(given, backend):
         job = bag_model.prepare(given, backend)
-        plain = job.objective.forward
+        plain = job.model.forward
 
-        def forward(batch, key=()):
+        def forward(batch, last, *, key=()):
             if key[1:] == (5, 0):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.002)
-            return plain(batch, key)
+            return plain(batch, last, key=key)
 
-        job.objective.forward = forward
+        job.model.forward = forward
         return job
 
     options = {"backend": be, "prepare": prepare}
@@ -408,13 +408,13 @@ def test_what_is_done_is_saved_however_a_run_ends(be, recipe, tmp_path, error):
 def test_a_loss_that_is_not_finite_saves_the_steps_before_it(torch_be, recipe, tmp_path):
     def prepare(given, backend):
         job = bag_model.prepare(given, backend)
-        plain = job.objective.forward
+        plain = job.model.forward
 
-        def forward(batch, key=()):
-            found = plain(batch, key)
-            return replace(found, loss=found.loss * float("nan")) if key[1] == 5 else found
+        def forward(batch, last, *, key=()):
+            (loss, *logged), tape = plain(batch, last, key=key)
+            return (loss * float("nan") if key[1] == 5 else loss, *logged), tape
 
-        job.objective.forward = forward
+        job.model.forward = forward
         return job
 
     with pytest.raises(NonFiniteError, match="step 6: the loss is not finite"):
