@@ -24,7 +24,8 @@ def file_lock(path: Path) -> Iterator[bool]:
         yield works
     finally:
         with suppress(OSError):  # removed while it is held: who has opened it before will see that it is another's
-            path.unlink()
+            if not os.fstat(descriptor).st_size:  # nothing that somebody else has written under this name
+                path.unlink()
         os.close(descriptor)
 
 

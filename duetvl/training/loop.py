@@ -321,7 +321,7 @@ class Run:
     def _due_to_save(self) -> bool:
         section = self.recipe.checkpoint
         late = section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
-        return late or self._due(section.every)
+        return self.trainer.ranks.agree(late) or self._due(section.every)
 
     def _room_warnings(self) -> list[str]:
         """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""

@@ -259,6 +259,13 @@ def test_a_lock_excludes_until_it_is_given_back(tmp_path):
         assert not path.exists()
 
 
+def test_a_file_of_that_name_that_is_no_lock_stays(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with file_lock(tmp_path / ".lock"):
+        pass
+    assert contents(tmp_path) == {".lock": "mine"}
+
+
 def test_a_lock_whose_file_goes_while_it_is_opened_is_taken_again(tmp_path, monkeypatch):
     """The holder removes the file between the other's opening and locking it: that lock would exclude nobody."""
     real, path = fcntl.flock, tmp_path / "lock"
