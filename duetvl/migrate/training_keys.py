@@ -432,6 +432,8 @@ def _saving(script: Values, report: Report) -> dict[str, Any]:
             f"{load}: weights come from model.path. If you have trained these, give model.path what "
             f"`mm-convert ... mm_to_hf` makes of them",
         )  # fmt: skip
+    if "--save-interval" not in script:
+        report.add("added", "checkpoint.every", "its default; there nothing is saved before the end")
     report.add("added", "checkpoint.export", "true: at the end the model is written in the Hugging Face layout")
     return {**_passed(script, report, {"--save-interval": ("checkpoint.every", None)}), "export": True}
 
