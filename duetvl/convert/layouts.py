@@ -14,7 +14,7 @@ from typing import Final
 from duetvl.convert.names import INTERLEAVED, Part, Rule, Tower, VisionOrder, lora_rules, rules, tied_head
 from duetvl.core.boxes import Box
 from duetvl.core.errors import ConfigError
-from duetvl.core.stages import Rows, even_split, show
+from duetvl.core.stages import Rows, early_language, even_split, show
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 
@@ -250,11 +250,8 @@ def _check_lists(layout: Layout, where: str) -> None:
 
 
 def _check_order(layout: Layout, where: str) -> None:
-    """A stage computes its vision layers first: text before the last of them would never see the picture."""
-    vision, text = layout.stages("vision"), layout.stages("text")
-    last = max((stage for stage, count in enumerate(vision) if count), default=0)
-    first = min((stage for stage, count in enumerate(text) if count), default=0)
-    if first < last:
+    if early := early_language(layout.stages("vision"), layout.stages("text")):
+        last, first = early
         raise ConfigError(
             f"{where}: vision must be complete before the language model starts, but vit_pp_layers "
             f"{show(layout.vision)} has layers in stage {last} and llm_pp_layers {show(layout.text)} already in stage "

@@ -26,7 +26,24 @@ def as_rows(value: object) -> Rows:
 
 def even_split(layers: int, stages: int) -> tuple[int, ...]:
     """As even as can be, the first stages having one more."""
-    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
+    return tuple(len(even_range(layers, stage, stages)) for stage in range(stages))
+
+
+def even_range(count: int, part: int, parts: int) -> range:
+    """Which of `count` things the part numbered `part` of an even split has."""
+    each, more = divmod(count, parts)
+    start = part * each + min(part, more)
+    return range(start, start + each + (part < more))
+
+
+def early_language(vision: Sequence[int], language: Sequence[int]) -> tuple[int, int] | None:
+    """(a stage with vision layers, a stage before it with language layers) where there are such; stages from 0.
+
+    A stage computes its vision layers first, so language layers before the last of them would never see a picture.
+    """
+    last = max((stage for stage, count in enumerate(vision) if count), default=0)
+    first = min((stage for stage, count in enumerate(language) if count), default=last)
+    return (last, first) if first < last else None
 
 
 def show(rows: Sequence[Sequence[int]]) -> str:

@@ -319,6 +319,7 @@ def test_what_convert_imports() -> None:
         "duetvl.version",
         "duetvl.models.qwen_vl.config",
         "duetvl.models.qwen_vl.names",
+        "duetvl.models.qwen_vl.sharding",
         "duetvl.models.qwen_vl.parameters",
         "duetvl.models.qwen_vl.weights",
         "duetvl.models.settings",

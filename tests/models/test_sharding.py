@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from duetvl.core.boxes import Box, Slices
+from duetvl.core.stages import even_range
 from duetvl.models.qwen_vl.config import published_config, published_names
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.models.qwen_vl.sharding import Heads, even_range, owner_of, shard_of, slices_of
+from duetvl.models.qwen_vl.sharding import Heads, owner_of, shard_of, slices_of
 
 
 def heads_of(config) -> Heads:

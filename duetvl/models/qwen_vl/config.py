@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from duetvl.core.errors import CheckpointError, ConfigError, did_you_mean
+from duetvl.core.errors import CheckpointError, ConfigError, did_you_mean, shown
 from duetvl.models.qwen_vl import config_json
 from duetvl.models.qwen_vl.config_json import FAMILIES, VISION_THETA, read_fields, write_fields
 from duetvl.storage.files import read_json
@@ -157,7 +157,7 @@ class ModelConfig:
         model_type = config_json.Section(data, source).values.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             known = ", ".join(map(repr, FAMILIES))
-            raise ConfigError(f"{source}: model_type is {config_json.shown(model_type)}; duetvl implements {known}")
+            raise ConfigError(f"{source}: model_type is {shown(model_type)}; duetvl implements {known}")
         family, text = FAMILIES[model_type], config_json.text_section(data, source)
         fields = read_fields(config_json.TEXT, text)
         try:
@@ -226,6 +226,6 @@ def _check_divides(where: str, name: str, value: int, by_name: str, by: int) -> 
 def _check_head_dim(given: Any, text: TextConfig) -> None:
     if given not in (None, text.head_dim):
         raise ConfigError(
-            f"config: head_dim {config_json.shown(given)} differs from hidden_size / num_attention_heads "
+            f"config: head_dim {shown(given)} differs from hidden_size / num_attention_heads "
             f"({text.head_dim}); duetvl implements equal ones"
         )

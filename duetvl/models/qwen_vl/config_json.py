@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from duetvl.core.errors import ConfigError
+from duetvl.core.errors import ConfigError, shown
 
 # Far beyond any model; what is larger is a damaged file, and would fill the memory before a weight is read.
 MOST_LAYERS: Final = 1000
@@ -75,12 +75,6 @@ class Section:
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"{self.where}: {key} is {shown(value)}, expected true or false")
         return value
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value as an error shows it: on one line, of bounded length."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Final, Literal
 
 from duetvl.core.boxes import Box, Slices
+from duetvl.core.stages import even_range
 
 Unit = Literal["number", "head", "kv_head", "vision_head"]
 Tower = Literal["vision", "language"]
@@ -136,13 +137,6 @@ def slices_of(path: str, shape: Shape, heads: Heads, rank: int, ranks: int) -> S
         offset[shard.axis], size[shard.axis] = part * length + mine.start, len(mine)
         boxes.append(Box(tuple(offset), tuple(size)))
     return Slices(tuple(boxes), shard.axis)
-
-
-def even_range(count: int, rank: int, ranks: int) -> range:
-    """The share of a rank when `count` things are divided as evenly as can be, the first ranks having one more."""
-    each, more = divmod(count, ranks)
-    start = rank * each + min(rank, more)
-    return range(start, start + each + (rank < more))
 
 
 def _scaled(units: range, size: int) -> range:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import AXES
+from duetvl.core.stages import even_split
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.training.recipe.sections import ParallelSection, Recipe
 from duetvl.training.recipe.text import allowed, fields, no_field, no_section, one_line, show
@@ -68,7 +69,7 @@ def check_layers(parallel: ParallelSection, config: ModelConfig) -> None:
     for name, rows, layers, part in placed:
         if rows is not None and (total := sum(map(sum, rows))) != layers:
             stages = parallel.pp * len(rows)
-            even = [layers * (k + 1) // stages - layers * k // stages for k in range(stages)]
+            even = list(even_split(layers, stages))
             raise ConfigError(
                 f"parallel.{name} {show(rows)} places {total} layers, the {part} has {layers}; "
                 f"evenly over {stages} stages they would be {even}"

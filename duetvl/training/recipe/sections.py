@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from duetvl.core.backend import check_name
 from duetvl.core.errors import BackendError, did_you_mean
 from duetvl.core.mesh import AXES, Mesh
-from duetvl.core.stages import nested
+from duetvl.core.stages import early_language, nested
 from duetvl.data.formats.messages import TAGS
 from duetvl.data.formats.reading import COLUMNS
 
@@ -414,9 +414,8 @@ class ParallelSection(Section):
                 f"parallel.vision_layers has {len(vision)} virtual stages, parallel.language_layers {len(language)}; "
                 f"give both as many rows"
             )
-        last = max(stage for stage, count in enumerate(chain(*vision)) if count)
-        first = min(stage for stage, count in enumerate(chain(*language)) if count)
-        if last > first:
+        if early := early_language(list(chain(*vision)), list(chain(*language))):
+            last, first = early
             raise _contradiction(
                 f"parallel.vision_layers puts vision layers on stage {last}, after parallel.language_layers has begun "
                 f"on stage {first}; the whole vision tower comes before the language model"
