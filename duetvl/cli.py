@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 
 import duetvl
 from duetvl.core.errors import ConfigError, DuetvlError
+from duetvl.core.streams import discard_output, open_streams
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -23,46 +23,23 @@ _OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 tr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 2 for an error that the user can act on, 128 + n after signal n."""
-    _open_streams()
+    open_streams()
     _quiet()
     try:
         return _run(_parse(sys.argv[1:] if argv is None else list(argv)))
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        _discard_output()
+        discard_output()
         return 0
     except (DuetvlError, OSError) as error:
         if os.environ.get("DUETVL_DEBUG") == "1":
             raise
         if isinstance(error, OSError):
-            _discard_output()  # a full disk may be where it goes
+            discard_output()  # a full disk may be where it goes
         _say(f"error: {_in_words(error)}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         _say("interrupted", sys.stderr)
         return INTERRUPTED
-
-
-def _open_streams() -> None:
-    """Give the process all three standard streams, and those for output a way to show any character.
-
-    While one of them is closed, the next file to be opened takes its number, and gets what a library prints.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _discard_output() -> None:
-    """Send what is still to be written to standard output nowhere, so that it does not fail again at the end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _in_words(error: DuetvlError | OSError) -> str:
