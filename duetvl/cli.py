@@ -51,8 +51,12 @@ def _in_words(error: DuetvlError | OSError) -> str:
 
 
 def _quiet() -> None:
-    """Pillow warns of pictures from half of its limit on; those beyond the limit are errors of their own."""
+    """Pillow warns of pictures from half of its limit on; those beyond the limit are errors of their own.
+
+    torch warns of a package that swanlab brings, which no user of ours has chosen.
+    """
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
