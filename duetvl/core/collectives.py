@@ -40,6 +40,14 @@ class Collectives(Protocol):
     pieces, reduce_scatter (n-1)/n), what goes to others (all_to_all, exchange), the tensor at a broadcast's source;
     in the dtype that travels, padding included. Objects and barriers are not counted."""
 
+    def launched(self) -> int:
+        """How many ranks torchrun or msrun announced to this process, 1 without them; known before they meet.
+
+        Raises BackendError where the environment is incomplete or belongs to the other launcher. The scheduler that
+        msrun starts beside a single worker has nothing to do and ends here.
+        """
+        ...
+
     def start(self) -> None:
         """Join the run that torchrun or msrun started, if there is one; otherwise this is rank 0 of 1.
 

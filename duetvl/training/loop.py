@@ -79,6 +79,7 @@ class Run:
             seed=recipe.data.seed,
             on_nonfinite=recipe.train.on_nonfinite,
         )
+        self.ranks = self.trainer.ranks
         self.meter = Meter(recipe, backend, job.flops)
         self.step = 0
         self.feed = self._fed(sets, start.checkpoint)
@@ -98,7 +99,9 @@ class Run:
     def _fed(self, sets: DataSets, ref: CheckpointRef | None) -> Feed:
         """The data from where the checkpoint left it."""
         try:
-            return Feed(self.recipe, sets, self.job.encoder, None if ref is None else ref.meta.data_position)
+            place = self.recipe.parallel.mesh.coordinates(self.ranks.index)
+            position = None if ref is None else ref.meta.data_position
+            return Feed(self.recipe, sets, self.job.encoder, position, rank=place["dp"], dp=self.recipe.parallel.dp)
         except DataError as error:
             files = ", ".join(source.path for source in self.recipe.data.train)
             hint = "restore the data, or begin a new run: train.output_dir=..."
@@ -179,7 +182,7 @@ class Run:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
         self._saved_at = time.monotonic()
-        while self.step < self.total and self.stop_reason is None and self.signals.caught is None:
+        while self.step < self.total and not self.ranks.any(self._to_stop()):
             try:
                 self._one_step()
             except StepGivenUp:
@@ -194,6 +197,9 @@ class Run:
                 self._saved_at = time.monotonic()
             if evaluate or save:
                 self._plot()
+
+    def _to_stop(self) -> bool:
+        return self.stop_reason is not None or self.signals.caught is not None
 
     def _one_step(self) -> None:
         self.trace.before(self.step + 1)
@@ -325,7 +331,7 @@ class Run:
     def _due_to_save(self) -> bool:
         section = self.recipe.checkpoint
         late = section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
-        return self.trainer.ranks.agree(late) or self._due(section.every)
+        return self.ranks.agree(late) or self._due(section.every)
 
     def _room_warnings(self) -> list[str]:
         """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""

@@ -40,17 +40,15 @@ def train(
     """
     given = read_recipe(recipe, overrides)
     check_trackers(given.log)
-    check_world(given, world_size())
-    if os.environ.get("MS_ROLE") == "MS_SCHED":
-        # msrun runs the same program as its scheduler; one worker needs none, and two must not train in one place.
-        raise SystemExit(0)
     if restart and resume is not None:
         raise ConfigError("--restart begins anew and --resume goes on; give one of them")
+    backend = backend or load_backend(given.backend.name, given.backend.device)
+    check_world(given, backend.collectives.launched())
+    backend.collectives.start()
     run_dir = Path(given.train.output_dir)
     with locked(run_dir) as notes:  # before looking for checkpoints: while this loads, another may train and end
         start = start_anew(given) if restart else find_start(given, resume)
         sets = DataSets(given.data)
-        backend = backend or load_backend(given.backend.name, given.backend.device)
         job = (prepare or _sft)(given, backend)
         return Run(given, job, backend, replace(start, notes=(*notes, *start.notes)), sets, callbacks).run()
 
@@ -66,8 +64,3 @@ def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, ove
     if isinstance(recipe, Recipe):
         return make_recipe(recipe.model_dump(mode="json"), overrides) if overrides else recipe
     return make_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
-
-
-def world_size() -> int:
-    """Processes that torchrun or msrun has started."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("MS_WORKER_NUM") or 1)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from duetvl.core.backend import Backend
+from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import BackendError
 
 from .world import _free_port
@@ -38,6 +38,22 @@ def test_one_process_needs_no_launcher(be: Backend, environment: pytest.MonkeyPa
     assert be.collectives.all_reduce(x) is x
     assert be.collectives.exchange([], []) == []
     be.collectives.stop()
+
+
+def test_the_launcher_says_how_many_there_will_be(be: Backend, environment: pytest.MonkeyPatch) -> None:
+    """Before they meet, so that a recipe for another number is refused at once."""
+    assert be.collectives.launched() == 1
+    set_all(environment, MINDSPORE if be.name == "mindspore" else TORCH)
+    assert be.collectives.launched() == 2
+
+
+def test_the_scheduler_beside_one_worker_ends(environment: pytest.MonkeyPatch) -> None:
+    """msrun starts the same program twice: a worker, and a scheduler that must not train in the same directory."""
+    pytest.importorskip("mindspore")
+    set_all(environment, MINDSPORE | {"MS_WORKER_NUM": "1", "MS_ROLE": "MS_SCHED"})
+    with pytest.raises(SystemExit) as ended:
+        load_backend("mindspore", "cpu").collectives.launched()
+    assert ended.value.code == 0
 
 
 def test_an_incomplete_environment_is_told(be: Backend, environment: pytest.MonkeyPatch) -> None:

@@ -372,6 +372,8 @@ def test_epochs_round_up_to_whole_steps():
 def test_more_than_one_process_is_refused(torch_be, recipe, monkeypatch):
     with pytest.raises(ConfigError, match="this release trains on one process"):
         run(torch_be, recipe, "parallel.tp=2")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="2 were started"):
         run(torch_be, recipe)

@@ -30,8 +30,14 @@ class MindSporeCollectives(ComposedCollectives):
 
     engine_name = "hccl"
 
+    def launched(self) -> int:
+        count = _worker_count()
+        if count == 1 and os.environ.get("MS_ROLE") == "MS_SCHED":
+            raise SystemExit(0)  # it runs the same program, and two must not train in one place
+        return count
+
     def start(self) -> None:
-        if self.size > 1 or _worker_count() == 1:
+        if self.size > 1 or self.launched() == 1:
             return
         _join(self.engine_name)
         self.rank, self.size = comm.get_rank(), comm.get_group_size()

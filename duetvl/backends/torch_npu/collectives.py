@@ -30,9 +30,12 @@ class TorchCollectives(ComposedCollectives):
         super().__init__(ops)
         self.place = place
 
+    def launched(self) -> int:
+        return _world_size()
+
     def start(self) -> None:
         if not dist.is_initialized():
-            if _world_size() == 1:
+            if self.launched() == 1:
                 return
             if self.place.type != "cpu":
                 torch.get_device_module(self.place).set_device(self.place)  # nccl's barrier and objects go there
