@@ -40,6 +40,8 @@ def skip_for_want_of_a_framework(error: BackendError) -> None:
     for name, framework in FRAMEWORKS.items():
         if find_spec(framework) is None and str(error).startswith(f"backend {name} needs "):
             pytest.skip(f"{framework} is not installed")
+    if str(error).startswith("recomputation needs mindspore 2.10"):
+        pytest.skip("mindspore 2.9 does not recompute")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -95,6 +95,8 @@ class MindSporeAutograd:
         return call
 
     def checkpoint(self, fn: Callable[..., Any], *tensors: Tensor) -> Any:
+        if ms.__version__.startswith("2.9."):  # "Unpack is being triggered for a tensor", from inside the engine
+            raise BackendError(f"recomputation needs mindspore 2.10, found {ms.__version__}: set train.recompute=none")
         return ms.recompute(fn, *tensors, use_reentrant=False)
 
     def stop_gradient(self, x: Tensor) -> Tensor:
