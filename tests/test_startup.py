@@ -28,7 +28,7 @@ def start(then: str = "") -> tuple[float, set[str]]:
     """Seconds of `import duetvl` in a new process, and the top-level modules there after `then`."""
     code = REPORT.format(then=then)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, modules = json.loads(done.stderr)
+    seconds, modules = json.loads(done.stderr.splitlines()[-1])  # frameworks may warn before it
     return seconds, {name.partition(".")[0] for name in modules}
 
 

@@ -51,7 +51,7 @@ def entries(directory: Path) -> list[Path]:
 
 def test_values_nested_deeply_are_drafted_without_an_entry(tmp_path):
     nested: list = []
-    for _ in range(5000):
+    for _ in range(100_000):  # whatever limit of recursion hypothesis has set
         nested = [nested]
     encoder = CachedEncoder(CountingEncoder(), tmp_path / "cache")
     draft = encoder.draft(Record(tmp_path / "a.jsonl", 1, "a.jsonl:1", {"extra": nested}))

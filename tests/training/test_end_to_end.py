@@ -88,8 +88,9 @@ def test_a_run_goes_on_where_model_and_data_have_moved(recipe, tmp_path, capsys)
 
 
 def test_check_says_what_will_be_done(recipe):
-    assert next(check(recipe)) == "recipe: 4 steps of 4 samples, 1.33 epochs"
-    assert any(line.startswith("data.train: 12 records") for line in check(recipe))
+    lines = list(check(recipe))
+    assert lines[1] == "recipe: 4 steps of 4 samples, 1.33 epochs"
+    assert any(line.startswith("data.train: 12 records") for line in lines)
 
 
 @pytest.mark.parametrize(
