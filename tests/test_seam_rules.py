@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "storage": {"core"},
     "backends": {"core"},
     "models": {"core", "storage"},
-    "parallel": {"core"},
+    "parallel": {"core", "models"},
     "convert": {"core", "storage", "models"},
     "data": {"core", "storage"},
     "training": {"core", "storage", "models", "parallel", "convert", "data"},

@@ -25,12 +25,18 @@ class Adapter:
 
 
 def linear(ops: Ops, w: Weights, x: Tensor) -> Tensor:
-    """x (..., I) times the leaf record's weight (O, I), plus its adapter's part, plus its bias (O,) -> (..., O)."""
-    adapter, bias = w.get("lora"), w.get("bias")
-    if adapter is None:
+    """x (..., I) times the leaf record's weight (O, I), plus its adapter's part, plus its bias (O,) -> (..., O).
+
+    A layer that is divided by its inputs has a leaf `leave`: what sums the parts of all ranks, before the bias.
+    """
+    adapter, leave, bias = w.get("lora"), w.get("leave"), w.get("bias")
+    if adapter is None and leave is None:
         return ops.linear(x, w.weight, bias)
     y = ops.linear(x, w.weight)
-    y = y + adapter_part(ops, w, adapter, x, y)
+    if adapter is not None:
+        y = y + adapter_part(ops, w, adapter, x, y)
+    if leave is not None:
+        y = leave(y)
     return y if bias is None else y + bias
 
 

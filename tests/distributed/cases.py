@@ -58,6 +58,36 @@ def ranks_decide_together(be: Backend) -> None:
     assert ranks.agree(f"the clock of {ranks.index}") == "the clock of 0"
 
 
+# -- a model divided over ranks ----------------------------------------------------------------------------------------
+
+
+def check_divided(be: Backend, family: str, heads: tuple[int, int], team: Team, *, lora: bool = False) -> None:
+    import divided_models  # where the cases run; pytest, which reads their names, knows this directory as a package
+
+    divided_models.check_divided(be, family, heads, team, lora=lora)
+
+
+@case
+def a_model_over_four_ranks_with_copies_of_key_heads(be: Backend) -> None:
+    check_divided(be, "qwen2_vl", (8, 2), Team.of(be))
+
+
+@case
+def a_model_over_four_ranks_with_uneven_heads(be: Backend) -> None:
+    check_divided(be, "qwen2_5_vl", (6, 2), Team.of(be))
+
+
+@case
+def a_model_over_two_ranks(be: Backend) -> None:
+    check_divided(be, "qwen2_5_vl", (4, 2), Team.of(be, MESH.groups("tp")))
+
+
+@case
+def adapters_of_a_model_over_two_and_four_ranks(be: Backend) -> None:
+    check_divided(be, "qwen2_vl", (4, 2), Team.of(be, MESH.groups("tp")), lora=True)
+    check_divided(be, "qwen2_5_vl", (8, 2), Team.of(be), lora=True)
+
+
 # -- collectives over all ranks ----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from duetvl.core.batch import Batch
 from duetvl.core.ops import Ops
 from duetvl.models.attention import Attend, attend_within
+from duetvl.models.layout import Layout
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.language import Tokens
 from duetvl.models.qwen_vl.tables import VisionTables, batch_tables, rope_tables
@@ -40,6 +41,12 @@ class ModelInput:
         """The same input of a pass on a tape whose towers run again what these say."""
         visual = None if self.visual is None else replace(self.visual, recompute=vision)
         return replace(self, visual=visual, tokens=replace(self.tokens, recompute=language))
+
+    def divided(self, layout: Layout) -> ModelInput:
+        """The same input of a model that is divided over ranks."""
+        visual = None if self.visual is None else replace(self.visual, enter=layout.enter)
+        tokens = replace(self.tokens, enter=layout.enter, attend=layout.attend(self.tokens.attend))
+        return replace(self, visual=visual, tokens=tokens)
 
 
 def model_input(ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str) -> ModelInput:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import Parts, require_matching
 from duetvl.models import vocabulary
 from duetvl.models.attention import Attend
+from duetvl.models.layout import UNDIVIDED, Layout
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -55,6 +57,7 @@ class QwenVL:
         self.parameters = dict(parameters)
         self.family = QwenVLFamily(config)
         self.adapters: Adapters | None = None
+        self.layout: Layout = UNDIVIDED  # over ranks of tensor parallelism; the parameters are this rank's parts
         self.recompute: Mode = "none"  # what a pass on a tape does not keep
         self.source: ModelDirectory | None = None  # what it was read from
         self._mark_conditional()
@@ -132,7 +135,7 @@ class QwenVL:
         """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
         ops = self.backend.ops
         tables = vision_tables(self.config.vision, batch.grids)
-        given = vision_input(ops, self.family, batch, tables, self.dtype)
+        given = replace(vision_input(ops, self.family, batch, tables, self.dtype), enter=self.layout.enter)
         with self.backend.autograd.no_grad():
             merged = vision_tower(ops, self.config.vision, self._weights.visual, given)
             return merged if tables.inverse is None else ops.take_rows(merged, ops.from_numpy(tables.inverse))
@@ -160,7 +163,7 @@ class QwenVL:
         """
         ops = self.backend.ops
         with self.backend.autograd.no_grad():
-            given = text_input(ops, self.family, batch, self._attend_cached(cache, append))
+            given = text_input(ops, self.family, batch, self._attend_cached(cache, append)).divided(self.layout)
             hidden = self._language(self._weights, given, features)
             return self._logits(ops.take_rows(hidden, ops.from_numpy(batch.cu_seqlens[1:] - 1)))
 
@@ -217,12 +220,12 @@ class QwenVL:
         return self._tree({path: parameter.tensor for path, parameter in self.parameters.items()})
 
     def _tree(self, leaves: Mapping[str, Tensor], key: Sequence[int] = ()) -> Weights:
-        """The tensors, and with adapters what `linear` must know of them in the pass that `key` names."""
-        records = self.adapters.leaves(key) if self.adapters else {}
+        """The tensors, and what `linear` must know of adapters in the pass that `key` names, and of other ranks."""
+        records = {**(self.adapters.leaves(key) if self.adapters else {}), **self.layout.records(leaves)}
         return Weights(ChainMap(dict[str, Any](records), leaves))  # type: ignore[arg-type]  # it is never written to
 
     def _input(self, batch: Batch) -> ModelInput:
-        return model_input(self.backend.ops, self.family, batch, self.dtype)
+        return model_input(self.backend.ops, self.family, batch, self.dtype).divided(self.layout)
 
     def _trained(self, batch: Batch) -> Tensor:
         """The rows (N,) of the batch whose next token is trained."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models.attention import Attend
+from duetvl.models.layout import stay
 from duetvl.models.linear import linear
 from duetvl.models.qwen_vl.config import VisionConfig
 from duetvl.models.recompute import KEEP, Recompute
@@ -30,7 +31,7 @@ ACTIVATIONS: Final[Mapping[str, Callable[[Ops, Tensor], Tensor]]] = {
 class VisionInput:
     """Patch rows (P, C) in the tower's order, rotary tables (P, K / 2), and who sees whom.
 
-    `recompute` says what is run again in the backward pass.
+    `recompute` says what is run again in the backward pass; `enter` is where layers divided over ranks begin.
     """
 
     pixels: Tensor
@@ -38,12 +39,13 @@ class VisionInput:
     sin: Tensor
     attend: Attend
     recompute: Recompute = KEEP
+    enter: Callable[[Tensor], Tensor] = stay
 
 
 def vision_tower(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput) -> Tensor:
     """Merged features (M, out_hidden_size), still in the tower's order."""
     x_PD = patch_embedding(ops, config, w.patch_embed, given.pixels)
-    return merger(ops, config, w.merger, vision_blocks(ops, config, w, given, range(config.depth), x_PD))
+    return merger(ops, config, w.merger, given, vision_blocks(ops, config, w, given, range(config.depth), x_PD))
 
 
 def patch_embedding(ops: Ops, config: VisionConfig, w: Weights, pixels: Tensor) -> Tensor:
@@ -61,16 +63,21 @@ def vision_blocks(
     return x_PD
 
 
-def merger(ops: Ops, config: VisionConfig, w: Weights, x_PD: Tensor) -> Tensor:
+def merger(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, x_PD: Tensor) -> Tensor:
     """Neighbouring patches (P, D) as one token each: (M, out_hidden_size)."""
-    merged = ops.reshape(norm(ops, config, w.ln_q, x_PD), (-1, config.merged_size))
+    merged = given.enter(ops.reshape(norm(ops, config, w.ln_q, x_PD), (-1, config.merged_size)))
     return linear(ops, w.mlp[2], ops.gelu(linear(ops, w.mlp[0], merged)))
 
 
 def vision_block(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, block: int, x_PD: Tensor) -> Tensor:
     """Pre-norm attention and MLP."""
-    x_PD = x_PD + self_attention(ops, config, w.attn, given, block, norm(ops, config, w.norm1, x_PD))
-    return x_PD + given.recompute.mlp(lambda x: mlp(ops, config, w.mlp, norm(ops, config, w.norm2, x)), x_PD)
+    h = given.enter(norm(ops, config, w.norm1, x_PD))
+    x_PD = x_PD + self_attention(ops, config, w.attn, given, block, h)
+
+    def mlp_after_norm(x: Tensor) -> Tensor:
+        return mlp(ops, config, w.mlp, given.enter(norm(ops, config, w.norm2, x)))
+
+    return x_PD + given.recompute.mlp(mlp_after_norm, x_PD)
 
 
 def self_attention(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, block: int, x_PD: Tensor) -> Tensor:
