@@ -17,6 +17,7 @@ from duetvl.convert.streaming import FragmentedTensors, row_chunks
 from duetvl.convert.vision_order import OLD_RELEASES, find_order
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
+from duetvl.core.half import widened
 from duetvl.models.qwen_vl.config import load_config
 
 
@@ -143,6 +144,4 @@ def _difference(name: str, first: FragmentedTensors, second: FragmentedTensors) 
 
 
 def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.astype(np.float64)
+    return (widened(bits, dtype) if dtype == "bfloat16" else bits).astype(np.float64)

@@ -22,7 +22,7 @@ from duetvl.convert.sources import open_source
 from duetvl.convert.streaming import FragmentedTensors, row_chunks
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError, DuetvlError
-from duetvl.storage.half import widened
+from duetvl.core.half import widened
 
 # Of squared distances. Two tensors that have nothing to do with each other are as far apart in either order; a tower
 # would have to be trained until half of it is new to miss this.

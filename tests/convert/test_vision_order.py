@@ -14,7 +14,7 @@ from duetvl.convert.names import VisionOrder
 from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import ConfigError
-from duetvl.storage.half import narrowed, widened
+from duetvl.core.half import narrowed, widened
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import write_shards
 from tests.convert.tiny import mm_files, read_hf, same, tiny_config, write_hf

@@ -8,6 +8,7 @@ from mindspore import ops
 from mindspore.common.np_dtype import bfloat16
 
 from duetvl.backends.mindspore.ops import DTYPES
+from duetvl.core.half import widened
 
 
 class MindSporeCheckpointIO:
@@ -15,9 +16,7 @@ class MindSporeCheckpointIO:
 
     def load(self, raw: np.ndarray, stored: str, dtype: str) -> ms.Tensor:
         if (stored, dtype) == ("bfloat16", "float32"):  # by bits: thirty times as fast as numpy's conversion
-            wide = np.empty(raw.shape, np.uint32)
-            np.left_shift(raw, 16, out=wide, dtype=np.uint32)
-            return ms.Tensor.from_numpy(wide.view(np.float32))
+            return ms.Tensor.from_numpy(widened(raw, stored))
         values = raw.view(bfloat16) if stored == "bfloat16" else raw
         wanted = bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
         with np.errstate(over="ignore"):  # beyond float16's range is infinity

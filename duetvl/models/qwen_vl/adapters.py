@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.errors import ConfigError
+from duetvl.core.half import narrowed, widened
 from duetvl.models.hub import MODELSCOPE
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
 from duetvl.models.model_directory import open_model
@@ -20,7 +21,6 @@ from duetvl.models.qwen_vl.model import PARTS, QwenVL
 from duetvl.models.qwen_vl.names import canonical_name, module_name
 from duetvl.models.qwen_vl.parameters import Shape, parameter_shapes
 from duetvl.storage.files import staged_directory
-from duetvl.storage.half import narrowed, widened
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import write_shards
 

@@ -8,10 +8,10 @@ from typing import Final
 import numpy as np
 
 from duetvl.core.errors import CheckpointError
+from duetvl.core.half import widened
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.names import canonical_names
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.storage.half import widened
 from duetvl.storage.weights_dir import StoredWeights, open_weights
 
 HEAD: Final = "lm_head.weight"
