@@ -15,7 +15,7 @@ from duetvl.convert.layouts import EMBEDDING, Layout, Model, Piece, check_layout
 from duetvl.convert.mindspeed import LATEST, RELEASE, Format, MindSpeedDirectory, open_mindspeed, plan_mindspeed
 from duetvl.convert.names import TOWERS
 from duetvl.convert.plans import Options, Plan, execute
-from duetvl.convert.sources import INDEX, open_adapter, open_source, read_index
+from duetvl.convert.sources import open_adapter, open_source, read_index
 from duetvl.convert.streaming import FetchedTensors, FragmentedTensors, LogicalTensors, Output, plan_tensor_file
 from duetvl.convert.verify import differing_copies
 from duetvl.convert.vision_order import OLD_RELEASES, read_order
@@ -25,7 +25,7 @@ from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import module_name
 from duetvl.models.settings import model_settings
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.storage.weights_dir import MAX_SHARD_BYTES, plan_shards
+from duetvl.storage.weights_dir import INDEX, MAX_SHARD_BYTES, plan_shards
 
 FAMILIES: Final = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
 

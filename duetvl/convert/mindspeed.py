@@ -37,7 +37,8 @@ from duetvl.convert.streaming import (
     plan_tensor_file,
 )
 from duetvl.convert.torch_zip import TorchFile, plan_torch_file
-from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError, shown
+from duetvl.storage.files import parse_json
 from duetvl.storage.tensor_files import TensorFile, TensorSpec
 from duetvl.storage.weights_dir import count_and_name
 
@@ -302,7 +303,9 @@ def _virtual_stages(stores: Iterable[TensorStore]) -> int:
 def _sections_of(store: TensorStore) -> list[str]:
     if isinstance(store, TorchFile):
         return sorted(store.sections, key=lambda name: (len(name), name)) or ["nothing"]
-    return json.loads(getattr(store, "metadata", {}).get("sections", '["model"]'))
+    stated = getattr(store, "metadata", {}).get("sections", '["model"]').encode()
+    found = parse_json(stated, f"{store.path}: the sections in its header", CheckpointError)
+    return found if isinstance(found, list) else [shown(found)]
 
 
 def _tell(place: Place) -> str:

@@ -16,12 +16,10 @@ from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names
 from duetvl.models.qwen_vl.weights import open_model_weights
 from duetvl.storage.checkpoint_format import StoredTensor, box_name
-from duetvl.storage.files import read_object
 from duetvl.storage.finding import find_checkpoint, has_checkpoint, parse_run
 from duetvl.storage.tensor_files import TensorFile
-from duetvl.storage.weights_dir import StoredWeights, open_weights
+from duetvl.storage.weights_dir import INDEX, StoredWeights, open_weights, read_shard_index
 
-INDEX: Final = "model.safetensors.index.json"
 WEIGHTS: Final = "weights"  # of the kinds of tensors in a checkpoint
 _CONFIG: Final = "config.json"
 
@@ -74,11 +72,11 @@ def read_index(directory: Path, shapes: Mapping[str, Shape]) -> tuple[dict[str, 
     index = directory / INDEX
     if not index.exists():
         return None
-    content = read_object(index, CheckpointError)
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not isinstance(content.setdefault("metadata", {}), dict):
-        raise CheckpointError(f"{index}: is no index of shards: it has no weight_map, or metadata that are no object")
-    found = {canonical_name(name, tied="lm_head.weight" not in shapes): file for name, file in weight_map.items()}
+    content = read_shard_index(index)
+    if not isinstance(content.setdefault("metadata", {}), dict):
+        raise CheckpointError(f"{index}: is no index of shards: its metadata are no object; download it again")
+    tied = "lm_head.weight" not in shapes
+    found = {canonical_name(name, tied=tied): file for name, file in content["weight_map"].items()}
     if absent := [name for name in shapes if name not in found]:
         raise CheckpointError(f"{index}: does not name {len(absent)} tensor(s) of its model, such as {absent[0]}")
     files = {name: found[name] for name in shapes}

@@ -6,10 +6,8 @@ back after every chunk. Nothing grows with the model.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -25,15 +23,11 @@ import numpy as np
 from duetvl.convert.layouts import Piece
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
+from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec, tensor_file_header
 from duetvl.storage.weights_dir import count_and_name
 
 CHUNK: Final = 1 << 24
 _PATIENCE: Final = 0.1  # seconds
-_CODES: Final = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 Progress = Callable[[int], None]
 
@@ -201,19 +195,9 @@ class Output:
 
 def plan_tensor_file(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> PlannedFile:
     """A safetensors file."""
-    order = sorted(specs, key=lambda name: -np.dtype(NUMPY_DTYPES[specs[name].dtype]).itemsize)  # keeps them aligned
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    starts, position = {}, 0
-    for name in order:
-        spec, starts[name] = specs[name], position
-        position += spec.nbytes
-        header[name] = {
-            "dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [starts[name], position]
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    return PlannedFile(len(head) + position, {name: len(head) + start for name, start in starts.items()}, ((0, head),))
+    head, starts = tensor_file_header(specs, metadata)
+    size = len(head) + sum(spec.nbytes for spec in specs.values())
+    return PlannedFile(size, {name: len(head) + start for name, start in starts.items()}, ((0, head),))
 
 
 def write_files(

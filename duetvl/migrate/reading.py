@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -36,7 +34,6 @@ def read_keys(path: Path, kind: str) -> dict[str, Any]:
     """
     _check_file(path)
     values = read_object(path, ConfigError)
-    _check_keys(path)
     found = next((name for name in ("evaluation", "inference", "data", "model") if _is(name, values)), "")
     if found in ("evaluation", "inference"):
         raise ConfigError(
@@ -47,17 +44,6 @@ def read_keys(path: Path, kind: str) -> dict[str, Any]:
         what = f"is a {found}.json" if found else f"has none of {', '.join(_MARKS[kind])}, as a {kind}.json has"
         raise ConfigError(f"{path}: {what}, where {kind}.json is expected; {_ORDER}")
     return _flat(values)
-
-
-def _check_keys(path: Path) -> None:
-    """A key that is given twice has two values, of which JSON's readers take the last without a word."""
-
-    def check(pairs: list[tuple[str, Any]]) -> None:
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise ConfigError(f"{path}: has {show(name)} twice in one object; keep one of them")
-
-    json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=check)
 
 
 def _check_file(path: Path) -> None:

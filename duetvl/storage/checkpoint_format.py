@@ -26,6 +26,7 @@ import numpy as np
 
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
+from duetvl.storage.files import json_value
 from duetvl.storage.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec
 
 FORMAT: Final = "duetvl training checkpoint"
@@ -114,7 +115,7 @@ class Manifest:
     def from_text(cls, text: str) -> Manifest:
         """Raises CheckpointError, with the cause alone, for what is damaged or of a later version."""
         try:
-            content = json.loads(text)
+            content = json_value(text)
             checksum = content.pop("checksum")
             if content["format"] != FORMAT:
                 raise CheckpointError(f"its format is {content['format']!r}, not {FORMAT!r}")
@@ -138,7 +139,7 @@ class Manifest:
                 },
                 written_by=content["written_by"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"its manifest.json cannot be read: {error!r}") from None
 
 

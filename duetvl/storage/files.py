@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from duetvl.core.errors import CheckpointError, DuetvlError
+from duetvl.core.errors import CheckpointError, DuetvlError, shown
 from duetvl.storage.locks import file_lock, made_directory, tidy_when_ended
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -38,31 +38,38 @@ def sync_files(directory: Path) -> None:
         sync_directory(Path(folder))
 
 
-def parse_json(content: bytes, where: str | Path, error: type[DuetvlError], *, unique: bool = False) -> Any:
-    """The value of a JSON text in UTF-8, with or without a byte-order mark.
+def json_value(content: bytes | str) -> Any:
+    """The value of a JSON text (of bytes in UTF-8), with or without a byte-order mark.
 
-    Of two equal keys of an object the second one counts; with `unique` they are an error. `error` names `where` and
-    what is wrong, in one line, for whatever json itself refuses, for nesting too deep to read, and for a lone surrogate
-    (`"\\ud800"`), which is no text and could not be written again.
+    ValueError says in one line what is wrong: whatever json itself refuses, nesting too deep to read, a key that one
+    object has twice, of which json takes the last in silence, and a lone surrogate (`"\\ud800"`), which is no text
+    and could not be written again.
     """
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content.removeprefix("\ufeff")
     try:
-        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
-        if b"\\u" in content:
+        value = json.loads(text, object_pairs_hook=_unique)
+        if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise error(f"{where}: cannot be read as JSON: it is nested too deeply") from None
-    except ValueError as problem:
-        raise error(f"{where}: cannot be read as JSON: {problem}") from None
+        raise ValueError("it is nested too deeply") from None
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is given twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} is given twice in one object; keep one of them")
     return found
+
+
+def parse_json(content: bytes, where: str | Path, error: type[DuetvlError]) -> Any:
+    """The value of a JSON text; see `json_value`. `error` names `where` and what is wrong."""
+    try:
+        return json_value(content)
+    except ValueError as problem:
+        raise error(f"{where}: cannot be read as JSON: {problem}") from None
 
 
 def read_json(path: Path, error: type[DuetvlError]) -> Any:

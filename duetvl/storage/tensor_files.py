@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from duetvl.core.errors import CheckpointError
+from duetvl.storage.files import json_value
 
 NUMPY_DTYPES: Final = {
     "float64": "<f8",
@@ -125,14 +126,13 @@ def write_tensor_file(
     (sha256: 1.8, blake2b: 0.9, one core, Python 3.11) it hides behind the disk, and it is there to find damage, not
     forgery.
     """
-    # Wide dtypes first, as the safetensors library does: then every tensor is aligned.
-    order = sorted(specs, key=lambda name: -np.dtype(NUMPY_DTYPES[specs[name].dtype]).itemsize)
+    header, starts = tensor_file_header(specs, metadata or {})
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb", buffering=0) as handle:
             sink = _Sink(handle)
-            sink.write(_make_header({name: specs[name] for name in order}, metadata or {}))
-            for name in order:
+            sink.write(memoryview(header))
+            for name in starts:
                 sink.write(_raw_bytes(name, specs[name], fetch(name)))
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -140,6 +140,21 @@ def write_tensor_file(
         temporary.unlink(missing_ok=True)
         raise
     return FileRecord(path.name, sink.size, sink.crc32)
+
+
+def tensor_file_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file starts with, and where behind it each tensor starts, in the order of the file."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, position = {}, 0
+    # Wide dtypes first, as the safetensors library does: then every tensor is aligned.
+    for name in sorted(specs, key=lambda name: -np.dtype(NUMPY_DTYPES[specs[name].dtype]).itemsize):
+        spec, starts[name] = specs[name], position
+        position += spec.nbytes
+        span = [starts[name], position]
+        header[name] = {"dtype": _CODE_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, starts
 
 
 def file_record(path: Path) -> FileRecord:
@@ -164,18 +179,6 @@ class _Sink:
             data = data[written:]
 
 
-def _make_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> memoryview:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, spec in specs.items():
-        span = [offset, offset + spec.nbytes]
-        header[name] = {"dtype": _CODE_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
-        offset = span[1]
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return memoryview(struct.pack("<Q", len(text)) + text)
-
-
 def _raw_bytes(name: str, spec: TensorSpec, array: np.ndarray) -> memoryview:
     wanted = np.dtype(NUMPY_DTYPES[spec.dtype])
     if array.dtype != wanted or tuple(array.shape) != spec.shape:
@@ -198,20 +201,12 @@ def _read_header(path: Path, handle: BinaryIO, size: int) -> tuple[dict[str, Any
             f"{path}: is truncated: its header has {length} bytes, the file only {size} in all; {_AGAIN}"
         )
     try:
-        header = json.loads(handle.read(length).decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = json_value(handle.read(length))
+    except ValueError as error:
         raise CheckpointError(f"{path}: is damaged: its header is not valid JSON ({error}); {_AGAIN}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: is no safetensors file: its header is not a JSON object")
     return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
 
 
 def _read_entries(

@@ -16,8 +16,8 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.storage.files import WEIGHT_FILES, write_text
-from duetvl.storage.half import widened
+from duetvl.core.half import widened
+from duetvl.storage.files import WEIGHT_FILES, read_object, write_text
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 
 Tensor = Any
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 Rename = Callable[[str], "str | None"]
 
 MAX_SHARD_BYTES: Final = 5 * 10**9
-_INDEX: Final = "model.safetensors.index.json"
+INDEX: Final = "model.safetensors.index.json"
 _SHARD: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 _PICKLED: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
@@ -198,7 +198,7 @@ def write_shards(
         weight_map = {name: file for file, names in files.items() for name in names}
         total = sum(spec.nbytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(directory / _INDEX, json.dumps(index, indent=2) + "\n")
+        write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
     return [directory / file for file in files]
 
 
@@ -241,8 +241,8 @@ def _weight_files(directory: Path) -> list[TensorFile]:
         raise CheckpointError(f"{directory}: no such directory; give a local model directory")
     if (directory / "model.safetensors").exists():  # transformers, too, prefers it to an index
         return [TensorFile(directory / "model.safetensors")]
-    if (directory / _INDEX).exists():
-        return _indexed_files(directory / _INDEX)
+    if (directory / INDEX).exists():
+        return _indexed_files(directory / INDEX)
     # An adapter of peft may lie beside the weights that it belongs to.
     found = [path for path in _matching(directory, ["*.safetensors"]) if not path.name.startswith("adapter_")]
     if not found:
@@ -260,15 +260,22 @@ def _no_weights(directory: Path) -> str:
         )
     if (directory / "adapter_model.safetensors").exists():
         return f"{directory}: has an adapter only; give the directory of the model that it was trained on"
-    return f"{directory}: has no weights; expected model.safetensors, or shards with {_INDEX}"
+    return f"{directory}: has no weights; expected model.safetensors, or shards with {INDEX}"
+
+
+def read_shard_index(index: Path) -> dict[str, Any]:
+    """The content of a file `model.safetensors.index.json`: `weight_map`, from tensors to their files, and more."""
+    content = read_object(index, CheckpointError, "an index of shards")
+    files = content.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(
+            f"{index}: is no index of shards: it has no weight_map from tensors to files; download it again"
+        )
+    return content
 
 
 def _indexed_files(index: Path) -> list[TensorFile]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {name: index.parent / file for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: cannot be read as an index of shards: {error!r}") from None
+    shards = {name: index.parent / file for name, file in read_shard_index(index)["weight_map"].items()}
     paths = sorted(set(shards.values()))
     if outside := [path.name for path in paths if path.parent != index.parent]:
         raise CheckpointError(f"{index}: names files outside its directory: {', '.join(outside[:3])}")

@@ -19,7 +19,7 @@ from duetvl.convert.layouts import Layers, Layout
 from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.storage.tensor_files import TensorFile
+from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 from tests.convert.tiny import mm_files, random_bits, read_hf, same, tiny_config, write_hf
 
 QUIET = Options()
@@ -97,9 +97,25 @@ def test_index_that_is_none(tmp_path: Path, text: str) -> None:
     hf_to_mm(tmp_path / "hf", tmp_path / "mm", Layout(*DIVISIONS[1]), QUIET)
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(text)
     with pytest.raises(
-        CheckpointError, match=r"index\.json: (is no index of shards|expected an object|cannot be read)"
+        CheckpointError, match=r"index\.json: (is no index of shards|expected an index of shards|cannot be read)"
     ):
         mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "no", Layout(*DIVISIONS[1], vision_qkv="hf"), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("sections", "cause"),
+    [("{", "sections in its header: cannot be read as JSON"), ("3", "has the sections"), ('["b"]', "has the sections")],
+)
+def test_sections_that_are_none(tmp_path: Path, sections: str, cause: str) -> None:
+    """A safetensors edition says in its header which sections it has, as text in the text."""
+    layout = Layout(*DIVISIONS[0])
+    write_hf(tmp_path / "hf", tiny_config())
+    hf_to_mm(tmp_path / "hf", tmp_path / "mm", layout, QUIET, kind="safetensors")
+    path = next((tmp_path / "mm").rglob("*.safetensors"))
+    file = TensorFile(path)
+    write_tensor_file(path, file.specs, file.view, {**file.metadata, "sections": sections})
+    with pytest.raises(CheckpointError, match=rf"model_optim_rng\.safetensors: .*{cause}"):
+        mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "no", layout, QUIET)
 
 
 def fingerprint(directory: Path) -> dict[str, str]:
@@ -168,7 +184,6 @@ def test_replicated_heads_round_trip(tmp_path: Path) -> None:
 def test_new_names_of_transformers_are_read(tmp_path: Path) -> None:
     from duetvl.models.qwen_vl.loading import write_config
     from duetvl.models.qwen_vl.parameters import parameter_shapes
-    from duetvl.storage.tensor_files import TensorSpec, write_tensor_file
 
     config = tiny_config(tied=True)
     rng = np.random.default_rng(0)

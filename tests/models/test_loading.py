@@ -194,9 +194,21 @@ def test_index_of_something_else(tmp_path):
     refused(tmp_path, rf"1 tensor\(s\) named that are not in their shard \(a.b in {files[0].name}\)")
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     refused(tmp_path, "names files outside its directory")
-    for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+    for broken in ('{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"):
         index.write_text(broken)
-        refused(tmp_path, "cannot be read as an index of shards")
+        refused(tmp_path, r"index\.json: is no index of shards: it has no weight_map .*; download it again")
+    for broken, why in (("{", "cannot be read as JSON"), ("[]", "expected an index of shards, found list")):
+        index.write_text(broken)
+        refused(tmp_path, rf"index\.json: {why}")
+    index.write_text(json.dumps(content).replace('"weight_map": {', '"weight_map": {"model.norm.weight": "x", ', 1))
+    refused(tmp_path, "the key 'model.norm.weight' is given twice in one object; keep one of them")
+
+
+def test_an_index_with_a_byte_order_mark(tmp_path):
+    sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text(), encoding="utf-8-sig")
+    assert open_weights(tmp_path, NAMES).places.keys() == VALUES.keys()
 
 
 def test_truncated_shard(tmp_path):

@@ -12,9 +12,41 @@ import threading
 
 import pytest
 
-from duetvl.core.errors import CheckpointError
-from duetvl.storage.files import remove_temporaries, staged_directory, staged_file, write_bytes, write_text
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.storage.files import (
+    json_value,
+    read_object,
+    remove_temporaries,
+    staged_directory,
+    staged_file,
+    write_bytes,
+    write_text,
+)
 from duetvl.storage.locks import file_lock
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, "\\u00e9"]}', '\ufeff{"a": [1, "é"]}'])
+def test_json_with_and_without_a_byte_order_mark(text):
+    assert json_value(text) == json_value(text.encode("utf-8")) == {"a": [1, "é"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' is given twice in one object; keep one of them"),
+        (b"[" * 100_000, "nested too deeply"),
+        (rb'["\ud800"]', "surrogates not allowed"),
+        (b"\xff", "invalid start byte"),
+        (b"{", "Expecting property name"),
+    ],
+    ids=["twice", "deep", "surrogate", "bytes", "cut"],
+)
+def test_what_is_no_json(tmp_path, text, cause):
+    with pytest.raises(ValueError, match=cause):
+        json_value(text)
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"a\.json: cannot be read as JSON: .*{cause}"):
+        read_object(tmp_path / "a.json", ConfigError)
 
 
 def contents(directory):

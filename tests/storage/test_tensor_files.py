@@ -131,7 +131,7 @@ def test_truncation_at_every_byte(tmp_path):
         (b"\xff\xfe{}", b"", "not valid JSON"),
         (b"[" * 100_000, b"", "not valid JSON"),
         (b"[]", b"", "not a JSON object"),
-        (b'{"a": 1, "a": 2}', b"", "'a' is there twice"),
+        (b'{"a": 1, "a": 2}', b"", "the key 'a' is given twice in one object"),
         ({"__metadata__": {"a": 1}}, b"", "metadata in its header is not a map of strings"),
         ({"a": 3}, b"", "'a' of its header: dtype, shape and data_offsets are needed"),
         ({"a": {"dtype": "F32"}}, b"", "dtype, shape and data_offsets are needed"),

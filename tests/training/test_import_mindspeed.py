@@ -692,7 +692,10 @@ def test_files_that_are_none(tmp_path):
 def test_a_key_that_is_given_twice(tmp_path):
     files = runs.write(tmp_path, SMALL)
     change(files[1], '"num_layers": 32', '"freeze": false, "num_layers": 32')
-    with pytest.raises(ConfigError, match=r"model\.json: has 'freeze' twice in one object; keep one of them"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.json: cannot be read as JSON: the key 'freeze' is given twice in one object; keep one of them",
+    ):
         import_run(*files)
 
 

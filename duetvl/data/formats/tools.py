@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from duetvl.core.errors import DataError, shown
+from duetvl.storage.files import json_value
 
 _BEFORE: Final = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -63,8 +64,8 @@ def written_calls(content: str) -> str:
 def parse_json(what: str, text: str) -> Any:
     """The value of a text inside a record. Raises DataError."""
     try:
-        return json.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
+        return json_value(text)
+    except ValueError as error:
         raise DataError(f"{what} must be JSON, found {shown(text)}: {error}") from None
 
 

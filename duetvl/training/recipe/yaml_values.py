@@ -133,7 +133,7 @@ def read_yaml(path: Path) -> Any:
     """The value of a YAML file, or by its suffix of a JSON file. Raises ConfigError."""
     content = _read(path)
     if path.suffix.lower() == ".json":
-        return parse_json(content, path, ConfigError, unique=True)
+        return parse_json(content, path, ConfigError)
     try:
         return parse_yaml(content.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:

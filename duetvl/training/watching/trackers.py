@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from duetvl.core.errors import ConfigError
-from duetvl.storage.files import write_text
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.storage.files import read_object, write_text
 from duetvl.training.recipe.sections import LogSection, Recipe
 
 Row = Mapping[str, Any]
@@ -77,7 +77,7 @@ def _started(name: str, mode: str, start: Callable[[str], Tracker], run_dir: Pat
 def run_id(run_dir: Path, tracker: str) -> str:
     """The run's name with a tracker, made at its first start: 21 letters and digits, which all of them allow."""
     file = run_dir / "trackers.json"
-    ids = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    ids = read_object(file, CheckpointError) if file.exists() else {}
     if tracker not in ids:
         letters = string.ascii_lowercase + string.digits
         ids[tracker] = "".join(secrets.choice(letters) for _ in range(21))
