@@ -99,8 +99,9 @@ def measure(name: str, model: str) -> dict[str, float]:
     from duetvl.data.loading.loader import Step
     from duetvl.models.qwen_vl.config import load_config
     from duetvl.models.qwen_vl.loading import load_model
+    from duetvl.models.qwen_vl.memory import Load
     from duetvl.training.lora import adapt, plan_adapters
-    from duetvl.training.memory import Load, estimate
+    from duetvl.training.memory import estimate
     from duetvl.training.objective import TokenLoss
     from duetvl.training.step import Trainer
 
@@ -119,8 +120,8 @@ def measure(name: str, model: str) -> dict[str, float]:
     work = Step(batches, ("-",), None)
     for number in range(2):
         trainer.step(work, 1e-5, number)
-    load = Load(TOKENS, batches[0].trained_tokens, PATCHES, micro_batches)
-    found = estimate(config, recipe, load, plan.adapters if plan else None)
+    load = Load(TOKENS, batches[0].trained_tokens, PATCHES)
+    found = estimate(config, recipe, load, micro_batches, plan.adapters if plan else None)
     return {"measured": status("VmHWM") - baseline, **vars(found)}
 
 

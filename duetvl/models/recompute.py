@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Tensor = Any
 Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (fn, x) -> fn(x)
 Mode = Literal["none", "full", "selective", "vision", "language"]
+Again = Literal["nothing", "mlp", "block"]
+
+# What runs again in the vision tower and in the language model. Of a block that does its input alone is kept. MLPs hold
+# most of a block's activations; attention, which is expensive to run, is kept by "selective".
+RUNS_AGAIN: Final[dict[Mode, tuple[Again, Again]]] = {
+    "none": ("nothing", "nothing"),
+    "full": ("block", "block"),
+    "selective": ("mlp", "mlp"),
+    "vision": ("block", "nothing"),
+    "language": ("nothing", "block"),
+}
 
 
 def keep(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -28,16 +39,7 @@ KEEP = Recompute()
 
 
 def towers(mode: Mode, again: Run) -> tuple[Recompute, Recompute]:
-    """How the vision tower and the language model run; `again` is `Autograd.checkpoint`.
-
-    full: of every block its input alone is kept. vision, language: that tower does so, the other keeps all.
-    selective: MLPs run again, which hold most of a block's activations; attention, which is expensive to run, is kept.
-    """
-    whole, mlps = Recompute(block=again), Recompute(mlp=again)
-    return {
-        "none": (KEEP, KEEP),
-        "full": (whole, whole),
-        "selective": (mlps, mlps),
-        "vision": (whole, KEEP),
-        "language": (KEEP, whole),
-    }[mode]
+    """How the vision tower and the language model run; `again` is `Autograd.checkpoint`."""
+    made = {"nothing": KEEP, "mlp": Recompute(mlp=again), "block": Recompute(block=again)}
+    vision, language = RUNS_AGAIN[mode]
+    return made[vision], made[language]

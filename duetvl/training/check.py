@@ -18,8 +18,7 @@ from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.model_directory import ModelDirectory, open_model
-from duetvl.models.qwen_vl.model import PARTS
-from duetvl.models.qwen_vl.parameters import parameter_shapes
+from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.training.checkpoints.run_directory import Start, find_start
 from duetvl.training.checkpoints.space import Space, in_words
 from duetvl.training.feed import FIRST, DataSets

@@ -11,7 +11,7 @@ from duetvl.core.backend import load_backend
 from duetvl.core.batch import Sample
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.models.qwen_vl.flops import forward_flops, inference_flops, training_flops
-from duetvl.models.qwen_vl.model import PARTS
+from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.qwen_vl.tables import vision_tables
 
 FREEZES = [(), ("vision",), ("vision", "projector"), ("language",)]

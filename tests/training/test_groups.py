@@ -12,7 +12,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.data.loading.loader import Step
 from duetvl.models.qwen_vl import language, vision
 from duetvl.models.qwen_vl import model as whole
-from duetvl.models.qwen_vl.model import PARTS
+from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.training.groups import check_patterns, parameter_groups
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.sections import OptimSection

@@ -14,11 +14,12 @@ import duetvl
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.adapters import add_adapters, layers
 from duetvl.models.qwen_vl.config import load_config
+from duetvl.models.qwen_vl.memory import Load
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 from duetvl.training.checkpoints.space import Space
 from duetvl.training.lora import stored_parameters
-from duetvl.training.memory import Load, Memory, disk_of, estimate, host_memory
+from duetvl.training.memory import Memory, disk_of, estimate, host_memory, largest_load
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.step import Trainer
@@ -89,7 +90,7 @@ def test_adapters_keep_less(tiny, targets):
     adapters = Adapters(dict.fromkeys(layers(model.config).choose(targets), Size(2, 4.0)))
     add_adapters(model, adapters, 0)
     batch, recipe = model.pack([SAMPLE]), recipe_of(lora={})
-    found = estimate(model.config, recipe, load_of(batch), adapters)
+    found = estimate(model.config, recipe, load_of(batch), adapters=adapters)
     assert found.gradients == 4 * sum(math.prod(p.shape) for p in model.parameters.values() if p.trainable)
     assert found.weights == sum(p.tensor.nbytes for p in model.parameters.values())
     kept = (
@@ -101,8 +102,8 @@ def test_adapters_keep_less(tiny, targets):
 
 def test_options_that_save_memory_save_it(tiny):
     config = load_config(tiny.directory("qwen2.5-tied"))
-    load = Load(4096, 2048, 4096, 4)
-    base = estimate(config, recipe_of(), load)
+    load = Load(4096, 2048, 4096)
+    base = estimate(config, recipe_of(), load, 4)
     for sections in (
         {"train": {"recompute": "full"}},
         {"train": {"recompute": "selective"}},
@@ -110,9 +111,9 @@ def test_options_that_save_memory_save_it(tiny):
         {"model": {"path": "m", "freeze": ["vision"]}},
         {"model": {"path": "m", "freeze": ["language"]}},
     ):
-        assert estimate(config, recipe_of(**sections), load).peak < base.peak, sections
-    assert estimate(config, recipe_of(dpo={}), load).weights == 2 * base.weights
-    assert estimate(config, recipe_of(dpo={"cache": "c"}), load).weights == base.weights
+        assert estimate(config, recipe_of(**sections), load, 4).peak < base.peak, sections
+    assert estimate(config, recipe_of(dpo={}), load, 4).weights == 2 * base.weights
+    assert estimate(config, recipe_of(dpo={"cache": "c"}), load, 4).weights == base.weights
     assert base.peak <= sum(
         getattr(base, part) for part in ("weights", "gradients", "optimizer", "activations", "passing")
     )
@@ -120,10 +121,13 @@ def test_options_that_save_memory_save_it(tiny):
 
 def test_packs_of_a_recipe():
     sizes = [(100, 40, 0), (300, 60, 80)]
-    assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 1000}), sizes) == Load(1000, 250, 200, 2)
-    assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 9000}), sizes) == Load(1600, 400, 320, 1)
-    assert Load.of(recipe_of(data={"train": "d", "pack": False}), sizes) == Load(300, 60, 80, 8)
-    assert Load.of(recipe_of(data={"train": "d", "pack_tokens": 200, "cutoff_len": 500}), sizes) == Load(300, 60, 80, 6)
+    assert largest_load(recipe_of(data={"train": "d", "pack_tokens": 1000}), sizes) == (Load(1000, 250, 200), 2)
+    assert largest_load(recipe_of(data={"train": "d", "pack_tokens": 9000}), sizes) == (Load(1600, 400, 320), 1)
+    assert largest_load(recipe_of(data={"train": "d", "pack": False}), sizes) == (Load(300, 60, 80), 8)
+    assert largest_load(recipe_of(data={"train": "d", "pack_tokens": 200, "cutoff_len": 500}), sizes) == (
+        Load(300, 60, 80),
+        6,
+    )
 
 
 def test_small_models_are_told_in_small_units():

@@ -17,9 +17,9 @@ from duetvl.models.model_directory import open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
-from duetvl.models.qwen_vl.model import PARTS, QwenVL
+from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_name, module_name
-from duetvl.models.qwen_vl.parameters import Shape, parameter_shapes
+from duetvl.models.qwen_vl.parameters import PARTS, Shape, parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import write_shards

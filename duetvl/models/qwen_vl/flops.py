@@ -15,13 +15,7 @@ import numpy as np
 from duetvl.core.batch import Batch
 from duetvl.core.params import Parameter
 from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
-
-# In the order in which gradients reach them last: they flow through a part where it or one before it is trained.
-PATHS = {
-    "vision": ("visual.patch_embed.", "visual.blocks."),
-    "projector": ("visual.merger.",),
-    "language": ("model.", "lm_head."),
-}
+from duetvl.models.qwen_vl.parameters import PARTS
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class PartFlops:
 
 
 def forward_flops(config: ModelConfig, batch: Batch) -> dict[str, PartFlops]:
-    """Operations of one pass forward, by part of the model."""
+    """Operations of one pass forward, by part of the model, in the order of computation."""
     vision, text = config.vision, config.text
     patches, merged = len(batch.pixel_rows), len(batch.pixel_rows) // vision.merge**2
     attended = sum(_attended_pairs(vision, layer, batch.grids) for layer in range(vision.depth))
@@ -65,9 +59,9 @@ def training_flops(config: ModelConfig, parameters: Mapping[str, Parameter], bat
     Backward, a product asks for the gradient of its input where one flows there (never to pixels), and for that of its
     weight where that is trained; adapters themselves are not counted, what flows through their part is.
     """
-    total, flows = 0.0, False
+    total, flows = 0.0, False  # gradients flow through a part where it or one before it is trained
     for part, cost in forward_flops(config, batch).items():
-        own = [p for path, p in parameters.items() if path.startswith(PATHS[part])]
+        own = [p for path, p in parameters.items() if path.startswith(PARTS[part])]
         flows = flows or any(p.trainable for p in own)
         share = _trained_share(own)
         total += cost.weights * (1 + flows + share) + cost.attention * (1 + 2 * flows) + cost.pixels * (1 + share)

@@ -18,7 +18,7 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.kv_cache import Append, Cache
 from duetvl.core.params import Parameter, Weights
-from duetvl.core.patterns import Parts, require_matching
+from duetvl.core.patterns import require_matching
 from duetvl.models import vocabulary
 from duetvl.models.attention import Attend
 from duetvl.models.layout import UNDIVIDED, Layout
@@ -28,6 +28,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
 from duetvl.models.qwen_vl.language import decoder_layers, place_features
+from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
 from duetvl.models.recompute import Mode, towers
@@ -35,12 +36,6 @@ from duetvl.models.recompute import Mode, towers
 Tensor = Any
 # (hidden states (N, D) of the trained rows, the vocabulary's leaf record) -> 0-d tensors, a loss first
 LastStage = Callable[[Tensor, Weights], tuple[Tensor, ...]]
-
-PARTS: Parts = {  # what `freeze` names, and the paths that belong to it
-    "vision": ("visual.patch_embed.", "visual.blocks."),
-    "projector": ("visual.merger.",),
-    "language": ("model.", "lm_head."),
-}
 
 
 class QwenVL:

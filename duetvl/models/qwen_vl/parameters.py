@@ -1,13 +1,22 @@
-"""Every parameter of a model by its published name, with its shape."""
+"""Every parameter of a model by its published name, with its shape; the parts that they belong to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Final
 
+from duetvl.core.patterns import Parts
 from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
 
 Shape = tuple[int, ...]
+
+# What `freeze` names, and the paths that belong to it; in the order of computation.
+PARTS: Final[Parts] = {
+    "vision": ("visual.patch_embed.", "visual.blocks."),
+    "projector": ("visual.merger.",),
+    "language": ("model.", "lm_head."),
+}
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:

@@ -1,0 +1,199 @@
+"""How much memory a model's parts take, counted from its configuration: no framework, no weights.
+
+Counted is what the torch backend keeps and makes: tensors by their shapes, and of the passing ones the largest. A
+part with nothing trainable in or before it keeps nothing; a linear layer keeps its input where its weight is trained or
+has an adapter. All sizes are bytes of the whole model on one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from duetvl.core.composed.ops import LEAST_ROWS, LOGIT_BUDGET
+from duetvl.core.patterns import matching
+from duetvl.models.lora import Adapters, is_adapter
+from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
+from duetvl.models.qwen_vl.parameters import PARTS, Shape, parameter_shapes
+from duetvl.models.recompute import RUNS_AGAIN, Again, Mode
+
+BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a micro-batch holds. `trained` tokens meet the vocabulary."""
+
+    tokens: int
+    trained: int
+    patches: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parameters of a model in a dtype, adapters in float32: which there are, and which of them are trained."""
+
+    shapes: Mapping[str, Shape]
+    paths: frozenset[str]
+    narrow: int  # bytes of a number of the model's own
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, dtype: str, freeze: Iterable[str] = (), adapters: Adapters | None = None
+    ) -> Trained:
+        """As `QwenVL.freeze` and `QwenVL.put_adapters` have it."""
+        shapes = dict(parameter_shapes(config))
+        if adapters is not None:
+            shapes |= adapters.shapes(shapes)
+        frozen = {path for pattern in freeze for path in matching(pattern, shapes, PARTS)}
+        chosen = (path for path in shapes if path not in frozen and (adapters is None or is_adapter(path)))
+        return cls(shapes, frozenset(chosen), BYTES[dtype])
+
+    def under(self, *prefixes: str) -> bool:
+        """Whether anything below these paths is trained."""
+        return any(path.startswith(prefixes) for path in self.paths)
+
+    def numbers(self, paths: Iterable[str]) -> int:
+        """Elements of these parameters."""
+        return sum(math.prod(self.shapes[path]) for path in paths)
+
+    def stored(self, paths: Iterable[str]) -> int:
+        """Bytes of these parameters."""
+        listed = list(paths)
+        own = self.numbers(path for path in listed if is_adapter(path))
+        return 4 * own + self.narrow * (self.numbers(listed) - own)
+
+    def gradients(self) -> int:
+        """Bytes of the gradients, which are float32."""
+        return 4 * self.numbers(self.paths)
+
+    def optimizer_state(self, dtype: str) -> int:
+        """Bytes of both moments, in this dtype, and of float32 masters of what is stored in half precision."""
+        halves = (path for path in self.paths if not is_adapter(path)) if self.narrow < 4 else ()
+        return 2 * BYTES[dtype] * self.numbers(self.paths) + 4 * self.numbers(halves)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a pass: what the tape holds, and the most that is made on top of it.
+
+    `forward` at the vocabulary, `backward` on the way back (with what one block makes again), `end` once the tape is
+    empty.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    end: int
+
+
+def activations(config: ModelConfig, trained: Trained, load: Load, recompute: Mode = "none") -> Activations:
+    """What a pass forward and backward over a load keeps and makes."""
+    tape = _tape(config, load, trained, recompute)
+    forward, backward, end = _passing(config, load, trained)
+    return Activations(tape.bytes, forward, backward + tape.again, end)
+
+
+# -- what is kept for the way back ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tape:
+    """Bytes that the tape holds, and the most that one block makes again."""
+
+    bytes: int = 0
+    again: int = 0
+    flows: bool = False  # whether gradients flow through what comes next
+
+    def add_block(self, whole: int, mlp: int, entry: int, mode: Again) -> None:
+        """A block that keeps `whole` bytes, `mlp` of them in its MLP; `entry` is its input alone."""
+        if mode == "block":
+            self.bytes, self.again = self.bytes + entry, max(self.again, whole)
+        elif mode == "mlp":
+            self.bytes, self.again = self.bytes + whole - mlp, max(self.again, mlp)
+        else:
+            self.bytes += whole
+
+
+def _tape(config: ModelConfig, load: Load, trained: Trained, recompute: Mode) -> _Tape:
+    narrow, tape, text = trained.narrow, _Tape(), config.text
+    vision_mode, language_mode = RUNS_AGAIN[recompute]
+    if load.patches:
+        _keep_vision(tape, config.vision, load.patches, trained, vision_mode)
+    tape.flows = tape.flows or trained.under("model.embed_tokens.")
+    for layer in range(text.num_layers):
+        prefix = f"model.layers.{layer}."
+        tape.flows = tape.flows or trained.under(prefix)
+        if tape.flows:
+            whole, mlp = _language_layer(text, load.tokens, _inputs(trained, prefix), narrow)
+            tape.add_block(whole, mlp, narrow * load.tokens * text.hidden_size, language_mode)
+    tape.bytes += 2 * narrow * load.trained * text.hidden_size  # before and after the norm
+    tape.bytes += 4 * load.tokens * text.head_dim  # rotary tables
+    return tape
+
+
+def _keep_vision(tape: _Tape, config: VisionConfig, patches: int, trained: Trained, mode: Again) -> None:
+    width, narrow = config.hidden_size, trained.narrow
+    tape.bytes += (narrow if narrow < 4 else 0) * patches * config.patch_row + 4 * patches * config.patch_row
+    tape.bytes += 4 * patches * config.head_dim
+    tape.flows = trained.under("visual.patch_embed.")
+    for layer in range(config.depth):
+        prefix = f"visual.blocks.{layer}."
+        tape.flows = tape.flows or trained.under(prefix)
+        if tape.flows:
+            whole, mlp = _vision_block(config, patches, _inputs(trained, prefix), narrow)
+            tape.add_block(whole, mlp, narrow * patches * width, mode)
+    if tape.flows or trained.under("visual.merger."):
+        tape.flows = True
+        tape.bytes += 4 * narrow * patches * width  # norm's input, both layers' inputs, the activation's
+
+
+def _inputs(trained: Trained, prefix: str) -> Callable[..., bool]:
+    """Whether any of some linear layers below a prefix needs its input again."""
+    return lambda *names: trained.under(*(f"{prefix}{name}." for name in names))
+
+
+def _language_layer(config: TextConfig, tokens: int, needs: Callable[..., bool], narrow: int) -> tuple[int, int]:
+    """Bytes that a layer keeps, and those of its MLP among them."""
+    width, inner = config.hidden_size, config.intermediate_size
+    heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = 2 * width + 2 * heads + 2 * groups  # the residual stream before and after; q, out; k, v
+    attention += width * needs("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp = 2 * inner + width * needs("mlp.gate_proj", "mlp.up_proj") + inner * needs("mlp.down_proj")
+    return tokens * (narrow * (attention + mlp) + 4 * (config.num_heads + 2)), tokens * narrow * mlp
+
+
+def _vision_block(config: VisionConfig, patches: int, needs: Callable[..., bool], narrow: int) -> tuple[int, int]:
+    """The same of a block of the vision tower; v is a part of qkv, which is kept whole."""
+    width, inner = config.hidden_size, config.intermediate_size
+    attention = (2 + 3 + 2 + 1 + needs("attn.qkv")) * width
+    first, second = ("gate_proj", "up_proj"), "down_proj"
+    if config.mlp == "plain":
+        first, second = ("fc1", "fc1"), "fc2"
+    mlp = (2 if config.mlp == "gated" else 1) * inner + width * needs(*(f"mlp.{name}" for name in first))
+    mlp += inner * needs(f"mlp.{second}")
+    return patches * (narrow * (attention + mlp) + 4 * (config.num_heads + 4)), patches * narrow * mlp
+
+
+# -- what passes ------------------------------------------------------------------------------------------------------
+
+
+def _passing(config: ModelConfig, load: Load, trained: Trained) -> tuple[int, int, int]:
+    """The most on top of what is kept: at the vocabulary, at the start of the backward pass, and at its end."""
+    text, narrow = config.text, trained.narrow
+    vocabulary = text.vocab_size * text.hidden_size
+    head = trained.under("model.embed_tokens." if config.tie_word_embeddings else "lm_head.")
+    rows = min(load.trained, max(LEAST_ROWS, LOGIT_BUDGET // text.vocab_size))
+    half = narrow if narrow < 4 else 0
+    logits = rows * text.vocab_size * (3 * 4 + half)  # logits, softmax, its gradient, and that in the weight's dtype
+    sums = 4 * vocabulary * (1 if rows == load.trained else 3) + half * vocabulary  # the weight's gradient, added up
+    hidden = 4 * load.trained * text.hidden_size
+    widest = max(load.tokens * text.intermediate_size, load.patches * config.vision.intermediate_size)
+    block = 6 * narrow * widest  # SwiGLU's gradient
+    forward = logits + hidden + head * sums
+    backward = hidden + head * (2 * 4 + half) * vocabulary
+    held = head * narrow * vocabulary  # of a tied weight, until the embedding's gradient comes
+    end = (2 if config.tie_word_embeddings else 1) * trained.under("model.embed_tokens.") * narrow * vocabulary
+    return forward, max(backward, (held if config.tie_word_embeddings else 0) + block), end
