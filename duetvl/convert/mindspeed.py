@@ -43,7 +43,6 @@ from duetvl.storage.tensor_files import TensorFile, TensorSpec
 from duetvl.storage.weights_dir import count_and_name
 
 Format = Literal["pt", "safetensors"]
-FORMATS: Final[tuple[Format, Format]] = ("pt", "safetensors")
 LATEST: Final = "latest_checkpointed_iteration.txt"
 RELEASE: Final = "release"
 VERSION: Final = 3.0

@@ -22,7 +22,6 @@ TOWERS: Final[tuple[Tower, Tower]] = ("text", "vision")
 VisionOrder = Literal["interleaved", "hf"]
 ORDERS: Final[tuple[VisionOrder, VisionOrder]] = ("interleaved", "hf")
 INTERLEAVED: Final = ORDERS[0]
-LORA: Final = (".lora_A.weight", ".lora_B.weight")
 
 _TEXT = "text_decoder."
 _ENCODER = "image_encoder.encoder."

@@ -12,7 +12,6 @@ from duetvl.core.params import Parameter
 
 Tensor = Any
 Tape = Any
-Needs = tuple[bool, ...]
 Forward = Callable[..., tuple[Any, tuple[Any, ...]]]
 Backward = Callable[..., tuple[Any, ...]]
 

@@ -10,8 +10,6 @@ from typing import Any, Literal
 from duetvl.data.media.images import NO_WISH, ImageSource, Resize
 from duetvl.data.sources.blob import Blob
 
-DEFAULT_FPS = 2.0  # frames per second that are taken of a video that does not say, as in transformers
-
 
 @dataclass(frozen=True, eq=False)
 class ImagePart:

@@ -15,8 +15,9 @@ from duetvl.convert.verify import Difference, verify
 from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.params import Parameter
+from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.training.checkpoints.checkpoint import Meta, save_checkpoint
+from duetvl.training.checkpoints.checkpoint import take_snapshot, write_snapshot
 from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny_config, write_hf
 
 TWO = Layout(((1, 3),), ((4, 0),), 2)
@@ -27,7 +28,8 @@ def save_run(
 ) -> None:
     parameters = [Parameter(name, be.checkpoint_io.load(array, "bfloat16", "bfloat16")) for name, array in bits.items()]
     meta = Meta(model_config=model_config)
-    save_checkpoint(run, step=step, parameters=parameters, optimizer_state=None, meta=meta, backend=be)
+    taken = take_snapshot(step=step, parameters=parameters, optimizer_state=None, meta=meta, backend=be)
+    write_snapshot(run, taken)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -15,8 +15,9 @@ from duetvl.api import load_processor
 from duetvl.core.batch import IGNORE, Sample
 from duetvl.core.errors import CheckpointError, ConfigError, DataError
 from duetvl.data.conversation import Conversation, ImagePart
-from duetvl.data.encode import Processor, TextTokenizer
+from duetvl.data.encode import Processor
 from duetvl.data.formats.reading import read_record
+from duetvl.data.tokenizer import TextTokenizer
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",

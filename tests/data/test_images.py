@@ -17,7 +17,7 @@ from duetvl.data.conversation import ImagePart, VideoPart
 from duetvl.data.media.images import NO_WISH, ImageSource, Resize, image_size, load_image
 from duetvl.data.media.pixels import PixelSettings, smart_resize
 from duetvl.data.media.plan import MediaSettings, load, measure
-from duetvl.data.media.video import read_index
+from duetvl.data.media.video_index import read_index
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
 SETTINGS = PixelSettings()

@@ -13,15 +13,8 @@ from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import VideoPart
 from duetvl.data.media.pixels import PixelSettings
 from duetvl.data.media.plan import MediaSettings, load, measure
-from duetvl.data.media.video import (
-    FrameRule,
-    VideoHeader,
-    VideoIndex,
-    VideoPlan,
-    plan_frames,
-    read_frames,
-    read_index,
-)
+from duetvl.data.media.video import FrameRule, VideoPlan, plan_frames, read_frames
+from duetvl.data.media.video_index import VideoHeader, VideoIndex, read_index
 from tests.data.clips import level, levels, picture, trim, write_clip, write_with_still
 
 GEOMETRY = PatchGeometry(channels=3, patch=14, temporal=2, merge=2)
@@ -339,7 +332,7 @@ def test_far_frames_are_reached_without_decoding_all(tmp_path: Path, monkeypatch
     from duetvl.data.media import video
 
     decoded = 0
-    real = video._decoded
+    real = video.decoded
 
     def counted(packet: Any) -> Any:
         nonlocal decoded
@@ -347,7 +340,7 @@ def test_far_frames_are_reached_without_decoding_all(tmp_path: Path, monkeypatch
             decoded += 1
             yield frame
 
-    monkeypatch.setattr(video, "_decoded", counted)
+    monkeypatch.setattr(video, "decoded", counted)
     assert shown(clip, plan) == [level(number) for number in (200, 202, 203, 205)]
     assert decoded < 30
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
+from duetvl.training.checkpoints.checkpoint import take_snapshot, write_snapshot
 
 
 class NumpyFiles:
@@ -59,3 +60,8 @@ def optimizer_state(params, seed, half=False):
     for slot in [state.exp_avg, state.exp_avg_sq] + ([state.master] if half else []):
         slot.update({path: random.standard_normal(p.shape).astype(np.float32) for path, p in params.items()})
     return state
+
+
+def save_checkpoint(run_dir, *, keep_last=None, **moment):
+    """A checkpoint of this moment; `moment` is what `take_snapshot` takes."""
+    return write_snapshot(run_dir, take_snapshot(**moment), keep_last)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy_backend import SHAPES, numpy_backend, optimizer_state, parameters
+from numpy_backend import SHAPES, numpy_backend, optimizer_state, parameters, save_checkpoint
 
 import duetvl
 from duetvl.core.boxes import Box
@@ -35,7 +35,7 @@ META = Meta(
 def save(run_dir, step, seed=None, half=False, **options):
     params = parameters(step if seed is None else seed, half)
     state = optimizer_state(params, step, half)
-    ck.save_checkpoint(
+    save_checkpoint(
         run_dir,
         step=step,
         parameters=params.values(),
@@ -271,13 +271,13 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
 SAME_PATH = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 KILLED = """
 import os, signal
-from numpy_backend import numpy_backend, optimizer_state, parameters
-from duetvl.training.checkpoints import checkpoint as ck
+from numpy_backend import numpy_backend, optimizer_state, parameters, save_checkpoint
+from duetvl.storage.checkpoint_format import Meta
 
 def save(run_dir, step):
     params = parameters(step)
-    ck.save_checkpoint(run_dir, step=step, parameters=params.values(), optimizer_state=optimizer_state(params, step),
-                       meta=ck.Meta(), backend=numpy_backend(), keep_last={keep})
+    save_checkpoint(run_dir, step=step, parameters=params.values(), optimizer_state=optimizer_state(params, step),
+                    meta=Meta(), backend=numpy_backend(), keep_last={keep})
 
 def die_at(moment):
     count = 0
@@ -425,7 +425,7 @@ def bits(be, params, state):
 def test_bits_are_the_same_on_the_other_backend(tmp_path, backends, writer, reader, dtype):
     params, state = run_state(backends[writer], dtype, 1)
     state.step = dict.fromkeys(params, 12)
-    ck.save_checkpoint(
+    save_checkpoint(
         tmp_path, step=12, parameters=params.values(), optimizer_state=state, meta=META, backend=backends[writer]
     )
     there, there_state = run_state(backends[reader], dtype, 2)

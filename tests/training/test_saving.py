@@ -22,6 +22,7 @@ from numpy_backend import numpy_backend, optimizer_state, parameters
 import duetvl
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.files import staged_directory
 from duetvl.storage.finding import find_checkpoint, has_checkpoint
 from duetvl.storage.tensor_files import TensorFile
@@ -99,7 +100,7 @@ def test_the_background_writes_what_the_foreground_writes(be, recipe, tmp_path, 
 def test_a_snapshot_is_not_changed_by_what_comes_after(tmp_path):
     params = parameters(1)
     state = optimizer_state(params, 4)
-    options = {"parameters": params.values(), "optimizer_state": state, "meta": ck.Meta(), "backend": numpy_backend()}
+    options = {"parameters": params.values(), "optimizer_state": state, "meta": Meta(), "backend": numpy_backend()}
     taken = ck.take_snapshot(step=4, copy=True, **options)
     for x in [p.tensor for p in params.values()] + [x for slot in state.slots().values() for x in slot.values()]:
         x += 1
@@ -123,7 +124,7 @@ def test_one_save_is_under_way_at_most_and_all_are_told(tmp_path):
             step=step,
             parameters=params.values(),
             optimizer_state=None,
-            meta=ck.Meta(),
+            meta=Meta(),
             backend=numpy_backend(),
             copy=copy,
         )
@@ -144,7 +145,7 @@ def test_a_program_that_ends_at_once_leaves_nothing_half_written(tmp_path):
 
     def take(copy):
         return ck.take_snapshot(
-            step=7, parameters=params.values(), optimizer_state=None, meta=ck.Meta(), backend=numpy_backend(), copy=copy
+            step=7, parameters=params.values(), optimizer_state=None, meta=Meta(), backend=numpy_backend(), copy=copy
         )
 
     saver = Saver(tmp_path, on_saved=lambda *_: None, warn=print, background=True)

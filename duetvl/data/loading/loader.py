@@ -205,7 +205,7 @@ class StepLoader:
     ):
         """Start making steps: `steps` of them, by default without end; at most `prefetch` lie ready or in work."""
         self._maker, self._cursor, self._global_batch = maker, cursor, global_batch
-        self._steps, self._prefetch = steps, prefetch
+        self._steps = steps
         self._ready: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(prefetch)
         self._closed = False

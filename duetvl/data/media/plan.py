@@ -15,7 +15,8 @@ from duetvl.core.family import PatchGeometry
 from duetvl.data.conversation import ImagePart, VideoPart
 from duetvl.data.media.images import ImageSource, Resize, Size, describe, image_size, load_image
 from duetvl.data.media.pixels import PatchRows, PixelSettings, model_size, patch_rows, resized
-from duetvl.data.media.video import FrameRule, VideoPlan, plan_frames, read_frames, read_index
+from duetvl.data.media.video import FrameRule, VideoPlan, plan_frames, read_frames
+from duetvl.data.media.video_index import read_index
 from duetvl.data.sources.blob import Blob
 
 # Of a whole video, two frames counted as one: 90% of 128,000 tokens, as in qwen-vl-utils.

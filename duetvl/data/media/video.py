@@ -16,14 +16,7 @@ from PIL import Image
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import VideoPart
-from duetvl.data.media.video_index import VideoHeader, VideoIndex, read_index
-from duetvl.data.media.video_index import decoded as _decoded
-from duetvl.data.media.video_index import opened as _opened
-
-__all__ = [
-    "FrameRule", "Pick", "VideoHeader", "VideoIndex", "VideoPlan",
-    "plan_frames", "qwen_count", "read_frames", "read_index",
-]  # fmt: skip
+from duetvl.data.media.video_index import VideoIndex, decoded, opened
 
 _WORTH_A_SEEK: Final = 16  # frames that need not be decoded
 _TURNS: Final = {
@@ -171,7 +164,7 @@ def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
     done = 0
     # An index may be wrong about where decoding can begin: then once more from the front, where there is no doubt.
     for may_jump in (True, False):
-        with _opened(source) as container:
+        with opened(source) as container:
             cursor = _Cursor(container, plan, may_jump=may_jump)
             for pick in plan.picks[done:]:
                 frame = cursor.at(pick)
@@ -221,7 +214,7 @@ class _Cursor:
     def _read(self) -> Iterator[_Timed]:
         number = 0
         for packet in self.container.demux(self.stream):
-            for frame in _decoded(packet):
+            for frame in decoded(packet):
                 tick = frame.pts if self.plan.timed else number
                 number += 1
                 if tick is not None and not frame.is_corrupt:

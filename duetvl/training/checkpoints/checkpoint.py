@@ -140,24 +140,6 @@ def write_snapshot(run_dir: str | Path, taken: Snapshot, keep_last: int | None =
         raise
 
 
-def save_checkpoint(
-    run_dir: str | Path,
-    *,
-    step: int,
-    parameters: Iterable[Parameter],
-    optimizer_state: AdamWState | None,
-    meta: Meta,
-    backend: Backend,
-    keep_last: int | None = None,
-) -> Path:
-    """Write a checkpoint of this moment; see `take_snapshot` and `write_snapshot`.
-
-    Beyond what `backend.checkpoint_io.save` needs for one tensor no memory is used.
-    """
-    taken = take_snapshot(step=step, parameters=parameters, optimizer_state=optimizer_state, meta=meta, backend=backend)
-    return write_snapshot(run_dir, taken, keep_last)
-
-
 def whole_pieces(parameters: Iterable[Parameter], optimizer_state: AdamWState | None) -> list[Piece]:
     """All tensors of a run that one process holds."""
     pieces = [Piece.whole("weights", p.path, p.tensor) for p in parameters]
