@@ -160,10 +160,10 @@ class Contest:
 def duetvl_sft(model: Any) -> Step:
     """One step on packed samples, as duetvl's trainer takes it."""
     import duetvl
-    from duetvl.core.optimizer import Group
+    from duetvl.core.optimizer import ParameterGroup
 
     backend = model.backend
-    groups = [Group([p for p in model.parameters.values() if p.trainable])]
+    groups = [ParameterGroup([p for p in model.parameters.values() if p.trainable])]
     state = backend.optimizer.create(groups)
     given = [duetvl.Sample(**sample) for sample in samples()]
 

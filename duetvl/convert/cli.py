@@ -28,7 +28,7 @@ from duetvl.convert.options import (
     MmToHf,
     Ours,
     Resplit,
-    Source,
+    SourcePath,
     Verify,
     layout_of,
     stated,
@@ -98,7 +98,7 @@ def _parser(names: Sequence[str]) -> ArgumentParser:
     if names[:1] == ["verify"]:
         parser = _command_parser("verify")
         for place, text in (("a", _COMPARABLE), ("b", "what it is compared with")):
-            parser.add_argument(place, type=Source, help=text)
+            parser.add_argument(place, type=SourcePath, help=text)
         group.add_subcommand("verify", parser)
     for converter in names[:1] if names[:1] != ["verify"] else ():
         parser = _new_parser(description=f"{converter}: convert weights.")

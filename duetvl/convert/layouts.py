@@ -19,7 +19,6 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 
 Shape = tuple[int, ...]
-Layers = Rows
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
@@ -70,8 +69,8 @@ class Layout:
     replicate_kv: allow more ranks than key and value heads, each with a copy of the head it needs.
     """
 
-    text: Layers
-    vision: Layers
+    text: Rows
+    vision: Rows
     tp: int = 1
     vision_tp: int = 0
     canonical: bool = False

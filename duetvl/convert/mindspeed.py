@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 from duetvl.convert.layouts import (
-    Layers,
     Layout,
     Model,
     Shape,
@@ -38,6 +37,7 @@ from duetvl.convert.streaming import (
 )
 from duetvl.convert.torch_zip import TorchFile, plan_torch_file
 from duetvl.core.errors import CheckpointError, ConfigError, shown
+from duetvl.core.stages import Rows
 from duetvl.storage.files import parse_json
 from duetvl.storage.tensor_files import TensorFile, TensorSpec
 from duetvl.storage.weights_dir import count_and_name
@@ -187,7 +187,7 @@ class MindSpeedDirectory:
             for piece, row in stored.rows():
                 yield piece.name, model.shapes[piece.name], Fragment(piece.box, store, key, row, stored.shape)
 
-    def _layers(self, pattern: re.Pattern[str]) -> Layers:
+    def _layers(self, pattern: re.Pattern[str]) -> Rows:
         numbers: dict[int, set[int]] = {}
         for _, stage, name in self.tensors:
             if match := pattern.match(name):

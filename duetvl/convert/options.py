@@ -44,7 +44,7 @@ class Directory(str):
     """A directory that exists."""
 
 
-class Source(str):
+class SourcePath(str):
     """A directory that exists, or a step of a run: RUN@STEP."""
 
 
@@ -83,14 +83,14 @@ def _directory(value: object) -> Directory:
     return Directory(value)
 
 
-def _source(value: object) -> Source:
+def _source(value: object) -> SourcePath:
     try:
         run, step = (Path(value), None) if Path(str(value)).is_dir() else parse_run(str(value))  # type: ignore[arg-type]
     except CheckpointError:
         run, step = Path(), None
     if not isinstance(value, str) or not run.is_dir() or (run != Path(value) and step is None):
         raise ValueError(f"expected an existing directory, found {_shown(value)}")
-    return Source(value)
+    return SourcePath(value)
 
 
 def _shown(value: object) -> str:
@@ -103,7 +103,7 @@ register_type(Count, int, _whole(Count, 1))
 register_type(Natural, int, _whole(Natural, 0))
 register_type(Target, str, _target)
 register_type(Directory, str, _directory)
-register_type(Source, str, _source)
+register_type(SourcePath, str, _source)
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class HfConfig:
 class SourceConfig:
     """What is converted"""
 
-    hf_dir: Source
+    hf_dir: SourcePath
     """model directory in the Hugging Face layout, or a run of duetvl (RUN, RUN@STEP), or one of its checkpoints"""
 
 

@@ -12,7 +12,7 @@ Tensor = Any
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that share a learning-rate scale and a weight decay."""
 
     parameters: Sequence[Parameter]
@@ -49,7 +49,7 @@ class AdamWState:
 class Optimizer(Protocol):
     """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), torch's formula."""
 
-    def create(self, groups: Sequence[Group], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
+    def create(self, groups: Sequence[ParameterGroup], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
         """Zero moments for every parameter, and a float32 master copy of each that is stored in half precision.
 
         dtype: of the moments, float32 or bfloat16. With `offload` the state is kept on the host. A parameter whose
@@ -60,7 +60,7 @@ class Optimizer(Protocol):
     def step(
         self,
         state: AdamWState,
-        groups: Sequence[Group],
+        groups: Sequence[ParameterGroup],
         *,
         lr: float,
         betas: tuple[float, float],

@@ -21,7 +21,7 @@ _MOST_FRAMES: Final = 8  # of a video in the sheet
 _GAP: Final = 6
 
 
-class Medium(NamedTuple):
+class ShownMedium(NamedTuple):
     """One picture or video of a sample: its kind, its grid and its patch rows."""
 
     kind: str
@@ -123,7 +123,7 @@ def contact_sheet(samples: Sequence[Sample | Pair], processor: Processor) -> Ima
     return sheet
 
 
-def media(sample: Sample) -> Iterator[Medium]:
+def media(sample: Sample) -> Iterator[ShownMedium]:
     """The pictures and videos of a sample, each with its own rows."""
     kinds = (
         ("image", sample.pixel_values, sample.image_grid_thw),
@@ -133,11 +133,11 @@ def media(sample: Sample) -> Iterator[Medium]:
         values, start = np.asarray(rows), 0  # pixels may be bytes yet
         for grid in grids:
             stop = start + int(np.prod(grid))
-            yield Medium(kind, (int(grid[0]), int(grid[1]), int(grid[2])), values[start:stop])
+            yield ShownMedium(kind, (int(grid[0]), int(grid[1]), int(grid[2])), values[start:stop])
             start = stop
 
 
-def frames(medium: Medium, settings: PixelSettings, geometry: PatchGeometry) -> list[Image.Image]:
+def frames(medium: ShownMedium, settings: PixelSettings, geometry: PatchGeometry) -> list[Image.Image]:
     """The pixels that patch rows hold: one picture of an image, at most eight frames, evenly chosen, of a video."""
     time, height, width = medium.grid
     merge, side = geometry.merge, geometry.patch

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 Tensor = Any
-Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (fn, x) -> fn(x)
-Mode = Literal["none", "full", "selective", "vision", "language"]
+Runner = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (fn, x) -> fn(x)
+RecomputeMode = Literal["none", "full", "selective", "vision", "language"]
 Again = Literal["nothing", "mlp", "block"]
 
 # What runs again in the vision tower and in the language model. Of a block that does its input alone is kept. MLPs hold
 # most of a block's activations; attention, which is expensive to run, is kept by "selective".
-RUNS_AGAIN: Final[dict[Mode, tuple[Again, Again]]] = {
+RUNS_AGAIN: Final[dict[RecomputeMode, tuple[Again, Again]]] = {
     "none": ("nothing", "nothing"),
     "full": ("block", "block"),
     "selective": ("mlp", "mlp"),
@@ -31,14 +31,14 @@ def keep(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class Recompute:
     """How a tower runs its blocks, and the MLP (with its norm) in each of them."""
 
-    block: Run = keep
-    mlp: Run = keep
+    block: Runner = keep
+    mlp: Runner = keep
 
 
 KEEP = Recompute()
 
 
-def towers(mode: Mode, again: Run) -> tuple[Recompute, Recompute]:
+def towers(mode: RecomputeMode, again: Runner) -> tuple[Recompute, Recompute]:
     """How the vision tower and the language model run; `again` is `Autograd.checkpoint`."""
     made = {"nothing": KEEP, "mlp": Recompute(mlp=again), "block": Recompute(block=again)}
     vision, language = RUNS_AGAIN[mode]

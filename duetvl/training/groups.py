@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from duetvl.core.errors import ConfigError
-from duetvl.core.optimizer import Group
+from duetvl.core.optimizer import ParameterGroup
 from duetvl.core.params import Parameter
 from duetvl.core.patterns import Parts, require_matching
 from duetvl.training.recipe.sections import OptimSection
 
 
-def parameter_groups(parameters: Mapping[str, Parameter], optim: OptimSection, parts: Parts) -> list[Group]:
+def parameter_groups(parameters: Mapping[str, Parameter], optim: OptimSection, parts: Parts) -> list[ParameterGroup]:
     """The trainable parameters, grouped by learning-rate scale and weight decay.
 
     What has one axis (norms, biases) does not decay, nor what `optim.no_decay` names. Raises ConfigError where nothing
@@ -27,7 +27,7 @@ def parameter_groups(parameters: Mapping[str, Parameter], optim: OptimSection, p
             members.setdefault((scales.get(path, 1.0), decay), []).append(p)
     if not members:
         raise ConfigError("nothing would be trained: every parameter is frozen; take something out of model.freeze")
-    return [Group(chosen, lr_scale=scale, weight_decay=decay) for (scale, decay), chosen in members.items()]
+    return [ParameterGroup(chosen, lr_scale=scale, weight_decay=decay) for (scale, decay), chosen in members.items()]
 
 
 def learning_rate_scales(paths: Sequence[str], optim: OptimSection, parts: Parts) -> dict[str, float]:

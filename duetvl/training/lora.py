@@ -27,7 +27,7 @@ from duetvl.training.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """The adapters of a run: new ones, or those of a directory."""
 
     adapters: Adapters
@@ -42,7 +42,7 @@ class Plan:
         return f"lora: {kind} of {count} linear layers{origin}, {numbers / 1e6:.2f} million parameters are trained"
 
 
-def plan_adapters(recipe: Recipe, config: ModelConfig) -> Plan | None:
+def plan_adapters(recipe: Recipe, config: ModelConfig) -> AdapterPlan | None:
     """What the section asks for, checked against the model's layers; None without the section.
 
     ConfigError for a target that names nothing, CheckpointError for an adapter of another model.
@@ -52,14 +52,14 @@ def plan_adapters(recipe: Recipe, config: ModelConfig) -> Plan | None:
         return None
     if lora.adapter is not None:
         stored = open_adapter_for(config, lora.adapter)
-        return Plan(replace(stored.adapters, dropout=lora.dropout), stored)
+        return AdapterPlan(replace(stored.adapters, dropout=lora.dropout), stored)
     targets = [canonical_name(target, tied=False) or target for target in lora.targets]
     modules = layers(config).choose(targets, recipe.model.freeze)
     sizes = dict.fromkeys(modules, Size(lora.rank, lora.alpha))
-    return Plan(Adapters(sizes, lora.dropout, lora.rslora, lora.dora))
+    return AdapterPlan(Adapters(sizes, lora.dropout, lora.rslora, lora.dora))
 
 
-def adapt(model: QwenVL, recipe: Recipe, plan: Plan | None) -> None:
+def adapt(model: QwenVL, recipe: Recipe, plan: AdapterPlan | None) -> None:
     """Put the adapters on a model and say what is trained: they alone, or without them all but the frozen parts."""
     if plan is not None and plan.start is not None:
         load_adapter(model, replace(plan.start, adapters=plan.adapters))

@@ -11,7 +11,7 @@ from frameworks import FRAMEWORKS, need
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import BackendError
-from duetvl.core.optimizer import Group
+from duetvl.core.optimizer import ParameterGroup
 from duetvl.core.params import Parameter
 
 from .cases import normal
@@ -169,7 +169,7 @@ def test_nothing_writes_through_a_slice(be: Backend, cut: Any) -> None:
     writes = (
         lambda: ops.assign(part, source),
         lambda: ops.write_slice(part, 0, source),
-        lambda: be.optimizer.create([Group([Parameter("w", part)])]),
+        lambda: be.optimizer.create([ParameterGroup([Parameter("w", part)])]),
     )
     for write in writes:
         with pytest.raises(BackendError, match="a write into a slice or a view of shape"):

@@ -11,7 +11,7 @@ import pytest
 
 from duetvl.core.backend import Backend
 from duetvl.core.boxes import Box
-from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.params import Parameter
 
 from .cases import normal
@@ -37,8 +37,8 @@ def initial(dtype: str) -> dict[str, np.ndarray]:
 def ours(be: Backend, stored: str, eps: float, **options: Any) -> tuple[dict[str, Parameter], AdamWState]:
     parameters = {name: Parameter(name, be.ops.from_numpy(w, stored)) for name, w in initial(stored).items()}
     groups = [
-        Group([parameters["matrix"], parameters["number"]], weight_decay=0.1),
-        Group([parameters["vector"], parameters["one"], parameters["empty"]], lr_scale=0.5),
+        ParameterGroup([parameters["matrix"], parameters["number"]], weight_decay=0.1),
+        ParameterGroup([parameters["vector"], parameters["one"], parameters["empty"]], lr_scale=0.5),
     ]
     state = be.optimizer.create(groups, **options)
     for step in range(STEPS):
@@ -122,7 +122,7 @@ def test_moments_in_bfloat16(be: Backend, dtype: str) -> None:
 def test_the_second_moment_falls_in_bfloat16(be: Backend) -> None:
     """At beta2 0.999 each step takes a thousandth away, which rounding to the nearest would give back."""
     p = Parameter("w", be.ops.from_numpy(np.zeros(2000, np.float32)))
-    groups = [Group([p])]
+    groups = [ParameterGroup([p])]
     state = be.optimizer.create(groups, dtype="bfloat16")
     for size in [1.0] + [0.0] * 400:
         p.main_grad = be.ops.from_numpy(np.full(2000, size, np.float32))
@@ -137,10 +137,10 @@ def second_moments(be: Backend, shape: tuple[int, ...], part: tuple[Box, ...] = 
     gradients = [np.abs(normal(*shape, seed=step)).astype(np.float32) for step in range(2)]
     cut = [np.concatenate([g[box.slices] for box in part]) if part else g for g in gradients]
     p = Parameter("layers.0.w", be.ops.zeros(cut[0].shape), part=part)
-    state = be.optimizer.create([Group([p])], dtype="bfloat16")
+    state = be.optimizer.create([ParameterGroup([p])], dtype="bfloat16")
     for g in cut:
         p.main_grad = be.ops.from_numpy(np.ascontiguousarray(g))
-        be.optimizer.step(state, [Group([p])], lr=0.0, betas=(0.0, 0.0), eps=1e-8, grad_scale=1.0)
+        be.optimizer.step(state, [ParameterGroup([p])], lr=0.0, betas=(0.0, 0.0), eps=1e-8, grad_scale=1.0)
     return be.to_numpy(state.exp_avg_sq["layers.0.w"]).view(np.uint32)
 
 
@@ -173,7 +173,7 @@ def test_a_part_is_rounded_as_the_whole_is(be: Backend, shape: tuple[int, ...], 
 def test_a_step_keeps_the_storage(be: Backend) -> None:
     """Whoever holds a weight (a tied use, a view) sees the update."""
     p = Parameter("w", be.ops.from_numpy(normal(4, 3), "float32"))
-    view, groups = p.tensor[1:2], [Group([p])]
+    view, groups = p.tensor[1:2], [ParameterGroup([p])]
     state = be.optimizer.create(groups)
     p.main_grad = be.ops.from_numpy(np.ones((4, 3), np.float32))
     be.optimizer.step(state, groups, lr=0.5, betas=BETAS, eps=1e-8, grad_scale=1.0)
@@ -182,7 +182,7 @@ def test_a_step_keeps_the_storage(be: Backend) -> None:
 
 def test_state_has_names_and_zero_moments(be: Backend) -> None:
     p = Parameter("w", be.ops.from_numpy(normal(4, 3), "bfloat16"))
-    state = be.optimizer.create([Group([p])])
+    state = be.optimizer.create([ParameterGroup([p])])
     assert {kind: list(slots) for kind, slots in state.slots().items()} == {
         "exp_avg": ["w"], "exp_avg_sq": ["w"], "master": ["w"],
     }  # fmt: skip
@@ -194,8 +194,8 @@ def test_state_has_names_and_zero_moments(be: Backend) -> None:
 
 def test_no_gradients_is_no_step(be: Backend) -> None:
     p = Parameter("w", be.ops.from_numpy(normal(4, 3), "float32"))
-    state = be.optimizer.create([Group([p])])
-    be.optimizer.step(state, [Group([p]), Group([])], lr=1.0, betas=BETAS, eps=1e-8, grad_scale=1.0)
+    state = be.optimizer.create([ParameterGroup([p])])
+    be.optimizer.step(state, [ParameterGroup([p]), ParameterGroup([])], lr=1.0, betas=BETAS, eps=1e-8, grad_scale=1.0)
     assert state.step == {"w": 0}
     np.testing.assert_array_equal(be.to_numpy(p.tensor), normal(4, 3).astype(np.float32))
 

@@ -15,15 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from duetvl.convert.commands import hf_to_mm, mm_to_hf, resplit
-from duetvl.convert.layouts import Layers, Layout
+from duetvl.convert.layouts import Layout
 from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference, verify
 from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.stages import Rows
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 from tests.convert.tiny import mm_files, random_bits, read_hf, same, tiny_config, write_hf
 
 QUIET = Options()
-DIVISIONS: list[tuple[Layers, Layers]] = [
+DIVISIONS: list[tuple[Rows, Rows]] = [
     (((4,),), ((4,),)),
     (((1, 3),), ((4, 0),)),
     (((0, 0, 4),), ((2, 1, 1),)),
@@ -285,7 +286,7 @@ def test_verify_says_where_and_by_how_much(tmp_path: Path) -> None:
 
 
 @st.composite
-def divisions(draw: st.DrawFn, layers: int, depth: int) -> tuple[Layers, Layers]:
+def divisions(draw: st.DrawFn, layers: int, depth: int) -> tuple[Rows, Rows]:
     """Any number of stages, any of them empty, vision before language."""
     pp, vpp = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     stages = pp * vpp

@@ -19,7 +19,7 @@ from duetvl.backends.torch_npu.optimizer import TorchOptimizer  # noqa: E402
 from duetvl.core.backend import load_backend  # noqa: E402
 from duetvl.core.errors import BackendError, ConfigError  # noqa: E402
 from duetvl.core.kv_cache import Append  # noqa: E402
-from duetvl.core.optimizer import Group  # noqa: E402
+from duetvl.core.optimizer import ParameterGroup  # noqa: E402
 from duetvl.core.params import Parameter  # noqa: E402
 from duetvl.core.spans import Spans  # noqa: E402
 
@@ -322,7 +322,7 @@ def test_optimizer_scales_gradients_itself(monkeypatch: pytest.MonkeyPatch) -> N
     results = []
     for optimizer in (TorchOptimizer(), NpuOptimizer()):
         parameters = [Parameter("w", made(3, 4)), Parameter("b", made(4, dtype=torch.bfloat16))]
-        groups = [Group(parameters, weight_decay=0.1)]
+        groups = [ParameterGroup(parameters, weight_decay=0.1)]
         state = optimizer.create(groups)
         if isinstance(optimizer, NpuOptimizer):
             monkeypatch.setattr(torch, "_fused_adamw_", watched)

@@ -16,7 +16,7 @@ from numpy_backend import SHAPES, numpy_backend, optimizer_state, parameters, sa
 import duetvl
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.core.optimizer import Group
+from duetvl.core.optimizer import ParameterGroup
 from duetvl.core.params import Parameter
 from duetvl.storage.checkpoint_format import Manifest, Meta
 from duetvl.storage.finding import checkpoints_dir, find_checkpoint, has_checkpoint
@@ -404,7 +404,7 @@ def backends():
 def run_state(be, dtype, seed):
     values = {path: p.tensor for path, p in parameters(seed).items()}
     params = {path: Parameter(path, be.ops.from_numpy(x, dtype)) for path, x in values.items()}
-    state = be.optimizer.create([Group(list(params.values()))])
+    state = be.optimizer.create([ParameterGroup(list(params.values()))])
     for slot in (state.exp_avg, state.exp_avg_sq):
         for path, x in slot.items():
             be.ops.assign(x, be.ops.from_numpy(np.abs(values[path]) / 3))

@@ -11,7 +11,7 @@ from mindspore import Tensor, ops
 
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.core.counter_hash import rounding_bits
-from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.params import Parameter
 
 _adam = ops.Adam()
@@ -23,7 +23,7 @@ class MindSporeOptimizer:
     def __init__(self, own_ops: MindSporeOps):
         self.ops = own_ops
 
-    def create(self, groups: Sequence[Group], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
+    def create(self, groups: Sequence[ParameterGroup], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
         state = AdamWState(dtype=dtype, offload=offload)
         place = self.to_host if offload else _here
         for p in (p for group in groups for p in group.parameters):
@@ -46,7 +46,7 @@ class MindSporeOptimizer:
     def step(
         self,
         state: AdamWState,
-        groups: Sequence[Group],
+        groups: Sequence[ParameterGroup],
         *,
         lr: float,
         betas: tuple[float, float],

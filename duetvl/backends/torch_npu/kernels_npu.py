@@ -24,7 +24,7 @@ from duetvl.core.composed.ascend_attention import FULL, RIGHT_DOWN_CAUSAL
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import RowCache
 from duetvl.core.kv_cache import Append
-from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.spans import Spans
 
 Tensor = torch.Tensor
@@ -189,7 +189,7 @@ class NpuOptimizer(TorchOptimizer):
     def step(
         self,
         state: AdamWState,
-        groups: Sequence[Group],
+        groups: Sequence[ParameterGroup],
         *,
         lr: float,
         betas: tuple[float, float],

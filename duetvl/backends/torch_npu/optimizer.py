@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from duetvl.backends.torch_npu.ops import require_whole
 from duetvl.core.counter_hash import rounding_bits
-from duetvl.core.optimizer import AdamWState, Group
+from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.params import Parameter
 
 ROW = 4096  # elements
@@ -19,7 +19,7 @@ ROW = 4096  # elements
 class TorchOptimizer:
     """See core/optimizer.py."""
 
-    def create(self, groups: Sequence[Group], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
+    def create(self, groups: Sequence[ParameterGroup], *, dtype: str = "float32", offload: bool = False) -> AdamWState:
         state = AdamWState(dtype=dtype, offload=offload)
         kind = getattr(torch, dtype)
         for p in (p for group in groups for p in group.parameters):
@@ -38,7 +38,7 @@ class TorchOptimizer:
     def step(
         self,
         state: AdamWState,
-        groups: Sequence[Group],
+        groups: Sequence[ParameterGroup],
         *,
         lr: float,
         betas: tuple[float, float],

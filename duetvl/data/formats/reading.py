@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import Conversation, Preference
@@ -23,8 +23,6 @@ from duetvl.data.formats.messages import (
 )
 from duetvl.data.formats.parts import MediaRules
 from duetvl.data.formats.tools import parse_json, read_tools
-
-Form = Literal["auto", "messages", "sharegpt", "alpaca", "llava", "qwen", "swift", "preference"]
 
 # What LLaMA-Factory calls a column -> the keys it is looked for under when `columns` does not say.
 _KEYS: Final[dict[str, tuple[str, ...]]] = {

@@ -17,7 +17,7 @@ from duetvl.core.patterns import matching
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
 from duetvl.models.qwen_vl.parameters import PARTS, Shape, parameter_shapes
-from duetvl.models.recompute import RUNS_AGAIN, Again, Mode
+from duetvl.models.recompute import RUNS_AGAIN, Again, RecomputeMode
 
 BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -89,7 +89,7 @@ class Activations:
     end: int
 
 
-def activations(config: ModelConfig, trained: Trained, load: Load, recompute: Mode = "none") -> Activations:
+def activations(config: ModelConfig, trained: Trained, load: Load, recompute: RecomputeMode = "none") -> Activations:
     """What a pass forward and backward over a load keeps and makes."""
     tape = _tape(config, load, trained, recompute)
     forward, backward, end = _passing(config, load, trained)
@@ -117,7 +117,7 @@ class _Tape:
             self.bytes += whole
 
 
-def _tape(config: ModelConfig, load: Load, trained: Trained, recompute: Mode) -> _Tape:
+def _tape(config: ModelConfig, load: Load, trained: Trained, recompute: RecomputeMode) -> _Tape:
     narrow, tape, text = trained.narrow, _Tape(), config.text
     vision_mode, language_mode = RUNS_AGAIN[recompute]
     if load.patches:

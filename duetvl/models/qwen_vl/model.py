@@ -31,7 +31,7 @@ from duetvl.models.qwen_vl.language import decoder_layers, place_features
 from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
-from duetvl.models.recompute import Mode, towers
+from duetvl.models.recompute import RecomputeMode, towers
 
 Tensor = Any
 # (hidden states (N, D) of the trained rows, the vocabulary's leaf record) -> 0-d tensors, a loss first
@@ -53,7 +53,7 @@ class QwenVL:
         self.family = QwenVLFamily(config)
         self.adapters: Adapters | None = None
         self.layout: Layout = UNDIVIDED  # over ranks of tensor parallelism; the parameters are this rank's parts
-        self.recompute: Mode = "none"  # what a pass on a tape does not keep
+        self.recompute: RecomputeMode = "none"  # what a pass on a tape does not keep
         self.source: ModelDirectory | None = None  # what it was read from
         self._mark_conditional()
 

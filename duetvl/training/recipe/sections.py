@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,6 +15,8 @@ from duetvl.core.mesh import AXES, Mesh
 from duetvl.core.stages import early_language, nested
 from duetvl.data.formats.messages import TAGS
 from duetvl.data.formats.reading import COLUMNS
+from duetvl.models.qwen_vl.parameters import PARTS
+from duetvl.models.recompute import RecomputeMode
 
 
 def _as_tuple(value: Any) -> Any:
@@ -28,7 +30,6 @@ def _one_or_more(value: Any) -> Any:
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Part = Literal["vision", "projector", "language"]
 
 
 def _contradiction(message: str) -> PydanticCustomError:
@@ -63,10 +64,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _trainable(self) -> ModelSection:
-        if set(self.freeze) >= set(get_args(Part)):
-            raise _contradiction(
-                f"model.freeze names every part ({', '.join(get_args(Part))}): nothing would be trained"
-            )
+        if set(self.freeze) >= set(PARTS):
+            raise _contradiction(f"model.freeze names every part ({', '.join(PARTS)}): nothing would be trained")
         return self
 
 
@@ -265,7 +264,7 @@ class TrainSection(Section):
         "micro-batch and then the micro-batches (as transformers does), or the tokens of each sample and then the "
         "samples.",
     )
-    recompute: Literal["none", "full", "selective", "vision", "language"] = Field(
+    recompute: RecomputeMode = Field(
         default="none",
         description="What is computed again in the backward pass instead of being kept: nothing; every block, in "
         "both towers or in one; or (selective) the MLPs, while attention is kept. It changes memory and time alone.",
