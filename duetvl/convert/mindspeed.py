@@ -35,7 +35,8 @@ from duetvl.convert.streaming import (
     TensorStore,
     plan_tensor_file,
 )
-from duetvl.convert.torch_zip import TorchFile, plan_torch_file
+from duetvl.convert.torch_plan import plan_torch_file
+from duetvl.convert.torch_zip import TorchFile
 from duetvl.core.errors import CheckpointError, ConfigError, shown
 from duetvl.core.stages import Rows
 from duetvl.storage.files import parse_json

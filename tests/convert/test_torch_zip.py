@@ -22,9 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duetvl.convert import torch_zip
+from duetvl.convert import torch_pickle
 from duetvl.convert.streaming import PlannedFile
-from duetvl.convert.torch_zip import OPAQUE, TorchFile, plan_torch_file
+from duetvl.convert.torch_pickle import OPAQUE
+from duetvl.convert.torch_plan import plan_torch_file
+from duetvl.convert.torch_zip import TorchFile
 from duetvl.core.errors import CheckpointError
 from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
 
@@ -171,7 +173,7 @@ def test_damaged_pickles_are_refused_or_read(tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_instruction_of_pickle_is_known() -> None:
-    handled = set(torch_zip._HANDLERS) | torch_zip._LITERALS | torch_zip._MEMO_GET | torch_zip._MEMO_PUT
+    handled = set(torch_pickle._HANDLERS) | torch_pickle._LITERALS | torch_pickle._MEMO_GET | torch_pickle._MEMO_PUT
     handled |= {"GLOBAL", "INST", "PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "PROTO", "FRAME", "READONLY_BUFFER"}
     assert handled | {"STOP"} == {opcode.name for opcode in pickletools.opcodes}
 
@@ -308,7 +310,7 @@ def test_no_framework_is_imported() -> None:
 
 def test_what_convert_imports() -> None:
     """Itself, core, and the configuration and names of the model: nothing that could need a framework."""
-    folder = Path(torch_zip.__file__).parent
+    folder = Path(torch_pickle.__file__).parent
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")]
     found = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     ours = {name for name in found if name and name.startswith("duetvl.")}
