@@ -10,12 +10,13 @@ from typing import Any
 
 from duetvl.core.errors import ConfigError
 from duetvl.migrate.data_keys import data_section
+from duetvl.migrate.layout_keys import Devices
 from duetvl.migrate.model_keys import compare, family, freeze, frozen_parts, layers, published, recompute
 from duetvl.migrate.reading import follow_script, program_arguments, read_keys
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.script import training_start
 from duetvl.migrate.tables import DATA, MODEL, SCRIPT
-from duetvl.migrate.training_keys import Devices, Wanted, sections
+from duetvl.migrate.training_keys import Wanted, sections
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.yaml_values import write_yaml
