@@ -22,7 +22,8 @@ from duetvl.data.loading.stream import StreamCursor, StreamSource
 from duetvl.data.loading.workers import Pool, make_pool
 from duetvl.data.sources.catalog import Records, Source, open_source, resolve
 from duetvl.data.sources.records import Reading, RecordFile, Ref, with_line
-from duetvl.training.recipe.sections import DataSection, DataSource, Recipe
+from duetvl.training.recipe.data_section import DataSection, DataSource
+from duetvl.training.recipe.sections import Recipe
 
 FIRST = 16  # samples that the estimate of memory is made from
 _NAMED = 10  # records left out that are named one by one; the rest is counted

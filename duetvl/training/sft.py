@@ -26,7 +26,8 @@ from duetvl.training.memory import memory_of
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
 from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity, reference_model
-from duetvl.training.recipe.sections import DataSection, Recipe
+from duetvl.training.recipe.data_section import DataSection
+from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.costs import Flops
 
 # LLaMA-Factory's image_min_pixels and image_max_pixels, video_min_pixels and video_max_pixels.

@@ -8,7 +8,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.data.media.pixels import PixelSettings
 from duetvl.data.media.plan import TOTAL_PIXELS, MediaSettings
 from duetvl.data.media.video import FrameRule
-from duetvl.training.recipe.sections import DataSection
+from duetvl.training.recipe.data_section import DataSection
 from duetvl.training.sft import media_settings
 
 OWN = MediaSettings(PixelSettings(3136, 12_845_056), PixelSettings(3136, 602_112))

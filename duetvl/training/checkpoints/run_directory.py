@@ -18,7 +18,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.storage.files import remove_temporaries, write_text
 from duetvl.storage.finding import CheckpointRef, find_checkpoint, has_checkpoint, parse_run
 from duetvl.storage.locks import file_lock, made_directory
-from duetvl.training.recipe.sections import DataSource, Recipe
+from duetvl.training.recipe.data_section import DataSource
+from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import read_yaml, write_yaml
 
 # What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no

@@ -18,7 +18,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import AXES
 from duetvl.core.stages import even_split
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.training.recipe.sections import ParallelSection, Recipe
+from duetvl.training.recipe.parallel_section import ParallelSection
+from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import allowed, fields, no_field, no_section, one_line, show
 from duetvl.training.recipe.yaml_values import BLANK, parse_value, read_yaml
 

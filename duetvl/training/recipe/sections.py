@@ -1,46 +1,18 @@
-"""The sections of a recipe: every field with its type, its bounds and what it means."""
+"""A recipe: its sections, every field with its type, its bounds and what it means, and what they exclude together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
 from duetvl.core.backend import check_name
-from duetvl.core.errors import BackendError, did_you_mean
-from duetvl.core.mesh import AXES, Mesh
-from duetvl.core.stages import early_language, nested
-from duetvl.data.formats.messages import TAGS
-from duetvl.data.formats.reading import COLUMNS
+from duetvl.core.errors import BackendError
 from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.recompute import RecomputeMode
-
-
-def _as_tuple(value: Any) -> Any:
-    """Lists are what YAML has."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _one_or_more(value: Any) -> Any:
-    """`x` stands for `[x]`, and null for `[]`."""
-    return () if value is None else (value,) if isinstance(value, str) else _as_tuple(value)
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _contradiction(message: str) -> PydanticCustomError:
-    """An error about several fields together, which names them itself."""
-    return PydanticCustomError("contradiction", "{message}", {"message": message})
-
-
-class Section(BaseModel):
-    """A part of a recipe: typed strictly, without other fields, unchangeable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from duetvl.training.recipe.data_section import DataSection
+from duetvl.training.recipe.parallel_section import ParallelSection
+from duetvl.training.recipe.section import Section, as_tuple, contradiction, one_or_more
 
 
 class ModelSection(Section):
@@ -56,7 +28,7 @@ class ModelSection(Section):
         description="Storage dtype of the weights. With bfloat16 and float16 the optimizer keeps float32 master "
         "weights; float16 is trained with a scaled loss (`optim.loss_scale`).",
     )
-    freeze: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+    freeze: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         default=(),
         description="What is not trained: vision (the tower), projector (its merger), language, or patterns of names "
         "such as `model.layers.0-7`, `visual.blocks.*.attn` or `*norm*`.",
@@ -65,178 +37,8 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _trainable(self) -> ModelSection:
         if set(self.freeze) >= set(PARTS):
-            raise _contradiction(f"model.freeze names every part ({', '.join(PARTS)}): nothing would be trained")
+            raise contradiction(f"model.freeze names every part ({', '.join(PARTS)}): nothing would be trained")
         return self
-
-
-class DataSource(Section):
-    """One set of records. A text in the place of one is its `path`."""
-
-    path: str = Field(
-        min_length=1,
-        description="File (JSON, JSONL, Parquet, TSV, tar shard), pattern of files, or `dataset_info.json:NAME`.",
-    )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "llava", "qwen", "swift", "preference"] = Field(
-        default="auto", description="Layout of the records."
-    )
-    weight: float = Field(
-        default=1.0, ge=1e-6, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
-    )
-    max_samples: int | None = Field(default=None, ge=1, description="Only so many records, chosen by `data.seed`.")
-    image_root: str | None = Field(default=None, description="Replaces `data.image_root` for this set.")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Names of the record's keys, as in LLaMA-Factory's dataset_info.json."
-    )
-    tags: dict[str, str] = Field(default_factory=dict, description="Names of roles and their keys, as there.")
-    boxes: Literal["as_written", "pixels", "norm1000"] = Field(
-        default="as_written",
-        description="What coordinates written in texts (`bbox_2d`, `point_2d`, `<|box_start|>`) are: left alone, "
-        "pixels of the picture's file, or thousandths of its sides; the latter two are brought to what the family "
-        "expects.",
-    )
-
-    @model_validator(mode="after")
-    def _known_names(self) -> DataSource:
-        for field, given, known in (("columns", self.columns, COLUMNS), ("tags", self.tags, TAGS)):
-            for name in given:
-                if name not in known:
-                    raise _contradiction(f"{self.path}: {field} has no {name!r}{did_you_mean(name, known)}")
-        return self
-
-
-def _sources(value: Any) -> Any:
-    """`x` stands for `[x]`, a text for a source of that path, and null for `[]`."""
-    listed = () if value is None else value if isinstance(value, list | tuple) else (value,)
-    return tuple({"path": item} if isinstance(item, str) else item for item in listed)
-
-
-Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
-
-
-class DataSection(Section):
-    """Records, how they are encoded, and how they are laid into micro-batches."""
-
-    train: Sources = Field(min_length=1, description="The data sets to train on.")
-    val: Sources = Field(default=(), description="The same for evaluation; none by default.")
-    val_rate: float | None = Field(
-        default=None, gt=0, lt=1, description="Instead of `val`: the share of the training records to keep for it."
-    )
-    val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate only so many records.")
-    max_samples: int | None = Field(
-        default=None,
-        ge=1,
-        description="Train only on the first so many records of all sets together; `max_samples` of a set chooses "
-        "among its records by `data.seed`.",
-    )
-    image_root: str | None = Field(
-        default=None,
-        description="Directory that relative paths of media start from; by default they are looked for beside the data "
-        "file, then in the working directory.",
-    )
-    train_on_prompt: bool = Field(
-        default=False, description="Train the prompts as well, placeholders of media included, as LLaMA-Factory does."
-    )
-    mask_history: bool = Field(default=False, description="Train only the last answer of a conversation.")
-    min_pixels: int | None = Field(
-        default=None,
-        ge=1,
-        description="Images with fewer pixels are enlarged; by default what the model directory says.",
-    )
-    max_pixels: int | None = Field(
-        default=None, ge=1, description="Images with more pixels are reduced; by default what the model directory says."
-    )
-    resize: Literal["once", "llamafactory"] = Field(
-        default="once",
-        description="`llamafactory` resizes twice as LLaMA-Factory does, for comparisons with it; the "
-        "bounds of pixels are then those of its own, first resize.",
-    )
-    video_fps: float = Field(default=2.0, gt=0, description="Frames taken per second of a video.")
-    video_min_frames: int = Field(
-        default=4,
-        ge=1,
-        description="Fewest frames of a video (where it has as many); `video_frames: llamafactory` has no such bound.",
-    )
-    video_max_frames: int = Field(default=768, ge=1, description="Most frames of a video.")
-    video_min_pixels: int | None = Field(
-        default=None, ge=1, description="Fewest pixels of a frame; by default what the model directory says."
-    )
-    video_max_pixels: int | None = Field(
-        default=None, ge=1, description="Most pixels of a frame; by default what the model directory says."
-    )
-    video_total_pixels: int | None = Field(
-        default=None,
-        ge=1,
-        description="Most pixels of a video, two frames counted as one, as they become one patch: 784 of them are a "
-        "token. By default 90% of 128,000 tokens, as in qwen-vl-utils.",
-    )
-    video_frames: Literal["qwen", "llamafactory"] = Field(
-        default="qwen", description="Whose rule chooses the frames: qwen-vl-utils' or LLaMA-Factory's."
-    )
-    cutoff_len: int | None = Field(
-        default=None,
-        ge=1,
-        description="Most tokens of one sample, of a pair each answer with its prompt; by default `pack_tokens`.",
-    )
-    too_long: Literal["error", "drop", "truncate", "shrink"] = Field(
-        default="error",
-        description="What happens to a sample of more than `cutoff_len` tokens: an error that names it, left out, its "
-        "text cut (never inside a picture), or its pictures made smaller.",
-    )
-    pack: bool = Field(default=True, description="Several samples in a micro-batch; off: one in each.")
-    pack_tokens: int = Field(
-        default=4096,
-        ge=1,
-        description="Most tokens in one micro-batch: the bound on activation memory. It does not change the loss. A "
-        "longer sample, where `cutoff_len` allows it, is a micro-batch of its own.",
-    )
-    pack_patches: int | None = Field(
-        default=None, ge=1, description="Most patches of pictures in one micro-batch (a token takes four)."
-    )
-    on_bad_sample: Literal["error", "skip"] = Field(
-        default="error", description="A record or medium that cannot be used ends the run, or is counted and skipped."
-    )
-    shuffle: bool = Field(default=True, description="A new order in every epoch, fixed by `seed`; off: file order.")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the order of samples.")
-    streaming: bool = Field(
-        default=False, description="Read the files front to back instead of indexing them; needs `train.steps`."
-    )
-    shuffle_buffer: int = Field(
-        default=1024, ge=1, description="Records that a stream is shuffled over, besides the order of its shards."
-    )
-    workers: int = Field(default=0, ge=0, description="Processes that encode; 0: a thread of the main process.")
-    prefetch: int = Field(default=2, ge=1, description="Steps that are made ahead.")
-    cache: str | None = Field(
-        default=None,
-        description="Directory that keeps drafts (tokens, sizes of media); several runs and nodes may share it.",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataSection:
-        pairs = (
-            ("min_pixels", "max_pixels"),
-            ("video_min_pixels", "video_max_pixels"),
-            ("video_min_frames", "video_max_frames"),
-        )
-        for low, high in pairs:
-            least, most = getattr(self, low), getattr(self, high)
-            if least is not None and most is not None and least > most:
-                raise _contradiction(f"data.{low} {least} is more than data.{high} {most}")
-        if self.video_frames == "qwen" and self.video_max_frames < 2:
-            raise _contradiction("data.video_max_frames 1: the rule `qwen` takes two frames at least")
-        if self.val and self.val_rate is not None:
-            raise _contradiction("data.val and data.val_rate both say what to evaluate; keep one")
-        if self.streaming and self.val_rate is not None:
-            raise _contradiction("data.val_rate cannot take records out of a stream; give data.val")
-        if self.streaming and self.max_samples is not None:
-            raise _contradiction("data.max_samples cannot bound a stream; limit train.steps instead")
-        if self.streaming and any(source.max_samples is not None for source in self.train):
-            raise _contradiction("data.train: max_samples cannot choose from a stream; limit train.steps instead")
-        return self
-
-    @property
-    def longest(self) -> int:
-        """Most tokens of one sample."""
-        return self.pack_tokens if self.cutoff_len is None else self.cutoff_len
 
 
 class TrainSection(Section):
@@ -281,7 +83,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.steps is not None and self.epochs is not None:
-            raise _contradiction(
+            raise contradiction(
                 f"train.steps {self.steps} and train.epochs {self.epochs:g} both say how long to train; keep one"
             )
         return self
@@ -292,7 +94,7 @@ class OptimSection(Section):
 
     lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
     betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
     ] = Field(default=(0.9, 0.999), description="Decay of AdamW's first and second moment.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
@@ -300,7 +102,7 @@ class OptimSection(Section):
         ge=0,
         description="Decoupled weight decay of matrices; norms and biases (one axis) are not decayed.",
     )
-    no_decay: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+    no_decay: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         default=(), description="More that is not decayed: parts, or patterns of names as in `model.freeze`."
     )
     lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -336,99 +138,17 @@ class OptimSection(Section):
     warmup: int | float = Field(
         default=0, ge=0, description="Warm-up: a fraction of all steps when below 1, a number of steps otherwise."
     )
-    min_lr_ratio: Fraction = Field(default=0.0, description="Learning rate at the end, as a fraction of `lr`.")
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end, as a fraction of `lr`.")
 
     @model_validator(mode="after")
     def _whole_warmup(self) -> OptimSection:
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise _contradiction(
+            raise contradiction(
                 f"optim.warmup: found {self.warmup}, allowed: a fraction of all steps below 1, or whole steps"
             )
         if self.schedule == "constant" and self.min_lr_ratio:
-            raise _contradiction("optim.min_lr_ratio has no meaning with optim.schedule constant; remove it")
+            raise contradiction("optim.min_lr_ratio has no meaning with optim.schedule constant; remove it")
         return self
-
-
-def _rows(value: Any) -> Any:
-    rows = nested(value)
-    return tuple(_as_tuple(row) for row in rows) if isinstance(rows, list | tuple) else rows
-
-
-StageLayers = Annotated[
-    tuple[Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)], ...],
-    Field(min_length=1),
-    BeforeValidator(_rows),
-]
-
-
-class ParallelSection(Section):
-    """Degrees of parallelism; their product is the number of processes.
-
-    Layers are placed as in MindSpeed-MM's notation: a number for each pipeline stage, `[1, 10, 10, 7]`, or with
-    virtual stages a row of them for each, `[[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]]`. Stages follow each other along
-    the rows. The vision tower comes before the language model; a stage may hold the end of one and the start of the
-    other, or layers of one alone.
-    """
-
-    pp: int = Field(default=1, ge=1, description="Pipeline stages.")
-    dp: int = Field(default=1, ge=1, description="Data-parallel replicas.")
-    cp: int = Field(default=1, ge=1, description="Context parallelism: pieces of a sequence.")
-    tp: int = Field(default=1, ge=1, description="Tensor parallelism: pieces of a layer.")
-    sequence: bool = Field(
-        default=False,
-        description="Divide norms and residuals along the sequence over the tensor-parallel ranks; with `tp: 1` it has "
-        "no effect.",
-    )
-    cp_algorithm: Literal["ulysses", "ring"] = Field(
-        default="ulysses",
-        description="How attention sees all of a sequence that `cp` divides: heads are exchanged, or keys and values "
-        "go round.",
-    )
-    vision_layers: StageLayers | None = Field(
-        default=None, description="Layers of the vision tower in each stage; null: all in the first."
-    )
-    language_layers: StageLayers | None = Field(
-        default=None, description="Layers of the language model in each stage; null: divided evenly."
-    )
-
-    @model_validator(mode="after")
-    def _placed(self) -> ParallelSection:
-        vision, language = self.vision_layers, self.language_layers
-        for name, rows in (("vision_layers", vision), ("language_layers", language)):
-            wrong = [row for row in rows or () if len(row) != self.pp]
-            if wrong:
-                raise _contradiction(
-                    f"parallel.{name} {list(wrong[0])} has {len(wrong[0])} stages, parallel.pp is {self.pp}; give one "
-                    f"number for each stage, or parallel.{name}=null for the default"
-                )
-            if rows and not any(map(sum, rows)):
-                raise _contradiction(f"parallel.{name} places no layer at all")
-        if vision and language:
-            self._check_order(vision, language)
-        return self
-
-    def _check_order(self, vision: Sequence[Sequence[int]], language: Sequence[Sequence[int]]) -> None:
-        if len(vision) > len(language):
-            raise _contradiction(
-                f"parallel.vision_layers has {len(vision)} virtual stages, parallel.language_layers {len(language)}; "
-                f"give both as many rows"
-            )
-        if early := early_language(list(chain(*vision)), list(chain(*language))):
-            last, first = early
-            raise _contradiction(
-                f"parallel.vision_layers puts vision layers on stage {last}, after parallel.language_layers has begun "
-                f"on stage {first}; the whole vision tower comes before the language model"
-            )
-
-    @property
-    def virtual(self) -> int:
-        """Virtual stages on each pipeline rank."""
-        return len(self.language_layers or self.vision_layers or ((),))
-
-    @property
-    def mesh(self) -> Mesh:
-        """The grid of ranks."""
-        return Mesh(**{axis: getattr(self, axis) for axis in AXES})
 
 
 class LoraSection(Section):
@@ -440,7 +160,7 @@ class LoraSection(Section):
     rank: int = Field(default=8, ge=1, description="Rank of every adapter.")
     alpha: float = Field(default=16.0, gt=0, description="An adapter's output is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout of an adapter's input.")
-    targets: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+    targets: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         default=("language",),
         min_length=1,
         description="Which linear layers get one: vision, projector, language (all of that part), a module's last name "
@@ -460,7 +180,7 @@ class LoraSection(Section):
         own = ("rank", "alpha", "targets", "rslora", "dora")
         given = [f"lora.{name}" for name in own if getattr(self, name) != type(self).model_fields[name].default]
         if self.adapter is not None and given:
-            raise _contradiction(
+            raise contradiction(
                 f"lora.adapter {self.adapter} brings its own rank, alpha, layers, rslora and dora; remove "
                 f"{', '.join(given)}"
             )
@@ -498,7 +218,7 @@ class DpoSection(Section):
     @model_validator(mode="after")
     def _smoothable(self) -> DpoSection:
         if self.label_smoothing and self.loss != "sigmoid":
-            raise _contradiction(f"dpo.label_smoothing has a meaning with dpo.loss sigmoid only, not {self.loss}")
+            raise contradiction(f"dpo.label_smoothing has a meaning with dpo.loss sigmoid only, not {self.loss}")
         return self
 
 
@@ -554,7 +274,7 @@ class LogSection(Section):
         description="What the device can do, in 1e12 operations a second, for the utilisation `mfu`; by default what "
         "is known of it, and no `mfu` where nothing is.",
     )
-    profile: Annotated[tuple[int, int] | None, BeforeValidator(_as_tuple)] = Field(
+    profile: Annotated[tuple[int, int] | None, BeforeValidator(as_tuple)] = Field(
         default=None, description="First and last step to record; the trace goes to `profile/`."
     )
     plot: bool = Field(default=True, description="Draw `loss.png` at every checkpoint and evaluation, and at the end.")
@@ -562,7 +282,7 @@ class LogSection(Section):
     @model_validator(mode="after")
     def _steps_in_order(self) -> LogSection:
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
-            raise _contradiction(
+            raise contradiction(
                 f"log.profile: found {list(self.profile)}, allowed: [first, last], two steps counted from 1"
             )
         return self
@@ -586,7 +306,7 @@ class BackendSection(Section):
         try:
             check_name(self.name)
         except BackendError as error:
-            raise _contradiction(f"backend.name: {error}") from None
+            raise contradiction(f"backend.name: {error}") from None
         return self
 
 
@@ -607,24 +327,22 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.checkpoint.export == "merged" and self.lora is None:
-            raise _contradiction("checkpoint.export merged has a meaning with lora only; use true")
+            raise contradiction("checkpoint.export merged has a meaning with lora only; use true")
         for name in ("loss_scale", "loss_scale_window"):
             if getattr(self.optim, name) is not None and self.model.dtype != "float16":
-                raise _contradiction(
-                    f"optim.{name} has a meaning with model.dtype float16 only, not {self.model.dtype}"
-                )
+                raise contradiction(f"optim.{name} has a meaning with model.dtype float16 only, not {self.model.dtype}")
         if self.data.streaming and self.train.steps is None:
-            raise _contradiction("data.streaming does not know how many records there are: give train.steps")
+            raise contradiction("data.streaming does not know how many records there are: give train.steps")
         if self.train.eval_every is not None and not (self.data.val or self.data.val_rate):
-            raise _contradiction(
+            raise contradiction(
                 f"train.eval_every {self.train.eval_every} needs data.val or data.val_rate, and neither is given"
             )
         if self.log.generate and not (self.data.val or self.data.val_rate):
-            raise _contradiction(
+            raise contradiction(
                 f"log.generate {self.log.generate} needs data.val or data.val_rate, and neither is given"
             )
         if self.log.generate and self.data.train_on_prompt:
-            raise _contradiction(
+            raise contradiction(
                 "log.generate cannot tell where an answer begins with data.train_on_prompt; keep one of them"
             )
         return self
@@ -634,16 +352,16 @@ class Recipe(Section):
         if self.dpo is None:
             return self
         if self.train.loss != "token":
-            raise _contradiction(
+            raise contradiction(
                 f"train.loss {self.train.loss} has no meaning with dpo, whose loss is a mean over pairs"
             )
         if self.data.train_on_prompt:
-            raise _contradiction("data.train_on_prompt has no meaning with dpo, which compares answers to one prompt")
+            raise contradiction("data.train_on_prompt has no meaning with dpo, which compares answers to one prompt")
         if self.lora is not None and self.lora.dropout:
-            raise _contradiction(
+            raise contradiction(
                 f"lora.dropout {self.lora.dropout:g} with dpo would compare a thinned model with a whole reference; "
                 f"leave it at 0"
             )
         if self.dpo.cache is not None and self.data.streaming:
-            raise _contradiction("dpo.cache reads all pairs before the first step, data.streaming never; keep one")
+            raise contradiction("dpo.cache reads all pairs before the first step, data.streaming never; keep one")
         return self

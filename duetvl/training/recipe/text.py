@@ -13,7 +13,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from duetvl.core.errors import did_you_mean
-from duetvl.training.recipe.sections import DataSource, Recipe, Section
+from duetvl.training.recipe.data_section import DataSource
+from duetvl.training.recipe.section import Section
+from duetvl.training.recipe.sections import Recipe
 
 
 def one_line(error: ValidationError) -> str:

@@ -1,0 +1,182 @@
+"""The section `data` of a recipe: records, and how they become micro-batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from duetvl.core.errors import did_you_mean
+from duetvl.data.formats.messages import TAGS
+from duetvl.data.formats.reading import COLUMNS
+from duetvl.training.recipe.section import Section, contradiction
+
+
+class DataSource(Section):
+    """One set of records. A text in the place of one is its `path`."""
+
+    path: str = Field(
+        min_length=1,
+        description="File (JSON, JSONL, Parquet, TSV, tar shard), pattern of files, or `dataset_info.json:NAME`.",
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "llava", "qwen", "swift", "preference"] = Field(
+        default="auto", description="Layout of the records."
+    )
+    weight: float = Field(
+        default=1.0, ge=1e-6, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
+    )
+    max_samples: int | None = Field(default=None, ge=1, description="Only so many records, chosen by `data.seed`.")
+    image_root: str | None = Field(default=None, description="Replaces `data.image_root` for this set.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Names of the record's keys, as in LLaMA-Factory's dataset_info.json."
+    )
+    tags: dict[str, str] = Field(default_factory=dict, description="Names of roles and their keys, as there.")
+    boxes: Literal["as_written", "pixels", "norm1000"] = Field(
+        default="as_written",
+        description="What coordinates written in texts (`bbox_2d`, `point_2d`, `<|box_start|>`) are: left alone, "
+        "pixels of the picture's file, or thousandths of its sides; the latter two are brought to what the family "
+        "expects.",
+    )
+
+    @model_validator(mode="after")
+    def _known_names(self) -> DataSource:
+        for field, given, known in (("columns", self.columns, COLUMNS), ("tags", self.tags, TAGS)):
+            for name in given:
+                if name not in known:
+                    raise contradiction(f"{self.path}: {field} has no {name!r}{did_you_mean(name, known)}")
+        return self
+
+
+def _sources(value: Any) -> Any:
+    """`x` stands for `[x]`, a text for a source of that path, and null for `[]`."""
+    listed = () if value is None else value if isinstance(value, list | tuple) else (value,)
+    return tuple({"path": item} if isinstance(item, str) else item for item in listed)
+
+
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
+
+
+class DataSection(Section):
+    """Records, how they are encoded, and how they are laid into micro-batches."""
+
+    train: Sources = Field(min_length=1, description="The data sets to train on.")
+    val: Sources = Field(default=(), description="The same for evaluation; none by default.")
+    val_rate: float | None = Field(
+        default=None, gt=0, lt=1, description="Instead of `val`: the share of the training records to keep for it."
+    )
+    val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate only so many records.")
+    max_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train only on the first so many records of all sets together; `max_samples` of a set chooses "
+        "among its records by `data.seed`.",
+    )
+    image_root: str | None = Field(
+        default=None,
+        description="Directory that relative paths of media start from; by default they are looked for beside the data "
+        "file, then in the working directory.",
+    )
+    train_on_prompt: bool = Field(
+        default=False, description="Train the prompts as well, placeholders of media included, as LLaMA-Factory does."
+    )
+    mask_history: bool = Field(default=False, description="Train only the last answer of a conversation.")
+    min_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Images with fewer pixels are enlarged; by default what the model directory says.",
+    )
+    max_pixels: int | None = Field(
+        default=None, ge=1, description="Images with more pixels are reduced; by default what the model directory says."
+    )
+    resize: Literal["once", "llamafactory"] = Field(
+        default="once",
+        description="`llamafactory` resizes twice as LLaMA-Factory does, for comparisons with it; the "
+        "bounds of pixels are then those of its own, first resize.",
+    )
+    video_fps: float = Field(default=2.0, gt=0, description="Frames taken per second of a video.")
+    video_min_frames: int = Field(
+        default=4,
+        ge=1,
+        description="Fewest frames of a video (where it has as many); `video_frames: llamafactory` has no such bound.",
+    )
+    video_max_frames: int = Field(default=768, ge=1, description="Most frames of a video.")
+    video_min_pixels: int | None = Field(
+        default=None, ge=1, description="Fewest pixels of a frame; by default what the model directory says."
+    )
+    video_max_pixels: int | None = Field(
+        default=None, ge=1, description="Most pixels of a frame; by default what the model directory says."
+    )
+    video_total_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most pixels of a video, two frames counted as one, as they become one patch: 784 of them are a "
+        "token. By default 90% of 128,000 tokens, as in qwen-vl-utils.",
+    )
+    video_frames: Literal["qwen", "llamafactory"] = Field(
+        default="qwen", description="Whose rule chooses the frames: qwen-vl-utils' or LLaMA-Factory's."
+    )
+    cutoff_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of one sample, of a pair each answer with its prompt; by default `pack_tokens`.",
+    )
+    too_long: Literal["error", "drop", "truncate", "shrink"] = Field(
+        default="error",
+        description="What happens to a sample of more than `cutoff_len` tokens: an error that names it, left out, its "
+        "text cut (never inside a picture), or its pictures made smaller.",
+    )
+    pack: bool = Field(default=True, description="Several samples in a micro-batch; off: one in each.")
+    pack_tokens: int = Field(
+        default=4096,
+        ge=1,
+        description="Most tokens in one micro-batch: the bound on activation memory. It does not change the loss. A "
+        "longer sample, where `cutoff_len` allows it, is a micro-batch of its own.",
+    )
+    pack_patches: int | None = Field(
+        default=None, ge=1, description="Most patches of pictures in one micro-batch (a token takes four)."
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        default="error", description="A record or medium that cannot be used ends the run, or is counted and skipped."
+    )
+    shuffle: bool = Field(default=True, description="A new order in every epoch, fixed by `seed`; off: file order.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the order of samples.")
+    streaming: bool = Field(
+        default=False, description="Read the files front to back instead of indexing them; needs `train.steps`."
+    )
+    shuffle_buffer: int = Field(
+        default=1024, ge=1, description="Records that a stream is shuffled over, besides the order of its shards."
+    )
+    workers: int = Field(default=0, ge=0, description="Processes that encode; 0: a thread of the main process.")
+    prefetch: int = Field(default=2, ge=1, description="Steps that are made ahead.")
+    cache: str | None = Field(
+        default=None,
+        description="Directory that keeps drafts (tokens, sizes of media); several runs and nodes may share it.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSection:
+        pairs = (
+            ("min_pixels", "max_pixels"),
+            ("video_min_pixels", "video_max_pixels"),
+            ("video_min_frames", "video_max_frames"),
+        )
+        for low, high in pairs:
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise contradiction(f"data.{low} {least} is more than data.{high} {most}")
+        if self.video_frames == "qwen" and self.video_max_frames < 2:
+            raise contradiction("data.video_max_frames 1: the rule `qwen` takes two frames at least")
+        if self.val and self.val_rate is not None:
+            raise contradiction("data.val and data.val_rate both say what to evaluate; keep one")
+        if self.streaming and self.val_rate is not None:
+            raise contradiction("data.val_rate cannot take records out of a stream; give data.val")
+        if self.streaming and self.max_samples is not None:
+            raise contradiction("data.max_samples cannot bound a stream; limit train.steps instead")
+        if self.streaming and any(source.max_samples is not None for source in self.train):
+            raise contradiction("data.train: max_samples cannot choose from a stream; limit train.steps instead")
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of one sample."""
+        return self.pack_tokens if self.cutoff_len is None else self.cutoff_len

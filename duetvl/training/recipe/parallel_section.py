@@ -1,0 +1,95 @@
+"""The section `parallel` of a recipe: how many ranks there are of each kind, and which layers a stage has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from duetvl.core.mesh import AXES, Mesh
+from duetvl.core.stages import early_language, nested
+from duetvl.training.recipe.section import Section, as_tuple, contradiction
+
+
+def _rows(value: Any) -> Any:
+    rows = nested(value)
+    return tuple(as_tuple(row) for row in rows) if isinstance(rows, list | tuple) else rows
+
+
+StageLayers = Annotated[
+    tuple[Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)], ...],
+    Field(min_length=1),
+    BeforeValidator(_rows),
+]
+
+
+class ParallelSection(Section):
+    """Degrees of parallelism; their product is the number of processes.
+
+    Layers are placed as in MindSpeed-MM's notation: a number for each pipeline stage, `[1, 10, 10, 7]`, or with
+    virtual stages a row of them for each, `[[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]]`. Stages follow each other along
+    the rows. The vision tower comes before the language model; a stage may hold the end of one and the start of the
+    other, or layers of one alone.
+    """
+
+    pp: int = Field(default=1, ge=1, description="Pipeline stages.")
+    dp: int = Field(default=1, ge=1, description="Data-parallel replicas.")
+    cp: int = Field(default=1, ge=1, description="Context parallelism: pieces of a sequence.")
+    tp: int = Field(default=1, ge=1, description="Tensor parallelism: pieces of a layer.")
+    sequence: bool = Field(
+        default=False,
+        description="Divide norms and residuals along the sequence over the tensor-parallel ranks; with `tp: 1` it has "
+        "no effect.",
+    )
+    cp_algorithm: Literal["ulysses", "ring"] = Field(
+        default="ulysses",
+        description="How attention sees all of a sequence that `cp` divides: heads are exchanged, or keys and values "
+        "go round.",
+    )
+    vision_layers: StageLayers | None = Field(
+        default=None, description="Layers of the vision tower in each stage; null: all in the first."
+    )
+    language_layers: StageLayers | None = Field(
+        default=None, description="Layers of the language model in each stage; null: divided evenly."
+    )
+
+    @model_validator(mode="after")
+    def _placed(self) -> ParallelSection:
+        vision, language = self.vision_layers, self.language_layers
+        for name, rows in (("vision_layers", vision), ("language_layers", language)):
+            wrong = [row for row in rows or () if len(row) != self.pp]
+            if wrong:
+                raise contradiction(
+                    f"parallel.{name} {list(wrong[0])} has {len(wrong[0])} stages, parallel.pp is {self.pp}; give one "
+                    f"number for each stage, or parallel.{name}=null for the default"
+                )
+            if rows and not any(map(sum, rows)):
+                raise contradiction(f"parallel.{name} places no layer at all")
+        if vision and language:
+            self._check_order(vision, language)
+        return self
+
+    def _check_order(self, vision: Sequence[Sequence[int]], language: Sequence[Sequence[int]]) -> None:
+        if len(vision) > len(language):
+            raise contradiction(
+                f"parallel.vision_layers has {len(vision)} virtual stages, parallel.language_layers {len(language)}; "
+                f"give both as many rows"
+            )
+        if early := early_language(list(chain(*vision)), list(chain(*language))):
+            last, first = early
+            raise contradiction(
+                f"parallel.vision_layers puts vision layers on stage {last}, after parallel.language_layers has begun "
+                f"on stage {first}; the whole vision tower comes before the language model"
+            )
+
+    @property
+    def virtual(self) -> int:
+        """Virtual stages on each pipeline rank."""
+        return len(self.language_layers or self.vision_layers or ((),))
+
+    @property
+    def mesh(self) -> Mesh:
+        """The grid of ranks."""
+        return Mesh(**{axis: getattr(self, axis) for axis in AXES})
