@@ -15,7 +15,7 @@ from jsonargparse.typing import register_type
 
 from duetvl.convert.layouts import Layout
 from duetvl.convert.names import VisionOrder
-from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError, shown
 from duetvl.core.stages import as_rows
 from duetvl.storage.finding import parse_run
 
@@ -57,7 +57,7 @@ def _layers(value: object) -> Layers:
     try:
         rows = as_rows(json.loads(value) if isinstance(value, str) else value)
     except (ValueError, RecursionError):
-        raise ValueError(f"expected {allowed}, found {_shown(value)}") from None
+        raise ValueError(f"expected {allowed}, found {shown(value)}") from None
     return Layers(rows)
 
 
@@ -65,7 +65,7 @@ def _whole(kind: type[int], least: int) -> Callable[[object], int]:
     def convert(value: object) -> int:
         text = str(value).strip()
         if isinstance(value, bool) or not text.isascii() or not text.isdigit() or not least <= int(text) < 10**9:
-            raise ValueError(f"expected a whole number from {least}, found {_shown(value)}")
+            raise ValueError(f"expected a whole number from {least}, found {shown(value)}")
         return kind(text)
 
     return convert
@@ -73,13 +73,13 @@ def _whole(kind: type[int], least: int) -> Callable[[object], int]:
 
 def _target(value: object) -> Target:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"expected the path of a directory, found {_shown(value)}")
+        raise ValueError(f"expected the path of a directory, found {shown(value)}")
     return Target(value)
 
 
 def _directory(value: object) -> Directory:
     if not isinstance(value, str) or not Path(value).is_dir():
-        raise ValueError(f"expected an existing directory, found {_shown(value)}")
+        raise ValueError(f"expected an existing directory, found {shown(value)}")
     return Directory(value)
 
 
@@ -89,13 +89,8 @@ def _source(value: object) -> SourcePath:
     except CheckpointError:
         run, step = Path(), None
     if not isinstance(value, str) or not run.is_dir() or (run != Path(value) and step is None):
-        raise ValueError(f"expected an existing directory, found {_shown(value)}")
+        raise ValueError(f"expected an existing directory, found {shown(value)}")
     return SourcePath(value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 register_type(Layers, lambda rows: [list(row) for row in rows], _layers)
