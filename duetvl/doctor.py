@@ -79,14 +79,14 @@ def examine(backend: str, device: str) -> Finding:
 
 def probe(backend: str, device: str) -> None:
     """Try a backend on a device in this process, and write a Finding to standard output."""
-    from duetvl.core.errors import DuetvlError
+    from duetvl.core.errors import DuetvlError, first_line
 
     try:
         found = Finding(backend, device, True, _try(backend, device))
     except DuetvlError as error:
-        found = Finding(backend, device, False, _first_line(error).removesuffix("; see `duetvl doctor`"))
+        found = Finding(backend, device, False, first_line(error).removesuffix("; see `duetvl doctor`"))
     except Exception as error:  # whatever a half-installed framework raises
-        found = Finding(backend, device, False, f"{type(error).__name__}: {_first_line(error)}")
+        found = Finding(backend, device, False, f"{type(error).__name__}: {first_line(error)}")
     sys.stdout.write(f"\n{_MARK}{json.dumps(asdict(found))}\n")
     sys.stdout.flush()
 
@@ -108,10 +108,6 @@ def _try(backend: str, device: str) -> str:
         raise BackendError(f"{chosen.capabilities.framework} computes wrong numbers")
     memory = chosen.device.total_memory() / 2**30
     return f"{chosen.capabilities.framework}, {chosen.device.name}, {memory:.0f} GiB"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")
 
 
 def _cause_of_death(done: subprocess.CompletedProcess[str]) -> str:

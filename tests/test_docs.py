@@ -61,6 +61,36 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not missing
 
 
+# -- the house ------------------------------------------------------------------------------------------------------
+
+
+def tree(text: str) -> dict[Path, set[str]]:
+    """A drawn tree: the names below each directory whose content is drawn."""
+    found: dict[Path, set[str]] = {}
+    above: list[tuple[int, Path]] = [(-1, ROOT)]
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while above[-1][0] >= indent:
+            above.pop()
+        words = re.match(r"\s*((?:\S+(?:\.py|/) ?)*)", line)
+        names = words[1].split() if words else []
+        found.setdefault(above[-1][1], set()).update(name.rstrip("/") for name in names)
+        if names and names[0].endswith("/"):
+            above.append((indent, above[-1][1] / names[0]))
+    return found
+
+
+def test_the_house_is_drawn_as_it_stands() -> None:
+    """Whatever is drawn is there, and of a directory that is drawn everything is."""
+    text = next(text for _, text in blocks(ROOT / "docs" / "architecture.md") if text.startswith("duetvl/"))
+    for folder, names in tree(text).items():
+        there = {entry.name for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()}
+        there -= {"__init__.py", "__main__.py", "__pycache__"}
+        if folder != ROOT:
+            assert names == there, folder
+        assert all((folder / name).exists() for name in names), folder
+
+
 # -- commands --------------------------------------------------------------------------------------------------------
 
 

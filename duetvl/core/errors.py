@@ -32,6 +32,11 @@ def shown(value: object, most: int = 80) -> str:
     return f"{value[:most]!r}{more}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, without a full stop; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
+
+
 class _Shortened(reprlib.Repr):
     """Looks at the beginning alone of what is large or deep."""
 

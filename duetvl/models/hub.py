@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from duetvl.core.errors import CheckpointError
+from duetvl.core.errors import CheckpointError, first_line
 from duetvl.models.settings import SETTINGS
 
 MODELSCOPE: Final = "modelscope:"
@@ -49,7 +49,7 @@ def _fetched(model: str, hub: str, download: Download, patterns: list[str]) -> P
     except CheckpointError:
         raise
     except Exception as error:  # whatever their HTTP clients raise, which differs between versions
-        cause = _first_line(error)
+        cause = first_line(error)
     try:
         return Path(download(model, patterns, True))  # ModelScope's does not look there by itself
     except Exception:
@@ -77,8 +77,3 @@ def _modelscope(model: str, patterns: list[str], cache_only: bool) -> str:
             f"give the directory of a model"
         ) from None
     return str(snapshot_download(model, allow_patterns=patterns, local_files_only=cache_only))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0].rstrip(".") if lines else "") or type(error).__name__

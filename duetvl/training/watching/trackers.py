@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError, first_line
 from duetvl.storage.files import read_object, write_text
 from duetvl.training.recipe.sections import LogSection, Recipe
 
@@ -68,9 +68,8 @@ def _started(name: str, mode: str, start: Callable[[str], Tracker], run_dir: Pat
     try:
         return start(run_id(run_dir, name))
     except Exception as error:  # whatever they raise without a login or a network
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"log.{name}: {name} could not start a run: {reason}; log in with it, or set {mode}=offline"
+            f"log.{name}: {name} could not start a run: {first_line(error)}; log in with it, or set {mode}=offline"
         ) from error
 
 
