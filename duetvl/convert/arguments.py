@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -149,10 +150,29 @@ def _read_yaml(file: str, content: bytes | None = None) -> Any:
             raise ConfigError(f"{where}: is too large for a file of keys")
         if content is None and not Path(file).is_file():
             raise ConfigError(f"{where}: is no file of keys")
-        return yaml.safe_load(Path(file).read_bytes() if content is None else content)
+        text = Path(file).read_bytes() if content is None else content
+        if twice := _given_twice(yaml.compose(text, yaml.SafeLoader)):
+            raise ConfigError(f"{where}: the key {_short(twice)!r} is given twice in one section; keep one of them")
+        return yaml.safe_load(text)
     except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{where}: cannot be read as YAML: {_short(cause or type(error).__name__)}") from None
+
+
+def _given_twice(root: Any) -> str | None:
+    """A key that a mapping below a node of YAML has twice, of which its readers take the last in silence."""
+    seen, pending = set(), [root]
+    while pending:
+        node = pending.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))  # an alias may lead back to what it is in
+        pairs = [pair for pair in node.value if isinstance(pair, tuple)]
+        keys = Counter(str(key.value) for key, _ in pairs)
+        if keys and keys.most_common(1)[0][1] > 1:
+            return keys.most_common(1)[0][0]
+        pending += [value for _, value in pairs] or node.value
+    return None
 
 
 def _check_section(file: str, value: Any, tree: Mapping[str, Any], path: str) -> None:
