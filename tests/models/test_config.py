@@ -313,6 +313,13 @@ def test_refusals_are_one_line_that_names_the_file(changes: dict[str, Any], mess
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_a_key_that_is_given_twice_is_no_choice(tmp_path: Path) -> None:
+    text = json.dumps(flat())
+    (tmp_path / "config.json").write_text(text.replace("{", '{"hidden_size": 8, ', 1))
+    with pytest.raises(CheckpointError, match="the key 'hidden_size' is given twice in one object; keep one of them"):
+        load_config(tmp_path)
+
+
 def test_unreadable_directories(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         load_config(tmp_path / "absent")

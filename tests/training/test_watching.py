@@ -250,6 +250,9 @@ def test_a_run_keeps_its_id_with_a_tracker(tmp_path):
     assert len(first) == 21
     assert run_id(tmp_path, "swanlab") != first
     assert run_id(tmp_path, "wandb") == first
+    (tmp_path / "trackers.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"trackers\.json: cannot be read as JSON"):
+        run_id(tmp_path, "wandb")
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab"])
