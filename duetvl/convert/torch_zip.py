@@ -20,7 +20,7 @@ import numpy as np
 
 from duetvl.convert.torch_pickle import PickledTensor, read_pickle
 from duetvl.core.errors import CheckpointError
-from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec
+from duetvl.storage.tensor_files import NUMPY_DTYPES, Map, TensorSpec
 
 _LEGACY: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _AGAIN: Final = "copy or download it again"
@@ -39,9 +39,8 @@ class TorchFile:
         try:
             records = _read_directory(self.path)
             with open(self.path, "rb") as handle:
-                # Read-only: a private writable mapping larger than memory and swap is refused by the kernel.
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            self._records = {name: _locate(self.path, self._map, info) for name, info in records.items()}
+                self._map = Map(handle)
+            self._records = {name: _locate(self.path, self._map.data, info) for name, info in records.items()}
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         self._check_byteorder()
@@ -65,7 +64,7 @@ class TorchFile:
         if not count:  # numpy makes no array over zero bytes
             return np.empty(tensor.spec.shape, dtype)
         start, size = self._records[f"data/{tensor.storage}"]
-        numbers = np.frombuffer(self._map, dtype, size // dtype.itemsize, start)[tensor.offset :]
+        numbers = np.frombuffer(self._map.data, dtype, size // dtype.itemsize, start)[tensor.offset :]
         if tensor.strides == row_major(tensor.spec.shape):
             return numbers[:count].reshape(tensor.spec.shape)
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
@@ -74,19 +73,17 @@ class TorchFile:
     def release(self, name: str) -> None:
         """Give back the memory that pages of this tensor's storage occupy."""
         start, size = self._records[f"data/{self._tensors[name].storage}"]
-        aligned = start - start % mmap.PAGESIZE
-        if size and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, aligned, start + size - aligned)
+        self._map.release(start, start + size)
 
     def _check_byteorder(self) -> None:
         start, size = self._records.get("byteorder", (0, 0))
-        if self._map[start : start + size] not in (b"", b"little"):
+        if self._map.data[start : start + size] not in (b"", b"little"):
             raise CheckpointError(f"{self.path}: was written on a big-endian machine; load and save it with torch here")
 
     def _read_pickle(self) -> Any:
         start, size = self._records["data.pkl"]
         try:
-            return read_pickle(self._map[start : start + size])
+            return read_pickle(self._map.data[start : start + size])
         except ValueError as error:
             raise CheckpointError(f"{self.path}: is damaged: its data.pkl cannot be read ({error}); {_AGAIN}") from None
 

@@ -70,11 +70,26 @@ class FileRecord:
     crc32: int
 
 
+class Map:
+    """A file that is mapped into memory, read-only: `data` is its bytes.
+
+    A private writable map would count against memory, whatever of it is touched, and beyond memory and swap be refused.
+    """
+
+    def __init__(self, handle: BinaryIO):
+        self.data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give back the memory that pages of these bytes occupy; touching them again reads them again."""
+        start -= start % mmap.PAGESIZE
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self.data.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
 class TensorFile:
     """A safetensors file that is mapped into memory; nothing is read before it is used.
 
-    Opening checks the header against the file: CheckpointError names the file and the cause. The mapping is
-    read-only, and so are the arrays: a writable one would count against memory, whatever of it is touched.
+    Opening checks the header against the file: CheckpointError names the file and the cause. The arrays are read-only.
     """
 
     def __init__(self, path: str | Path):
@@ -86,7 +101,7 @@ class TensorFile:
                 header, self._start = _read_header(self.path, handle, size)
                 self.metadata, self._offsets, self.specs = _read_entries(self.path, header)
                 _check_layout(self.path, self._offsets, size - self._start)
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map = Map(handle)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
@@ -96,7 +111,7 @@ class TensorFile:
         count = math.prod(spec.shape)
         if not count:  # numpy makes no array over zero bytes
             return np.empty(spec.shape, NUMPY_DTYPES[spec.dtype])
-        flat = np.frombuffer(self._map, NUMPY_DTYPES[spec.dtype], count, self._start + start)
+        flat = np.frombuffer(self._map.data, NUMPY_DTYPES[spec.dtype], count, self._start + start)
         return flat.reshape(spec.shape)
 
     def position(self, name: str) -> int:
@@ -105,12 +120,8 @@ class TensorFile:
 
     def release(self, name: str) -> None:
         """Give back the memory that pages of this tensor occupy; touching it again reads it again."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
         start, stop = (self._start + offset for offset in self._offsets[name])
-        start -= start % mmap.PAGESIZE
-        if stop > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        self._map.release(start, stop)
 
 
 def write_tensor_file(
