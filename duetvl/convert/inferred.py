@@ -14,11 +14,11 @@ from typing import Final
 
 import numpy as np
 
-from duetvl.convert.layouts import EMBEDDING, HEAD, Layout, Model, Shape, placements
+from duetvl.convert.layouts import EMBEDDING, HEAD, Layout, Model, placements
 from duetvl.convert.mindspeed import MindSpeedDirectory
 from duetvl.convert.names import TOWERS, Rule, Tower, lora_rules, rules, tied_head
 from duetvl.convert.streaming import row_chunks
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Box, Shape
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
 from duetvl.models.qwen_vl.parameters import parameter_shapes

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from duetvl.convert.names import INTERLEAVED, Part, Rule, Tower, VisionOrder, lora_rules, rules, tied_head
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Box, Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.stages import Rows, early_language, even_split, show
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-
-Shape = tuple[int, ...]
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"

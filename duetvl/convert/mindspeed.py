@@ -21,7 +21,6 @@ from typing import Final, Literal
 from duetvl.convert.layouts import (
     Layout,
     Model,
-    Shape,
     Stored,
     lora_tensors,
     stored_tensors,
@@ -37,6 +36,7 @@ from duetvl.convert.streaming import (
 )
 from duetvl.convert.torch_plan import plan_torch_file
 from duetvl.convert.torch_zip import TorchFile
+from duetvl.core.boxes import Shape
 from duetvl.core.errors import CheckpointError, ConfigError, shown
 from duetvl.core.stages import Rows
 from duetvl.storage.files import parse_json

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from duetvl.convert.layouts import Model, Shape
+from duetvl.convert.layouts import Model
 from duetvl.convert.streaming import Fragment, FragmentedTensors
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Box, Shape
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.names import canonical_name, canonical_names

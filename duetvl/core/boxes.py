@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Box:
     """The block of a tensor that starts at `offset` and has this shape; both have one number per axis."""
 
     offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    shape: Shape
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Box:
+    def whole(cls, shape: Shape) -> Box:
         """All of a tensor of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
@@ -57,7 +59,7 @@ class Slices:
     axis: int = 0
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Slices:
+    def whole(cls, shape: Shape) -> Slices:
         """All of a tensor of this shape."""
         return cls((Box.whole(shape),))
 

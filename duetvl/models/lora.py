@@ -16,12 +16,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from duetvl.core.boxes import Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.patterns import Parts, matching, require_matching
 from duetvl.core.random import philox
 from duetvl.models.linear import Adapter
-
-Shape = tuple[int, ...]
 
 A: Final = "lora_A.weight"
 B: Final = "lora_B.weight"

@@ -19,13 +19,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from duetvl.core.boxes import Shape
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.lora import MAGNITUDE, A, Adapters, Size
 from duetvl.storage.files import read_object, write_text
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 from duetvl.storage.weights_dir import count_and_name
 
-Shape = tuple[int, ...]
 Spell = Callable[[str], tuple[str, str]]
 
 CONFIG: Final = "adapter_config.json"

@@ -14,14 +14,13 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Box, Shape
 from duetvl.core.errors import CheckpointError
 from duetvl.core.half import widened
 from duetvl.storage.files import WEIGHT_FILES, read_object, write_text
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 
 Tensor = Any
-Shape = tuple[int, ...]
 Rename = Callable[[str], "str | None"]
 
 MAX_SHARD_BYTES: Final = 5 * 10**9

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from duetvl.core.boxes import Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.half import narrowed, widened
 from duetvl.models.hub import MODELSCOPE
@@ -19,7 +20,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_name, module_name
-from duetvl.models.qwen_vl.parameters import PARTS, Shape, parameter_shapes
+from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import write_shards

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from duetvl.core.boxes import Shape
 from duetvl.core.composed.ops import LEAST_ROWS, LOGIT_BUDGET
 from duetvl.core.patterns import matching
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
-from duetvl.models.qwen_vl.parameters import PARTS, Shape, parameter_shapes
+from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.models.recompute import RUNS_AGAIN, Again, RecomputeMode
 
 BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+from duetvl.core.boxes import Shape
 from duetvl.core.patterns import Parts
 from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
-
-Shape = tuple[int, ...]
 
 # What `freeze` names, and the paths that belong to it; in the order of computation.
 PARTS: Final[Parts] = {

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal
 
-from duetvl.core.boxes import Box, Slices
+from duetvl.core.boxes import Box, Shape, Slices
 from duetvl.core.stages import even_range
 
 Unit = Literal["number", "head", "kv_head", "vision_head"]
 Tower = Literal["vision", "language"]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
