@@ -21,7 +21,8 @@ from duetvl.inference.generate import generate
 from duetvl.inference.sampling import Sampling
 from duetvl.models.model_directory import open_model
 from duetvl.models.qwen_vl import adapters, loading
-from duetvl.models.qwen_vl.model import LastStage, QwenVL
+from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.models.vocabulary import LastStage
 from duetvl.training import train as train_module
 from duetvl.training.job import Job
 from duetvl.training.loop import TrainResult

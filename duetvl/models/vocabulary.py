@@ -8,12 +8,16 @@ T tokens, N rows whose next token is asked for, D width, V tokens in the vocabul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 
 Tensor = Any
+# (hidden states (N, D) of the trained rows behind the final norm, the vocabulary's leaf record) -> 0-d tensors, a loss
+# first
+LastStage = Callable[[Tensor, Weights], tuple[Tensor, ...]]
 
 
 class VocabularyShard(Protocol):

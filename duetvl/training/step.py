@@ -15,18 +15,17 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import DuetvlError
 from duetvl.core.optimizer import AdamWState
-from duetvl.core.params import Parameter, Weights
+from duetvl.core.params import Parameter
 from duetvl.core.patterns import Parts
 from duetvl.core.ranks import Ranks
 from duetvl.data.loading.loader import Step
+from duetvl.models.vocabulary import LastStage
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective, Reference
 from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.scaling import START, WINDOW, LossScale
 
 Tensor = Any
-# (hidden states (N, D) of the trained rows behind the final norm, the vocabulary's leaf record) -> 0-d tensors
-LastStage = Callable[[Tensor, Weights], tuple[Tensor, ...]]
 
 
 class TrainableModel(Protocol):

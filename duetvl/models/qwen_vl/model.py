@@ -6,7 +6,7 @@ T tokens, N rows whose next token is trained, D width, M merged features, S sequ
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -32,10 +32,9 @@ from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
 from duetvl.models.recompute import RecomputeMode, towers
+from duetvl.models.vocabulary import LastStage
 
 Tensor = Any
-# (hidden states (N, D) of the trained rows, the vocabulary's leaf record) -> 0-d tensors, a loss first
-LastStage = Callable[[Tensor, Weights], tuple[Tensor, ...]]
 
 
 class QwenVL:
