@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
 
 LONGEST_LINE: Final = (
     1 << 28
@@ -212,8 +212,10 @@ class JsonList:
                 file.seek(at)
                 raw = file.read(size)
                 try:
-                    values, _ = json.JSONDecoder().raw_decode(raw.decode("utf-8", errors="replace"))
+                    values, _ = _UNIQUE.raw_decode(raw.decode("utf-8", errors="replace"))
                     break
+                except Contradiction as error:
+                    raise DataError(f"{where}: {error}") from None
                 except ValueError:
                     if len(raw) < size:
                         raise DataError(f"{where}: has changed since the file was looked through") from None
@@ -261,7 +263,7 @@ def _is_json(line: bytes) -> bool:
 def parse_json(raw: bytes, where: str) -> Any:
     """The value of a JSON text. Raises DataError that says what is wrong, and where."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_contradiction)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -269,8 +271,27 @@ def parse_json(raw: bytes, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply") from None
+    except Contradiction as error:
+        raise DataError(f"{where}: {error}") from None
     except ValueError as error:  # an integer of more digits than Python reads
         raise DataError(f"{where}: not JSON: {error}") from None
+
+
+class Contradiction(Exception):
+    """An object of JSON that gives a key twice, with different values."""
+
+
+def without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these pairs. Raises Contradiction: of two values, whichever is taken, one is lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise Contradiction(f"the key {shown(key)} is given twice, with different values; keep one")
+    return found
+
+
+_UNIQUE: Final = json.JSONDecoder(object_pairs_hook=without_contradiction)
 
 
 def kind_of(value: Any) -> str:
