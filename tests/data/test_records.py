@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -125,6 +127,24 @@ def test_a_bad_file_is_an_error_at_once(tmp_path, name, content, expected):
         Records([tmp_path / name])
     assert expected in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "s.tar"])
+def test_a_key_given_twice_is_an_error_where_its_values_differ(tmp_path, name):
+    """Whichever is taken, the other is lost in silence."""
+    same, other = ((line("a")[:-2] + b', "images": [], "images": ' + value + b"}") for value in (b"[]", b'["a.png"]'))
+    if name == "s.tar":
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member, content in (("0.json", same), ("1.json", other)):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        (tmp_path / name).write_bytes(b"[" + same + b"," + other + b"]" if name == "a.json" else same + b"\n" + other)
+    records = Records([tmp_path / name])
+    assert records[0].values["images"] == []
+    with pytest.raises(DataError, match="the key 'images' is given twice, with different values; keep one$"):
+        records[1]
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -32,6 +32,7 @@ from duetvl.data.draft import Draft, Encoder
 from duetvl.data.formats.parts import find_file
 from duetvl.data.sources.blob import Blob
 from duetvl.data.sources.records import Record
+from duetvl.data.sources.spelling import without_scheme
 
 _HEAD: Final = b"duetvl draft 1\n"
 _LARGEST: Final = 1 << 20  # bytes of an entry: drafts that hold their pictures' files are no smaller than their data
@@ -145,7 +146,7 @@ def _media_files(record: Record) -> Iterator[tuple[str, int, int]]:
     """Path, size and time of change of whatever in the record may be the name of a file."""
     for text in _texts(record.values):
         if _FILE_NAME.fullmatch(text):
-            path, _ = find_file(text.removeprefix("file://"), record.media_dirs)
+            path, _ = find_file(without_scheme(text), record.media_dirs)
             yield str(path), *_state(path)
 
 

@@ -170,7 +170,11 @@ class JsonLines:
         try:
             values = _object(parse_json(raw, where), where)
         except DataError as error:
-            cut = "" if raw.endswith(b"\n") else "; it is the last line and has no line end: the file may be cut off"
+            cut = (
+                ""
+                if raw.rstrip(b" \r").endswith((b"\n", b"}"))
+                else "; it is the last line and has no line end: the file may be cut off"
+            )
             raise DataError(f"{error}{cut}") from None
         name = "" if number else f"byte {at}"
         return Record(self.path, number, where, values, self.reading, name)
@@ -214,7 +218,7 @@ class JsonList:
                 try:
                     values, _ = _UNIQUE.raw_decode(raw.decode("utf-8", errors="replace"))
                     break
-                except Contradiction as error:
+                except _Contradiction as error:
                     raise DataError(f"{where}: {error}") from None
                 except ValueError:
                     if len(raw) < size:
@@ -263,7 +267,7 @@ def _is_json(line: bytes) -> bool:
 def parse_json(raw: bytes, where: str) -> Any:
     """The value of a JSON text. Raises DataError that says what is wrong, and where."""
     try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_contradiction)
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_contradiction)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -271,27 +275,27 @@ def parse_json(raw: bytes, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply") from None
-    except Contradiction as error:
+    except _Contradiction as error:
         raise DataError(f"{where}: {error}") from None
     except ValueError as error:  # an integer of more digits than Python reads
         raise DataError(f"{where}: not JSON: {error}") from None
 
 
-class Contradiction(Exception):
+class _Contradiction(Exception):
     """An object of JSON that gives a key twice, with different values."""
 
 
-def without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of these pairs. Raises Contradiction: of two values, whichever is taken, one is lost in silence."""
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these pairs. Raises _Contradiction: of two values, whichever is taken, one is lost in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):
         for key, value in pairs:
             if found[key] != value:
-                raise Contradiction(f"the key {shown(key)} is given twice, with different values; keep one")
+                raise _Contradiction(f"the key {shown(key)} is given twice, with different values; keep one")
     return found
 
 
-_UNIQUE: Final = json.JSONDecoder(object_pairs_hook=without_contradiction)
+_UNIQUE: Final = json.JSONDecoder(object_pairs_hook=_without_contradiction)
 
 
 def kind_of(value: Any) -> str:

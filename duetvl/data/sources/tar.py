@@ -259,9 +259,7 @@ def _check_one(members: Sequence[Member], where: str) -> None:
         )
 
 
-def _with_media(
-    values: dict[str, Any], members: Sequence[Member], where: str, reading: Reading
-) -> dict[str, Any]:
+def _with_media(values: dict[str, Any], members: Sequence[Member], where: str, reading: Reading) -> dict[str, Any]:
     """The JSON's values with members in the place of their names; where none is named, added under `images` and
     `videos`. Raises DataError where others are named than there are."""
     renamed = {column: (reading.columns[column],) for column in _LISTS if reading.columns.get(column)}
