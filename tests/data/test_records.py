@@ -143,7 +143,7 @@ def test_a_key_given_twice_is_an_error_where_its_values_differ(tmp_path, name):
         (tmp_path / name).write_bytes(b"[" + same + b"," + other + b"]" if name == "a.json" else same + b"\n" + other)
     records = Records([tmp_path / name])
     assert records[0].values["images"] == []
-    with pytest.raises(DataError, match="the key 'images' is given twice, with different values; keep one$"):
+    with pytest.raises(DataError, match=r"the key 'images' is given twice, with different values; keep one$"):
         records[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 import tarfile
@@ -438,9 +439,38 @@ def test_large_elements_of_a_list_are_read_whole(tmp_path):
     assert [r.values for r in Records([tmp_path / "a.json"])] == values
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"question,answer\na,b\n", "values separated by commas are not read; save it as .tsv"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("a.tsv", "question\tanswer\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("a.json", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
+        ("a.tsv", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
+        ("a.arrow", b"ARROW1\0\0" + bytes(99), "is no file of records but a binary file"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/{name}: {message}")):
+        Records([tmp_path / name])
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="is not a file but a FIFO"):
+        Records([tmp_path / "a.jsonl"])
+
+
+def test_a_parquet_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    for count in (4, 6):
+        records = Records([write_parquet(tmp_path / "a.parquet", count)])
+        assert [record.values["n"] for record in records] == list(range(count))
+
+
 def test_compressed_files_are_refused_by_name(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\x1f\x8b123")
-    with pytest.raises(DataError, match=r"a\.jsonl: is compressed \(gzip\); unpack it first"):
+    with pytest.raises(DataError, match=r"a\.jsonl: is no file of records but gzip data; unpack it first"):
         Records([tmp_path / "a.jsonl"])
 
 

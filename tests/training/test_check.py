@@ -85,6 +85,9 @@ def test_keys_that_are_not_read_are_named_by_check_and_in_training(home, tmp_pat
     overrides = [f"data.train={tmp_path}/a.jsonl", f"data.image_root={home}", f"train.output_dir={tmp_path}/run"]
     told = f"{tmp_path}/a.jsonl:1: a message's key 'reasoning_content' is not read (named once for a file)"
     assert f"  {told}" in list(check(home / "tiny.json", overrides))
+    for more in ((), ("data.streaming=true", "data.val=null")):
+        shown = list(preview(home / "tiny.json", [*overrides, "data.shuffle=false", *more], count=99))
+        assert len(shown) == len(lines) + 1 and shown[-1] == f"warning: {told}"
     train(home / "tiny.json", [*overrides, "data.shuffle=false"])
     assert capsys.readouterr().out.count("reasoning_content") == 1
 

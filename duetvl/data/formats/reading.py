@@ -106,7 +106,9 @@ class _Record:
         """The list of messages, which a table may hold as JSON text. Raises DataError."""
         value = self.get("messages")
         if value is None:
-            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}{_wrapped(self.values)}")
+            other = next((key for key in _KEYS["messages"] if self.values.get(key) is not None), None)
+            hint = f"; name {other!r} in columns.messages" if other else _wrapped(self.values)
+            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}{hint}")
         return list(check_messages(parse_json("messages", value) if isinstance(value, str) else value))
 
     def wanted(self, column: str) -> str:

@@ -61,17 +61,17 @@ _TEXTS: Final = (
 )
 
 
-def what_it_is(head: bytes, *, but_video: bool = False) -> str:
+def what_it_is(head: bytes, *, but_video: bool = False, but_text: bool = False) -> str:
     """What a file with these first bytes is, and what to do: "a HEIC picture; ..."; "" where that is not known.
 
-    So it is of a video where that is not the answer (`but_video`).
+    So it is of a video, or of a text, where that is not the answer (`but_video`, `but_text`).
     """
     for place, magic, what, advice in _MAGIC:
         if head.startswith(magic, place):
             return "" if but_video and advice == _FILM else f"{what}; {advice}"
     if head and not head.strip(b"\0"):
         return "nothing but zero bytes; download it once more"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    text = b"" if but_text else head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginnings, what, advice in _TEXTS:
         if text.startswith(beginnings):
             return f"{what}; {advice}"

@@ -14,7 +14,16 @@ import numpy as np
 
 from duetvl.core.errors import DataError
 from duetvl.data.formats.dataset_info import INFO_NAME, info_names, read_dataset_info
-from duetvl.data.sources.records import Places, Reading, Record, RecordFile, Ref, describe_os_error, open_json
+from duetvl.data.sources.records import (
+    Places,
+    Reading,
+    Record,
+    RecordFile,
+    Ref,
+    check_text,
+    describe_os_error,
+    open_json,
+)
 from duetvl.data.sources.spelling import on_disk
 from duetvl.data.sources.tables import ParquetFile, TsvFile
 from duetvl.data.sources.tar import TarShard
@@ -96,11 +105,19 @@ def _paths(path: str) -> list[Path]:
 
 def _open(path: Path, reading: Reading) -> RecordFile:
     try:
-        if not path.stat().st_size:
+        size = path.stat().st_size
+        if not path.is_file():  # reading it could wait for ever, and what is read is gone
+            raise DataError(f"{path}: is not a file but a FIFO, a socket or a device; write the records to a file")
+        if not size:
             raise DataError(f"{path}: is empty; it holds no records")
         if path.suffix == ".parquet":
             return ParquetFile(path, reading)
+        if path.suffix == ".csv":
+            raise DataError(
+                f"{path}: values separated by commas are not read; save it as .tsv (tabs), JSONL or Parquet"
+            )
         if path.suffix == ".tsv":
+            check_text(path)
             return TsvFile(path, reading)
         return TarShard(path, reading) if path.suffix == ".tar" else open_json(path, reading)
     except OSError as error:

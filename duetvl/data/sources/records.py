@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from duetvl.core.errors import DataError, shown
+from duetvl.data.media.kinds import LONGEST_HEAD, what_it_is
 
 LONGEST_LINE: Final = (
     1 << 28
@@ -228,14 +229,22 @@ class JsonList:
 
 
 def open_json(path: Path, reading: Reading) -> JsonLines | JsonList:
-    """A `.json` file may hold one record per line as well: what it starts with decides."""
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if head.startswith(b"\x1f\x8b"):
-        raise DataError(f"{path}: is compressed (gzip); unpack it first")
-    start = head.removeprefix(_BOM).lstrip()[:1]
+    """A `.json` file may hold one record per line as well: what it starts with decides. Raises DataError for what is
+    no text in UTF-8."""
+    start = check_text(path).removeprefix(_BOM).lstrip()[:1]
     whole = start == b"[" or (start == b"{" and _is_one_object(path))
     return JsonList(path, reading) if whole else JsonLines(path, reading)
+
+
+def check_text(path: Path) -> bytes:
+    """The first bytes of a text file. Raises DataError where they are those of another kind of file."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: is text in UTF-16; save it as UTF-8")
+    if (what := what_it_is(head[:LONGEST_HEAD], but_text=True)) or b"\0" in head[:16]:
+        raise DataError(f"{path}: is no file of records but {what or 'a binary file'}")
+    return head
 
 
 def _is_one_object(path: Path) -> bool:
