@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def _quiet() -> None:
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
     """A warning as this command line shows it: ours alone, others with what they are and where they come from."""
     ours = Path(filename).is_relative_to(Path(duetvl.__file__).parent)
-    _say(f"warning: {one_line(str(message)) if ours else f'{filename}: {category.__name__}: {message}'}", sys.stderr)
+    words = str(message) if ours else f"{filename}: {category.__name__}: {message}"
+    with suppress(OSError):  # as Python's own does: a warning ends nothing
+        _say(f"warning: {one_line(words)}", sys.stderr)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
