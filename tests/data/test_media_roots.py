@@ -95,7 +95,13 @@ def test_a_root_that_is_given_is_the_only_one(processor: Processor, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("on_disk", "named"), [("cafe\u0301.png", "caf\u00e9.png"), ("caf\u00e9.png", "cafe\u0301.png")]
+    ("on_disk", "named"),
+    [
+        ("cafe\u0301.png", "caf\u00e9.png"),
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("e\u0301te\u0301/caf\u00e9.png", "\u00e9t\u00e9/cafe\u0301.png"),
+        ("caf\u00e9/a.png", "cafe\u0301\\a.png"),
+    ],
 )
 def test_names_may_be_composed_otherwise(processor: Processor, tmp_path: Path, on_disk: str, named: str) -> None:
     picture(tmp_path / on_disk)

@@ -243,6 +243,7 @@ def check_text(path: Path) -> bytes:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}: is text in UTF-16; save it as UTF-8")
     if (what := what_it_is(head[:LONGEST_HEAD], but_text=True)) or b"\0" in head[:16]:
+        what = what.removesuffix("; its header is damaged")  # which is not what is wrong with it here
         raise DataError(f"{path}: is no file of records but {what or 'a binary file'}")
     return head
 

@@ -15,15 +15,26 @@ _FILE_URI: Final = re.compile(r"file:(?://(?:localhost(?=/))?)?", re.IGNORECASE)
 def on_disk(path: Path) -> Path | None:
     """The path as it is spelt on the disk; None where there is nothing under any spelling.
 
-    Accents may be one character (NFC) or two (NFD, macOS), and directories be divided as on Windows.
+    Accents may be one character (NFC) or two (NFD, macOS), in each part otherwise, and the parts be divided as on
+    Windows.
     """
     text = str(path)
-    others = () if text.isascii() else (normalize("NFC", text), normalize("NFD", text))
-    windows = (text.replace("\\", "/"),) if "\\" in text else ()
-    for spelling in dict.fromkeys((text, *others, *windows)):
-        if os.path.exists(spelling):
-            return Path(spelling)
-    return None
+    if os.path.exists(text):
+        return path
+    if not text.isascii() and (found := _composed_otherwise(path)) is not None:
+        return found
+    return on_disk(Path(text.replace("\\", "/"))) if "\\" in text else None
+
+
+def _composed_otherwise(path: Path) -> Path | None:
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        spellings = dict.fromkeys((part, normalize("NFC", part), normalize("NFD", part)))
+        there = next((found / spelling for spelling in spellings if os.path.exists(found / spelling)), None)
+        if there is None:
+            return None
+        found = there
+    return found
 
 
 def without_scheme(text: str) -> str:
