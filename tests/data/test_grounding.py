@@ -170,6 +170,7 @@ def test_several_pairs_keep_their_mark() -> None:
         ("<patch_index_0044><patch_index_0863>", "<patch_index_0044>"),
         ("box: 50 20 100 80", "box: 50 20"),
         ("the position 50, 20", "position 50, 20"),
+        ("坐标：50，20", "坐标：50，20"),  # noqa: RUF001
         ("from 50,20 to 100,80", "50,20 to 100,80"),
         ("(50 px, 20 px)", "(50 px, 20 px)"),
         ("(50, 20, cat)", "(50, 20,"),

@@ -64,6 +64,7 @@ _LOOKS: Final = re.compile(
     rf"|(?:bbox|point_2d|box_2d|coordinate|{_QUOTE}(?:box|point|quad|poly))\w*(?:{_QUOTE})?\s*[:=]"
     rf"[\s\[({{]*(?:{_QUOTE}\w{{1,12}}(?:{_QUOTE})\s*:\s*)?(?:{_QUOTE})?\s*{_NUMBER}"
     rf"|{_PLACE}\s*(?:[:=]\s*{_NUMBER}(?:\s*,\s*|\s+)|{_SEVERAL}{_NUMBER}\s*,\s*){_NUMBER}"
+    rf"|(?:坐标|位置)[^\d\n]{{0,4}}{_NUMBER}\s*[,，、\s]\s*{_NUMBER}"  # noqa: RUF001
     rf"|(?<![\d.]){_SEVERAL}{_NUMBER}(?:\s*[,，]\s*{_NUMBER}){{3,}}"  # noqa: RUF001
     rf"|(?<![\d.]){_SEVERAL}{_NUMBER},\s*{_NUMBER}\s*(?:to|and|-+>?|–|→|~)\s*{_NUMBER},\s*{_NUMBER}"  # noqa: RUF001
     rf"|\A\s*{_FOUR}(?:[ \t]*\n\s*{_FOUR})*\s*\Z"
