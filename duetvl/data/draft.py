@@ -18,7 +18,6 @@ from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.errors import DataError, one_line
 from duetvl.data.sources.records import Record
 
-
 _MOST_UNREAD: Final = 20  # keys of a file that are named
 
 
