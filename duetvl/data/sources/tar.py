@@ -98,7 +98,7 @@ class TarShard:
     def scan(self, start: int, stop: int, after: int | None = None) -> Iterator[tuple[int, int]]:
         """Records by the place of their first member; media are passed over. Numbers are those of a full reading."""
         number = 0
-        for _, group in groupby(_members(self.path, 0), key=lambda member: member.key):
+        for _, group in groupby(_members(self.path), key=lambda member: member.key):
             runs = [list(run) for _, run in groupby(group, key=lambda member: member.stem)]
             first = 0
             while first < len(runs):
@@ -156,14 +156,15 @@ def _of(members: Sequence[Member], suffixes: Container[str]) -> list[Member]:
     return [member for member in members if member.suffix in suffixes]
 
 
-def _members(path: Path, start: int) -> Iterator[Member]:
-    """What a tar file holds from a header on, but for directories and hidden files (WebDataset leaves them out too).
+def _members(path: Path, start: int | None = None) -> Iterator[Member]:
+    """What a tar file holds, but for directories and hidden files (WebDataset leaves them out too); with `start` from
+    this header on.
 
-    Raises DataError where it is damaged or cut off.
+    Raises DataError where it is damaged or cut off. Reading the whole of it warns of a missing end.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        for info in _headers(file, path, start):
+        for info in _headers(file, path, start or 0, warn=start is None):
             if info.offset_data + info.size > size:
                 raise DataError(f"{path}: ends inside of {_named(info.name)}; the file is cut off")
             if not info.isdir() and not info.name.rpartition("/")[2].startswith("."):
@@ -171,7 +172,7 @@ def _members(path: Path, start: int) -> Iterator[Member]:
                 yield Member(info.name, info.offset, blob, _fault(info))
 
 
-def _headers(file: BinaryIO, path: Path, at: int) -> Iterator[tarfile.TarInfo]:
+def _headers(file: BinaryIO, path: Path, at: int, *, warn: bool) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar file, to its very end: behind an archive's end another may follow, as of `cat`."""
     tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(tarfile.BLOCKSIZE)))  # an empty one, to read headers with
     tar.fileobj = file
@@ -184,7 +185,7 @@ def _headers(file: BinaryIO, path: Path, at: int) -> Iterator[tarfile.TarInfo]:
             closed, at = True, at + tarfile.BLOCKSIZE
             continue
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]  # the file's end
-            if not closed and start == 0:
+            if warn and not closed:
                 warnings.warn(
                     f"{path}: ends behind a whole member without the empty blocks that close a tar file; what is there "
                     f"is read, but if the file was cut off, records are missing",
