@@ -180,7 +180,8 @@ def test_a_warning_is_one_line(home, tmp_path, capsys):
     assert main(["check", str(home / "tiny.json"), "--decode", *given]) == 0
     shown = capsys.readouterr()
     assert "data.train: 1 record: 1 good" in shown.out
-    assert shown.err.startswith(f"warning: {tmp_path}/s.tar: ends behind a whole member") and shown.err.count("\n") == 1
+    (warning,) = (line for line in shown.err.splitlines() if "arning" in line)
+    assert warning.startswith(f"warning: {tmp_path}/s.tar: ends behind a whole member") and "MPO" not in shown.err
 
 
 def test_what_a_run_takes_of_disk_and_memory_is_told(home, tmp_path):
