@@ -220,6 +220,7 @@ def asked(content: Any, **beside: Any) -> bytes:
         (asked("<image>", images=["1.png"]), lambda v: v["images"][0]),
         (asked("<image>", images=["./1.png"]), lambda v: v["images"][0]),
         (asked("<image>", images=["train2017/1.png"]), lambda v: v["images"][0]),
+        (asked("<image>", images=["C:\\data\\1.png"]), lambda v: v["images"][0]),
         (asked("<image>", image="png"), lambda v: v["image"]),
         (asked("<image>", images=[{"path": "1.png", "bytes": None}]), lambda v: v["images"][0]["path"]),
         (asked("<video>", videos=[["1.png"]]), lambda v: v["videos"][0][0]),
@@ -448,6 +449,7 @@ def test_large_elements_of_a_list_are_read_whole(tmp_path):
         ("a.json", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
         ("a.tsv", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
         ("a.jsonl", b"\x1f\x8b123", "is no file of records but gzip data; unpack it first"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "is no file of records but a Git LFS pointer"),
         ("a.arrow", b"ARROW1\0\0" + bytes(99), "is no file of records but a binary file"),
     ],
 )
@@ -455,6 +457,11 @@ def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path, name: str, con
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}/{name}: {message}")):
         Records([tmp_path / name])
+
+
+def test_texts_that_begin_as_other_files_do_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("BMI\tPK\n21\tx\n")  # a BMP picture begins with BM
+    assert [record.values for record in Records([tmp_path / "a.tsv"])] == [{"BMI": "21", "PK": "x"}]
 
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from duetvl.core.errors import DataError, shown
-from duetvl.data.media.kinds import LONGEST_HEAD, what_it_is
+from duetvl.data.media.kinds import LFS_POINTER, LONGEST_HEAD, is_text, what_it_is
 
 LONGEST_LINE: Final = (
     1 << 28
@@ -242,9 +242,10 @@ def check_text(path: Path) -> bytes:
         head = file.read(1024)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}: is text in UTF-16; save it as UTF-8")
-    if (what := what_it_is(head[:LONGEST_HEAD], but_text=True)) or b"\0" in head[:16]:
-        what = what.removesuffix("; its header is damaged")  # which is not what is wrong with it here
-        raise DataError(f"{path}: is no file of records but {what or 'a binary file'}")
+    if not is_text(head[:LONGEST_HEAD]) or head.startswith(LFS_POINTER):
+        what = what_it_is(head[:LONGEST_HEAD]).removesuffix("; its header is damaged")  # here that is not the matter
+        if what or b"\0" in head[:16]:
+            raise DataError(f"{path}: is no file of records but {what or 'a binary file'}")
     return head
 
 

@@ -307,7 +307,7 @@ class _Resolver:
 
     def _blob(self, name: str) -> Blob | None:
         """A member by its name, or by the last part of the path that it had before it was packed."""
-        name = normalize("NFC", name).removeprefix("./")
+        name = normalize("NFC", name).replace("\\", "/").removeprefix("./")
         return self._names.get(name) or self._names.get(name.rpartition("/")[2])
 
 
