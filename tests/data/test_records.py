@@ -78,10 +78,12 @@ def test_files_put_together_by_cat_may_have_marks_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(("named", "there"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
 def test_data_files_may_be_spelt_otherwise(tmp_path, named, there):
-    (tmp_path / f"{there}.jsonl").write_bytes(line("a"))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": f"{named}.jsonl"}}))
-    assert texts(Records([tmp_path / f"{named}.jsonl"])) == ["a"]
-    assert texts(Records([resolve(Source(f"{tmp_path}/dataset_info.json:x"))])) == ["a"]
+    (tmp_path / there).mkdir()
+    (tmp_path / there / f"{there}.jsonl").write_bytes(line("a"))
+    (tmp_path / there / "dataset_info.json").write_text(json.dumps({"x": {"file_name": f"{named}.jsonl"}}))
+    for path in (f"{named}.jsonl", "*.jsonl", f"{named}*"):
+        assert texts(Records([tmp_path / named / path])) == ["a"]
+    assert texts(Records([resolve(Source(f"{tmp_path}/{named}/dataset_info.json:x"))])) == ["a"]
 
 
 def test_hidden_files_of_a_directory_are_left_out(tmp_path):

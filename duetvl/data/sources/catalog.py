@@ -24,7 +24,7 @@ from duetvl.data.sources.records import (
     describe_os_error,
     open_json,
 )
-from duetvl.data.sources.spelling import on_disk
+from duetvl.data.sources.spelling import on_disk, spellings
 from duetvl.data.sources.tables import ParquetFile, TsvFile
 from duetvl.data.sources.tar import TarShard
 
@@ -66,6 +66,7 @@ def resolve(source: Source) -> Source:
     path, colon, name = source.path.rpartition(":")
     if not colon or not path.endswith(".json"):
         return source
+    path = str(on_disk(Path(path)) or path)
     info = read_dataset_info(path, name)
     own = source.reading
     reading = replace(
@@ -87,7 +88,8 @@ def as_source(source: AnySource) -> Source:
 def _paths(path: str) -> list[Path]:
     path = str(on_disk(Path(path)) or path)
     if glob.has_magic(path) and not os.path.exists(path):
-        found = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
+        matches = {name for pattern in spellings(path) for name in glob.glob(pattern, recursive=True)}
+        found = [Path(name) for name in sorted(matches) if os.path.isfile(name)]
         if not found:
             raise DataError(f"{path}: no file matches this pattern")
         return found

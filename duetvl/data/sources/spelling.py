@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 from unicodedata import normalize
@@ -26,11 +27,15 @@ def on_disk(path: Path) -> Path | None:
     return on_disk(Path(text.replace("\\", "/"))) if "\\" in text else None
 
 
+def spellings(text: str) -> Iterable[str]:
+    """The text as it is, and with accents as one character and as two."""
+    return dict.fromkeys((text, normalize("NFC", text), normalize("NFD", text)))
+
+
 def _composed_otherwise(path: Path) -> Path | None:
     found = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
-        spellings = dict.fromkeys((part, normalize("NFC", part), normalize("NFD", part)))
-        there = next((found / spelling for spelling in spellings if os.path.exists(found / spelling)), None)
+        there = next((found / name for name in spellings(part) if os.path.exists(found / name)), None)
         if there is None:
             return None
         found = there
