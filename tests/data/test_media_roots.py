@@ -159,6 +159,16 @@ def test_a_cached_draft_follows_the_place_of_its_picture(processor: Processor, t
     assert encoder.draft(record).patches == 16
 
 
+@pytest.mark.parametrize("name", ["a.png", "0a1b2c", "file:0a1b2c", "d/a b.v1"])
+def test_a_picture_that_changed_has_another_draft(processor: Processor, tmp_path: Path, name: str) -> None:
+    """Whatever its name, with an ending or none."""
+    encoder = CachedEncoder(RecordEncoder(processor), tmp_path / "cache")
+    for side, patches in ((28, 4), (56, 16)):
+        picture(tmp_path / name.removeprefix("file:"), side)
+        (record,) = Records([write(tmp_path / "a.json", name)])
+        assert encoder.draft(record).patches == patches == encoder.draft(record).patches
+
+
 def test_nearly_all_missing_is_an_error() -> None:
     none = np.zeros(0, np.int64)
     text = Draft("a", "a", none, none, none.reshape(0, 3), none.reshape(0, 3))
