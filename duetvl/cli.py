@@ -7,11 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import duetvl
-from duetvl.core.errors import ConfigError, DuetvlError
+from duetvl.core.errors import ConfigError, DuetvlError, one_line
 from duetvl.core.streams import discard_output, open_streams
 
 USER_ERROR = 2
@@ -51,12 +52,22 @@ def _in_words(error: DuetvlError | OSError) -> str:
 
 
 def _quiet() -> None:
-    """Pillow warns of pictures from half of its limit on; those beyond the limit are errors of their own.
+    """Warnings are a line each, and those that say nothing to a user are left out.
 
-    torch warns of a package that swanlab brings, which no user of ours has chosen.
+    Pillow warns of what is odd about a picture that it reads all the same; one that it cannot read is an error. torch
+    warns of a package that swanlab brings, which no user of ours has chosen.
     """
-    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    """A warning as this command line shows it: ours alone, others with what they are and where they come from."""
+    ours = Path(filename).is_relative_to(Path(duetvl.__file__).parent)
+    words = str(message) if ours else f"{filename}: {category.__name__}: {message}"
+    with suppress(OSError):  # as Python's own does: a warning ends nothing
+        _say(f"warning: {one_line(words)}", sys.stderr)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.errors import DataError, one_line
 from duetvl.data.sources.records import Record
+
+_MOST_UNREAD: Final = 20  # keys of a file that are named
 
 
 class Dropped(DataError):
@@ -102,13 +104,23 @@ class MediaTally:
 
 
 class Unread(dict[tuple[str, str], str]):
-    """Keys that are not read, each named once for a file: (file, key) -> what is said of it."""
+    """Keys that are not read, each named once for a file: (file, key) -> what is said of it. Of a file with very many,
+    such as keys that are numbers, the first are named."""
 
     def add(self, draft: Draft) -> None:
         """Take in what a draft names."""
         file = draft.id.partition(":")[0]
         for key in draft.unread:
-            self.setdefault((file, key), one_line(f"{draft.where}: {key} is not read (named once for a file)"))
+            self.name(file, key, one_line(f"{draft.where}: {key} is not read (named once for a file)"))
+
+    def name(self, file: str, key: str, words: str) -> None:
+        """Take in what is said of one key, unless it was said before, or enough was said of this file."""
+        if (file, key) in self or (file, "") in self:
+            return
+        if sum(other == file for other, _ in self) < _MOST_UNREAD:
+            self[file, key] = words
+        else:
+            self[file, ""] = f"{words}; further keys of this file are not named"
 
 
 Outcome = Draft | DataError  # what becomes of a record

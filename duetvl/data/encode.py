@@ -27,6 +27,7 @@ from duetvl.data.media.pixels import PatchRows, PixelSettings
 from duetvl.data.media.plan import MediaSettings, Medium, load, measure
 from duetvl.data.sequences import SequenceWriter
 from duetvl.data.sources.records import Record
+from duetvl.data.sources.spelling import without_scheme
 from duetvl.data.tokenizer import TextTokenizer, control_tokens, read_tokenizer
 
 TooLong = Literal["error", "drop", "truncate", "shrink"]
@@ -252,7 +253,7 @@ def _check_there(part: ImagePart | VideoPart) -> None:
     for source in sources:
         if not isinstance(source, str | Path) or str(source).startswith(("data:", "http:", "https:")):
             continue
-        path = str(source).removeprefix("file://")
+        path = without_scheme(str(source))
         try:
             os.stat(path)
         except PermissionError:

@@ -10,9 +10,10 @@ from typing import Any
 
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.data.draft import Dropped, NotItsFault
+from duetvl.data.draft import Draft, Dropped, NotItsFault, Unread
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.preview import PLAIN, contact_sheet, text_view
+from duetvl.data.sources.records import with_line
 from duetvl.storage.files import write_bytes
 from duetvl.training.feed import DataSets
 from duetvl.training.recipe.sections import Recipe
@@ -31,8 +32,8 @@ def preview(
     """The first samples of training, each as a text of several lines; what is trained stands between `marks`.
 
     Their pictures and frames after processing are drawn into the PNG file `sheet`, where there are any. Records that
-    the recipe leaves out are named. Raises DataError for a bad one, unless those are skipped,
-    ConfigError where the sheet cannot be written.
+    the recipe leaves out are named, and keys of records that are not read. Raises DataError for a bad one, unless
+    those are skipped, ConfigError where the sheet cannot be written.
     """
     if count < 1:
         raise ConfigError(f"{count} samples are asked for; there must be at least one")
@@ -40,7 +41,8 @@ def preview(
     sets = DataSets(given.data)
     processor = recipe_processor(given)
     shown: list[Sample | Pair] = []
-    for found in _first(sets, SampleMaker(sets.files, record_encoder(given)), count):
+    unread = Unread()
+    for found in _first(sets, SampleMaker(sets.files, record_encoder(given)), count, unread):
         if isinstance(found, DataError):
             fatal = given.data.on_bad_sample == "error" and not isinstance(found, Dropped)
             if fatal or isinstance(found, NotItsFault):
@@ -49,6 +51,7 @@ def preview(
         else:
             shown.append(found)
             yield text_view(found, processor, marks) + "\n"
+    yield from (f"warning: {with_line(words)}" for words in unread.values())
     picture = contact_sheet(shown, processor) if sheet is not None else None
     if sheet is not None and picture is not None:
         picture.save(content := io.BytesIO(), format="png")
@@ -59,13 +62,21 @@ def preview(
         yield f"pixels drawn: {sheet}"
 
 
-def _first(sets: DataSets, maker: SampleMaker, count: int) -> Iterator[Sample | Pair | DataError]:
-    """So many samples in the order of training, within the first epoch, and what is wrong with those between them."""
+def _first(sets: DataSets, maker: SampleMaker, count: int, unread: Unread) -> Iterator[Sample | Pair | DataError]:
+    """So many samples in the order of training, within the first epoch, and what is wrong with those between them.
+
+    Keys that are not read are put into `unread`.
+    """
     cursor, total = sets.cursor(), sets.train_count
     seen = 0
     while count and (total is None or seen < total) and cursor.epoch == 0:
-        (outcome,) = maker.drafts(cursor.take(1))
+        refs = cursor.take(1)
+        if total is None and cursor.epoch:  # the stream had ended before it
+            return
+        (outcome,) = maker.drafts(refs)
         seen += 1
+        if isinstance(outcome, Draft):
+            unread.add(outcome)
         sample = outcome if isinstance(outcome, DataError) else maker.load(outcome)
         count -= not isinstance(sample, DataError)
         yield sample

@@ -108,7 +108,7 @@ def test_pictures_elsewhere_are_whole_paths(coco: Path, tmp_path: Path) -> None:
     [
         ({"--annotations": "absent.json"}, "absent.json: cannot be read: No such file"),
         ({"--images": "absent"}, "absent: no such directory of pictures"),
-        ({"-o": "absent/chat.jsonl"}, "could not be written"),
+        ({"-o": "absent/chat.jsonl"}, "there is no directory"),
         ({"--annotations": "bad.json"}, "no record could be converted, 1 were found; the first:"),
         ({"--annotations": "cut.json"}, "not JSON"),
     ],

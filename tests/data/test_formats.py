@@ -150,6 +150,9 @@ GOOD, BAD = ("assistant", "good"), ("assistant", "bad")
         {"instruction": "<image>q", "input": "", "chosen": "good", "rejected": "bad", "images": ["a.png"]},
         {"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "good"}],
          "rejected_response": "bad", "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "good"}],
+         "rejected_messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "bad"}],
+         "images": ["a.png"]},
     ],
 )  # fmt: skip
 def test_one_pair_in_every_layout(record: dict[str, Any]) -> None:
@@ -166,7 +169,7 @@ def test_sources_of_pictures() -> None:
     assert isinstance(found, Conversation)
     sources = [part.source for part in found.turns[0].parts if isinstance(part, ImagePart)]
     assert [str(source) for source in sources[:2]] == ["/media/u.png", "/media/v.png"]
-    assert sources[2:4] == given[:2] and str(sources[4]) == "/abs/x.png"
+    assert sources[2] == given[0] and [str(source) for source in sources[3:5]] == ["/x.png", "/abs/x.png"]
     assert sources[5:] == [b"\x89PNG", b"GIF"]
 
 
@@ -251,6 +254,8 @@ def user(content: Any) -> dict[str, Any]:
         ({"messages": [user("a"), {"role": "asistant", "content": "b"}]}, "unknown role 'asistant'; did you mean"),
         ({"messages": [user("a"), {"role": ["x"], "content": "b"}]}, "message 2: unknown role"),
         ({"messages": [user("<image>"), GPT]}, "the texts hold 1 <image> markers, but images lists 0; text that is no"),
+        ({"messages": [user("Picture 1: <img>a.png</img>\n?"), GPT]}, "'<img>a.png</img>' would be plain text"),
+        ({"messages": [user("a"), GPT], "rejected_messages": [user("b"), GPT]}, "rejected must be one answer"),
         ({"messages": [user("<image>"), GPT], "images": ["a", "b"]}, "hold 1 <image> markers, but images lists 2"),
         ({"messages": [user("<image>"), GPT], "image": "a", "images": ["b"]}, "both 'images' and 'image'; keep one"),
         ({"messages": [user("a"), {"role": "assistant", "content": "<image>"}], "images": ["a"]}, "not into the as"),
@@ -318,6 +323,13 @@ def test_keys_that_say_what_is_trained(key: str) -> None:
 def test_json_in_a_text_may_have_a_byte_order_mark() -> None:
     talk = json.dumps([user("a"), GPT])
     assert turns(read_record({"messages": f"\ufeff{talk}"})) == [("user", "a"), ("assistant", "x")]
+
+
+def test_keys_that_seem_to_hold_media_are_named() -> None:
+    like = ("rejected_images", "question_image", "img", "image_path", "source_video_url")
+    others = ("num_images", "has_video", "image_id", "frame_rate", "imagination")
+    found = read_record({"messages": [user("a"), GPT], **dict.fromkeys((*like, *others), "a.png")})
+    assert isinstance(found, Conversation) and found.unread == like
 
 
 def test_what_is_not_read_is_named() -> None:

@@ -120,7 +120,19 @@ BOX, WHOLE = "[28, 22, 56, 90]", "[0, 0, 56, 112]"  # [50, 20, 100, 80] and the 
         ("<|box_start|>(50,20),(100,80),(0,0),(100,100)<|box_end|>", f"{BOX}, {WHOLE}"),
         ("<|quad_start|>(50,20),(100,20),(100,80),(50,80)<|quad_end|>", "[28, 22, 56, 22, 56, 90, 28, 90]"),
         ('{"bbox_2d": [], "count": 5}', '{"bbox_2d": [], "count": 5}'),
-        ("Answer as [x1, y1, x2, y2]; 1,234,567,890 [1]", "Answer as [x1, y1, x2, y2]; 1,234,567,890 [1]"),
+        *(
+            (prose, prose)
+            for prose in (
+                "Answer as [x1, y1, x2, y2]; 1,234,567,890 [1]",
+                "A camera (2021, 33 MP)",
+                "see [12][13] (Fig. 3, 4)",
+                "1 2 3",
+                "row 1 2 3 4",
+                "from 1,234 to 5,678",
+                "a box of 12, 3 of them red",
+                "position 1,234",
+            )
+        ),
     ],
 )
 def test_every_shape_of_coordinates_is_rescaled(text: str, expected: str) -> None:
@@ -152,6 +164,16 @@ def test_several_pairs_keep_their_mark() -> None:
         ('{"bbox_2d": [1, 2, 3, 4], "scores": [0.9, 0.1]}', '"scores": [0.9'),
         ('{"bbox_2d": [0.1, 0.2, 0.3, 0.4]}', "parts of the picture's sides"),
         ("（50，20）", "（50，20）"),  # noqa: RUF001
+        ("50 20 100 80", "50 20 100 80"),
+        ("50 20 100 80\n0 0 9 9\n", "50 20 100 80"),
+        ("{<50><20><100><80>}", "<50><20>"),
+        ("<patch_index_0044><patch_index_0863>", "<patch_index_0044>"),
+        ("box: 50 20 100 80", "box: 50 20"),
+        ("the position 50, 20", "position 50, 20"),
+        ("坐标：50，20", "坐标：50，20"),  # noqa: RUF001
+        ("from 50,20 to 100,80", "50,20 to 100,80"),
+        ("(50 px, 20 px)", "(50 px, 20 px)"),
+        ("(50, 20, cat)", "(50, 20,"),
     ],
 )
 def test_coordinates_in_no_known_form_are_an_error(text: str, piece: str) -> None:

@@ -16,6 +16,7 @@ from duetvl.core.errors import DataError
 from duetvl.data.draft import Draft, MediaTally, MissingMedia
 from duetvl.data.encode import Processor, RecordEncoder
 from duetvl.data.loading.cache import CachedEncoder
+from duetvl.data.media.images import load_image
 from duetvl.data.media.plan import Medium
 from duetvl.data.sources.catalog import Records, Source, resolve
 from duetvl.data.sources.records import Reading
@@ -94,11 +95,39 @@ def test_a_root_that_is_given_is_the_only_one(processor: Processor, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("on_disk", "named"), [("cafe\u0301.png", "caf\u00e9.png"), ("caf\u00e9.png", "cafe\u0301.png")]
+    ("on_disk", "named"),
+    [
+        ("cafe\u0301.png", "caf\u00e9.png"),
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("e\u0301te\u0301/caf\u00e9.png", "\u00e9t\u00e9/cafe\u0301.png"),
+        ("caf\u00e9/a.png", "cafe\u0301\\a.png"),
+    ],
 )
 def test_names_may_be_composed_otherwise(processor: Processor, tmp_path: Path, on_disk: str, named: str) -> None:
     picture(tmp_path / on_disk)
     assert paths(found(processor, write(tmp_path / "a.json", named))) == [str(tmp_path / on_disk)]
+
+
+@pytest.mark.parametrize(
+    ("named", "there"),
+    [
+        ("file://{dir}/a%20b.png", "a b.png"),
+        ("file://localhost{dir}/a%20b.png", "a b.png"),
+        ("file:{dir}/a.png", "a.png"),
+        ("FILE://{dir}/caf%C3%A9.png", "caf\u00e9.png"),
+        ("file://{dir}/caf%C3%A9.png", "cafe\u0301.png"),
+        ("file://{dir}/100%25.png", "100%25.png"),
+        ("file://sub/a.png", "sub/a.png"),
+        ("a%20b.png", "a%20b.png"),
+        ("sub\\a.png", "sub/a.png"),
+        ("a\\b.png", "a\\b.png"),
+    ],
+)
+def test_uris_and_names_of_windows(processor: Processor, tmp_path: Path, named: str, there: str) -> None:
+    picture(tmp_path / there)
+    assert paths(found(processor, write(tmp_path / "a.json", named.format(dir=tmp_path)))) == [str(tmp_path / there)]
+    if named.lower().startswith("file:") and "sub" not in named and "caf" not in named:
+        assert load_image(named.format(dir=tmp_path)).size == (28, 28)
 
 
 def test_a_path_that_breaks_its_line_is_told_on_one(processor: Processor, tmp_path: Path) -> None:
@@ -109,7 +138,7 @@ def test_a_path_that_breaks_its_line_is_told_on_one(processor: Processor, tmp_pa
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("head", ["data:image/png;base64,", ""])
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/png;Base64,", ""])
 def test_base64_may_be_broken_into_lines(processor: Processor, tmp_path: Path, end: str, head: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (28, 56, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
@@ -128,6 +157,16 @@ def test_a_cached_draft_follows_the_place_of_its_picture(processor: Processor, t
     assert encoder.draft(record).patches == 4
     picture(tmp_path / "a.png", 56)  # before it
     assert encoder.draft(record).patches == 16
+
+
+@pytest.mark.parametrize("name", ["a.png", "0a1b2c", "file:0a1b2c", "d/a b.v1"])
+def test_a_picture_that_changed_has_another_draft(processor: Processor, tmp_path: Path, name: str) -> None:
+    """Whatever its name, with an ending or none."""
+    encoder = CachedEncoder(RecordEncoder(processor), tmp_path / "cache")
+    for side, patches in ((28, 4), (56, 16)):
+        picture(tmp_path / name.removeprefix("file:"), side)
+        (record,) = Records([write(tmp_path / "a.json", name)])
+        assert encoder.draft(record).patches == patches == encoder.draft(record).patches
 
 
 def test_nearly_all_missing_is_an_error() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -76,10 +78,12 @@ def test_files_put_together_by_cat_may_have_marks_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(("named", "there"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
 def test_data_files_may_be_spelt_otherwise(tmp_path, named, there):
-    (tmp_path / f"{there}.jsonl").write_bytes(line("a"))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": f"{named}.jsonl"}}))
-    assert texts(Records([tmp_path / f"{named}.jsonl"])) == ["a"]
-    assert texts(Records([resolve(Source(f"{tmp_path}/dataset_info.json:x"))])) == ["a"]
+    (tmp_path / there).mkdir()
+    (tmp_path / there / f"{there}.jsonl").write_bytes(line("a"))
+    (tmp_path / there / "dataset_info.json").write_text(json.dumps({"x": {"file_name": f"{named}.jsonl"}}))
+    for path in (f"{named}.jsonl", "*.jsonl", f"{named}*"):
+        assert texts(Records([tmp_path / named / path])) == ["a"]
+    assert texts(Records([resolve(Source(f"{tmp_path}/{named}/dataset_info.json:x"))])) == ["a"]
 
 
 def test_hidden_files_of_a_directory_are_left_out(tmp_path):
@@ -125,6 +129,24 @@ def test_a_bad_file_is_an_error_at_once(tmp_path, name, content, expected):
         Records([tmp_path / name])
     assert expected in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "s.tar"])
+def test_a_key_given_twice_is_an_error_where_its_values_differ(tmp_path, name):
+    """Whichever is taken, the other is lost in silence."""
+    same, other = ((line("a")[:-2] + b', "images": [], "images": ' + value + b"}") for value in (b"[]", b'["a.png"]'))
+    if name == "s.tar":
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member, content in (("0.json", same), ("1.json", other)):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        (tmp_path / name).write_bytes(b"[" + same + b"," + other + b"]" if name == "a.json" else same + b"\n" + other)
+    records = Records([tmp_path / name])
+    assert records[0].values["images"] == []
+    with pytest.raises(DataError, match=r"the key 'images' is given twice, with different values; keep one$"):
+        records[1]
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,6 +208,59 @@ def test_damaged_shards_are_named(tmp_path):
         gone.read()
 
 
+def asked(content: Any, **beside: Any) -> bytes:
+    """A JSON member with one question."""
+    talk = [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]
+    return json.dumps({"messages": talk, **beside}).encode()
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        (asked("<image>", images=["1.png"]), lambda v: v["images"][0]),
+        (asked("<image>", images=["./1.png"]), lambda v: v["images"][0]),
+        (asked("<image>", images=["train2017/1.png"]), lambda v: v["images"][0]),
+        (asked("<image>", images=["C:\\data\\1.png"]), lambda v: v["images"][0]),
+        (asked("<image>", image="png"), lambda v: v["image"]),
+        (asked("<image>", images=[{"path": "1.png", "bytes": None}]), lambda v: v["images"][0]["path"]),
+        (asked("<video>", videos=[["1.png"]]), lambda v: v["videos"][0][0]),
+        (asked([{"type": "image", "image": "1.png"}]), lambda v: v["messages"][0]["content"][0]["image"]),
+        (asked([{"type": "image", "value": "1.png"}]), lambda v: v["messages"][0]["content"][0]["value"]),
+        (asked([{"type": "image_url", "image_url": {"url": "1.png"}}]),
+         lambda v: v["messages"][0]["content"][0]["image_url"]["url"]),
+        (asked([{"type": "image"}, {"type": "text", "text": "1.png"}]), lambda v: v["images"][0]),
+    ],
+)  # fmt: skip
+def test_a_member_takes_the_place_of_its_name_once(tmp_path: Path, document: bytes, place: Any) -> None:
+    record = Records([write_tar(tmp_path / "s.tar", {"1.json": document, "1.png": picture()})])[0]
+    assert str(place(record.values)) == f"{tmp_path}/s.tar: 1.png"
+    conversation = read_record(record.values)
+    assert len([part for part in conversation.turns[0].parts if not isinstance(part, str)]) == 1
+
+
+def test_columns_name_the_list_of_members(tmp_path: Path) -> None:
+    for document in (asked("<image>", pics=["1.png"]), asked("<image>")):
+        path = write_tar(tmp_path / "s.tar", {"1.json": document, "1.png": picture()})
+        record = Records([Source(str(path), Reading(columns={"images": "pics"}))])[0]
+        assert str(record.values["pics"][0]) == f"{path}: 1.png" and "images" not in record.values
+
+
+def test_a_name_of_no_member_is_an_error(tmp_path: Path) -> None:
+    """Even where there is such a file beside the shard: the member would be left out in silence."""
+    (tmp_path / "2.png").write_bytes(picture())
+    path = write_tar(tmp_path / "s.tar", {"1.json": asked("<image>", images=["2.png"]), "1.png": picture()})
+    with pytest.raises(DataError, match=r"images names \['2.png'\], which is none of its members \(1.json, 1.png\)"):
+        _ = Records([path])[0]
+
+
+def test_a_json_that_is_no_record_leaves_the_text_its_answer(tmp_path: Path) -> None:
+    """img2dataset writes a picture, its caption, and what it knows of the picture."""
+    about = json.dumps({"url": "http://x", "caption": "a cat", "width": 28}).encode()
+    members = {"1.jpg": picture(), "1.txt": b"a cat", "1.json": about}
+    record = Records([write_tar(tmp_path / "s.tar", members)])[0]
+    assert record.values["messages"][1]["content"] == "a cat" and len(record.values["images"]) == 1
+
+
 def talks(*names: str) -> dict[str, bytes]:
     """JSON members, each with a conversation that ends with its own name."""
     return {
@@ -223,15 +278,27 @@ def talks(*names: str) -> dict[str, bytes]:
         ({"v1.0_0.jpg": b"x", "v1.0_0.txt": b"a"}, {"v1.0_0": 1}),
         ({"a.left.jpg": b"x", "a.right.jpg": b"x", **talks("a.json"), **talks("b.json")}, {"a": 2, "b": 0}),
         ({**talks("a.json"), "a.left.jpg": b"x", "a.right.jpg": b"x"}, {"a": 2}),
+        ({"v1.0.jpg": b"x", **talks("v1.0.json"), "v1.1.jpg": b"x"}, {"v1.0": 1, "v1.1": None}),
+        ({"v1.0.jpg": b"x", "v1.1.jpg": b"x", "v1.1.txt": b"a"}, {"v1.0": None, "v1.1": 1}),
+        ({"v1.0.jpg": b"x", "v1.0.txt": b"a", "v1.1.jpg": b"x", "v1.1.txt": b"b", "v1.2.jpg": b"x"},
+         {"v1.0": 1, "v1.1": 1, "v1.2": None}),
+        ({**talks("a.meta.json"), "a.left.jpg": b"x", "a.right.jpg": b"x"}, {"a": 2}),
         ({"._a.jpg": b"mac", "a.jpg": b"x", "._a.json": b"mac", **talks("a.json"), ".DS_Store": b""}, {"a": 1}),
     ],
 )  # fmt: skip
 def test_names_with_dots_keep_their_records(
-    tmp_path: Path, members: dict[str, bytes], expected: dict[str, int]
+    tmp_path: Path, members: dict[str, bytes], expected: dict[str, int | None]
 ) -> None:
+    """Names and numbers of pictures; None is a record that lacks its text."""
     path = write_tar(tmp_path / "s.tar", members)
     records = Records([path])
-    assert {r.name: len(r.values.get("images", ())) for r in records} == expected
+    found: dict[str, int | None] = {}
+    for k in range(len(records)):
+        try:
+            found[records[k].name] = len(records[k].values.get("images", ()))
+        except DataError as error:
+            found[str(error).split(": ")[1]] = None
+    assert found == expected
     places = records.files[0].places().at.tolist()
     for k, at in enumerate(places):  # from any place on
         assert [p for p, _ in records.files[0].scan(0, path.stat().st_size, at)] == places[k + 1 :]
@@ -278,13 +345,22 @@ def test_members_that_are_no_files_are_named(tmp_path: Path, kind: bytes, messag
         list(Records([tmp_path / "s.tar"]))
 
 
-def test_a_shard_cut_between_members_is_named(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "s.tar", talks("a.json", "b.json"))
+def test_a_shard_that_was_never_closed_is_read_with_a_warning(tmp_path: Path) -> None:
+    """As a writer that was killed leaves it; nothing in it tells it from one that was cut off there."""
+    path = write_tar(tmp_path / "s.tar", talks("a.json", "b.json", "c.json"))
     whole = path.read_bytes()
-    for length in (1024, 1024 + 100, 2048):  # behind the first, inside of the second header, behind the second
+    size = tarfile.TarFile(path).getmembers()[1].size
+    for length, names in ((1024, ["a"]), (2048, ["a", "b"]), (1024 + 512 + size, ["a", "b"])):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"s\.tar: .*(cut off|truncated)"):
-            Records([path])
+        with pytest.warns(UserWarning, match=r"s\.tar: ends behind a whole member without the empty blocks"):
+            assert [record.name for record in Records([path])] == names
+
+
+def test_a_shard_cut_inside_of_a_header_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", talks("a.json", "b.json"))
+    path.write_bytes(path.read_bytes()[: 1024 + 100])
+    with pytest.raises(DataError, match=r"s\.tar: .*truncated"):
+        Records([path])
 
 
 def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
@@ -364,10 +440,40 @@ def test_large_elements_of_a_list_are_read_whole(tmp_path):
     assert [r.values for r in Records([tmp_path / "a.json"])] == values
 
 
-def test_compressed_files_are_refused_by_name(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"\x1f\x8b123")
-    with pytest.raises(DataError, match=r"a\.jsonl: is compressed \(gzip\); unpack it first"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"question,answer\na,b\n", "values separated by commas are not read; save it as .tsv"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("a.tsv", "question\tanswer\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("a.json", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
+        ("a.tsv", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
+        ("a.jsonl", b"\x1f\x8b123", "is no file of records but gzip data; unpack it first"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "is no file of records but a Git LFS pointer"),
+        ("a.arrow", b"ARROW1\0\0" + bytes(99), "is no file of records but a binary file"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/{name}: {message}")):
+        Records([tmp_path / name])
+
+
+def test_texts_that_begin_as_other_files_do_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("BMI\tPK\n21\tx\n")  # a BMP picture begins with BM
+    assert [record.values for record in Records([tmp_path / "a.tsv"])] == [{"BMI": "21", "PK": "x"}]
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="is not a file but a FIFO"):
         Records([tmp_path / "a.jsonl"])
+
+
+def test_a_parquet_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    for count in (4, 6):
+        records = Records([write_parquet(tmp_path / "a.parquet", count)])
+        assert [record.values["n"] for record in records] == list(range(count))
 
 
 # -- patterns, directories, dataset_info ------------------------------------------------------------------------------

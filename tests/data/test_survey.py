@@ -8,7 +8,8 @@ import numpy as np
 
 from duetvl.core.batch import IGNORE
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Dropped
+from duetvl.data.draft import Draft, Dropped, Unread
+from duetvl.data.loading.loader import Findings, Step
 from duetvl.data.survey import histogram, survey
 
 
@@ -46,6 +47,19 @@ def test_keys_that_are_not_read_are_named_once_for_a_file():
     named = [line for line in survey(drafts, merge=2).lines() if "mask" in line]
     told = "a message's key 'mask' is not read (named once for a file)"
     assert named == [f"data/a.jsonl:4: {told}", f"data/b.jsonl:4: {told}"]
+
+
+def test_of_very_many_keys_the_first_are_named():
+    """Keys may be numbers or times, of which each record has others."""
+    drafts = [replace(draft(9), id="a.jsonl:1", where="a.jsonl:1", unread=(f"key {n}",)) for n in range(100)]
+    named = [line for line in survey(drafts, merge=2).lines() if "key" in line]
+    assert len(named) == 21 and named[-1].endswith("further keys of this file are not named")
+    steps = Findings(skip_bad=True)
+    for each in drafts:
+        found = Unread()
+        found.add(each)
+        steps.take_in(Step((), (), unread=found))
+    assert list(steps.unread.values()) == named
 
 
 def test_records_that_train_nothing_are_counted():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,9 @@ def test_keys_that_are_not_read_are_named_by_check_and_in_training(home, tmp_pat
     overrides = [f"data.train={tmp_path}/a.jsonl", f"data.image_root={home}", f"train.output_dir={tmp_path}/run"]
     told = f"{tmp_path}/a.jsonl:1: a message's key 'reasoning_content' is not read (named once for a file)"
     assert f"  {told}" in list(check(home / "tiny.json", overrides))
+    for more in ((), ("data.streaming=true", "data.val=null")):
+        shown = list(preview(home / "tiny.json", [*overrides, "data.shuffle=false", *more], count=99))
+        assert len(shown) == len(lines) + 1 and shown[-1] == f"warning: {told}"
     train(home / "tiny.json", [*overrides, "data.shuffle=false"])
     assert capsys.readouterr().out.count("reasoning_content") == 1
 
@@ -157,6 +162,26 @@ def test_preview_tells_what_is_left_out_and_stops_at_the_end_of_the_data(home):
     assert any(text.startswith("left out: ") for text in shown)
     with pytest.raises(DataError, match="no such file"):
         list(preview(home / "tiny.json", ["data.train=nowhere.jsonl"]))
+
+
+def test_a_warning_is_one_line(home, tmp_path, capsys):
+    """Of a shard without its end, and of nothing that Pillow finds odd about a picture that it reads."""
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    odd = content[:2] + b"\xff\xe2\0\x0cMPF\0II*\0\x08\0" + content[2:]
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, body in (("a.jpg", odd), ("a.txt", b"a cat")):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+        end = tar.offset
+    (tmp_path / "s.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:end])
+    given = [f"data.train={tmp_path}/s.tar", "data.val=null", f"train.output_dir={tmp_path}/run"]
+    assert main(["check", str(home / "tiny.json"), "--decode", *given]) == 0
+    shown = capsys.readouterr()
+    assert "data.train: 1 record: 1 good" in shown.out
+    (warning,) = (line for line in shown.err.splitlines() if "arning" in line)
+    assert warning.startswith(f"warning: {tmp_path}/s.tar: ends behind a whole member") and "MPO" not in shown.err
 
 
 def test_what_a_run_takes_of_disk_and_memory_is_told(home, tmp_path):

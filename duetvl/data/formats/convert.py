@@ -42,7 +42,7 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """For a reader."""
-        yield f"wrote {self.written} records to {self.output}"
+        yield f"wrote {self.written} record{'s' * (self.written != 1)} to {self.output}"
         if self.dropped:
             counts = Counter(kind for kind, _ in self.dropped)
             yield f"left out {len(self.dropped)}: {', '.join(f'{n} {kind}' for kind, n in counts.most_common())}"
@@ -225,6 +225,8 @@ def _opened(path: Path) -> RecordFile:
 
 def _refuse_existing(*paths: Path) -> None:
     for path in paths:
+        if not path.parent.is_dir():
+            raise DataError(f"{path}: there is no directory {path.parent}; create it, or choose another place")
         if path.exists():
             raise DataError(f"{path}: exists already, and nothing is overwritten; choose another name or remove it")
 

@@ -47,17 +47,27 @@ _POINTS: Final = {
     "quad", "quadrilateral", "poly", "polygon", "polygons", "segmentation",
 }  # fmt: skip
 
-_LOOSE: Final = rf"\s*(?:{_QUOTE})?{_NUMBER}%?(?:{_QUOTE})?\s*"
+_LOOSE: Final = rf"\s*(?:{_QUOTE})?{_NUMBER}(?:%|\s*(?:px|pixels)\b)?(?:{_QUOTE})?\s*"
+_SEPARATOR: Final = r"(?:[,，;；、|]|(?<=\s))"  # noqa: RUF001
 _X: Final = r"(?:x|left|cx)(?:_?(?:min|0|1))?"
 _Y: Final = r"(?:y|top|cy)(?:_?(?:min|0|1))?"
 _GIVEN: Final = rf"(?:{_QUOTE})?\s*[:=]\s*(?:{_QUOTE})?{_NUMBER}"
+_PLACE: Final = r"\b(?:box|bbox|points?|position|location|coordinates?|coords?|corner|cent(?:er|re))"
+_SEVERAL: Final = r"(?!\d{1,3}(?:,\d{3})+(?!\d))"  # what follows is not one number with separators, as 1,234,567
+_FOUR: Final = rf"{_NUMBER}(?:[ \t]+{_NUMBER}){{3,4}}"
 _LOOKS: Final = re.compile(
-    rf"[\[({{（［【]{_LOOSE}(?:(?:[,，;；、|]|(?<=\s)){_LOOSE})+"  # noqa: RUF001
+    # Numbers in brackets, up to the closing one or something else behind a comma: not "(2021, 33 MP)".
+    rf"[\[({{（［【]{_LOOSE}(?:{_SEPARATOR}{_LOOSE})+(?:[\])}}）］】,，;；、|]|\Z)"  # noqa: RUF001
     r"|<\|(?:box|quad)_(?:start|end)\|>"
-    rf"|<(?:box|bbox|quad|poly|polygon|points?)\b[^<>]{{0,40}}(?:>\s*{_NUMBER}|\d)|<loc_?\d+>"
+    rf"|<(?:box|bbox|quad|poly|polygon|points?)\b[^<>]{{0,40}}(?:>\s*{_NUMBER}|\d)|<(?:loc|patch_index)_?\d+>"
+    rf"|<\s*{_NUMBER}\s*>\s*,?\s*<\s*{_NUMBER}\s*>"
     rf"|(?:bbox|point_2d|box_2d|coordinate|{_QUOTE}(?:box|point|quad|poly))\w*(?:{_QUOTE})?\s*[:=]"
     rf"[\s\[({{]*(?:{_QUOTE}\w{{1,12}}(?:{_QUOTE})\s*:\s*)?(?:{_QUOTE})?\s*{_NUMBER}"
-    rf"|(?<![\d.])(?!\d{{1,3}}(?:,\d{{3}})+(?!\d)){_NUMBER}(?:\s*[,，]\s*{_NUMBER}){{3,}}"  # noqa: RUF001
+    rf"|{_PLACE}\s*(?:[:=]\s*{_NUMBER}(?:\s*,\s*|\s+)|{_SEVERAL}{_NUMBER}\s*,\s*){_NUMBER}"
+    rf"|(?:坐标|位置)[^\d\n]{{0,4}}{_NUMBER}\s*[,，、\s]\s*{_NUMBER}"  # noqa: RUF001
+    rf"|(?<![\d.]){_SEVERAL}{_NUMBER}(?:\s*[,，]\s*{_NUMBER}){{3,}}"  # noqa: RUF001
+    rf"|(?<![\d.]){_SEVERAL}{_NUMBER},\s*{_NUMBER}\s*(?:to|and|-+>?|–|→|~)\s*{_NUMBER},\s*{_NUMBER}"  # noqa: RUF001
+    rf"|\A\s*{_FOUR}(?:[ \t]*\n\s*{_FOUR})*\s*\Z"
     rf"|\b{_X}{_GIVEN}[\s\S]{{0,60}}?\b{_Y}{_GIVEN}|\b{_Y}{_GIVEN}[\s\S]{{0,60}}?\b{_X}{_GIVEN}",
     re.IGNORECASE,
 )

@@ -13,6 +13,7 @@ SETTINGS: Final = (
     "min_pixels", "max_pixels", "resized_height", "resized_width", "total_pixels",
     "fps", "sample_fps", "nframes", "min_frames", "max_frames", "video_start", "video_end",
     "second_per_grid", "second_per_grid_ts",
+    "raw_fps",  # of the film that a list's frames are from (qwen-vl-utils): nothing depends on it
 )  # fmt: skip
 # A key with one of these words asks for something: passing over it would take other frames or pixels in silence.
 _WORDS: Final = frozenset(("fps", "frames", "pixels", "resized", "segments", "start", "end"))

@@ -35,6 +35,7 @@ _MEDIA: Final = ("image", "images", "video", "videos", "audio", "audios")
 _HARMLESS: Final = frozenset({
     "id", "uuid", "index", "message_id", "tool_call_id", "name", "timestamp", "date", "created_at", "create_time",
 })  # fmt: skip
+_TAGGED: Final = re.compile(r"<img>[^<>]{1,4096}</img>")  # a picture's place in the first Qwen-VL's layout
 _MARKER: Final = re.compile("(<image>|<video>|<ref-object>|<bbox>)")
 _LISTS: Final = {"<image>": "images", "<video>": "videos", "<ref-object>": "objects.ref", "<bbox>": "objects.bbox"}
 
@@ -257,6 +258,11 @@ def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
         parts = [filler.part(part) for part in content]
     else:
         parts = filler.text(_text(content))
+        if not filler.literal and speaker in ("user", "tool") and (tagged := _TAGGED.search(content)):
+            raise DataError(
+                f"{shown(tagged[0])} would be plain text and no picture; list the picture in images, with <image> in "
+                f"this place"
+            )
     if speaker in ("assistant", "call") and calls:
         parts += ["\n" if any(parts) else "", calls_text(calls)]
     role: Literal["system", "user", "assistant", "tool"] = "assistant" if speaker == "call" else speaker

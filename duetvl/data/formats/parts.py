@@ -18,11 +18,11 @@ from duetvl.core.errors import DataError, did_you_mean, shown
 from duetvl.data.conversation import ImagePart, Part, VideoPart
 from duetvl.data.formats.media_settings import read_settings
 from duetvl.data.media.images import Resize
-from duetvl.data.sources.spelling import on_disk
+from duetvl.data.sources.spelling import on_disk, without_scheme
 
 _IMAGE_KEYS: Final = ("image", "image_url", "url", "path", "value")
 _VIDEO_KEYS: Final = ("video", "video_url", "url", "path", "value")
-_SCHEMES: Final = ("data:", "file:", "http:", "https:")
+_SCHEMES: Final = ("data:", "http:", "https:")
 _SHORTEST_BASE64: Final = 512  # characters: there is no path so long without a dot
 _BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){128,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?\Z")
 
@@ -151,8 +151,10 @@ def _located(source: Any, rules: MediaRules) -> tuple[Any, Path | None]:
     """A medium's source with its whole path or its content, and the directory that it was found in."""
     if isinstance(source, str | Path):
         text = str(source)
-        if isinstance(source, str) and (content := _base64_content(text)) is not None:
-            return content, None
+        if isinstance(source, str):
+            if (content := _base64_content(text)) is not None:
+                return content, None
+            source = text = without_scheme(text)
         if not text or "\0" in text or not _has_bytes(text):
             raise DataError(f"{shown(text)} is not a path")
         if rules.dirs and not text.startswith(_SCHEMES):
@@ -165,9 +167,9 @@ def _located(source: Any, rules: MediaRules) -> tuple[Any, Path | None]:
 
 def _base64_content(text: str) -> str | bytes | None:
     """A data URI without line ends, what bare base64 means, or None. Writers of MIME break it into lines."""
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         head, comma, body = text.partition(",")
-        return f"{head}{comma}{''.join(body.split())}"
+        return f"{head.lower()}{comma}{''.join(body.split())}"
     if len(text) < _SHORTEST_BASE64:
         return None
     compact = "".join(text.split())

@@ -31,10 +31,12 @@ _KEYS: Final[dict[str, tuple[str, ...]]] = {
     "images": ("images", "image"), "videos": ("videos", "video"), "audios": ("audios", "audio"),
     "prompt": ("instruction", "prompt", "question"), "query": ("input", "query"),
     "response": ("output", "response", "completion", "answer"), "history": ("history",),
-    "chosen": ("chosen",), "rejected": ("rejected", "rejected_response"),
+    "chosen": ("chosen",), "rejected": ("rejected", "rejected_response", "rejected_messages"),
 }  # fmt: skip
 COLUMNS: Final = tuple(_KEYS)
+_AFTER_ANSWERS: Final = ("rejected_response", "rejected_messages")  # ms-swift: beside a talk that ends with the better
 _MEDIA_LIKE: Final = re.compile(
+    r"(?!(num|n|no|has|is|with|count|total|max|min)_)([a-z0-9]{1,20}_){0,3}"
     r"(img|image|picture|photo|video|frame)s?(_?(path|file|url|list|bytes|base64|b64|data|name)s?)*"
 )
 _WEIGHING: Final = (*TRAINS, "label", "kto_tag", "margin")  # of a whole record: not read, and may change its meaning
@@ -104,7 +106,9 @@ class _Record:
         """The list of messages, which a table may hold as JSON text. Raises DataError."""
         value = self.get("messages")
         if value is None:
-            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}{_wrapped(self.values)}")
+            other = next((key for key in _KEYS["messages"] if self.values.get(key) is not None), None)
+            hint = f"; name {other!r} in columns.messages" if other else _wrapped(self.values)
+            raise DataError(f"the record has no {self.wanted('messages')}; found {self.found()}{hint}")
         return list(check_messages(parse_json("messages", value) if isinstance(value, str) else value))
 
     def wanted(self, column: str) -> str:
@@ -213,7 +217,7 @@ def _alpaca_prompt(record: _Record) -> list[Any]:
 
 def _read_preference(record: _Record) -> Preference:
     for column in ("chosen", "rejected"):
-        if not record.has(column) and not (column == "chosen" and "rejected_response" in record.values):
+        if not record.has(column) and not (column == "chosen" and any(key in record.values for key in _AFTER_ANSWERS)):
             raise DataError(f"a preference pair needs chosen and rejected, found no {column}; found {record.found()}")
     prompt, chosen, rejected = _pair(record)
     answered = record.conversation([*prompt, chosen])
@@ -239,6 +243,8 @@ def _pair(record: _Record) -> tuple[list[Any], Any, Any]:
     if record.has("messages"):
         prompt = record.messages()
         if not record.has("chosen"):  # ms-swift: the conversation ends with the better answer
+            if len(rejected) > 1 and rejected[:-1] == prompt[:-1]:
+                rejected = rejected[-1:]
             return prompt[:-1], prompt[-1], _only("rejected", rejected)
     elif record.has("prompt") or record.has("query"):
         prompt = _alpaca_prompt(record)

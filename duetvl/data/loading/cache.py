@@ -1,8 +1,9 @@
 """Drafts on disk, so that later epochs, runs and nodes need not tokenise and look into videos again.
 
 An entry is a file named by a digest of all that its draft follows from: the record's values, size and time of change
-of the files that it names, how its data set is read, the encoder with its settings, and this package's code. So an
-entry is right for ever, and there is nothing to invalidate. It appears by a rename: a reader sees all of it or
+of the files that it names, how its data set is read, the encoder with its settings, and this package's code. So there
+is nothing to invalidate. A name without an ending is not known for a file's; so an entry also holds what was there of
+each medium's file, and is made again where that has changed. It appears by a rename: a reader sees all of it or
 nothing, and two writers of one entry write the same. What is damaged is made again.
 
 Pixels are not kept. As bytes they take ten times the space of the JPEG that they come from, and reading so much from
@@ -30,10 +31,12 @@ from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import ConfigError
 from duetvl.data.draft import Draft, Encoder
 from duetvl.data.formats.parts import find_file
+from duetvl.data.media.plan import Medium
 from duetvl.data.sources.blob import Blob
 from duetvl.data.sources.records import Record
+from duetvl.data.sources.spelling import without_scheme
 
-_HEAD: Final = b"duetvl draft 1\n"
+_HEAD: Final = b"duetvl draft 2\n"
 _LARGEST: Final = 1 << 20  # bytes of an entry: drafts that hold their pictures' files are no smaller than their data
 _FILE_NAME: Final = re.compile(r"[^\n<>]{1,1000}\.\w{2,5}")
 _NUMPY: Final = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
@@ -86,13 +89,13 @@ class CachedEncoder:
             head, check, body = content[: len(_HEAD)], content[len(_HEAD) :][:4], content[len(_HEAD) + 4 :]
             if head != _HEAD or int.from_bytes(check, "little") != zlib.crc32(body):
                 return None
-            found = _Reader(io.BytesIO(body), type(self.encoder).__module__).load()
+            found, states = _Reader(io.BytesIO(body), type(self.encoder).__module__).load()
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError, ValueError):
             return None
-        return found if isinstance(found, Draft) else None
+        return found if isinstance(found, Draft) and states == _states(found) else None
 
     def _write(self, path: Path, draft: Draft) -> None:
-        body = pickle.dumps(replace(draft, id="", where=""), protocol=5)
+        body = pickle.dumps((replace(draft, id="", where=""), _states(draft)), protocol=5)
         if len(body) > _LARGEST:
             return
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -145,8 +148,15 @@ def _media_files(record: Record) -> Iterator[tuple[str, int, int]]:
     """Path, size and time of change of whatever in the record may be the name of a file."""
     for text in _texts(record.values):
         if _FILE_NAME.fullmatch(text):
-            path, _ = find_file(text.removeprefix("file://"), record.media_dirs)
+            path, _ = find_file(without_scheme(text), record.media_dirs)
             yield str(path), *_state(path)
+
+
+def _states(draft: Draft) -> list[tuple[int, int]]:
+    """Size and time of change of the files that its media are read from."""
+    sources = [medium.part.source for medium in draft.media if isinstance(medium, Medium)]
+    files = [file for source in sources for file in (source if isinstance(source, list) else [source])]
+    return [_state(file) for file in files if isinstance(file, Path)]
 
 
 def _state(path: Path) -> tuple[int, int]:

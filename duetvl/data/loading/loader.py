@@ -93,8 +93,8 @@ class Findings:
         """Add what a step has found."""
         self.counts.update(step.counts)
         self.left_out += step.left_out
-        for key, words in step.unread.items():
-            self.unread.setdefault(key, words)
+        for (file, key), words in step.unread.items():
+            self.unread.name(file, key, words)
 
     def leave_out(self, error: DataError) -> None:
         """Count a record that gives no sample. Raises the error of a bad one, unless those are skipped."""

@@ -25,7 +25,7 @@ def main(descriptor: int) -> None:
     # The terminal, or a launcher, signals the whole group; it is for the parent to finish its step and save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")  # as in the main process
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # as in the main process
     os.dup2(2, 1)  # whatever is printed here is no output of the command
     with socket.socket(fileno=descriptor) as connection:
         try:

@@ -21,6 +21,7 @@ from duetvl.core.errors import DataError
 from duetvl.data.media import jpeg, png
 from duetvl.data.media.kinds import LONGEST_HEAD, what_it_is
 from duetvl.data.sources.blob import Blob
+from duetvl.data.sources.spelling import without_scheme
 
 ImageSource = str | Path | bytes | Blob | np.ndarray | Image.Image
 Size = tuple[int, int]  # height, width
@@ -156,7 +157,7 @@ def media_content(source: object) -> Path | io.BytesIO | None:
         return io.BytesIO(source)
     if not isinstance(source, str | Path):
         return None
-    path = Path(str(source).removeprefix("file://"))
+    path = Path(without_scheme(str(source)))
     if path.exists() and not path.is_dir():
         if not path.is_file():  # reading it could wait for ever
             raise DataError("is not a file but a FIFO, a socket or a device")

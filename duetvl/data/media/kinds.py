@@ -6,6 +6,8 @@ from typing import Final
 
 LONGEST_HEAD: Final = 512  # bytes that are looked at
 
+LFS_POINTER: Final = b"version https://git-lfs"
+
 _CONVERT: Final = "convert it to JPEG or PNG"
 _UNPACK: Final = "unpack it first"
 _FILM: Final = "give it as a video"
@@ -50,7 +52,7 @@ _MAGIC: Final = (
     (257, b"ustar", "a tar archive", _UNPACK),
     (0, b"\x93NUMPY", "a NumPy array", "load it and give the array"),
     (0, b"\x89HDF", "an HDF5 file", _UNPACK),
-    (0, b"version https://git-lfs", "a Git LFS pointer and not the file itself", "run `git lfs pull`"),
+    (0, LFS_POINTER, "a Git LFS pointer and not the file itself", "run `git lfs pull`"),
 )
 _TEXTS: Final = (
     ((b"<!doctype html", b"<html", b"<head", b"<body"), "a web page (HTML)", "download the file itself"),
@@ -75,8 +77,9 @@ def what_it_is(head: bytes, *, but_video: bool = False) -> str:
     for beginnings, what, advice in _TEXTS:
         if text.startswith(beginnings):
             return f"{what}; {advice}"
-    return "text" if text and _is_text(text) else ""
+    return "text" if text and is_text(text) else ""
 
 
-def _is_text(head: bytes) -> bool:
+def is_text(head: bytes) -> bool:
+    """Whether there is no byte in it that no text has."""
     return not any(byte < 9 or 13 < byte < 32 for byte in head)

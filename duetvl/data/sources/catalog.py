@@ -14,8 +14,17 @@ import numpy as np
 
 from duetvl.core.errors import DataError
 from duetvl.data.formats.dataset_info import INFO_NAME, info_names, read_dataset_info
-from duetvl.data.sources.records import Places, Reading, Record, RecordFile, Ref, describe_os_error, open_json
-from duetvl.data.sources.spelling import on_disk
+from duetvl.data.sources.records import (
+    Places,
+    Reading,
+    Record,
+    RecordFile,
+    Ref,
+    check_text,
+    describe_os_error,
+    open_json,
+)
+from duetvl.data.sources.spelling import on_disk, spellings
 from duetvl.data.sources.tables import ParquetFile, TsvFile
 from duetvl.data.sources.tar import TarShard
 
@@ -57,6 +66,7 @@ def resolve(source: Source) -> Source:
     path, colon, name = source.path.rpartition(":")
     if not colon or not path.endswith(".json"):
         return source
+    path = str(on_disk(Path(path)) or path)
     info = read_dataset_info(path, name)
     own = source.reading
     reading = replace(
@@ -78,7 +88,8 @@ def as_source(source: AnySource) -> Source:
 def _paths(path: str) -> list[Path]:
     path = str(on_disk(Path(path)) or path)
     if glob.has_magic(path) and not os.path.exists(path):
-        found = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
+        matches = {name for pattern in spellings(path) for name in glob.glob(pattern, recursive=True)}
+        found = [Path(name) for name in sorted(matches) if os.path.isfile(name)]
         if not found:
             raise DataError(f"{path}: no file matches this pattern")
         return found
@@ -96,11 +107,19 @@ def _paths(path: str) -> list[Path]:
 
 def _open(path: Path, reading: Reading) -> RecordFile:
     try:
-        if not path.stat().st_size:
+        size = path.stat().st_size
+        if not path.is_file():  # reading it could wait for ever, and what is read is gone
+            raise DataError(f"{path}: is not a file but a FIFO, a socket or a device; write the records to a file")
+        if not size:
             raise DataError(f"{path}: is empty; it holds no records")
         if path.suffix == ".parquet":
             return ParquetFile(path, reading)
+        if path.suffix == ".csv":
+            raise DataError(
+                f"{path}: values separated by commas are not read; save it as .tsv (tabs), JSONL or Parquet"
+            )
         if path.suffix == ".tsv":
+            check_text(path)
             return TsvFile(path, reading)
         return TarShard(path, reading) if path.suffix == ".tar" else open_json(path, reading)
     except OSError as error:

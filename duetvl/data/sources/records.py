@@ -17,7 +17,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
+from duetvl.data.media.kinds import LFS_POINTER, LONGEST_HEAD, is_text, what_it_is
 
 LONGEST_LINE: Final = (
     1 << 28
@@ -170,7 +171,11 @@ class JsonLines:
         try:
             values = _object(parse_json(raw, where), where)
         except DataError as error:
-            cut = "" if raw.endswith(b"\n") else "; it is the last line and has no line end: the file may be cut off"
+            cut = (
+                ""
+                if raw.rstrip(b" \r").endswith((b"\n", b"}"))
+                else "; it is the last line and has no line end: the file may be cut off"
+            )
             raise DataError(f"{error}{cut}") from None
         name = "" if number else f"byte {at}"
         return Record(self.path, number, where, values, self.reading, name)
@@ -212,8 +217,10 @@ class JsonList:
                 file.seek(at)
                 raw = file.read(size)
                 try:
-                    values, _ = json.JSONDecoder().raw_decode(raw.decode("utf-8", errors="replace"))
+                    values, _ = _UNIQUE.raw_decode(raw.decode("utf-8", errors="replace"))
                     break
+                except _Contradiction as error:
+                    raise DataError(f"{where}: {error}") from None
                 except ValueError:
                     if len(raw) < size:
                         raise DataError(f"{where}: has changed since the file was looked through") from None
@@ -222,14 +229,24 @@ class JsonList:
 
 
 def open_json(path: Path, reading: Reading) -> JsonLines | JsonList:
-    """A `.json` file may hold one record per line as well: what it starts with decides."""
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if head.startswith(b"\x1f\x8b"):
-        raise DataError(f"{path}: is compressed (gzip); unpack it first")
-    start = head.removeprefix(_BOM).lstrip()[:1]
+    """A `.json` file may hold one record per line as well: what it starts with decides. Raises DataError for what is
+    no text in UTF-8."""
+    start = check_text(path).removeprefix(_BOM).lstrip()[:1]
     whole = start == b"[" or (start == b"{" and _is_one_object(path))
     return JsonList(path, reading) if whole else JsonLines(path, reading)
+
+
+def check_text(path: Path) -> bytes:
+    """The first bytes of a text file. Raises DataError where they are those of another kind of file."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: is text in UTF-16; save it as UTF-8")
+    if not is_text(head[:LONGEST_HEAD]) or head.startswith(LFS_POINTER):
+        what = what_it_is(head[:LONGEST_HEAD]).removesuffix("; its header is damaged")  # here that is not the matter
+        if what or b"\0" in head[:16]:
+            raise DataError(f"{path}: is no file of records but {what or 'a binary file'}")
+    return head
 
 
 def _is_one_object(path: Path) -> bool:
@@ -261,7 +278,7 @@ def _is_json(line: bytes) -> bool:
 def parse_json(raw: bytes, where: str) -> Any:
     """The value of a JSON text. Raises DataError that says what is wrong, and where."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_contradiction)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -269,8 +286,27 @@ def parse_json(raw: bytes, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply") from None
+    except _Contradiction as error:
+        raise DataError(f"{where}: {error}") from None
     except ValueError as error:  # an integer of more digits than Python reads
         raise DataError(f"{where}: not JSON: {error}") from None
+
+
+class _Contradiction(Exception):
+    """An object of JSON that gives a key twice, with different values."""
+
+
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these pairs. Raises _Contradiction: of two values, whichever is taken, one is lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise _Contradiction(f"the key {shown(key)} is given twice, with different values; keep one")
+    return found
+
+
+_UNIQUE: Final = json.JSONDecoder(object_pairs_hook=_without_contradiction)
 
 
 def kind_of(value: Any) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -133,7 +133,7 @@ class ParquetFile:
         group = int(np.searchsorted(ends, at, side="right")) - 1
         where = f"{self.path}: row {at + 1}"
         try:
-            table = _groups.get(self.path, group)
+            table = _groups.get(_version(self.path), group)
             values = table.slice(at - int(ends[group]), 1).to_pylist()[0]
         except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
             raise DataError(f"{where}: its row group cannot be read: {error}") from None
@@ -141,12 +141,25 @@ class ParquetFile:
 
     def _ends(self) -> np.ndarray:
         """(groups + 1,) the row that each row group starts at, and the number of rows."""
-        return _row_group_ends(self.path)
+        return _row_group_ends(_version(self.path))
+
+
+class _Version(NamedTuple):
+    """A file as it is now: what is kept of it is not that of another one that took its place."""
+
+    path: Path
+    size: int
+    changed: int
+
+
+def _version(path: Path) -> _Version:
+    state = path.stat()
+    return _Version(path, state.st_size, state.st_mtime_ns)
 
 
 @cache
-def _row_group_ends(path: Path) -> np.ndarray:
-    meta = _open_parquet(path).metadata
+def _row_group_ends(version: _Version) -> np.ndarray:
+    meta = _open_parquet(version.path).metadata
     return np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
 
 
@@ -169,15 +182,15 @@ class _RowGroups:
     """The row groups that were read last, up to a number of bytes, and at least one."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[_Version, int], Any] = OrderedDict()
         self._lock = threading.Lock()  # an evaluation reads while the next steps are made
 
-    def get(self, path: Path, group: int) -> Any:
+    def get(self, version: _Version, group: int) -> Any:
         """A row group as a table."""
-        key = (path, group)
+        key = (version, group)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = _open_parquet(path).read_row_group(group, use_threads=False)
+                self._kept[key] = _open_parquet(version.path).read_row_group(group, use_threads=False)
                 while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > _KEPT_BYTES:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)

@@ -5,15 +5,16 @@ record's values. Pictures and videos join them as `Blob`s, which are read where 
 their names where the JSON names them, or else under `images` and `videos` in the order in which they lie. Without
 JSON, a text (`.txt`, `.caption`) is the answer to its pictures and videos.
 
-Names may have dots of their own, as in `v1.0_0001.jpg`. Where neighbours of one key are each a record of their own by
-their names up to the last dot, these names are the keys.
+Names may have dots of their own, as in `v1.0_0001.jpg`. Where neighbours of one key are records of their own by their
+names up to the last dot, these names are the keys.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
@@ -22,14 +23,24 @@ from unicodedata import normalize
 
 import numpy as np
 
-from duetvl.core.errors import DataError, one_line
+from duetvl.core.errors import DataError, one_line, shown
 from duetvl.data.sources.blob import Blob
 from duetvl.data.sources.records import LONGEST_LINE, Places, Reading, Record, kind_of, parse_json
 
-IMAGES: Final = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
-VIDEOS: Final = frozenset({"mp4", "mkv", "mov", "avi", "webm", "m4v", "mpg", "mpeg", "flv"})
+IMAGES: Final = frozenset({
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "tga",
+    "jp2", "avif", "heic", "heif",
+})  # fmt: skip
+VIDEOS: Final = frozenset({
+    "mp4", "mkv", "mov", "avi", "webm", "m4v", "mpg", "mpeg", "flv", "wmv", "3gp", "ts", "mts", "m2ts", "ogv",
+})  # fmt: skip
 _TEXTS: Final = ("txt", "text", "caption")
-_MEDIA_KEYS: Final = ("images", "image", "videos", "video")
+_LISTS: Final = {"images": ("images", "image"), "videos": ("videos", "video")}  # where a record lists its media
+_SOURCES: Final = ("images", "image", "image_url", "videos", "video", "video_url", "url", "path")  # name a medium
+_LAYOUTS: Final = (
+    "messages", "conversations", "instruction", "prompt", "question", "query", "output", "response", "completion",
+    "answer", "chosen", "rejected",
+)  # fmt: skip
 _LONGEST_HEADER: Final = 1 << 20  # bytes of a long name or of extended attributes
 _EXTENDED: Final = b"xgXLK"  # kinds of headers that hold something about the next one
 
@@ -87,7 +98,7 @@ class TarShard:
     def scan(self, start: int, stop: int, after: int | None = None) -> Iterator[tuple[int, int]]:
         """Records by the place of their first member; media are passed over. Numbers are those of a full reading."""
         number = 0
-        for _, group in groupby(_members(self.path, 0), key=lambda member: member.key):
+        for _, group in groupby(_members(self.path), key=lambda member: member.key):
             runs = [list(run) for _, run in groupby(group, key=lambda member: member.stem)]
             first = 0
             while first < len(runs):
@@ -114,31 +125,46 @@ class TarShard:
         members = list(chain(*runs[: _runs_of_record(runs)]))
         key = members[0].key if len({member.stem for member in members}) > 1 else members[0].stem or members[0].key
         where = f"{self.path}: {_named(key)}"
-        return Record(self.path, number, where, _values(members, where), self.reading, name=key)
+        return Record(self.path, number, where, _values(members, where, self.reading), self.reading, name=key)
 
 
 def _runs_of_record(runs: Sequence[Sequence[Member]]) -> int:
-    """How many of the runs, which have one key and a stem each, make up the first record: one, or all of them."""
-    return 1 if all(map(_is_whole, runs[:2])) else len(runs)
+    """How many of the runs, which have one key and a stem each, make up the first record: one, or all of them.
+
+    The first two decide, so that a record is the same from wherever its shard is read.
+    """
+    apart = all(map(_is_whole, runs[:2])) or any(map(_has_all, runs[:2]))
+    return 1 if apart else len(runs)
 
 
 def _is_whole(run: Sequence[Member]) -> bool:
     """Whether members with one stem are a record by themselves: a JSON file, or a text with its pictures."""
-    documents = [member for member in run if member.suffix == "json"]
-    if documents:
-        return len(documents) == 1
-    texts = [member for member in run if member.suffix in _TEXTS]
-    return len(texts) == 1 and any(member.suffix in IMAGES | VIDEOS for member in run)
+    documents, texts = _of(run, ("json",)), _of(run, _TEXTS)
+    return len(documents) == 1 if documents else len(texts) == 1 and _has_media(run)
 
 
-def _members(path: Path, start: int) -> Iterator[Member]:
-    """What a tar file holds from a header on, but for directories and hidden files (WebDataset leaves them out too).
+def _has_all(run: Sequence[Member]) -> bool:
+    """Whether they are one with media of its own under a name with more dots, which no neighbour can add to."""
+    return run[0].stem != run[0].key and _is_whole(run) and _has_media(run)
 
-    Raises DataError where it is damaged or cut off.
+
+def _has_media(run: Sequence[Member]) -> bool:
+    return bool(_of(run, IMAGES | VIDEOS))
+
+
+def _of(members: Sequence[Member], suffixes: Container[str]) -> list[Member]:
+    return [member for member in members if member.suffix in suffixes]
+
+
+def _members(path: Path, start: int | None = None) -> Iterator[Member]:
+    """What a tar file holds, but for directories and hidden files (WebDataset leaves them out too); with `start` from
+    this header on.
+
+    Raises DataError where it is damaged or cut off. Reading the whole of it warns of a missing end.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        for info in _headers(file, path, start):
+        for info in _headers(file, path, start or 0, warn=start is None):
             if info.offset_data + info.size > size:
                 raise DataError(f"{path}: ends inside of {_named(info.name)}; the file is cut off")
             if not info.isdir() and not info.name.rpartition("/")[2].startswith("."):
@@ -146,7 +172,7 @@ def _members(path: Path, start: int) -> Iterator[Member]:
                 yield Member(info.name, info.offset, blob, _fault(info))
 
 
-def _headers(file: BinaryIO, path: Path, at: int) -> Iterator[tarfile.TarInfo]:
+def _headers(file: BinaryIO, path: Path, at: int, *, warn: bool) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar file, to its very end: behind an archive's end another may follow, as of `cat`."""
     tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(tarfile.BLOCKSIZE)))  # an empty one, to read headers with
     tar.fileobj = file
@@ -159,11 +185,13 @@ def _headers(file: BinaryIO, path: Path, at: int) -> Iterator[tarfile.TarInfo]:
             closed, at = True, at + tarfile.BLOCKSIZE
             continue
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]  # the file's end
-            if closed:
-                return
-            raise DataError(
-                f"{path}: ends without the empty blocks that close a tar file; it is cut off, or was never closed"
-            ) from None
+            if warn and not closed:
+                warnings.warn(
+                    f"{path}: ends behind a whole member without the empty blocks that close a tar file; what is there "
+                    f"is read, but if the file was cut off, records are missing",
+                    stacklevel=2,
+                )
+            return
         except (tarfile.TarError, ValueError) as error:
             compressed = "; is it compressed? unpack it to a plain .tar" if at == start == 0 else ""
             raise DataError(f"{path}: not a tar file, or damaged: {error} at byte {at}{compressed}") from None
@@ -196,17 +224,12 @@ def _fault(info: tarfile.TarInfo) -> str:
     return "" if info.isfile() else "is no plain file"
 
 
-def _values(members: Sequence[Member], where: str) -> dict[str, Any]:
+def _values(members: Sequence[Member], where: str, reading: Reading) -> dict[str, Any]:
     """The values of a record from its members. Raises DataError where they cannot be of one record, or be read."""
     for member in members:
         if member.fault:
             raise DataError(f"{where}: {_named(member.name)} {member.fault}")
-    media = {
-        "images": [member.blob for member in members if member.suffix in IMAGES],
-        "videos": [member.blob for member in members if member.suffix in VIDEOS],
-    }
-    documents = [member for member in members if member.suffix == "json"]
-    texts = [member for member in members if member.suffix in _TEXTS]
+    documents, texts = _of(members, ("json",)), _of(members, _TEXTS)
     _check_one(documents or texts, where)
     for _, same in groupby(sorted(members, key=lambda member: member.kind), key=lambda member: member.kind):
         _check_one(list(same), where)
@@ -214,11 +237,19 @@ def _values(members: Sequence[Member], where: str) -> dict[str, Any]:
         values = parse_json(_small(documents[0].blob, where), f"{where}.json")
         if not isinstance(values, dict):
             raise DataError(f"{where}.json: expected an object, found {kind_of(values)}")
-        return _with_media(values, members, media)
+        about_only = texts and not reading.columns and values.keys().isdisjoint(_LAYOUTS)
+        if not about_only:  # as img2dataset writes beside a caption: width, height, url
+            return _with_media(values, members, where, reading)
+        _check_one(texts, where)
+    media = _media(members)
     if not texts or not any(media.values()):
         missing = "a .json, or a .txt and its pictures or videos"
         raise DataError(f"{where}: needs {missing}; found {_named(', '.join(f'.{m.kind}' for m in members))}")
     return _caption(_text(texts[0].blob, where), media)
+
+
+def _media(members: Sequence[Member]) -> dict[str, list[Blob]]:
+    return {"images": [m.blob for m in _of(members, IMAGES)], "videos": [m.blob for m in _of(members, VIDEOS)]}
 
 
 def _check_one(members: Sequence[Member], where: str) -> None:
@@ -229,18 +260,64 @@ def _check_one(members: Sequence[Member], where: str) -> None:
         )
 
 
-def _with_media(values: dict[str, Any], members: Iterable[Member], media: dict[str, Any]) -> dict[str, Any]:
-    """The JSON's values with members in the place of their names, or added under `images` and `videos`."""
+def _with_media(values: dict[str, Any], members: Sequence[Member], where: str, reading: Reading) -> dict[str, Any]:
+    """The JSON's values with members in the place of their names; where none is named, added under `images` and
+    `videos`. Raises DataError where others are named than there are."""
+    renamed = {column: (reading.columns[column],) for column in _LISTS if reading.columns.get(column)}
+    lists = {**_LISTS, **renamed}
     names = {normalize("NFC", name): m.blob for m in members for name in (m.kind, m.last, m.name)}
-    named = {key: _resolved(values[key], names) for key in _MEDIA_KEYS if values.get(key)}
-    added = {key: blobs for key, blobs in media.items() if blobs and not (named.keys() & {key, key.removesuffix("s")})}
-    return {**values, **named, **added}
+    resolver = _Resolver(names, {*_SOURCES, *chain(*renamed.values())})
+    try:
+        found = resolver.resolved(values)
+    except RecursionError:
+        raise DataError(f"{where}.json: nested too deeply") from None
+    for column, blobs in _media(members).items():
+        named = [key for key in lists[column] if found.get(key)]
+        if not blobs or not resolver.used.isdisjoint(blobs):
+            continue
+        if not named:
+            found[lists[column][0]] = blobs
+        elif any(isinstance(source, str) for source in _flat(found[named[0]])):
+            raise DataError(
+                f"{where}: {named[0]} names {shown(found[named[0]])}, which is none of its members "
+                f"({_named(', '.join(m.last for m in members))}); name these, or leave {named[0]} out"
+            )
+    return found
 
 
-def _resolved(value: Any, names: dict[str, Blob]) -> Any:
+class _Resolver:
+    """Puts members in the place of their names, under the keys that name media; `used` are those that were named."""
+
+    def __init__(self, names: Mapping[str, Blob], keys: Container[str]) -> None:
+        self._names, self._keys = names, keys
+        self.used: set[Blob] = set()
+
+    def resolved(self, value: Any, *, medium: bool = False) -> Any:
+        """The value; `medium`: a text in it names a medium."""
+        if isinstance(value, list):
+            return [self.resolved(item, medium=medium) for item in value]
+        if isinstance(value, dict):
+            typed = value.get("type") in ("image", "video")
+            return {k: self.resolved(v, medium=k in self._keys or (typed and k == "value")) for k, v in value.items()}
+        blob = self._blob(value) if medium and isinstance(value, str) else None
+        if blob is None:
+            return value
+        self.used.add(blob)
+        return blob
+
+    def _blob(self, name: str) -> Blob | None:
+        """A member by its name, or by the last part of the path that it had before it was packed."""
+        name = normalize("NFC", name).replace("\\", "/").removeprefix("./")
+        return self._names.get(name) or self._names.get(name.rpartition("/")[2])
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The items of lists within lists."""
     if isinstance(value, list):
-        return [_resolved(item, names) for item in value]
-    return names.get(normalize("NFC", value), value) if isinstance(value, str) else value
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def _caption(text: str, media: dict[str, Any]) -> dict[str, Any]:
