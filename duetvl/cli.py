@@ -75,12 +75,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if getattr(args, "resume", None) and "=" in args.resume and not Path(args.resume).exists():
         rest, args.resume = [args.resume, *rest], ""  # `--resume optim.lr=1e-5`: an override, not a directory
+    if args.command == "import-mindspeed":  # files may stand on both sides of an option
+        args.files, rest = _files_first([*args.files, *rest])
     known = hasattr(args, "recipe") or args.command == "import-mindspeed"
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     args.overrides = rest
     return args
+
+
+def _files_first(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Names of files, and NAME=VALUE, options and whatever else."""
+    files = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    return [Path(word) for word in files], [word for word in words if word not in files]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,12 +183,13 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} DATA MODEL SCRIPT -o RECIPE [NAME=VALUE ...]"
-    parser.add_argument("data", type=Path, metavar="DATA", help="data.json")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model.json")
     parser.add_argument(
-        "script", type=Path, metavar="SCRIPT", help="its shell script: read, never run; NAME=VALUE sets a variable"
+        "files",
+        nargs="*",
+        metavar="DATA MODEL SCRIPT",
+        help="data.json, model.json and the shell script, which is read, never run; NAME=VALUE sets a variable of it",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
+    parser.add_argument("-o", "--output", type=Path, metavar="RECIPE", help="file to be made")
     parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")
 
 
@@ -209,13 +218,21 @@ def _check(args: argparse.Namespace) -> int:
 
 def _import_mindspeed(args: argparse.Namespace) -> int:
     from duetvl.migrate.importer import import_run
+    from duetvl.migrate.reading import check_task
     from duetvl.storage.files import write_text
 
+    if len(args.files) != 3 or not args.output:
+        for path in args.files:
+            check_task(path)
+        given = " ".join(map(str, args.files)) + (f" -o {args.output}" if args.output else "")
+        raise ConfigError(
+            f"import-mindspeed takes data.json model.json script.sh -o RECIPE; found {given or 'nothing'}"
+        )
     _check_target(args.output)
     if args.output.exists():
         raise ConfigError(f"{args.output}: exists already; choose another name, or move it away")
     variables = dict(text.split("=", 1) for text in args.overrides)
-    made = import_run(args.data, args.model, args.script, variables=variables, allow_unknown=args.allow_unknown)
+    made = import_run(*args.files, variables=variables, allow_unknown=args.allow_unknown)
     try:
         write_text(args.output, made.text)
     except OSError as error:

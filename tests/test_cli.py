@@ -275,3 +275,17 @@ def test_launch_scripts(backend, launcher, recipe):
     assert [json.loads(row)["step"] for row in rows] == [1, 1]
     stored = (recipe.parent / "runs" / "tiny" / "resolved_recipe.yaml").read_text()
     assert f"name: {backend}" in stored
+
+
+@pytest.mark.parametrize(("backend", "launcher", "status"), [("torch_npu", "torch", 2), ("mindspore", "mindspore", 1)])
+def test_a_mistake_shows_no_traceback_of_the_launcher(backend, launcher, status, tmp_path):
+    pytest.importorskip(launcher)
+    script = Path(__file__).parents[1] / "launch" / backend / "train.sh"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(script), "none.yaml", "--device", "cpu"],
+        env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert "error: none.yaml: no such file\n" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.report import Report
-from duetvl.migrate.script import advice, options
+from duetvl.migrate.script import OTHER_TASKS, advice, options
 from duetvl.migrate.shell.run import read_script
 from duetvl.migrate.shell.simple import Script, Start
 from duetvl.migrate.shell.values import Text
@@ -18,8 +18,8 @@ from duetvl.storage.files import read_object
 from duetvl.training.recipe.text import show
 
 _MARKS: Final = {
-    "inference": ("pipeline_class", "prompts", "generation_config"),
     "evaluation": ("evaluation_dataset", "evaluation_model", "result_output_path"),
+    "inference": ("pipeline_class", "prompts", "generation_config"),
     "data": ("dataset_param", "dataloader_param"),
     "model": ("text_decoder", "image_encoder"),
 }
@@ -30,20 +30,35 @@ _ORDER: Final = "the order is data.json model.json script.sh"
 def read_keys(path: Path, kind: str) -> dict[str, Any]:
     """The keys of a data.json or model.json, dotted; an empty object stands for itself.
 
-    ConfigError for a file of another kind, which is named.
+    ConfigError for a file of another kind, which is named, and where a key is given twice.
     """
-    _check_file(path)
+    check_task(path)
+    if path.suffix == ".sh":
+        raise ConfigError(f"{path}: is a script, where {kind}.json is expected; {_ORDER}")
     values = read_object(path, ConfigError)
-    found = next((name for name in ("evaluation", "inference", "data", "model") if _is(name, values)), "")
-    if found in ("evaluation", "inference"):
-        raise ConfigError(
-            f"{path}: describes {found}, which is not imported: `duetvl.Model.generate` answers from Python; give the "
-            f"{kind}.json of a training run"
-        )
-    if found != kind:
-        what = f"is a {found}.json" if found else f"has none of {', '.join(_MARKS[kind])}, as a {kind}.json has"
+    if kind not in (found := _kinds(values)):
+        what = f"is a {found[0]}.json" if found else f"has none of {', '.join(_MARKS[kind])}, as a {kind}.json has"
         raise ConfigError(f"{path}: {what}, where {kind}.json is expected; {_ORDER}")
     return _flat(values)
+
+
+def check_task(path: Path) -> None:
+    """Raise ConfigError for a file that cannot be read, and for one of inference or evaluation, whatever its place."""
+    _check_file(path)
+    name = path.name.partition("_")[0]
+    task = OTHER_TASKS.get(name, "") if path.suffix == ".sh" else ""
+    if path.suffix == ".json":
+        found = _kinds(read_object(path, ConfigError))
+        task = next((kind for kind in found if kind in OTHER_TASKS.values()), "")
+    if task:
+        raise ConfigError(
+            f"{path}: describes {task}, which is not imported: `duetvl.Model.generate` answers from Python; give the "
+            f"files of a training run"
+        )
+
+
+def _kinds(values: Mapping[str, Any]) -> list[str]:
+    return [kind for kind, marks in _MARKS.items() if any(name in values for name in marks)]
 
 
 def _check_file(path: Path) -> None:
@@ -54,10 +69,6 @@ def _check_file(path: Path) -> None:
         raise ConfigError(f"{path}: is not a file; write it to one and give that")
     if path.stat().st_size > _LARGEST:
         raise ConfigError(f"{path}: is larger than {_LARGEST // 2**20} MiB, which no file of a run is; {_ORDER}")
-
-
-def _is(kind: str, values: Mapping[str, Any]) -> bool:
-    return any(name in values for name in _MARKS[kind])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

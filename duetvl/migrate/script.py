@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
+from typing import Final
 
 from duetvl.core.errors import ConfigError
 from duetvl.migrate.shell.simple import Script, Start
 from duetvl.migrate.shell.values import Text
 
-_OTHER_TASKS = {"inference": "inference", "evaluate": "evaluation", "eval": "evaluation"}
+OTHER_TASKS: Final = {"inference": "inference", "evaluate": "evaluation", "eval": "evaluation"}
 
 
 def training_start(script: Script, path: object) -> Start:
@@ -27,9 +28,9 @@ def training_start(script: Script, path: object) -> Start:
             f"a copy of the script, or give the variables that decide here, as NAME=VALUE"
         )
     task = PurePosixPath(found[0].program).name.split("_")[0]
-    if task in _OTHER_TASKS:
+    if task in OTHER_TASKS:
         raise ConfigError(
-            f"{path}: starts {_OTHER_TASKS[task]} ({found[0].program}), which is not imported; give the script of a "
+            f"{path}: starts {OTHER_TASKS[task]} ({found[0].program}), which is not imported; give the script of a "
             f"training run, such as finetune_qwen2_5_vl_7b.sh"
         )
     return found[0]

@@ -29,7 +29,7 @@ from duetvl.training.checkpoints.space import Space
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.schedule import learning_rate, total_steps
+from duetvl.training.schedule import learning_rate, stretched, total_steps
 from duetvl.training.signals import StopSignals
 from duetvl.training.step import StepGivenUp, StepResult, Trainer
 from duetvl.training.watching.callbacks import Callback, Callbacks, told
@@ -86,8 +86,11 @@ class Run:
         self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
         if job.before is not None:
             job.before(self.feed)
+        self.notes = start.notes
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
+            rate = stretched(recipe, start.checkpoint.meta.recipe, sets.per_epoch, self.step)
+            self.notes += (rate,) if rate and self.step < self.total else ()
         self.first_step = self.step
         self.saved: Path | None = start.checkpoint.path if start.checkpoint and not start.history else None
         self.saved_step = self.step if self.saved else -1
@@ -117,7 +120,7 @@ class Run:
                 go_on_from(self.start.checkpoint, self.run_dir)
             with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
                 self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework})")
-                for note in (*notes, *self.start.notes, *warnings):
+                for note in (*notes, *self.notes, *warnings):
                     self.say(note)
                 with self._kept():
                     self._steps()

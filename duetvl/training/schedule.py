@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 from duetvl.training.recipe.sections import OptimSection, Recipe
 
@@ -25,6 +27,20 @@ def warmup_steps(warmup: float, total: int) -> int:
 def _as_written(number: float) -> Fraction:
     """The decimal number that was written: 0.1 is a tenth, where the float is a little more and rounds up to a step."""
     return Fraction(str(number))
+
+
+def stretched(recipe: Recipe, stored: Mapping[str, Any], records: Fraction | int | None, step: int) -> str:
+    """What becomes of the learning rate after `step`, where the `stored` recipe has another length; else empty."""
+    lengths = {name: stored["train"].get(name) for name in ("steps", "epochs")}
+    before = recipe.model_copy(update={"train": recipe.train.model_copy(update=lengths)})
+    old, new = total_steps(before, records), total_steps(recipe, records)
+    last, following = learning_rate(step - 1, old, recipe.optim), learning_rate(step, new, recipe.optim)
+    if following == learning_rate(step, old, recipe.optim):
+        return ""
+    return (
+        f"the schedule reached over {old} steps and now reaches over {new}: the learning rate was {last:.3g} at step "
+        f"{step} and is {following:.3g} at step {step + 1}"
+    )
 
 
 def learning_rate(step: int, total: int, optim: OptimSection) -> float:

@@ -11,11 +11,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh" mindspore MindSpore
 port="${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
 logs="${LOG_DIR:-$(mktemp -d)}"
 
-# msrun starts whatever `python` is on the path.
+# mindspore.parallel.cluster.run is msrun; it starts whatever `python` is on the path.
 export PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
 export GLOG_v="${GLOG_v:-3}"  # MindSpore's C++ log: errors only
 
 # --join=True waits for the worker, and shows its log, $logs/worker_0.log, as it grows. msrun starts the same program
 # once more as its scheduler, which with one worker has nothing to do and ends at once.
-exec msrun --worker_num=1 --local_worker_num=1 --master_port="$port" --log_dir="$logs" --join=True \
+exec "$python" "$root/launch/start.py" mindspore.parallel.cluster.run --worker_num=1 --local_worker_num=1 \
+    --master_port="$port" --log_dir="$logs" --join=True \
     "$root/duetvl/__main__.py" train "$@" --backend mindspore

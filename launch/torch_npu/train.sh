@@ -11,5 +11,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh" torch PyTorch
 # --standalone: a rendezvous of its own on a free port, so that several runs can share a machine. One process per
 # device; this release trains on one. torchrun sets OMP_NUM_THREADS=1 unless it is set: on a CPU give it all cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node=1 \
+exec "$python" "$root/launch/start.py" torch.distributed.run --standalone --nproc_per_node=1 \
     -m duetvl train "$@" --backend torch_npu

@@ -465,7 +465,7 @@ def test_release_1_0(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "task"), [("inference", "inference"), ("evaluate", "evaluation")])
-def test_files_of_inference_and_evaluation_are_answered_in_one_line(tmp_path, name, task):
+def test_files_of_inference_and_evaluation_are_answered_in_one_line(tmp_path, capsys, name, task):
     files = runs.write(tmp_path, SMALL)
     other = json.loads(files[1].read_text())
     marks = {"inference": {"pipeline_class": "Qwen2VlPipeline"}, "evaluate": {"evaluation_dataset": "chartqa_test"}}
@@ -475,9 +475,24 @@ def test_files_of_inference_and_evaluation_are_answered_in_one_line(tmp_path, na
     for given in ((files[0], path, files[2]), (path, files[1], files[2])):
         with pytest.raises(ConfigError, match=rf"{name}_qwen2_5_vl_7b\.json: describes {task}, which is not imported"):
             import_run(*given)
+    assert main(["import-mindspeed", str(path)]) == 2
+    assert f"{name}_qwen2_5_vl_7b.json: describes {task}, which is not imported" in capsys.readouterr().err
     change(files[2], "    pretrain_vlm.py", f"    {name}_vlm.py")
     with pytest.raises(ConfigError, match=rf"finetune\.sh: starts {task} \({name}_vlm\.py\), which is not imported"):
         import_run(*files)
+
+
+def test_files_may_stand_on_both_sides_of_options_and_are_three_in_their_order(tmp_path, capsys):
+    data, model, script = map(str, runs.write(tmp_path, SMALL))
+    made = str(tmp_path / "run.yaml")
+    assert main(["import-mindspeed", data, "-o", made, model, "MBS=2", script]) == 0
+    capsys.readouterr()
+    usage = "error: import-mindspeed takes data.json model.json script.sh -o RECIPE; found "
+    for given in ([], [data, model, "-o", made], [data, model, script], [data, model, script, script, "-o", made]):
+        assert main(["import-mindspeed", *given]) == 2
+        assert capsys.readouterr().err == f"{usage}{' '.join(given) or 'nothing'}\n"
+    assert main(["import-mindspeed", script, data, model, "-o", f"{made}2"]) == 2
+    assert "finetune.sh: is a script, where data.json is expected; the order is" in capsys.readouterr().err
 
 
 # -- conditions of the script ----------------------------------------------------------------------------------------
@@ -673,7 +688,7 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path, capsys):
     assert main(["import-mindspeed", *files[:2], str(tmp_path / "none.sh"), "-o", str(tmp_path / "made.yaml")]) == 2
     assert main(["import-mindspeed", files[2], *files[1:], "-o", str(tmp_path / "made.yaml")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0].endswith("none.sh: no such file") and "cannot be read as JSON" in errors[1]
+    assert errors[0].endswith("none.sh: no such file") and "is a script, where" in errors[1]
     assert not (tmp_path / "made.yaml").exists()
 
 

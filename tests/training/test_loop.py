@@ -211,6 +211,23 @@ def test_a_checkpoint_of_one_backend_goes_on_on_the_other(recipe, tmp_path):
         assert losses(tmp_path / f"on_{be.name}") == pytest.approx(first, rel=1e-4)
 
 
+def test_a_longer_run_says_what_becomes_of_its_learning_rate(torch_be, recipe, capsys):
+    linear = ("optim.schedule=linear", "optim.warmup=0")
+    run(torch_be, recipe, "train.steps=4", *linear)
+    assert "the schedule" not in capsys.readouterr().out
+    run(torch_be, recipe, "train.steps=8", *linear)
+    said = "the schedule reached over 4 steps and now reaches over 8: the learning rate was 0.0125 at step 4 and is"
+    assert f"{said} 0.025 at step 5\n" in capsys.readouterr().out
+    run(torch_be, recipe, "train.steps=8", *linear)
+    assert "the schedule" not in capsys.readouterr().out
+
+
+def test_a_constant_learning_rate_is_the_same_in_a_longer_run(torch_be, recipe, capsys):
+    run(torch_be, recipe, "train.steps=4", "optim.schedule=constant", "optim.warmup=0")
+    run(torch_be, recipe, "train.steps=6", "optim.schedule=constant", "optim.warmup=0")
+    assert "the schedule" not in capsys.readouterr().out
+
+
 def test_a_finished_run_stays_as_it_is(be, recipe, tmp_path, capsys):
     done = run(be, recipe, "train.steps=4")
     before = weights(tmp_path / "run")
