@@ -34,7 +34,7 @@ from duetvl.training.signals import StopSignals
 from duetvl.training.step import StepGivenUp, StepResult, Trainer
 from duetvl.training.watching.callbacks import Callback, Callbacks, told
 from duetvl.training.watching.costs import Meter
-from duetvl.training.watching.metrics import MetricsLog, Progress, check_own, read_metrics
+from duetvl.training.watching.metrics import RESERVED, MetricsLog, Progress, check_own, read_metrics
 from duetvl.training.watching.plots import plot_runs
 from duetvl.training.watching.trace import Trace
 from duetvl.training.watching.trackers import open_trackers
@@ -86,6 +86,7 @@ class Run:
         self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
         if job.before is not None:
             job.before(self.feed)
+        self.reserved = set(RESERVED)
         self.notes = start.notes
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
@@ -245,9 +246,14 @@ class Run:
             "total_tokens": self.totals["tokens"],
             "total_skipped": self.totals["skipped"],
         }
-        self.log_file.write(row)
+        self._write(row)
         self.progress.step(row)
         self.callbacks.call("on_step", row)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        """A row of the trainer's own, whose names no callback may log."""
+        self.reserved |= row.keys()
+        self.log_file.write(row)
 
     def _finish(self) -> None:
         """The last evaluation, checkpoint, plot and export; after a signal the checkpoint alone."""
@@ -308,7 +314,7 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add numbers to metrics.jsonl and every tracker."""
-        check_own(row)
+        check_own(row, self.reserved)
         self.log_file.write({"step": self.step, **row})
 
     def log_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -360,7 +366,7 @@ class Run:
             return
         values = {f"eval_{name}": value for name, value in found.values.items()}
         row = {"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values}
-        self.log_file.write(row)
+        self._write(row)
         over = f"over {found.weight:.0f} {self.job.objective.unit}"
         self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  {over}")
         self.evaluated_step = self.step

@@ -20,6 +20,7 @@ from duetvl.models.qwen_vl.loading import load_model, save_model
 from duetvl.training.check import check
 from duetvl.training.preference.dpo import LOGGED
 from duetvl.training.train import train
+from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.metrics import read_metrics
 
 FIRST, ALONG = 1e-5, 1e-3  # relative difference between backends of the first loss, and of later ones
@@ -72,6 +73,17 @@ def losses(run: Path) -> np.ndarray:
 
 KINDS = {"full": [], "lora": ["lora.rank=4", "lora.targets=[language,vision]", "optim.lr=3e-2"]}
 kinds = pytest.mark.parametrize("kind", list(KINDS))
+
+
+@pytest.mark.parametrize("name", ["rewards/margins", "eval_rewards/margins"])
+def test_names_that_the_objective_has_written_are_not_a_callback_s(recipe, tmp_path, name):
+    class Logs(Callback):
+        def on_eval(self, run, row):
+            run.log({name: 1.0})
+
+    given = [f"train.output_dir={tmp_path}/run", "train.steps=1"]
+    with pytest.raises(ConfigError, match=f"a callback logs '{name}', which the trainer itself writes"):
+        train(recipe, given, backend=load_backend("torch_npu", "cpu"), callbacks=[Logs()])
 
 
 @kinds
@@ -154,6 +166,7 @@ import os, sys
 from duetvl.core.backend import load_backend
 from duetvl.training.feed import Feed
 from duetvl.training.train import train
+from duetvl.training.watching.callbacks import Callback
 
 recipe, run, cache = sys.argv[1:]
 everything = Feed.everything

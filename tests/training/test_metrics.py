@@ -145,10 +145,18 @@ def test_a_plot_of_nothing_is_no_error(tmp_path):
 
 
 def test_the_names_of_the_trainer_are_its_own(tmp_path):
-    for name in ("loss", "step", "lr", "eval_loss", "total_tokens"):
+    for name in ("loss", "step", "lr", "eval_loss", "total_tokens", "tokens_per_sample"):
         with pytest.raises(ConfigError, match=f"a callback logs '{name}', which the trainer itself writes"):
             check_own({"mine": 1, name: 2.0})
     check_own({"my_loss": 1.0, "eval_accuracy": 0.5})
+
+
+def test_numbers_of_arrays_without_axes_are_numbers(tmp_path):
+    torch = pytest.importorskip("torch")
+    with_log = MetricsLog(tmp_path)
+    with_log.write({"step": 1, "a": torch.tensor(0.5), "b": np.array(2), "c": np.float32(3)})
+    with_log.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 0.5, "b": 2, "c": 3.0}]
 
 
 def test_numbers_of_numpy_are_written_and_what_is_none_is_named(tmp_path):

@@ -6,11 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from duetvl.core.errors import ConfigError
 from duetvl.storage.files import write_text
@@ -19,10 +17,11 @@ from duetvl.training.watching.trackers import Guarded, Tracker
 Row = dict[str, Any]
 METRICS = "metrics.jsonl"
 ANSWERS = "samples.jsonl"
-# What the trainer itself writes of a step and of an evaluation; an objective has values of its own beside these.
+# What the trainer itself writes; what else it has written in a run, as an objective's values, is reserved in that run.
 RESERVED = frozenset({
-    "step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "micro_batches", "tokens_per_s", "step_s",
-    "data_wait", "peak_memory", "mfu", "loss_scale", "total_tokens", "total_skipped", "eval_loss", "eval_tokens",
+    "step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "micro_batches", "tokens_per_s",
+    "tokens_per_sample", "step_s", "data_wait", "peak_memory", "mfu", "loss_scale", "total_tokens", "total_skipped",
+    "eval_loss", "eval_tokens",
 })  # fmt: skip
 
 
@@ -144,9 +143,9 @@ class MetricsLog:
                 self._say(f"warning: {self.run / name} cannot be written: {reason}; its rows are kept for later")
 
 
-def check_own(row: Mapping[str, Any]) -> None:
+def check_own(row: Mapping[str, Any], reserved: Collection[str] = RESERVED) -> None:
     """Raise ConfigError where a callback logs under a name that is the trainer's."""
-    if taken := [key for key in row if key in RESERVED]:
+    if taken := [key for key in row if key in reserved]:
         raise ConfigError(
             f"a callback logs {taken[0]!r}, which the trainer itself writes; choose another name, such as "
             f"'my_{taken[0]}'"
@@ -158,8 +157,8 @@ def _clean(row: Mapping[str, Any]) -> Row:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A value as metrics.jsonl takes it: numpy's numbers as Python's, null for what is not finite."""
-    value = value.item() if isinstance(value, np.generic) else value
+    """A value as metrics.jsonl takes it: numpy's and tensors' numbers as Python's, null for what is not finite."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     try:
