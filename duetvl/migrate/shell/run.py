@@ -1,7 +1,8 @@
-"""Follows a script from the top to the bottom: its assignments, conditions, loops and functions, and no program.
+"""Follows a script from the top to the bottom: its assignments, conditions and functions, and no program.
 
-A command of which it is not known whether it runs is followed all the same, but what it assigns is then not known. A
-construct that would be followed wrongly is refused with its line.
+A command of which it is not known whether it runs is followed all the same, but what it assigns is then not known. So
+it is with the body of a loop, unless it is known not to run. A construct that would be followed wrongly is refused with
+its line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.migrate.shell.arithmetic import assigned
 from duetvl.migrate.shell.conditions import double_bracket
 from duetvl.migrate.shell.parser import parse
-from duetvl.migrate.shell.simple import Exit, Leave, LoopUnsettled, Script, SimpleCommands, Status
+from duetvl.migrate.shell.simple import Exit, Script, SimpleCommands, Status
 from duetvl.migrate.shell.syntax import (
     Case,
     Chain,
@@ -31,7 +32,7 @@ from duetvl.migrate.shell.syntax import (
     Template,
     Test,
 )
-from duetvl.migrate.shell.values import Text, missing
+from duetvl.migrate.shell.values import SIGNS, Text, missing
 from duetvl.migrate.shell.variables import Variables
 from duetvl.migrate.shell.words import double_quoted
 
@@ -47,7 +48,7 @@ def read_script(text: str, given: Mapping[str, str]) -> Script:
     script = Script(Variables(values, frozenset(given)))
     follower = _Follower(script)
     try:
-        follower.run(parse(re.sub("\r(?=\n|\\Z)", "", text).replace("\0", "")))
+        follower.run(parse(re.sub(f"\r(?=\n|\\Z)|[{SIGNS}]", "", text)))
     except Exit:
         script.ended = follower.variables.line
     except RecursionError:
@@ -115,55 +116,25 @@ class _Follower(SimpleCommands):
         return True if known else None
 
     def _loop(self, node: Loop) -> Status:
-        while node.condition is not None:
-            answer = self.run(node.condition)
-            if answer is not None and answer == node.until:
-                return True
-            if answer is None:
-                break
-            left = self._once(node.body)
-            if left == "break":
-                return True
-            if left == "unsettled":
-                break
-        self._any_number_of_times(node.body)
-        return None
+        condition = node.condition or ()
+        answer = self.run(condition) if condition else None
+        if answer is not None and answer == node.until:
+            return True
+        return self._any_number_of_times([*condition, *node.body])
 
-    def _once(self, body: Sequence[Node]) -> str:
-        """Follow a loop's body; the word with which it is left, or `unsettled` where that is not known."""
-        self.loops.append(True)
-        try:
-            self.run(body)
-        except Leave as word:
-            return str(word)
-        except LoopUnsettled:
-            return "unsettled"
-        finally:
-            self.loops.pop()
-        return ""
-
-    def _any_number_of_times(self, body: Sequence[Node]) -> None:
+    def _any_number_of_times(self, body: Sequence[Node]) -> Status:
         """Follow a body twice: what it assigns at its end is not known at its beginning either."""
         starts = list(self.script.starts)
-        self.loops.append(False)
         for _ in range(2):
             self.script.starts[:] = starts
             self.perhaps(body)
-        self.loops.pop()
+        return None
 
     def _each(self, node: Each) -> Status:
-        words = list(self.variables.arguments if node.words is None else self.variables.words(node.words))
-        known = not any(map(missing, words))
-        for word in words if known else ():
-            self.variables.assign(node.name, (word,))
-            left = self._once(node.body)
-            known = left != "unsettled"
-            if left in ("break", "unsettled"):
-                break
-        if not known:
-            self.variables.forget([node.name], "is each of several words of which it is not known which come")
-            self._any_number_of_times(node.body)
-        return True if known else None
+        if not (self.variables.arguments if node.words is None else self.variables.words(node.words)):
+            return True
+        self.variables.forget([node.name], "is each of several words")
+        return self._any_number_of_times(node.body)
 
     def _case(self, node: Case) -> Status:
         word, known = self.variables.text(node.word), True

@@ -62,14 +62,6 @@ class Return(Exception):
     """A function ends."""
 
 
-class Leave(Exception):
-    """`break` or `continue`."""
-
-
-class LoopUnsettled(Exception):
-    """It is not known whether a loop is left here."""
-
-
 class CallUnsettled(Exception):
     """It is not known whether a function ends here."""
 
@@ -81,7 +73,6 @@ class SimpleCommands(ABC):
         self.script, self.variables = script, script.variables
         self.functions: dict[str, Node | None] = {}
         self.locals: list[dict[str, tuple[str, ...] | None]] = []
-        self.loops: list[bool] = []  # around the command: whether each is known to run so often
         self.calls: list[bool] = []
 
     @abstractmethod
@@ -92,7 +83,7 @@ class SimpleCommands(ABC):
     def apart(self) -> Iterator[None]:
         """As in a shell of its own, which `exit` ends."""
         functions = dict(self.functions)
-        with self.variables.apart(), suppress(Exit, Return, Leave):
+        with self.variables.apart(), suppress(Exit, Return):
             yield
         self.functions = functions
 
@@ -175,7 +166,8 @@ class SimpleCommands(ABC):
     def _jump(self, name: str) -> None:
         """An `exit` under a condition is passed over: the script is read as going on to train.
 
-        Where there is no function or loop to leave, bash passes over `return` and `break`.
+        Where there is no function to leave, bash passes over `return`. The body of a loop may not run at all, so that
+        it is left early changes nothing.
         """
         unsure = bool(self.variables.unsure)
         if name == "exit" and not unsure:
@@ -184,10 +176,6 @@ class SimpleCommands(ABC):
             raise Return
         if name == "return" and self.calls and self.calls[-1]:
             raise CallUnsettled
-        if name in ("break", "continue") and self.loops and not unsure:
-            raise Leave(name)
-        if name in ("break", "continue") and self.loops and self.loops[-1]:
-            raise LoopUnsettled
 
     # -- assignments ----------------------------------------------------------------------------------------------
 
@@ -270,7 +258,7 @@ class SimpleCommands(ABC):
 
     def _body(self, body: Node) -> Status:
         """Follow a function's body; once more, as one that may not be run, where it is not known where it ends."""
-        starts, loops, self.loops = list(self.script.starts), self.loops, []
+        starts = list(self.script.starts)
         try:
             self.calls.append(True)
             return self.run([body])
@@ -282,7 +270,6 @@ class SimpleCommands(ABC):
             return self.perhaps([body])
         finally:
             self.calls.pop()
-            self.loops = loops
 
     def _read_in(self, how: str, words: Sequence[str]) -> Status:
         if how == "eval" and not any(map(missing, words)):

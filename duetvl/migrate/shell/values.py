@@ -1,7 +1,8 @@
 """Values of which something may not be known.
 
 What only running the script would tell is marked in the text: `\\0`, the reason with `\\1` for its blanks, `\\0`. So a
-mark keeps its place when a value is put into another and split again.
+mark keeps its place when a value is put into another and split again. `END` stands between the words that a text
+becomes, and `QUOTED` for quotes: there is a word, though it may be empty.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Final
+
+END: Final = "\x1f"
+QUOTED: Final = "\x02"
+SIGNS: Final = "\0\1" + QUOTED + END  # no script has these
 
 _MARK: Final = re.compile("\0[^\0]*\0")
 

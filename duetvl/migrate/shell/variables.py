@@ -12,21 +12,12 @@ from typing import Final
 from duetvl.core.errors import ConfigError
 from duetvl.migrate.shell.arithmetic import Unknown, assigned, calculate, number
 from duetvl.migrate.shell.syntax import Part, Template
-from duetvl.migrate.shell.values import mark, missing, short, unset
+from duetvl.migrate.shell.values import END, QUOTED, mark, missing, short, unset
 
 LONGEST: Final = 1_000_000  # of a value; a script that doubles one again and again is not meant to be read
 _CHANGING: Final = {"RANDOM", "SECONDS", "LINENO", "BASHPID", "SRANDOM", "EPOCHSECONDS", "EPOCHREALTIME"}
 _FILES: Final = re.compile(r"[*?]|\[.+\]")
 _BRACES: Final = re.compile(r"\{[^{}]*(?:,|\.\.)[^{}]*\}")
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """What a part becomes: one text, words of their own (`lists`), or a text to be split at blanks (`splits`)."""
-
-    values: tuple[str, ...]
-    lists: bool = False
-    splits: bool = False
 
 
 @dataclass
@@ -109,13 +100,13 @@ class Variables:
 
     def text(self, template: Template) -> str:
         """A word where nothing is split, as on the right of an assignment."""
-        return "".join(" ".join(stretch.values) for part in self._home(template) for stretch in self._stretches(part))
+        return "".join(self._value_of(part, split=False) for part in self._home(template))
 
     def pattern(self, template: Template) -> str | None:
         """A pattern for `fnmatchcase`, None for one that it reads in another way than the shell."""
         found = ""
         for part in template:
-            value = "".join(" ".join(stretch.values) for stretch in self._stretches(part))
+            value = self._value_of(part, split=False)
             found += re.sub(r"([*?\[])", r"[\1]", value) if part.quoted else value
             if not part.quoted and re.search(r"[\[\\(]", value):
                 return None
@@ -125,12 +116,8 @@ class Variables:
         skeleton = "".join(part.text if part.kind == "text" and not part.quoted else "." for part in template)
         if _BRACES.search(skeleton):
             return [mark(f"{short(skeleton)} is not read: braces are not written out")]
-        words: list[str] = []
-        word: str | None = None
-        for part in self._home(template):
-            for stretch in self._stretches(part):
-                word = _append(words, word, stretch if part.quoted else _without_files(stretch))
-        return [*words, *([] if word is None else [word])]
+        whole = "".join(self._value_of(part, split=True) for part in self._home(template))
+        return [word.replace(QUOTED, "") for word in whole.split(END) if word]
 
     def _home(self, template: Template) -> Template:
         """`~` at the beginning is `$HOME`; another user's is not read."""
@@ -142,16 +129,17 @@ class Variables:
             return (Part("unread", first.text), *template[1:])
         return (Part("variable", "HOME", quoted=True), Part("text", slash + rest, quoted=True), *template[1:])
 
-    def _stretches(self, part: Part) -> list[_Stretch]:
-        if part.kind == "text":
-            return [_Stretch((part.text,))]
-        if part.kind == "command":
-            return [_Stretch((mark(f"the output of {short(part.text)} is not known"),))]
-        if part.kind == "unread":
-            return [_Stretch((mark(f"{short(part.text)} is not read"),))]
-        if part.kind == "sum":
-            return [_Stretch((self._sum(part),))]
-        return self._variable(part)
+    def _value_of(self, part: Part, split: bool) -> str:
+        """What a part becomes; with `split` with the signs for words and quotes."""
+        if part.kind == "variable":
+            return self._variable(part, split)
+        values = {
+            "text": lambda: part.text, "sum": lambda: self._sum(part),
+            "command": lambda: mark(f"the output of {short(part.text)} is not known"),
+            "unread": lambda: mark(f"{short(part.text)} is not read"),
+        }  # fmt: skip
+        value = values[part.kind]()
+        return value if not split else QUOTED + value if part.quoted else _marked_files(value)
 
     def _sum(self, part: Part) -> str:
         text = self.text(part.operand)
@@ -181,25 +169,23 @@ class Variables:
 
     # -- variables ------------------------------------------------------------------------------------------------
 
-    def _variable(self, part: Part) -> list[_Stretch]:
+    def _variable(self, part: Part, split: bool) -> str:
         value, listed = self._value(part), part.text in ("@", "*") or part.index in ("@", "*")
         rule = part.operator.lstrip(":")
         absent = not value or (part.operator.startswith(":") and not any(value))
         if rule and rule in "-=?" and absent:
-            return self._default(part, rule)
+            return self._default(part, rule, split)
         if rule == "+" and not missing("".join(value or ())):
-            return self._alternative(part, absent)
+            return self._alternative(part, absent, split)
         if value is None:
             value = self._absent(part.text)
         if part.operator == "length":
             value = (str(len(value) if listed else len("".join(value))),) if not missing("".join(value)) else value
         elif rule in ("%", "%%", "#", "##"):
             value = (self._cut(part, "".join(value)),)
-        if not part.quoted:
-            return [_Stretch(value, splits=True)]
-        if listed and "@" in (part.text, part.index) and part.operator != "length":
-            return [_Stretch(value, lists=True)]
-        return [_Stretch((" ".join(value),))]
+        if split and part.quoted and listed and "@" in (part.text, part.index) and part.operator != "length":
+            return END.join(QUOTED + word for word in value)
+        return _signed(" ".join(value), part.quoted) if split else " ".join(value)
 
     def _value(self, part: Part) -> tuple[str, ...] | None:
         """The value of a variable; None where it is not set. An array without an index stands for its first word."""
@@ -224,35 +210,32 @@ class Variables:
             return ()
         return (mark(f"argument {name} of the script is not known"),) if name.isdigit() else (unset(name),)
 
-    def _default(self, part: Part, rule: str) -> list[_Stretch]:
+    def _default(self, part: Part, rule: str, split: bool) -> str:
         if rule == "?":
-            return [_Stretch(self._absent(part.text))]
-        found = self._operand(part)
-        if part.text in ("@", "*"):
-            return found
-        value = "".join(" ".join(stretch.values) for stretch in found)
-        if part.text not in self.values and not missing(value):
-            self.assumed[part.text] = f"{short(value) or 'empty'}, which the script takes where it is not set"
-        if rule == "=":
-            self.assign(part.text, (value,))
-        return found
+            return _signed(" ".join(self._absent(part.text)), part.quoted) if split else self._absent(part.text)[0]
+        if part.text not in ("@", "*"):
+            value = self._operand(part, split=False)
+            if part.text not in self.values and not missing(value):
+                self.assumed[part.text] = f"{short(value) or 'empty'}, which the script takes where it is not set"
+            if rule == "=":
+                self.assign(part.text, (value,))
+        return self._operand(part, split)
 
-    def _alternative(self, part: Part, absent: bool) -> list[_Stretch]:
+    def _alternative(self, part: Part, absent: bool, split: bool) -> str:
         """`${name:+operand}`."""
         if not absent:
-            return self._operand(part)
+            return self._operand(part, split)
         if part.text not in self.values and part.text not in ("@", "*"):
             self.assumed[part.text] = "not set, as the script does not set it"
-        return [_Stretch(("",))] if part.quoted else []
+        return QUOTED if split and part.quoted else ""
 
-    def _operand(self, part: Part) -> list[_Stretch]:
+    def _operand(self, part: Part, split: bool) -> str:
         """What `${name:-operand}` becomes, whose texts are split where it stands without quotes."""
-        found: list[_Stretch] = []
+        found = QUOTED if split and part.quoted else ""
         for inner in part.operand:
-            for stretch in self._stretches(inner):
-                plain = inner.kind == "text" and not inner.quoted and not part.quoted
-                found.append(_Stretch(stretch.values, stretch.lists, splits=plain or stretch.splits))
-        return found or [_Stretch(("",) if part.quoted else (), splits=not part.quoted)]
+            value = self._value_of(inner, split)
+            found += _signed(value, inner.quoted) if split and inner.kind == "text" and not part.quoted else value
+        return found
 
     def _cut(self, part: Part, value: str) -> str:
         """`${name%pattern}` and its like: the shortest or longest end or beginning that fits is cut off."""
@@ -271,7 +254,12 @@ class Variables:
         return value
 
 
-def _without_files(stretch: _Stretch) -> _Stretch:
+def _signed(value: str, quoted: bool) -> str:
+    """A value with the signs for words and quotes."""
+    return QUOTED + value if quoted else re.sub(r"[ \t\n]+", END, _marked_files(value))
+
+
+def _marked_files(value: str) -> str:
     """Words that name files by a pattern are marked: which ones there are is not known."""
 
     def marked(found: re.Match[str]) -> str:
@@ -279,31 +267,4 @@ def _without_files(stretch: _Stretch) -> _Stretch:
         known = "\0" in word or not _FILES.search(word)
         return word if known else word + mark(f"which files {short(word)} names is not known")
 
-    values = tuple(re.sub(r"[^ \t\n]+", marked, value) for value in stretch.values)
-    return _Stretch(values, stretch.lists, stretch.splits)
-
-
-def _append(words: list[str], word: str | None, stretch: _Stretch) -> str | None:
-    """Put a stretch behind the word that is being made; finished words go to `words`."""
-    if stretch.lists:
-        for number_of, value in enumerate(stretch.values):
-            if number_of and word is not None:
-                words.append(word)
-            word = value if number_of else (word or "") + value
-        return word
-    whole = " ".join(stretch.values)
-    if not stretch.splits:
-        return (word or "") + whole
-    pieces = [piece for piece in re.split(r"[ \t\n]+", whole) if piece]
-    if whole[:1] in (" ", "\t", "\n") and whole and word is not None:
-        words.append(word)
-        word = None
-    for number_of, piece in enumerate(pieces):
-        if number_of and word is not None:
-            words.append(word)
-            word = None
-        word = (word or "") + piece
-    if whole and whole[-1] in " \t\n" and word is not None:
-        words.append(word)
-        word = None
-    return word
+    return re.sub(r"[^ \t\n]+", marked, value)
