@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from duetvl.migrate.tables import TABLES
@@ -16,7 +17,8 @@ a training script. `*` stands for anything. Fields are described in [recipe.md](
 
 def key_tables() -> str:
     """All keys as markdown tables."""
-    lines = ["# Keys of MindSpeed-MM", "", _PREFACE.strip(), ""]
+    titles = ", ".join(f"[{table.title}](#{_anchor(table.title)})" for table in TABLES)
+    lines = ["# Keys of MindSpeed-MM", "", _PREFACE.strip(), "", f"Contents: {titles}.", ""]
     for table in TABLES:
         lines += [f"## {table.title}", "", "| key | in a recipe |", "|---|---|"]
         lines += _rows(table.used, "")
@@ -27,4 +29,13 @@ def key_tables() -> str:
 
 
 def _rows(keys: Mapping[str, str], before: str) -> Iterator[str]:
-    return (f"| `{key}` | {before}{text} |" for key, text in keys.items())
+    """A row for each meaning, with all keys that have it."""
+    same: dict[str, list[str]] = {}
+    for key, text in keys.items():
+        same.setdefault(text, []).append(f"`{key}`")
+    return (f"| {', '.join(names)} | {before}{text} |" for text, names in same.items())
+
+
+def _anchor(title: str) -> str:
+    """GitHub's address of a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")

@@ -25,7 +25,7 @@ class DataSource(Section):
     weight: float = Field(
         default=1.0, ge=1e-6, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
     )
-    max_samples: int | None = Field(default=None, ge=1, description="Only so many records, chosen by `data.seed`.")
+    max_samples: int | None = Field(default=None, ge=1, description="At most this many records, chosen by `data.seed`.")
     image_root: str | None = Field(default=None, description="Replaces `data.image_root` for this set.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Names of the record's keys, as in LLaMA-Factory's dataset_info.json."
@@ -64,11 +64,11 @@ class DataSection(Section):
     val_rate: float | None = Field(
         default=None, gt=0, lt=1, description="Instead of `val`: the share of the training records to keep for it."
     )
-    val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate only so many records.")
+    val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate at most this many records.")
     max_samples: int | None = Field(
         default=None,
         ge=1,
-        description="Train only on the first so many records of all sets together; `max_samples` of a set chooses "
+        description="Train only on the first N records of all sets together; `max_samples` of a set chooses "
         "among its records by `data.seed`.",
     )
     image_root: str | None = Field(

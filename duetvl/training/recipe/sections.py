@@ -77,7 +77,7 @@ class TrainSection(Section):
         "run continues; the step's samples are named in both cases.",
     )
     eval_every: int | None = Field(
-        default=None, ge=1, description="Evaluate `data.val` every so many steps; it is always evaluated at the end."
+        default=None, ge=1, description="Evaluate `data.val` every N steps; it is always evaluated at the end."
     )
 
     @model_validator(mode="after")
@@ -130,7 +130,7 @@ class OptimSection(Section):
         "overflows, and that step makes no update.",
     )
     loss_scale_window: int | None = Field(
-        default=None, ge=1, description="float16 alone: the factor doubles after so many updates, 2000 by default."
+        default=None, ge=1, description="float16 only: the factor doubles after this many updates, 2000 by default."
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate falls after the warm-up; the formulas are transformers'."
@@ -225,9 +225,9 @@ class DpoSection(Section):
 class CheckpointSection(Section):
     """What is saved, and when. The last step is always saved, and the one before an error or a signal."""
 
-    every: int | None = Field(default=500, ge=1, description="Save a checkpoint every so many steps; null: never so.")
+    every: int | None = Field(default=500, ge=1, description="Save a checkpoint every N steps; null: do not.")
     minutes: float | None = Field(
-        default=30.0, gt=0, description="Save one as well when the last is so many minutes old; null: never so."
+        default=30.0, gt=0, description="Also save one when the last is this many minutes old; null: do not."
     )
     keep_last: int | None = Field(
         default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."
@@ -254,7 +254,7 @@ class CheckpointSection(Section):
 class LogSection(Section):
     """What is shown. `metrics.jsonl` gets every step in any case."""
 
-    every: int = Field(default=1, ge=1, description="Print a line every so many steps, where no progress bar is shown.")
+    every: int = Field(default=1, ge=1, description="Print a line every N steps, where no progress bar is shown.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events to `tensorboard/`.")
     wandb: str | None = Field(
         default=None, min_length=1, description="Project of Weights & Biases that gets the run (the extra `wandb`)."
@@ -265,7 +265,7 @@ class LogSection(Section):
     generate: int = Field(
         default=0,
         ge=0,
-        description="At every evaluation, answer so many validation samples; see `samples.jsonl` and TensorBoard.",
+        description="At every evaluation, answer this many validation samples; see `samples.jsonl` and TensorBoard.",
     )
     generate_tokens: int = Field(default=64, ge=1, description="Most tokens of such an answer.")
     peak_tflops: float | None = Field(

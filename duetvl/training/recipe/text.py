@@ -122,11 +122,11 @@ _PREFACE = """
 One YAML or JSON file says everything about a run. An unknown section or field is an error that names the nearest
 known one. Any field can be given on the command line instead: `duetvl train run.yaml optim.lr=3e-5 train.steps=100`.
 
-Paths are relative to the working directory. Paths of images inside a data file are those of
-[data_formats.md](data_formats.md): from `data.image_root`, or found by themselves. Numbers are read
+Paths are relative to the working directory. Paths of images inside a data file are relative to
+`data.image_root`, or else to the data file and then the working directory. Numbers are read
 as in JSON (`1e-5` is a number), `true` and `false` are the only booleans.
 
-A section with nothing below it (`lora:`) is there with its defaults. A field with nothing after it is null where that
+A section with nothing below it (`lora:`) has its defaults. A field with nothing after it is null where that
 is its default, and an error elsewhere. On the command line a value is read as YAML where it begins with a quote or a
 bracket; anything else is one number, boolean, null, or text, taken whole: `data.train=shards/*.tar`.
 """
