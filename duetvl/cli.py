@@ -80,7 +80,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     known = hasattr(args, "recipe") or args.command == "import-mindspeed"
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
     if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        hint = "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5" * hasattr(args, "recipe")
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
     args.overrides = rest
     return args
 

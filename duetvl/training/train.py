@@ -41,7 +41,7 @@ def train(
     given = read_recipe(recipe, overrides)
     check_trackers(given.log)
     if restart and resume is not None:
-        raise ConfigError("--restart begins anew and --resume goes on; give one of them")
+        raise ConfigError("--restart starts from step 0 and --resume from a checkpoint; give one of them")
     backend = backend or load_backend(given.backend.name, given.backend.device)
     check_world(given, backend.collectives.launched())
     backend.collectives.start()

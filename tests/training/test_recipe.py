@@ -10,6 +10,7 @@ import pytest
 
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import published_config
+from duetvl.training.recipe import text
 from duetvl.training.recipe.reading import check_layers, check_world, load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import recipe_reference
@@ -79,7 +80,15 @@ def test_the_last_override_wins():
         ),
         ("optim.warmup=1.5", "optim.warmup: found 1.5, allowed: a fraction of all steps below 1, or whole steps"),
         ("train.eval_every=3", "train.eval_every 3 needs data.val or data.val_rate, and neither is given"),
-        ("lr=3", "override 'lr=3' is not of the form section.key=value"),
+        ("lr=3", "override 'lr=3' is not of the form section.key=value; did you mean optim.lr?"),
+        ("rl", "override 'rl' is not of the form section.key=value"),
+        (
+            "every=3",
+            "override 'every=3' is not of the form section.key=value; did you mean checkpoint.every or log.every?",
+        ),
+        ("optim.learning_rate=1", "optim has no field 'learning_rate'; did you mean optim.lr?"),
+        ("train.lr=1", "train has no field 'lr'; did you mean optim.lr?"),
+        ("lora.r=1", "lora has no field 'r'; did you mean lora.rank?"),
         ("optim.lr", "override 'optim.lr' is not of the form section.key=value"),
         ("optim.lr=[", "override optim.lr: not valid YAML: expected the node content, but found '<stream end>'"),
         (
@@ -377,3 +386,19 @@ def test_the_document_is_current():
         "write it again: python -c 'from duetvl.training.recipe.text import recipe_reference as r; "
         'open("docs/recipe.md", "w").write(r())\''
     )
+
+
+def test_settings_of_other_tools_are_answered_with_the_field_or_the_way():
+    with pytest.raises(ConfigError) as caught:
+        make_recipe({"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "stage": "sft", "lora_rank": 8})
+    assert str(caught.value).startswith(
+        "a recipe has no section 'model_name_or_path'; did you mean model.path? docs/migrating.md has the fields"
+    )
+    with pytest.raises(ConfigError, match="'dataset_param' is a key of MindSpeed-MM's files; `duetvl import-"):
+        make_recipe({"dataset_param": {}, "dataloader_param": {}})
+
+
+def test_every_name_of_another_tool_leads_to_a_field_that_is_there():
+    for name in text._ELSEWHERE:
+        section, _, key = text._ELSEWHERE[name].partition(".")
+        assert key in text.fields(section), name

@@ -20,7 +20,7 @@ from duetvl.core.stages import even_split
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.recipe.text import allowed, fields, no_field, no_section, one_line, show
+from duetvl.training.recipe.text import allowed, elsewhere, fields, no_field, no_section, one_line, show
 from duetvl.training.recipe.yaml_values import BLANK, parse_value, read_yaml
 
 
@@ -81,7 +81,8 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
     target, equals, text = override.partition("=")
     section, dot, key = target.partition(".")
     if not (equals and dot and section and key):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        hint = elsewhere(target)
+        raise ConfigError(f"override {override!r} is not of the form section.key=value{hint}")
     if section not in Recipe.model_fields:
         raise ConfigError(no_section(section))
     if key not in fields(section):

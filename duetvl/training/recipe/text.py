@@ -6,7 +6,7 @@ import inspect
 import math
 import types
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -58,13 +58,39 @@ def _path(problem: ErrorDetails) -> str:
 
 
 def no_section(name: str) -> str:
-    """There is no section of this name; the nearest known ones."""
-    return f"a recipe has no section {name!r}{did_you_mean(str(name), Recipe.model_fields)}"
+    """There is no section of this name; the field that is meant, or the nearest known ones."""
+    if name in _MINDSPEED:
+        return f"{name!r} is a key of MindSpeed-MM's files; `duetvl import-mindspeed` makes a recipe of them"
+    hint = elsewhere(name) or did_you_mean(str(name), Recipe.model_fields)
+    more = " docs/migrating.md has the fields for the keys of LLaMA-Factory" if name in _ELSEWHERE else ""
+    return f"a recipe has no section {name!r}{hint}{more}"
 
 
 def no_field(section: str, key: str) -> str:
-    """The section has no field of this name; the nearest known ones."""
-    return f"{section} has no field {key!r}{did_you_mean(str(key), fields(section))}"
+    """The section has no field of this name; the field that is meant, or the nearest known ones."""
+    return f"{section} has no field {key!r}{elsewhere(key) or did_you_mean(str(key), fields(section))}"
+
+
+def elsewhere(name: str) -> str:
+    """A hint to the fields that have this name or this meaning; empty where there are none."""
+    found = [f"{section}.{name}" for section in Recipe.model_fields if name in fields(section)]
+    found = found or [_ELSEWHERE[name]] if name in _ELSEWHERE else found
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+_MINDSPEED: Final = ("dataset_param", "dataloader_param", "image_encoder", "text_decoder", "img_context_token_id")
+_ELSEWHERE: Final = {  # what Hugging Face's trainers, LLaMA-Factory and ms-swift call fields of a recipe
+    "model_name_or_path": "model.path", "torch_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "model.dtype",
+    "dataset": "data.train", "eval_dataset": "data.val", "max_length": "data.cutoff_len",
+    "max_seq_length": "data.cutoff_len", "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup", "warmup_steps": "optim.warmup", "max_grad_norm": "optim.clip",
+    "num_train_epochs": "train.epochs", "max_steps": "train.steps", "eval_steps": "train.eval_every",
+    "per_device_train_batch_size": "train.global_batch", "gradient_accumulation_steps": "train.global_batch",
+    "batch_size": "train.global_batch", "gradient_checkpointing": "train.recompute", "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "lora_target": "lora.targets", "r": "lora.rank",
+    "target_modules": "lora.targets", "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep_last",
+    "logging_steps": "log.every", "report_to": "log.wandb",
+}  # fmt: skip
 
 
 def fields(section: str) -> Mapping[str, Any]:
