@@ -30,7 +30,13 @@ _COMPARED: Final = (
 
 
 def frozen_parts(model: Values) -> tuple[str, ...]:
-    """The parts that are not trained, in MindSpeed-MM's names."""
+    """The parts that are not trained, in MindSpeed-MM's names.
+
+    ConfigError for null, which is no absence there: a part whose default is to be frozen is trained.
+    """
+    for key, _ in _FREEZE.values():
+        if key in model and model.peek(key) is None:
+            raise ConfigError(f"{MODEL.title}: {key} is null, expected true or false; leave it out for its default")
     return tuple(part for part, (key, usual) in _FREEZE.items() if model.switch(key, usual))
 
 

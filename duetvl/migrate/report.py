@@ -53,6 +53,11 @@ class Report:
             raise ConfigError(f"{title}: {short(key)}{reason}; --allow-unknown goes on without it")
         self.add("unknown", key, reason.lstrip(": ;"))
 
+    def mentions(self, key: str) -> bool:
+        """Whether a note is about a key, which may be named by its last part."""
+        names = {name for note in self.notes for name in note.key.split(", ")}
+        return key in names or key.rpartition(".")[2] in names
+
     def lines(self) -> Iterator[str]:
         """The report, kind by kind."""
         for kind, title in TITLES.items():
@@ -133,18 +138,23 @@ class Values:
     def account(self) -> None:
         """Note what is not needed. Raises ConfigError for what is not known, unless it is allowed and noted."""
         for key, value in self._values.items():
-            reason = _look_up(self.table.not_needed, key)
+            reason, cannot = _look_up(self.table.not_needed, key), _look_up(self.table.cannot, key)
             if value is None:
                 self.report.add("not needed", key, "is null, nothing is asked for")
             elif key in self.table.used:
+                if self.report.mentions(key):
+                    continue
                 if key not in self._asked:
                     self.report.add("not needed", key, f"nothing else asks for it ({self.table.used[key]})")
+                elif not value:
+                    self.report.add("not needed", key, "is 0, empty or off, nothing is asked for")
             elif reason is not None:
                 self.report.add("not needed", key, reason)
             elif _off(value):
-                self.report.add("not needed", key, "is off, nothing is asked for")
+                meant = "" if cannot else nearest(key, self.table.used)
+                kind: Kind = "contradiction" if meant else "not needed"
+                self.report.add(kind, key, f"is not known{meant}" if meant else "is off, nothing is asked for")
             else:
-                cannot = _look_up(self.table.cannot, key)
                 known = f" is not known{nearest(key, self.table.known())}" if cannot is None else f": {cannot}"
                 self.report.lacks(self.table.title, key, known)
 

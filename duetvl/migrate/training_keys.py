@@ -200,6 +200,8 @@ def _schedule(script: Values, lr: float, steps: int, report: Report) -> dict[str
     elif decay is not None:
         report.add("used", "--lr-decay-iters", f"{decay}, as many as train.steps")
     fraction, warmup = script.number("--lr-warmup-fraction"), script.whole("--lr-warmup-iters")
+    if fraction and warmup:
+        report.add("contradiction", "--lr-warmup-iters", f"{warmup}, but --lr-warmup-fraction is given, which is taken")
     if fraction or warmup:
         made["warmup"] = float(fraction) if fraction else warmup
         report.add(
@@ -247,6 +249,9 @@ def _modules(names: list[str], argument: str, more: str, report: Report) -> list
 def _lora(script: Values, wanted: Wanted, report: Report) -> dict[str, Any]:
     modules = script.get("--lora-target-modules") or []
     if not modules:
+        if given := [name for name in SCRIPT.used if SCRIPT.used[name].startswith("lora.") and name in script]:
+            said = "given, but --lora-target-modules is not: no adapters, and all that is not frozen is trained"
+            report.add("contradiction", ", ".join(given), said)
         return {}
     made: dict[str, Any] = {
         "rank": script.whole("--lora-r", 8),

@@ -495,6 +495,43 @@ def test_files_may_stand_on_both_sides_of_options_and_are_three_in_their_order(t
     assert "finetune.sh: is a script, where data.json is expected; the order is" in capsys.readouterr().err
 
 
+def test_null_is_no_default_of_freeze(tmp_path):
+    """There `freeze: null` trains the vision tower, whose default is to be frozen."""
+    files = runs.write(tmp_path, SMALL)
+    edit(files[1], "image_encoder.vision_encoder.freeze", None)
+    with pytest.raises(ConfigError, match=r"vision_encoder\.freeze is null, expected true or false; leave it out for"):
+        import_run(*files)
+
+
+def test_arguments_of_lora_without_its_modules_are_told(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--use-flash-attn", "--use-flash-attn --lora-r 8 --lora-alpha 16")
+    made = import_run(*files)
+    assert recipe_of(made).lora is None
+    said = notes(made, "contradiction")["--lora-r, --lora-alpha"]
+    assert said == "given, but --lora-target-modules is not: no adapters, and all that is not frozen is trained"
+
+
+def test_a_false_key_that_is_not_known_is_shown_where_a_known_one_may_be_meant(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    model = json.loads(files[1].read_text())
+    model["image_encoder"] |= {"freeze": False, "quite_other": False}
+    files[1].write_text(json.dumps(model))
+    made = import_run(*files)
+    meant = "is not known; did you mean 'image_encoder.vision_encoder.freeze'?"
+    assert notes(made, "contradiction") == {"image_encoder.freeze": meant}
+    assert "image_encoder.quite_other" in notes(made, "not needed")
+
+
+def test_a_zero_is_reported_too(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[0], '"max_samples": null', '"max_samples": 0')
+    made = import_run(*files)
+    assert recipe_of(made).data.max_samples is None
+    key = "dataset_param.basic_parameters.max_samples"
+    assert notes(made, "not needed")[key] == "is 0, empty or off, nothing is asked for"
+
+
 # -- conditions of the script ----------------------------------------------------------------------------------------
 
 
