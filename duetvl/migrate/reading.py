@@ -82,11 +82,12 @@ def follow_script(path: Path, variables: Mapping[str, str], report: Report) -> S
     """Follow a script with the user's variables. ConfigError for one that cannot be read, or lacks a variable."""
     _check_file(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if b"\0" in content:
+        raise ConfigError(f"{path}: is no text in UTF-8 (it may be UTF-16); save it as UTF-8")
+    text = content.decode("utf-8-sig", "surrogateescape")  # comments in another encoding are no matter, as to bash
     if text.lstrip().startswith('{"') or re.match(r"\{\s*\"", text.lstrip()):
         raise ConfigError(f"{path}: is JSON, where a shell script is expected; {_ORDER}")
     try:

@@ -791,6 +791,19 @@ def test_windows_line_ends(tmp_path):
     assert recipe_of(import_run(*files)).train.global_batch == 192
 
 
+def test_comments_in_another_encoding_are_no_matter_and_values_are(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    plain = files[2].read_bytes()
+    files[2].write_bytes("# 根据实际情况修改\n".encode("gbk") + plain)
+    assert recipe_of(import_run(*files)).train.global_batch == 192
+    files[2].write_bytes(plain.replace(b"save_dir", "保存".encode("gbk")))
+    with pytest.raises(ConfigError, match=r"train\.output_dir: found .*, which is not text in UTF-8"):
+        import_run(*files)
+    files[2].write_bytes(plain.decode().encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"is no text in UTF-8 \(it may be UTF-16\); save it as UTF-8"):
+        import_run(*files)
+
+
 def test_the_table_of_keys_is_current():
     document = ROOT / "docs" / "migrating_keys.md"
     assert document.read_text(encoding="utf-8") == key_tables(), (
