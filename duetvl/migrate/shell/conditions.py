@@ -68,51 +68,40 @@ def _numbers(left: str, sign: str, right: str) -> bool | None:
 
 
 def double_bracket(variables: Variables, tokens: Sequence[Template | str]) -> bool | None:
-    """`[[ tokens ]]`: words are not split, `==` compares with a pattern, and `&&`, `||` and brackets join tests."""
-    rest = list(tokens)
-    answer = _either(variables, rest)
-    return None if rest else answer
+    """`[[ tokens ]]`: words are not split, `==` compares with a pattern, `&&` and `||` join tests.
 
-
-def _either(variables: Variables, rest: list[Template | str]) -> bool | None:
-    answer = _both(variables, rest)
-    while rest and rest[0] == "||":
-        rest.pop(0)
-        other = _both(variables, rest)
-        answer = True if answer is True or other is True else None if answer is None or other is None else False
-    return answer
-
-
-def _both(variables: Variables, rest: list[Template | str]) -> bool | None:
-    answer = _one(variables, rest)
-    while rest and rest[0] == "&&":
-        rest.pop(0)
-        other = _one(variables, rest)
-        answer = False if answer is False or other is False else None if answer is None or other is None else True
-    return answer
-
-
-def _one(variables: Variables, rest: list[Template | str]) -> bool | None:
-    if not rest:
+    Brackets are not read, nor the order of texts, which depends on the language of the system.
+    """
+    if not tokens or any(isinstance(token, str) and token not in ("&&", "||") for token in tokens):
         return None
-    if not isinstance(rest[0], str) and plain(rest[0]) == "!":
-        rest.pop(0)
-        answer = _one(variables, rest)
+    return _any([_all([_one(variables, test) for test in _parts(both, "&&")]) for both in _parts(tokens, "||")])
+
+
+def _parts(tokens: Sequence[Template | str], sign: str) -> list[list[Template | str]]:
+    """What is between the signs."""
+    found: list[list[Template | str]] = [[]]
+    for token in tokens:
+        if token == sign:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return found
+
+
+def _any(answers: list[bool | None]) -> bool | None:
+    return True if True in answers else None if None in answers else False
+
+
+def _all(answers: list[bool | None]) -> bool | None:
+    return False if False in answers else None if None in answers else True
+
+
+def _one(variables: Variables, test: list[Template | str]) -> bool | None:
+    words = [word for word in test if not isinstance(word, str)]
+    if words and plain(words[0]) == "!":
+        answer = _one(variables, test[1:])
         return None if answer is None else not answer
-    if rest[0] == "(":
-        rest.pop(0)
-        answer = _either(variables, rest)
-        if rest and rest[0] == ")":
-            rest.pop(0)
-            return answer
-        return None
-    words: list[Template] = []
-    while rest and (not isinstance(rest[0], str) or rest[0] in ("<", ">")):
-        token = rest.pop(0)
-        if isinstance(token, str):
-            return None  # an order of texts, which depends on the language of the system
-        words.append(token)
-    return _with_absent(variables, lambda: _comparison(variables, words))
+    return _with_absent(variables, lambda: _comparison(variables, words)) if words else None
 
 
 def _comparison(variables: Variables, words: list[Template]) -> tuple[bool | None, bool]:

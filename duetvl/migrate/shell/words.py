@@ -198,16 +198,8 @@ class WordReader:
         """`${...}`, from its brace on."""
         begun = self.at
         self.at += 1
-        length = self.char() == "#" and self.text[self.at + 1 : self.at + 2] not in (
-            "}",
-            "-",
-            "=",
-            "?",
-            "+",
-            ":",
-            "%",
-            "#",
-        )
+        following = self.text[self.at + 1 : self.at + 2]
+        length = self.char() == "#" and following not in tuple("}-=?+:%#")
         self.at += length
         found = _PARAMETER.match(self.text, self.at)
         name = found[0] if found else ""
