@@ -52,7 +52,9 @@ def test_mistakes_are_one_line_and_status_2(capsys, recipe, monkeypatch):
         "error: optim has no field 'rl'; did you mean 'lr'? (betas,"
     )
     assert error_of(capsys, "train", "none.yaml") == "error: none.yaml: no such file"
-    assert error_of(capsys, "train", str(recipe), "parallel.tp=2").endswith("this release trains on one process")
+    assert error_of(capsys, "train", str(recipe), "parallel.tp=2").endswith(
+        "this release trains on one process: parallel.tp=1 takes the same steps there"
+    )
     assert "no backend 'tourch'; did you mean 'torch'?" in error_of(capsys, "train", str(recipe), "--backend", "tourch")
     assert "has no metrics.jsonl" in error_of(capsys, "plot", str(recipe.parent))
     monkeypatch.setenv("DUETVL_BACKEND", "nothing")

@@ -26,7 +26,7 @@ from duetvl.training.groups import check_patterns
 from duetvl.training.lora import plan_adapters
 from duetvl.training.memory import disk_of, host_memory, memory_of
 from duetvl.training.preference.reference import describe
-from duetvl.training.recipe.reading import check_layers
+from duetvl.training.recipe.reading import check_layers, on_one_process
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import show
 from duetvl.training.schedule import total_steps
@@ -126,9 +126,7 @@ def _layout_lines(recipe: Recipe) -> Iterator[str]:
     placed = {"vision": parallel.vision_layers, "language": parallel.language_layers}
     stages = "".join(f", {name} layers {show(rows)}" for name, rows in placed.items() if rows)
     yield f"layout: {degrees} needs {mesh.size} processes{stages}"
-    alone = [f"parallel.{axis}=1" for axis in AXES if getattr(mesh, axis) > 1]
-    alone += [f"parallel.{name}_layers=null" for name, rows in placed.items() if rows]
-    yield f"  this release trains on one process: {' '.join(alone)} takes the same steps there"
+    yield f"  {on_one_process(recipe)}"
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -53,12 +53,20 @@ def check_world(recipe: Recipe, processes: int) -> None:
     mesh = recipe.parallel.mesh
     degrees = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
     if mesh.size > 1:
-        raise ConfigError(f"parallel: {degrees} needs {mesh.size} processes; this release trains on one process")
+        raise ConfigError(f"parallel: {degrees} needs {mesh.size} processes; {on_one_process(recipe)}")
     if processes != mesh.size:
         raise ConfigError(
             f"parallel: {degrees} is {mesh.size} process, but {processes} were started; "
             f"this release trains on one process"
         )
+
+
+def on_one_process(recipe: Recipe) -> str:
+    """What this release can do with a recipe for several processes: the fields with which it trains on one."""
+    parallel = recipe.parallel
+    alone = [f"parallel.{axis}=1" for axis in AXES if getattr(parallel, axis) > 1]
+    alone += [f"parallel.{name}=null" for name in ("vision_layers", "language_layers") if getattr(parallel, name)]
+    return f"this release trains on one process: {' '.join(alone)} takes the same steps there"
 
 
 def check_layers(parallel: ParallelSection, config: ModelConfig) -> None:
