@@ -15,6 +15,8 @@ del sys.path[0]  # this directory, whose folders are named like frameworks
 launcher = sys.argv[0]
 try:
     runpy.run_module(launcher, run_name="__main__", alter_sys=True)
+except KeyboardInterrupt:
+    sys.exit(130)
 except Exception as error:
     if hasattr(error, "get_first_failure"):  # torch's ChildFailedError
         status = error.get_first_failure()[1].exitcode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -119,9 +118,11 @@ def _train(script: Values, wanted: Wanted, dp: int, report: Report) -> dict[str,
     if steps is None and samples is None:
         raise ConfigError(f"{SCRIPT.title}: --train-iters is missing")
     if steps is None:
-        steps = math.ceil(samples / batch)
+        steps = samples // max(1, batch)  # as Megatron has it: the rest makes no step
         report.add("changed", "--train-samples", f"{samples} samples of {batch} a step: train.steps: {steps}")
     else:
+        if samples is not None:
+            report.add("contradiction", "--train-samples", f"{samples}, but --train-iters is given, which is taken")
         report.add("used", "--train-iters", f"train.steps: {steps}")
     made = {"global_batch": batch, "steps": steps, **_loss(script, wanted, micro, report)}
     if save := script.text("--save"):

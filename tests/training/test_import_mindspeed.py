@@ -495,6 +495,17 @@ def test_files_may_stand_on_both_sides_of_options_and_are_three_in_their_order(t
     assert "finetune.sh: is a script, where data.json is expected; the order is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("samples", "steps"), [(1920, 10), (1919, 9), (192, 1)])
+def test_samples_are_whole_steps_as_in_megatron(tmp_path, samples, steps):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--train-iters 10000", f"--train-samples {samples}")
+    assert recipe_of(import_run(*files)).train.steps == steps
+    change(files[2], "--use-flash-attn", "--use-flash-attn --train-iters 7")
+    made = import_run(*files)
+    assert recipe_of(made).train.steps == 7
+    assert notes(made, "contradiction")["--train-samples"].startswith(f"{samples}, but --train-iters is given")
+
+
 def test_null_is_no_default_of_freeze(tmp_path):
     """There `freeze: null` trains the vision tower, whose default is to be frozen."""
     files = runs.write(tmp_path, SMALL)
