@@ -37,6 +37,8 @@ class Wanted:
 
 def sections(script: Values, devices: Devices, wanted: Wanted, report: Report) -> dict[str, Any]:
     """Sections by name, each with the fields that the arguments give."""
+    if (micro := script.whole("--micro-batch-size", 1)) < 1:
+        raise ConfigError(f"{SCRIPT.title}: --micro-batch-size is {micro}, expected 1 or more")
     parallel = parallel_section(script, devices, report)
     train = _train(script, wanted, parallel["dp"], report)
     made = {
@@ -68,7 +70,10 @@ def _passed(script: Values, report: Report, fields: dict[str, tuple[str, int | N
 
 
 def _dtype(script: Values, report: Report) -> dict[str, Any]:
-    dtype = "bfloat16" if script.switch("--bf16") else "float16" if script.switch("--fp16") else "float32"
+    bf16, fp16 = script.switch("--bf16"), script.switch("--fp16")
+    if bf16 and fp16:
+        raise ConfigError(f"{SCRIPT.title}: --bf16 and --fp16 are both given; remove one of them")
+    dtype = "bfloat16" if bf16 else "float16" if fp16 else "float32"
     report.add("used", "--bf16, --fp16", f"model.dtype: {dtype}")
     return {"dtype": dtype}
 
@@ -166,8 +171,10 @@ def _optim(script: Values, steps: int, report: Report) -> dict[str, Any]:
     elif "--optimizer" in script:
         report.add("used", "--optimizer", "AdamW, the one there is")
     lr = script.number("--lr")
-    if not lr:
+    if lr is None:
         raise ConfigError(f"{SCRIPT.title}: --lr is missing")
+    if lr <= 0:
+        raise ConfigError(f"{SCRIPT.title}: --lr is {lr:g}, expected more than 0")
     made: dict[str, Any] = {"lr": float(lr), **_schedule(script, float(lr), steps, report)}
     report.add("used", "--lr", f"optim.lr: {lr:g}")
     betas = [float(script.number("--adam-beta1", 0.9)), float(script.number("--adam-beta2", 0.999))]
@@ -203,8 +210,10 @@ def _schedule(script: Values, lr: float, steps: int, report: Report) -> dict[str
     fraction, warmup = script.number("--lr-warmup-fraction"), script.whole("--lr-warmup-iters")
     if fraction and warmup:
         report.add("contradiction", "--lr-warmup-iters", f"{warmup}, but --lr-warmup-fraction is given, which is taken")
+    if fraction is not None and not 0 <= fraction <= 1:
+        raise ConfigError(f"{SCRIPT.title}: --lr-warmup-fraction is {fraction:g}, expected a fraction of all steps")
     if fraction or warmup:
-        made["warmup"] = float(fraction) if fraction else warmup
+        made["warmup"] = (steps if fraction == 1 else float(fraction)) if fraction else warmup  # here 1 is one step
         report.add(
             "used", "--lr-warmup-fraction" if fraction else "--lr-warmup-iters", f"optim.warmup: {made['warmup']:g}"
         )
@@ -360,4 +369,6 @@ def _backend(script: Values, report: Report) -> dict[str, Any]:
     if name == "mindspore":
         report.add("used", "--ai-framework", "backend.name: mindspore")
         return {"name": "mindspore"}
+    if name not in (None, "pytorch"):
+        report.lacks(SCRIPT.title, f"--ai-framework {name}", ": there are pytorch and mindspore")
     return {}

@@ -506,6 +506,35 @@ def test_samples_are_whole_steps_as_in_megatron(tmp_path, samples, steps):
     assert notes(made, "contradiction")["--train-samples"].startswith(f"{samples}, but --train-iters is given")
 
 
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--micro-batch-size 0", "script.sh: --micro-batch-size is 0, expected 1 or more"),
+        ("--micro-batch-size -2", "script.sh: --micro-batch-size is -2, expected 1 or more"),
+        ("--lr 0", "script.sh: --lr is 0, expected more than 0"),
+        ("--lr-warmup-fraction 1.5", "script.sh: --lr-warmup-fraction is 1.5, expected a fraction of all steps"),
+        ("--lr-warmup-fraction -0.1", "script.sh: --lr-warmup-fraction is -0.1, expected a fraction of all steps"),
+        ("--fp16", "script.sh: --bf16 and --fp16 are both given; remove one of them"),
+        (
+            "--ai-framework tensorflow",
+            "script.sh: --ai-framework tensorflow: there are pytorch and mindspore; --allow-",
+        ),
+    ],
+)
+def test_values_without_a_meaning_are_refused_under_their_own_name(tmp_path, argument, expected):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--use-flash-attn", f"--use-flash-attn {argument}")
+    with pytest.raises(ConfigError) as caught:
+        import_run(*files)
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_warmup_of_all_steps_is_not_one_of_a_single_step(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--lr-warmup-fraction 0.1", "--lr-warmup-fraction 1.0")
+    assert recipe_of(import_run(*files)).optim.warmup == 10000
+
+
 def test_null_is_no_default_of_freeze(tmp_path):
     """There `freeze: null` trains the vision tower, whose default is to be frozen."""
     files = runs.write(tmp_path, SMALL)
