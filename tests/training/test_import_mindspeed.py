@@ -847,7 +847,7 @@ def test_comments_in_another_encoding_are_no_matter_and_values_are(tmp_path):
 def test_the_table_of_keys_is_current():
     document = ROOT / "docs" / "migrating_keys.md"
     assert document.read_text(encoding="utf-8") == key_tables(), (
-        "make it anew: python -c 'from duetvl.migrate.key_tables import key_tables as t; "
+        "write it again: python -c 'from duetvl.migrate.key_tables import key_tables as t; "
         'open("docs/migrating_keys.md", "w").write(t())\''
     )
 

@@ -181,7 +181,7 @@ ASKED = [
      "i depends on a condition that is not known (line 2)"),
     ("for i in 1 2; do [ $i = 2 ] && break; A=\"$A $i\"; done\npython a.py --x $A",
      "A depends on a condition that is not known (line 1)"),
-    ("for s in 1 2; do python a.py --seed $s; done", "s is each of several words (line 1)"),
+    ("for s in 1 2; do python a.py --seed $s; done", "s takes several values in a loop (line 1)"),
     ("set -- a\nwhile [ $# -gt 0 ]; do TP=$1; break; done\npython a.py --x $TP",
      "TP depends on a condition that is not known (line 2)"),
     ("f() { [ -e /none ] && return; TP=5; }\nTP=1\nf\npython a.py --tp $TP",

@@ -133,7 +133,7 @@ class _Follower(SimpleCommands):
     def _each(self, node: Each) -> Status:
         if not (self.variables.arguments if node.words is None else self.variables.words(node.words)):
             return True
-        self.variables.forget([node.name], "is each of several words")
+        self.variables.forget([node.name], "takes several values in a loop")
         return self._any_number_of_times(node.body)
 
     def _case(self, node: Case) -> Status:
