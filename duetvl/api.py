@@ -166,7 +166,10 @@ class Model(QwenVL):
         adapters.merge_adapter(self)
 
     def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write the adapter alone, as PEFT loads it. ConfigError without an adapter."""
+        """Write the adapter alone, as PEFT loads it. ConfigError without an adapter.
+
+        With `overwrite` an adapter is replaced; a directory that holds a model is refused with CheckpointError.
+        """
         adapters.save_adapter(self, directory, overwrite=overwrite)
 
     def _processor_if_any(self) -> Processor | None:

@@ -16,7 +16,10 @@ from duetvl.core.errors import CheckpointError, DuetvlError, shown
 from duetvl.storage.locks import file_lock, made_directory, tidy_when_ended
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-_OF_A_MODEL = (*WEIGHT_FILES, "config.json", "adapter_config.json")
+_MODEL, _ADAPTER = "config.json", "adapter_config.json"
+# What a new directory takes away beside the files that it has itself: parts of a model or an adapter of before, which
+# would be read with the new one.
+_TAKEN = {_MODEL: (*WEIGHT_FILES, _ADAPTER, "adapter_model*"), _ADAPTER: ("adapter_model*",)}
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -154,10 +157,11 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
     """A new directory to fill, which becomes `target` when the block ends without an error.
 
     Until then `target` is as it was, and after an error or a signal it still is. A target that exists and is not empty
-    is refused with CheckpointError unless `overwrite`: then the model in it and all files that have a new version are
-    replaced together, by two renames, and whatever else it held stays. After a kill between the two the old
-    directory lies beside it under the name `.NAME.replaced`; writing there again puts it back first. One process
-    writes to a target at a time: another is refused.
+    is refused with CheckpointError unless `overwrite`: then the model or adapter in it and all files that have a new
+    version are replaced together, by two renames, and whatever else it held stays. A model is replaced by a model
+    alone: anything else is refused. After a kill between the two renames the old directory lies beside it under the
+    name `.NAME.replaced`; writing there again puts it back first. One process writes to a target at a time: another is
+    refused.
     """
     target = Path(os.path.realpath(target))
     with _alone(target, parents=True) as locks:
@@ -169,6 +173,11 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
         try:
             staging.mkdir()
             yield staging
+            if _holds_a_model(target) and not (staging / _MODEL).exists():
+                raise CheckpointError(
+                    f"{target}: holds a model, and what is written there is none: the two cannot be told apart; choose "
+                    f"another directory"
+                )
             sync_files(staging)
             if overwrite and target.is_dir():
                 _replace(target, staging)
@@ -208,6 +217,10 @@ def _holds_something(target: Path) -> bool:
     return target.exists() and not (target.is_dir() and not any(target.iterdir()))
 
 
+def _holds_a_model(target: Path) -> bool:
+    return (target / _MODEL).is_file() and any(next(target.glob(pattern), None) for pattern in WEIGHT_FILES)
+
+
 def _replaced(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
@@ -230,8 +243,9 @@ def _settle(target: Path) -> None:
 
 
 def _keep_the_rest(old: Path, target: Path) -> None:
-    """Move what the new directory does not replace, which is all but the model, and remove the old one."""
+    """Move what the new directory neither replaces nor takes away, and remove the old one."""
+    taken = next((patterns for name, patterns in _TAKEN.items() if (target / name).exists()), ())
     for entry in list(old.iterdir()):
-        if not (target / entry.name).exists() and not any(entry.match(pattern) for pattern in _OF_A_MODEL):
+        if not os.path.lexists(target / entry.name) and not any(entry.match(pattern) for pattern in taken):
             os.rename(entry, target / entry.name)
     shutil.rmtree(old)

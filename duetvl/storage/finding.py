@@ -57,7 +57,7 @@ def find_checkpoint(
     `rejected` says what was passed over. A chosen step is never replaced by another. Raises CheckpointError.
     """
     run = Path(run)
-    if _is_checkpoint(run):
+    if is_checkpoint(run):
         ref = CheckpointRef(run, _verified(run, kinds))
         if step not in (None, ref.step):
             raise CheckpointError(f"{run}: is the checkpoint of step {ref.step}, not of step {step}")
@@ -75,7 +75,15 @@ def find_checkpoint(
 
 def has_checkpoint(run: str | Path) -> bool:
     """Whether this is a run that has saved anything, damaged or not, or a checkpoint's own directory."""
-    return _is_checkpoint(Path(run)) or bool(_candidates(Path(run)))
+    return is_checkpoint(Path(run)) or bool(_candidates(Path(run)))
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether this is one checkpoint's own directory. CheckpointError where it may not be looked into."""
+    try:
+        return (directory / MANIFEST).exists()
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be looked into: {error.strerror or error}") from None
 
 
 def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
@@ -89,7 +97,13 @@ def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
         name, step = text, ""
     if not name and own is None:
         raise CheckpointError(f"{text!r}: names no run directory; give DIR or DIR@STEP")
-    return Path(name) if name or own is None else own, int(step) if step else None
+    return _run(Path(name)) if name or own is None else own, int(step) if step else None
+
+
+def _run(given: Path) -> Path:
+    """A run's directory, also where its `checkpoints/` is given."""
+    inner = given.name == checkpoints_dir("").name and not _candidates(given) and _candidates(given.parent)
+    return given.parent if inner else given
 
 
 def checkpoints_dir(run: str | Path) -> Path:
@@ -120,13 +134,6 @@ def _gone(run: Path, found: dict[int, Path]) -> Iterator[str]:
     latest = _latest(checkpoints_dir(run))
     if latest is not None and latest not in found:
         yield f"{checkpoints_dir(run) / step_name(latest)}: the newest checkpoint, is not there any more"
-
-
-def _is_checkpoint(directory: Path) -> bool:
-    try:
-        return (directory / MANIFEST).exists()
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be looked into: {error.strerror or error}") from None
 
 
 def _candidates(run: Path) -> dict[int, Path]:

@@ -23,7 +23,14 @@ from duetvl.training.checkpoints.checkpoint import (
     remove_leftovers,
     take_snapshot,
 )
-from duetvl.training.checkpoints.run_directory import Start, begin, note_saved
+from duetvl.training.checkpoints.run_directory import (
+    Start,
+    begin,
+    export_kind,
+    note_saved,
+    set_other_kind_aside,
+    wanted_kind,
+)
 from duetvl.training.checkpoints.saving import Saver
 from duetvl.training.checkpoints.space import Space
 from duetvl.training.feed import DataSets, Feed
@@ -275,6 +282,8 @@ class Run:
             self.say(summary)
         self._plot()
         if self._export_due():
+            for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
+                self.say(note)
             self.job.export(self.export_dir)
             self.say(f"exported {self.export_dir}")
         self.complete = True
@@ -292,9 +301,8 @@ class Run:
         ref = self.start.checkpoint
         if ref is None or self.step > self.first_step or not self.export_dir.exists():
             return True
-        asked_before = (ref.meta.recipe.get("checkpoint") or {}).get("export")
         older = self.export_dir.stat().st_mtime_ns < (ref.path / MANIFEST).stat().st_mtime_ns
-        return older or asked_before != self.recipe.checkpoint.export
+        return older or export_kind(self.export_dir) != wanted_kind(self.recipe)
 
     # -- what callbacks use ------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import product
 
 import pytest
 
@@ -108,26 +109,54 @@ def test_write_text_replaces(tmp_path):
 
 
 def test_a_model_is_replaced_whole_and_nothing_else_is(tmp_path):
-    """A merged model in the place of an adapter must not look like an adapter, nor an adapter like a model."""
-    target = tmp_path / "out"
+    """A merged model in the place of an adapter must not look like an adapter; parts of two are never mixed."""
     files = {
         "adapter": ["adapter_config.json", "adapter_model.safetensors"],
-        "model": ["config.json", "model.safetensors"],
+        "old adapter": ["adapter_config.json", "adapter_model.bin"],
+        "model": ["config.json", "a.safetensors"],
+        "shards": ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"],
+        "pickles": ["config.json", "pytorch_model.bin"],
     }
-    for old, new in (("adapter", "model"), ("model", "adapter")):
-        target.mkdir(exist_ok=True)
-        (target / "notes.txt").write_text("mine")
-        files = {
-            "adapter": ["adapter_config.json", "adapter_model.safetensors"],
-            "model": ["config.json", "a.safetensors"],
-        }
-        for name in files[old]:
+    for old, new in product(files, files):
+        if old in ("model", "shards", "pickles") and "adapter" in new:
+            continue
+        target = tmp_path / f"{old} {new}"
+        target.mkdir()
+        for name in ("notes.txt", *files[old]):
             (target / name).write_text("old")
         with staged_directory(target, overwrite=True) as staging:
             for name in files[new]:
                 (staging / name).write_text("new")
-        assert sorted(path.name for path in target.iterdir()) == sorted([*files[new], "notes.txt"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert contents(target) == {"notes.txt": "old", **dict.fromkeys(files[new], "new")}
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def write_over(target, *names):
+    with staged_directory(target, overwrite=True) as staging:
+        for name in names:
+            (staging / name).write_text("new")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("new", ["adapter_config.json", "adapter_model.safetensors", "release"])
+def test_a_model_is_not_taken_away_for_something_else(tmp_path, weights, new):
+    """Such as the model that an adapter was trained on, by `save_adapter(its directory, overwrite=True)`."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    (target / weights).write_text("old")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a model, and what is written there is none"):
+        write_over(target, new)
+    assert contents(tmp_path) == before
+
+
+def test_tensors_alone_leave_a_configuration_as_it_is(tmp_path):
+    """mm-convert writes adapter_model.safetensors; its configuration is the user's."""
+    (tmp_path / "adapter_config.json").write_text("mine")
+    (tmp_path / "adapter_model.safetensors").write_text("old")
+    write_over(tmp_path, "adapter_model.safetensors")
+    assert contents(tmp_path) == {"adapter_config.json": "mine", "adapter_model.safetensors": "new"}
 
 
 def test_a_link_to_a_directory_stays_one(tmp_path):

@@ -190,6 +190,31 @@ def test_a_merged_export_is_a_plain_model_that_does_the_same(be, recipe, straigh
     assert (tmp_path / "run" / "export" / "tokenizer.json").is_file()
 
 
+def test_an_export_is_of_the_kind_that_is_asked_for_now(be, recipe, straight, tmp_path, capsys):
+    """A finished run is started for another kind: nothing of the one before is mixed into it, or taken for it."""
+    place = tmp_path / "run"
+    options = [f"train.output_dir={place}", "checkpoint.export=true"]
+    train(recipe, options, backend=be, resume=f"{straight}@8")
+    (place / "export/notes.txt").write_text("mine")
+    before = {"adapter_config.json", "adapter_model.safetensors", "notes.txt"}
+    marks = {
+        "merged": "config.json",
+        "mindspeed_mm": "latest_checkpointed_iteration.txt",
+        "true": "adapter_config.json",
+    }
+    for number, kind in enumerate(marks, 1):
+        train(recipe, [*options, f"checkpoint.export={kind}"], backend=be)
+        assert (
+            f"{place}/export held another kind of export: it is {place}/export-before-{number}"
+            in capsys.readouterr().out
+        )
+        assert {path.name for path in (place / f"export-before-{number}").iterdir()} == before
+        before = {path.name for path in (place / "export").iterdir()}
+        assert before & set(marks.values()) == {marks[kind]}
+    train(recipe, options, backend=be)
+    assert "exported" not in capsys.readouterr().out
+
+
 def test_the_mindspeed_mm_export_is_merged_too(be, recipe, straight, tmp_path):
     model_dir = Path(json.loads(recipe.read_text())["model"]["path"])
     options = [f"train.output_dir={tmp_path}/run", "checkpoint.export=mindspeed_mm"]

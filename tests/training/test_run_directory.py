@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import bag_model
@@ -59,6 +60,7 @@ def prepare(recipe, backend):
 
     def export(target):
         target.mkdir(exist_ok=True)
+        (target / "config.json").touch()
         (target / "model").write_text(f"lr {recipe.optim.lr}")
 
     job = bag_model.prepare(recipe, backend)
@@ -102,8 +104,13 @@ def test_a_start_that_fails_leaves_no_directory(be, recipe, tmp_path):
 # -- results without a checkpoint -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", ["metrics.jsonl", "export", "loss.png", "resolved_recipe.yaml"])
-@pytest.mark.parametrize("override", ["train.steps=6", "optim.lr=0.1"])
+@pytest.mark.parametrize(
+    ("kept", "override"),
+    [
+        *product(["metrics.jsonl", "export", "loss.png"], ["train.steps=6", "optim.lr=0.1"]),
+        ("resolved_recipe.yaml", "optim.lr=0.1"),
+    ],
+)
 def test_results_are_never_emptied(be, recipe, tmp_path, kept, override):
     """People remove `checkpoints/` to save space, and keep what they want to keep."""
     run(be, recipe)
@@ -196,6 +203,11 @@ def test_a_recipe_in_its_own_output_directory_stays_as_it_is(be, recipe, tmp_pat
     before = resolved.read_bytes()
     assert run(be, resolved).step == 6
     assert resolved.read_bytes() == before
+    shutil.rmtree(tmp_path / "run")
+    resolved.parent.mkdir()
+    resolved.write_bytes(before)  # copied to where the next run is to be
+    assert run(be, resolved).step == 6
+    assert resolved.read_bytes() == before
 
 
 def test_a_broken_line_of_metrics_takes_no_other_with_it(be, recipe, tmp_path):
@@ -215,6 +227,24 @@ def test_another_layout_goes_on(be, recipe):
     start = find_start(make_recipe(recipe, ["parallel.tp=2", "parallel.dp=4"]))
     assert start.checkpoint.step == 2
     assert start.notes[-1] == "changed since then: train.steps 2 -> 6, parallel.dp 1 -> 4, parallel.tp 1 -> 2"
+
+
+@pytest.mark.parametrize("named", ["run/checkpoints/step-0000004", "run/./checkpoints@4", "run@4"])
+def test_a_step_of_its_own_is_resumed_by_whatever_names_it(be, recipe, tmp_path, named, capsys):
+    """As other trainers are handed a checkpoint's own directory."""
+    run(be, recipe)
+    assert run(be, recipe, "train.steps=5", resume=f"{tmp_path}/{named}").step == 5
+    assert "step-0000004 (step 4)" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_another_run_is_resumed_from_a_checkpoint_of_it(be, recipe, tmp_path):
+    run(be, recipe)
+    place = tmp_path / "run/checkpoints/step-0000004"
+    assert run(be, recipe, f"train.output_dir={tmp_path}/new", resume=str(place)).step == 6
+    assert [row["step"] for row in read_metrics(tmp_path / "new")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ConfigError, match="new has checkpoints of its own"):
+        run(be, recipe, f"train.output_dir={tmp_path}/new", resume=str(place))
 
 
 def test_a_newest_checkpoint_that_was_removed_is_told(be, recipe, tmp_path, capsys):

@@ -540,6 +540,8 @@ def exporting(what=lambda: None):
             what()
             with staged_directory(target, overwrite=True) as staging:
                 (staging / "loss").write_text(f"{time.time_ns()}")
+                kind = given.checkpoint.export == "mindspeed_mm"
+                (staging / ("latest_checkpointed_iteration.txt" if kind else "config.json")).touch()
 
         return replace(job, export=export)
 

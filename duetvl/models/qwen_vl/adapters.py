@@ -78,7 +78,7 @@ def load_adapter(model: QwenVL, stored: StoredAdapter) -> None:
 
 
 def save_adapter(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write a model's adapter as PEFT loads it. The directory appears whole or not at all."""
+    """Write a model's adapter as PEFT loads it. The directory appears whole or not at all; see `staged_directory`."""
     adapters = _adapters_of(model)
     tensors = {path: p.tensor for path, p in model.parameters.items() if is_adapter(path)}
     specs = {path: TensorSpec("float32", tuple(x.shape)) for path, x in tensors.items()}

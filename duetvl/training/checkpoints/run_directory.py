@@ -16,7 +16,7 @@ from typing import Any
 
 from duetvl.core.errors import ConfigError
 from duetvl.storage.files import remove_temporaries, write_text
-from duetvl.storage.finding import CheckpointRef, find_checkpoint, has_checkpoint, parse_run
+from duetvl.storage.finding import CheckpointRef, find_checkpoint, has_checkpoint, is_checkpoint, parse_run
 from duetvl.storage.locks import file_lock, made_directory
 from duetvl.training.recipe.data_section import DataSource
 from duetvl.training.recipe.sections import Recipe
@@ -59,6 +59,8 @@ UNSAVED = ".unsaved"  # is there until the first checkpoint is
 RESULTS = ("metrics.jsonl", "samples.jsonl", "export", "loss.png")
 # What a restart sets aside. Checkpoints first: what is left after a kill in between is not taken for a run to resume.
 _OURS = ("checkpoints", *RESULTS, "tensorboard", "profile", "trackers.json", RECIPE, UNSAVED)
+# By which of its files an export is known.
+_KINDS = {"latest_checkpointed_iteration.txt": "mindspeed_mm", "adapter_config.json": "adapter", "config.json": "model"}
 _ADVICE = "give a new directory (train.output_dir=...), or set all that aside and start over with --restart"
 
 
@@ -82,7 +84,7 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
 
     resume None: go on from the newest checkpoint of `train.output_dir` where it has one, else start at the
     beginning. "": the same, but a checkpoint must be there. "DIR" or "DIR@STEP": go on from a checkpoint of that
-    run, in this recipe's own directory; "@STEP": from that step of its own run.
+    run, in this recipe's own directory; "@STEP": from that step of its own run. A checkpoint's own directory will do.
     To decide for a run that is then started, hold `locked`. Raises ConfigError where the recipe is not the one that
     the checkpoint was trained with and where results without a checkpoint would be overwritten, CheckpointError where
     there is no checkpoint.
@@ -91,7 +93,8 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
     if resume is None and not has_checkpoint(own):
         return Start(own, notes=_check_free(own, recipe))
     source, step = parse_run(resume or "", own)
-    other = source.resolve() != own.resolve()
+    home = source.resolve().parent.parent if is_checkpoint(source) else source.resolve()
+    other = home != own.resolve()
     if other and has_checkpoint(own):
         raise ConfigError(
             f"train.output_dir {own} has checkpoints of its own; to go on from {source} give a new directory: "
@@ -170,11 +173,37 @@ def _set_aside(run_dir: Path) -> tuple[str, ...]:
     held = [name for name in _OURS if os.path.lexists(run_dir / name)]
     if not held:
         return ()
-    place = next(path for i in count(1) if not (path := run_dir / f"before-restart-{i}").exists())
+    place = _unused(run_dir / "before-restart")
     place.mkdir()
     for name in held:
         os.rename(run_dir / name, place / name)
     return (f"starting over; what {run_dir} held is in {place}",)
+
+
+def export_kind(directory: Path) -> str | None:
+    """What an `export/` holds: "model", "adapter", "mindspeed_mm"; None where it holds none of them."""
+    return next((kind for name, kind in _KINDS.items() if (directory / name).is_file()), None)
+
+
+def wanted_kind(recipe: Recipe) -> str:
+    """What a recipe's run exports, as `export_kind` says it."""
+    if recipe.checkpoint.export == "mindspeed_mm":
+        return "mindspeed_mm"
+    return "adapter" if recipe.lora is not None and recipe.checkpoint.export != "merged" else "model"
+
+
+def set_other_kind_aside(export: Path, kind: str) -> tuple[str, ...]:
+    """Move an `export/` of another kind away: a model, an adapter and a release in one place would be read as one."""
+    if export_kind(export) in (None, kind):
+        return ()
+    place = _unused(export.with_name("export-before"))
+    os.rename(export, place)
+    return (f"{export} held another kind of export: it is {place} now",)
+
+
+def _unused(path: Path) -> Path:
+    """The first of PATH-1, PATH-2, ... that is not there."""
+    return next(one for i in count(1) if not os.path.lexists(one := path.with_name(f"{path.name}-{i}")))
 
 
 def _run_of(ref: CheckpointRef) -> Path:
@@ -187,7 +216,8 @@ def _check_free(run_dir: Path, recipe: Recipe) -> tuple[str, ...]:
     A run that was killed before its first checkpoint is started over, if by the same recipe.
     """
     unsaved = (run_dir / UNSAVED).exists()
-    found = [name for name in (*RESULTS, *(() if unsaved else (RECIPE,))) if _holds_something(run_dir / name)]
+    kept = unsaved or _is_there(run_dir / RECIPE, recipe.model_dump(mode="json"))  # stays as it is
+    found = [name for name in (*RESULTS, *(() if kept else (RECIPE,))) if _holds_something(run_dir / name)]
     if not found:
         return ()
     if not unsaved:
