@@ -122,6 +122,14 @@ def remove_temporaries(directory: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def free_space(directory: Path) -> int | None:
+    """Free bytes of the disk that a directory is on or will be on; None where the system does not say."""
+    directory = directory.absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    usage = shutil.disk_usage(there)
+    return usage.free if usage.total else None
+
+
 @contextmanager
 def staged_file(target: str | Path) -> Iterator[TextIO]:
     """A new text file to write, which becomes `target` when the block ends without an error; never one that exists.

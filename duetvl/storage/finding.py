@@ -111,6 +111,14 @@ def checkpoints_dir(run: str | Path) -> Path:
     return Path(run) / "checkpoints"
 
 
+def latest_name(folder: Path) -> str | None:
+    """What `latest` names among a run's checkpoints; None where it cannot be read."""
+    try:
+        return (folder / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+
+
 def step_name(step: int) -> str:
     """Directory name of the checkpoint of a step."""
     return f"step-{step:07}"
@@ -155,10 +163,8 @@ def _candidates(run: Path) -> dict[int, Path]:
 
 
 def _latest(folder: Path) -> int | None:
-    try:
-        return int((folder / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
-    except (OSError, ValueError):
-        return None
+    name = latest_name(folder)
+    return int(match[1]) if name and (match := STEP.fullmatch(name)) else None
 
 
 def _verified(path: Path, kinds: Collection[str]) -> Manifest:

@@ -21,10 +21,11 @@ from numpy_backend import numpy_backend, optimizer_state, parameters
 
 import duetvl
 from duetvl.core.backend import load_backend
+from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.files import staged_directory
-from duetvl.storage.finding import find_checkpoint, has_checkpoint
+from duetvl.storage.finding import find_checkpoint, has_checkpoint, step_name
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
 from duetvl.training.checkpoints.saving import SaveGivenUp, Saver
@@ -217,6 +218,7 @@ FULL_DISK = """
 import sys
 import bag_model
 from duetvl.core.backend import load_backend
+from duetvl.core.boxes import Box
 from duetvl.training.train import train
 recipe, run = sys.argv[1:]
 train(recipe, [f"train.output_dir={run}"], backend=load_backend("torch_npu", "cpu"), prepare=bag_model.prepare)
@@ -257,6 +259,36 @@ def test_a_disk_that_is_really_full(recipe, tmp_path, background):
     assert kept[0] == "latest"
     assert len(kept) > 2
     assert all(name.startswith("step-") for name in kept[1:])
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_with_room_for_two(recipe, tmp_path, background):
+    """With `keep_last: 2` the older one goes before the third is written, rather than the work after the second."""
+    values = recipe | {"checkpoint": {"every": 1, "keep_last": 2, "background": background}}
+    done, _ = on_a_disk_of("72k", values, tmp_path)
+    assert "could not be written" not in done.stdout + done.stderr
+    assert done.stdout.split("status 0\n")[1].split() == ["latest", "step-0000011", "step-0000012"]
+
+
+@pytest.mark.parametrize(("keep_last", "meanwhile"), [(None, (2, 4, 6)), (3, (2, 6)), (2, (2,)), (1, (2,))])
+def test_the_latest_is_never_removed_to_make_room(tmp_path, monkeypatch, keep_last, meanwhile):
+    """Here it is the oldest: the run has gone back to it."""
+    monkeypatch.setattr(ck, "free_space", lambda _: 0)
+    folder, seen = tmp_path / "checkpoints", []
+    for moment, step in enumerate((2, 4, 6)):
+        (folder / step_name(step)).mkdir(parents=True)
+        (folder / step_name(step) / "manifest.json").touch()
+        os.utime(folder / step_name(step) / "manifest.json", (moment, moment))
+    (folder / "latest").write_text("step-0000002\n")
+
+    def fetch():
+        seen.extend(sorted(path.name for path in folder.glob("step-*")))
+        return np.zeros(3, np.float32)
+
+    piece = ck.HostPiece("weights", "w", (3,), Box.whole((3,)), "float32", fetch)
+    ck.write_snapshot(tmp_path, ck.Snapshot(3, Meta(), {}, (piece,), {}), keep_last)
+    assert seen == [step_name(step) for step in meanwhile]
+    assert find_checkpoint(tmp_path).step == 3
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

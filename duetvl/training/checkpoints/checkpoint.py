@@ -32,8 +32,8 @@ from duetvl.storage.checkpoint_format import (
     box_name,
     file_name,
 )
-from duetvl.storage.files import remove_directory, remove_temporaries, sync_directory, write_text
-from duetvl.storage.finding import STEP, CheckpointRef, checkpoints_dir, step_name
+from duetvl.storage.files import free_space, remove_directory, remove_temporaries, sync_directory, write_text
+from duetvl.storage.finding import STEP, CheckpointRef, checkpoints_dir, latest_name, step_name
 from duetvl.storage.tensor_files import FileRecord, TensorSpec, write_tensor_file
 from duetvl.storage.weights_dir import count_and_name
 from duetvl.version import __version__
@@ -41,6 +41,7 @@ from duetvl.version import __version__
 Tensor = Any
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+_MANIFEST: Final = 1 << 20  # bytes of the manifest and of what is logged meanwhile, at most about
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,15 @@ def take_snapshot(
 def write_snapshot(run_dir: str | Path, taken: Snapshot, keep_last: int | None = None) -> Path:
     """Write `run_dir/checkpoints/step-NNNNNNN`, make it the latest, remove all but the `keep_last` newest.
 
-    On an error (a full disk) CheckpointError is raised, nothing of it is left, and earlier checkpoints are as before.
+    Where the disk has no room for it, those that would be removed then go first, but for the latest one. On an error (a
+    full disk) CheckpointError is raised, nothing of it is left, and the other checkpoints are as before.
     """
     folder = checkpoints_dir(run_dir)
     staging = folder / f".{step_name(taken.step)}.saving"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run_dir)
+        _make_room(folder, sum(piece.spec.nbytes for piece in taken.pieces), keep_last)
         staging.mkdir()
         written = write_pieces(staging, taken.pieces)
         manifest = make_manifest(taken.step, taken.meta, taken.optimizer_steps, [written], taken.written_by)
@@ -266,11 +269,26 @@ def remove_leftovers(run_dir: str | Path) -> None:
 
 def _rotate(folder: Path, newest: Path, keep_last: int | None) -> None:
     """By the time of writing, not by number: a run that went back to an earlier step keeps its new ones."""
-    if keep_last is None:
-        return
     others = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path != newest]
     others.sort(key=_written_at)
-    for old in others[: max(len(others) + 1 - keep_last, 0)]:
+    for old in others[: _too_many(others, keep_last)]:
+        remove_directory(old)
+
+
+def _too_many(others: Sequence[Path], keep_last: int | None) -> int:
+    """How many of the others go once there is a new one."""
+    return 0 if keep_last is None else max(len(others) + 1 - keep_last, 0)
+
+
+def _make_room(folder: Path, needed: int, keep_last: int | None) -> None:
+    """Where the disk is too full, remove what `_rotate` would remove after the next one, apart from the latest."""
+    others = sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), key=_written_at)
+    latest = folder / (latest_name(folder) or "")
+    spare = [path for path in others if path != (latest if latest in others else others[-1])]
+    for old in spare[: _too_many(others, keep_last)]:
+        free = free_space(folder)
+        if free is None or free > needed + _MANIFEST:
+            return
         remove_directory(old)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
 from duetvl.core.params import Parameter
 from duetvl.models.lora import is_adapter
+from duetvl.storage.files import free_space
 from duetvl.storage.finding import STEP, checkpoints_dir
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.training.checkpoints.checkpoint import Snapshot
@@ -67,14 +67,6 @@ class Space:
         if self.checkpoint > free and refuse:
             raise ConfigError(f"{found}, {have}")
         return f"warning: {found}, all at one time {in_words(needed)}, {have}"
-
-
-def free_space(directory: Path) -> int | None:
-    """Free bytes of the disk that a directory is on or will be on; None where the system does not say."""
-    directory = directory.absolute()
-    there = next(path for path in (directory, *directory.parents) if path.exists())
-    usage = shutil.disk_usage(there)
-    return usage.free if usage.total else None
 
 
 def in_words(count: float) -> str:
