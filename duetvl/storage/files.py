@@ -166,8 +166,8 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
 
     Until then `target` is as it was, and after an error or a signal it still is. A target that exists and is not empty
     is refused with CheckpointError unless `overwrite`: then the model or adapter in it and all files that have a new
-    version are replaced together, by two renames, and whatever else it held stays. A model is replaced by a model
-    alone: anything else is refused. After a kill between the two renames the old directory lies beside it under the
+    version are replaced together, by two renames, and whatever else it held stays; a model in the Hugging Face layout
+    is replaced by another one alone. After a kill between the two renames the old directory lies beside it under the
     name `.NAME.replaced`; writing there again puts it back first. One process writes to a target at a time: another is
     refused.
     """
@@ -183,8 +183,8 @@ def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
             yield staging
             if _holds_a_model(target) and not (staging / _MODEL).exists():
                 raise CheckpointError(
-                    f"{target}: holds a model, and what is written there is none: the two cannot be told apart; choose "
-                    f"another directory"
+                    f"{target}: holds a model in the Hugging Face layout, which an adapter or a release does not "
+                    f"replace; choose another directory"
                 )
             sync_files(staging)
             if overwrite and target.is_dir():

@@ -146,7 +146,7 @@ def test_a_model_is_not_taken_away_for_something_else(tmp_path, weights, new):
     (target / "config.json").write_text("{}")
     (target / weights).write_text("old")
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a model, and what is written there is none"):
+    with pytest.raises(CheckpointError, match="holds a model in the Hugging Face layout, which"):
         write_over(target, new)
     assert contents(tmp_path) == before
 

@@ -16,6 +16,7 @@ from duetvl.cli import main
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import ConfigError
 from duetvl.storage.finding import find_checkpoint
+from duetvl.training.checkpoints import space
 from duetvl.training.checkpoints.run_directory import find_start, locked
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.yaml_values import read_yaml
@@ -185,6 +186,39 @@ def test_a_run_that_was_killed_before_its_first_step_holds_nothing(be, recipe, t
 class KillBeforeTheFirstStep(Callback):
     def on_start(self, run):
         raise Killed
+
+
+@pytest.mark.parametrize("there", ["a file", "a link to a disk that is not mounted"])
+def test_checkpoints_that_cannot_be_written_are_found_before_the_first_step(be, recipe, tmp_path, there):
+    (tmp_path / "run").mkdir()
+    place = tmp_path / "run/checkpoints"
+    place.write_text("mine") if there == "a file" else place.symlink_to(tmp_path / "disk/checkpoints")
+    with pytest.raises(ConfigError, match="run/checkpoints: cannot be written: File exists"):
+        run(be, recipe)
+    assert read_metrics(tmp_path / "run") == []
+
+
+def test_checkpoints_may_be_a_link_to_another_disk(be, recipe, tmp_path, monkeypatch):
+    """Room is looked for there."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    asked = []
+    monkeypatch.setattr(space, "free_space", lambda path: asked.append(path.resolve()))
+    assert run(be, recipe).step == 6
+    assert asked == [tmp_path / "disk"]
+    assert find_checkpoint(tmp_path / "disk/step-0000006").step == 6
+
+
+def test_a_run_that_starts_over_has_curves_of_its_own(be, recipe, tmp_path):
+    """Weights & Biases drops the steps that it has seen already under the same id."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/trackers.json").write_text('{"wandb": "old"}')
+    run(be, recipe, "train.steps=2")
+    assert not (tmp_path / "run/trackers.json").exists()
+    (tmp_path / "run/trackers.json").write_text('{"wandb": "its own"}')
+    run(be, recipe)
+    assert (tmp_path / "run/trackers.json").exists()
 
 
 # -- files of the user's ----------------------------------------------------------------------------------------------

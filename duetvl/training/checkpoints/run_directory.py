@@ -16,7 +16,14 @@ from typing import Any
 
 from duetvl.core.errors import ConfigError
 from duetvl.storage.files import remove_temporaries, write_text
-from duetvl.storage.finding import CheckpointRef, find_checkpoint, has_checkpoint, is_checkpoint, parse_run
+from duetvl.storage.finding import (
+    CheckpointRef,
+    checkpoints_dir,
+    find_checkpoint,
+    has_checkpoint,
+    is_checkpoint,
+    parse_run,
+)
 from duetvl.storage.locks import file_lock, made_directory
 from duetvl.training.recipe.data_section import DataSource
 from duetvl.training.recipe.sections import Recipe
@@ -55,10 +62,11 @@ LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
 HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log", "parallel"})
 
 RECIPE = "resolved_recipe.yaml"
+TRACKERS = "trackers.json"
 UNSAVED = ".unsaved"  # is there until the first checkpoint is
 RESULTS = ("metrics.jsonl", "samples.jsonl", "export", "loss.png")
 # What a restart sets aside. Checkpoints first: what is left after a kill in between is not taken for a run to resume.
-_OURS = ("checkpoints", *RESULTS, "tensorboard", "profile", "trackers.json", RECIPE, UNSAVED)
+_OURS = ("checkpoints", *RESULTS, "tensorboard", "profile", TRACKERS, RECIPE, UNSAVED)
 # By which of its files an export is known.
 _KINDS = {"latest_checkpointed_iteration.txt": "mindspeed_mm", "adapter_config.json": "adapter", "config.json": "model"}
 _ADVICE = "give a new directory (train.output_dir=...), or set all that aside and start over with --restart"
@@ -155,6 +163,13 @@ def begin(start: Start, recipe: Recipe) -> tuple[str, ...]:
     Gives notes for the user; hold `locked`.
     """
     notes = _set_aside(start.run_dir) if start.anew else ()
+    folder = checkpoints_dir(start.run_dir)
+    try:
+        folder.mkdir(exist_ok=True)  # a file, or a link to a disk that is not mounted, would be found at the first save
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    if start.checkpoint is None:
+        (start.run_dir / TRACKERS).unlink(missing_ok=True)  # of a run that ended unsaved: its curves are not these
     saved = start.checkpoint is not None and start.history is None
     note_saved(start.run_dir) if saved else write_text(start.run_dir / UNSAVED, "")
     target, values = start.run_dir / RECIPE, recipe.model_dump(mode="json")

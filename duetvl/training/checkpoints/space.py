@@ -57,7 +57,7 @@ class Space:
 
         With `refuse` ConfigError is raised where it has not even room for one checkpoint.
         """
-        free = free_space(run_dir)
+        free = free_space(checkpoints_dir(run_dir))
         needed = self.needed(section, steps, _there(run_dir))
         if free is None or needed <= free:
             return None
