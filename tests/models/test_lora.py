@@ -279,10 +279,14 @@ def test_patterns_of_either_layout(tiny, tmp_path, tensors, patterns):
     assert open_adapter_for(config, adapter).adapters == open_adapter_for(config, source).adapters
 
 
-def test_a_pattern_without_effect_is_told(tiny, trained, tmp_path):
+def test_a_pattern_without_effect_is_told(tiny, trained, tmp_path, capsys):
     adapter = rewritten(trained("qwen2-tied", "lora"), tmp_path / "adapter", alpha_pattern={"layers.7.mlp": 3})
     with pytest.warns(UserWarning, match=r"adapter_config.json: alpha_pattern: 'layers.7.mlp' matches no layer"):
         open_adapter_for(load_config(tiny.directory("qwen2-tied")), adapter)
+    assert main(["merge", str(tiny.directory("qwen2-tied")), str(adapter), "-o", str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"warning: {adapter}/adapter_config.json: alpha_pattern: 'layers.7.mlp' matches no layer")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
