@@ -153,11 +153,17 @@ def staged_file(target: str | Path) -> Iterator[TextIO]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory that readers never see half-empty: it loses its name first."""
+    """Remove a directory that readers never see half-empty: it loses its name first. Of a link the link alone.
+
+    What cannot be removed yet, as on NFS while it is read, stays under the hidden name `.NAME.deleting`.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+        return
     doomed = directory.with_name(f".{directory.name.lstrip('.')}.deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(directory, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -289,6 +290,36 @@ def test_the_latest_is_never_removed_to_make_room(tmp_path, monkeypatch, keep_la
     ck.write_snapshot(tmp_path, ck.Snapshot(3, Meta(), {}, (piece,), {}), keep_last)
     assert seen == [step_name(step) for step in meanwhile]
     assert find_checkpoint(tmp_path).step == 3
+
+
+def test_a_checkpoint_that_cannot_be_removed_yet_is_no_failed_save(torch_be, recipe, tmp_path, capsys, monkeypatch):
+    """On NFS a file that is read, as by an export, leaves a `.nfs...` in its directory until it is closed."""
+    unlink = os.unlink
+
+    def busy(path, *, dir_fd=None):
+        if dir_fd is not None:  # a file in a directory that is removed
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    assert run(torch_be, recipe, "checkpoint.keep_last=1").step == 12
+    monkeypatch.undo()
+    assert "could not be written" not in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-0000012"]
+    assert len(leftovers(tmp_path / "run")) == 5
+    assert run(torch_be, recipe, "train.steps=13").step == 13
+    assert leftovers(tmp_path / "run") == []
+
+
+def test_a_checkpoint_that_was_moved_behind_a_link_is_left_where_it_is(torch_be, recipe, tmp_path, capsys):
+    run(torch_be, recipe, "train.steps=2")
+    place = tmp_path / "run/checkpoints/step-0000002"
+    shutil.move(place, tmp_path / "moved")
+    place.symlink_to(tmp_path / "moved")
+    assert run(torch_be, recipe, "checkpoint.keep_last=1").step == 12
+    assert "could not be written" not in capsys.readouterr().out
+    assert find_checkpoint(tmp_path / "moved").step == 2
+    assert not place.is_symlink()
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def remove_leftovers(run_dir: str | Path) -> None:
             os.rename(old, folder / name)
     for pattern in (".step-*.saving", ".step-*.replaced", ".step-*.deleting"):
         for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # the next time, where somebody still reads it
 
 
 def _rotate(folder: Path, newest: Path, keep_last: int | None) -> None:
