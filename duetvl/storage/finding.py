@@ -87,14 +87,12 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
-    """A run and a step of it, from DIR or DIR@STEP; without DIR it is `own`."""
+    """A run and a step of it, from DIR or DIR@STEP; without DIR it is `own`. What exists is a DIR, also with an @."""
     name, at, step = text.rpartition("@")
-    if not at:
+    if not at or Path(text).exists():
         name, step = text, ""
     elif not (step.isascii() and step.isdigit()):
-        if not Path(text).exists():  # it could be a directory with an @ in its name
-            raise CheckpointError(f"{text}: after @ comes the number of a step, found {step!r}")
-        name, step = text, ""
+        raise CheckpointError(f"{text}: after @ comes the number of a step, found {step!r}")
     if not name and own is None:
         raise CheckpointError(f"{text!r}: names no run directory; give DIR or DIR@STEP")
     return _run(Path(name)) if name or own is None else own, int(step) if step else None

@@ -273,6 +273,17 @@ def test_yaml_and_json_files(tmp_path):
     assert load_recipe(tmp_path / "b.json").train.output_dir == "runs/b"
 
 
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    """YAML and `section.key=~/...` reach us as they are: a shell replaces it at the beginning of a word alone."""
+    monkeypatch.setenv("HOME", "/home/me")
+    fields = ("train.output_dir", "model.path", "data.image_root", "data.cache", "lora.adapter", "data.train")
+    recipe = make(*(f"{field}=~/x" for field in fields))
+    found = recipe.model_dump(mode="json")
+    assert {found[section][key] for section, key in (field.split(".") for field in fields[:-1])} == {"/home/me/x"}
+    assert recipe.data.train[0].path == "/home/me/x"
+    assert make("train.output_dir=runs/~x").train.output_dir == "runs/~x"
+
+
 def test_paths_are_left_as_they_are_given(tmp_path, monkeypatch):
     """Relative to the working directory, as those of overrides."""
     (tmp_path / "recipes").mkdir()

@@ -15,7 +15,7 @@ from bag_model import write_records
 from duetvl.cli import main
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import ConfigError
-from duetvl.storage.finding import find_checkpoint
+from duetvl.storage.finding import find_checkpoint, parse_run
 from duetvl.training.checkpoints import space
 from duetvl.training.checkpoints.run_directory import find_start, locked
 from duetvl.training.recipe.reading import make_recipe
@@ -270,6 +270,12 @@ def test_a_step_of_its_own_is_resumed_by_whatever_names_it(be, recipe, tmp_path,
     assert run(be, recipe, "train.steps=5", resume=f"{tmp_path}/{named}").step == 5
     assert "step-0000004 (step 4)" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_whose_name_ends_like_a_step(be, recipe, tmp_path):
+    run(be, recipe, "train.steps=2", f"train.output_dir={tmp_path}/lr@3")
+    assert find_checkpoint(*parse_run(f"{tmp_path}/lr@3")).step == 2
+    assert find_checkpoint(*parse_run(f"{tmp_path}/lr@3@2")).step == 2
 
 
 def test_another_run_is_resumed_from_a_checkpoint_of_it(be, recipe, tmp_path):

@@ -9,13 +9,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from duetvl.core.errors import did_you_mean
 from duetvl.data.formats.messages import TAGS
 from duetvl.data.formats.reading import COLUMNS
-from duetvl.training.recipe.section import Section, contradiction
+from duetvl.training.recipe.section import Place, Section, contradiction
 
 
 class DataSource(Section):
     """One set of records. A text in the place of one is its `path`."""
 
-    path: str = Field(
+    path: Place = Field(
         min_length=1,
         description="File (JSON, JSONL, Parquet, TSV, tar shard), pattern of files, or `dataset_info.json:NAME`.",
     )
@@ -26,7 +26,7 @@ class DataSource(Section):
         default=1.0, ge=1e-6, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
     )
     max_samples: int | None = Field(default=None, ge=1, description="At most this many records, chosen by `data.seed`.")
-    image_root: str | None = Field(default=None, description="Replaces `data.image_root` for this set.")
+    image_root: Place | None = Field(default=None, description="Replaces `data.image_root` for this set.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Names of the record's keys, as in LLaMA-Factory's dataset_info.json."
     )
@@ -71,7 +71,7 @@ class DataSection(Section):
         description="Train only on the first N records of all sets together; `max_samples` of a set chooses "
         "among its records by `data.seed`.",
     )
-    image_root: str | None = Field(
+    image_root: Place | None = Field(
         default=None,
         description="Directory that relative paths of media start from; by default they are looked for beside the data "
         "file, then in the working directory.",
@@ -148,7 +148,7 @@ class DataSection(Section):
     )
     workers: int = Field(default=0, ge=0, description="Processes that encode; 0: a thread of the main process.")
     prefetch: int = Field(default=2, ge=1, description="Steps that are made ahead.")
-    cache: str | None = Field(
+    cache: Place | None = Field(
         default=None,
         description="Directory that keeps drafts (tokens, sizes of media); several runs and nodes may share it.",
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os.path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a directory named `~` is nobody's intention
 
 
 def contradiction(message: str) -> PydanticCustomError:

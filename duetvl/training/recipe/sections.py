@@ -12,13 +12,13 @@ from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.recompute import RecomputeMode
 from duetvl.training.recipe.data_section import DataSection
 from duetvl.training.recipe.parallel_section import ParallelSection
-from duetvl.training.recipe.section import Section, as_tuple, contradiction, one_or_more
+from duetvl.training.recipe.section import Place, Section, as_tuple, contradiction, one_or_more
 
 
 class ModelSection(Section):
     """Which model is trained, and which of its parts."""
 
-    path: str = Field(
+    path: Place = Field(
         min_length=1,
         description="Directory of the model in the Hugging Face layout, or its id, which is fetched: "
         "`Qwen/Qwen2.5-VL-7B-Instruct` from Hugging Face, `modelscope:Qwen/Qwen2.5-VL-7B-Instruct` from ModelScope.",
@@ -44,7 +44,7 @@ class ModelSection(Section):
 class TrainSection(Section):
     """How long a run is, and where it is kept."""
 
-    output_dir: str = Field(
+    output_dir: Place = Field(
         default="runs/{recipe}",
         min_length=1,
         description="Run directory: recipe, checkpoints, metrics, plot. `{recipe}` stands for the recipe's file name.",
@@ -168,7 +168,7 @@ class LoraSection(Section):
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732).")
     dora: bool = Field(default=False, description="Train magnitudes beside directions (arXiv:2402.09353).")
-    adapter: str | None = Field(
+    adapter: Place | None = Field(
         default=None,
         min_length=1,
         description="Directory of an adapter (PEFT's layout) to start from. It brings its rank, alpha, layers, rslora "
@@ -203,13 +203,13 @@ class DpoSection(Section):
         default=0.0, ge=0, lt=0.5, description="Share of pairs taken to be labelled wrongly (conservative DPO)."
     )
     pref_ftx: float = Field(default=0.0, ge=0, description="Weight of the chosen answer's cross-entropy.")
-    reference: str | None = Field(
+    reference: Place | None = Field(
         default=None,
         min_length=1,
         description="Directory or id of the reference model; by default `model.path`, with LoRA the model without its "
         "adapter.",
     )
-    cache: str | None = Field(
+    cache: Place | None = Field(
         default=None,
         min_length=1,
         description="Directory that keeps the reference's log-probabilities: computed once, the reference is not held.",
