@@ -19,7 +19,7 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin
 _MODEL, _ADAPTER = "config.json", "adapter_config.json"
 # What a new directory takes away beside the files that it has itself: parts of a model or an adapter of before, which
 # would be read with the new one.
-_TAKEN = {_MODEL: (*WEIGHT_FILES, _ADAPTER, "adapter_model*"), _ADAPTER: ("adapter_model*",)}
+_TAKEN = {_MODEL: (*WEIGHT_FILES, _ADAPTER, "adapter_model.*"), _ADAPTER: ("adapter_model.*",)}
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 

@@ -21,6 +21,7 @@ from duetvl.cli import main
 from duetvl.core.batch import Sample
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.qwen_vl.loading import load_model
+from duetvl.storage.finding import find_checkpoint
 from duetvl.training.checkpoints.export import export_run
 from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.train import train
@@ -315,6 +316,22 @@ def test_an_export_never_overwrites_and_names_what_is_missing(finished, tmp_path
     assert main(["export", "nowhere", "-o", str(tmp_path / "new")]) == 2
     assert "nowhere/checkpoints: has no checkpoint" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["there"]
+
+
+def test_an_export_takes_no_other_models_tokenizer(recipe, tmp_path, capsys):
+    """The recipe's path may be relative, and lead to another model where the export is made, or to none."""
+    run = duetvl.train(recipe, ["data.val=null"], backend=duetvl.load_backend("torch_npu", "cpu")).run_dir
+    file = Path(find_checkpoint(run).meta.recipe["model"]["path"]) / "config.json"
+    for content, found in (
+        (json.dumps({**json.loads(file.read_text()), "vocab_size": 4096}), "is another model"),
+        ("{}", "cannot be read ("),
+    ):
+        file.write_text(content)
+        assert main(["export", str(run), "-o", str(tmp_path / found[:6])]) == 0
+        said = capsys.readouterr().out
+        assert f"warning: the run's model {str(file.parent)!r} {found}" in said
+        assert "copy its tokenizer and settings yourself" in said
+        assert sorted(one.name for one in (tmp_path / found[:6]).iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_damaged_checkpoint_is_not_exported_in_silence(recipe, tmp_path, capsys):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError, DuetvlError
 from duetvl.models.lora import Adapters
 from duetvl.models.model_directory import open_model
 from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
@@ -18,7 +18,7 @@ from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.finding import CheckpointRef, find_checkpoint, parse_run
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.storage.weights_dir import count_and_name, write_shards
+from duetvl.storage.weights_dir import Shape, count_and_name, write_shards
 
 Say = Callable[[str], None]
 
@@ -54,7 +54,7 @@ def _export_model(ref: CheckpointRef, staging: Path, say: Say) -> None:
     specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
     write_shards(staging, specs, _reader(ref))
     write_config(config, staging, next(iter(specs.values())).dtype)
-    _copy_settings_of(ref.meta.recipe, staging, say)
+    _copy_settings_of(ref.meta.recipe, shapes, staging, say)
 
 
 def _export_adapter(ref: CheckpointRef, staging: Path, say: Say) -> None:
@@ -86,17 +86,18 @@ def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
     return fetch
 
 
-def _copy_settings_of(recipe: Any, staging: Path, say: Say) -> None:
+def _copy_settings_of(recipe: Any, shapes: Mapping[str, Shape], staging: Path, say: Say) -> None:
+    """Copy them from the recipe's model, if it is here and has these parameters: its path may lead elsewhere now."""
     path = recipe.get("model", {}).get("path", "")
     try:
         source = open_model(path, weights=False)
-        known = (source.path / "config.json").is_file()
-    except CheckpointError:
-        known = False
-    if known:
+        found = "is another model" if parameter_shapes(source.config) != shapes else None
+    except DuetvlError as error:
+        found = f"cannot be read ({error})"
+    if found is None:
         source.copy_settings(staging)
     else:
-        say(f"warning: there is no model directory {path!r} here: copy its tokenizer and settings yourself")
+        say(f"warning: the run's model {path!r} {found}: copy its tokenizer and settings yourself")
 
 
 # What a checkpoint holds -> how it is written to a staging directory.

@@ -105,8 +105,8 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
     other = home != own.resolve()
     if other and has_checkpoint(own):
         raise ConfigError(
-            f"train.output_dir {own} has checkpoints of its own; to go on from {source} give a new directory: "
-            f"train.output_dir=..."
+            f"train.output_dir {own} has checkpoints of its own; leave --resume {source} out to go on from these, or "
+            f"give a new directory: train.output_dir=..."
         )
     ref = find_checkpoint(source, step, pass_over=True)
     harmless, grave = _differences(recipe, ref.meta.recipe)
