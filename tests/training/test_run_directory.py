@@ -155,6 +155,17 @@ def test_a_restart_sets_aside_and_never_removes(be, recipe, tmp_path, capsys):
     assert (tmp_path / "run/before-restart-2/export/model").read_text() == "lr 0.1"
 
 
+def test_what_a_link_leads_to_is_set_aside_as_well(be, recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to("../disk")
+    run(be, recipe)
+    run(be, recipe, "train.steps=2", restart=True)
+    assert find_checkpoint(tmp_path / "run/before-restart-1").step == 6
+    assert find_checkpoint(tmp_path / "disk/step-0000006").step == 6
+    assert find_checkpoint(tmp_path / "run").step == 2
+
+
 def test_a_restart_does_not_take_away_its_own_model(be, recipe, tmp_path):
     run(be, recipe)
     before = contents(tmp_path / "run")

@@ -191,7 +191,11 @@ def _set_aside(run_dir: Path) -> tuple[str, ...]:
     place = _unused(run_dir / "before-restart")
     place.mkdir()
     for name in held:
-        os.rename(run_dir / name, place / name)
+        if (run_dir / name).is_symlink():  # a relative one would lead elsewhere from there
+            (place / name).symlink_to((run_dir / name).resolve())
+            (run_dir / name).unlink()
+        else:
+            os.rename(run_dir / name, place / name)
     return (f"starting over; what {run_dir} held is in {place}",)
 
 
