@@ -148,9 +148,9 @@ _PREFACE = """
 One YAML or JSON file says everything about a run. An unknown section or field is an error that names the nearest
 known one. Any field can be given on the command line instead: `duetvl train run.yaml optim.lr=3e-5 train.steps=100`.
 
-Paths are relative to the working directory. Paths of images inside a data file are relative to
-`data.image_root`, or else to the data file and then the working directory. Numbers are read
-as in JSON (`1e-5` is a number), `true` and `false` are the only booleans.
+Paths are relative to the working directory, and `~` is the home directory. Paths of images inside a data file are
+relative to `data.image_root`, or else to the data file and then the working directory. Numbers are read as in JSON
+(`1e-5` is a number), `true` and `false` are the only booleans.
 
 A section with nothing below it (`lora:`) has its defaults. A field with nothing after it is null where that
 is its default, and an error elsewhere. On the command line a value is read as YAML where it begins with a quote or a
