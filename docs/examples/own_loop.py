@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 import duetvl
-from duetvl.core.optimizer import Group
+from duetvl.core.optimizer import ParameterGroup
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.sft import record_encoder
@@ -17,7 +17,7 @@ def main(path, target, *overrides):
     model = duetvl.load_model(recipe.model.path, backend=be, dtype=recipe.model.dtype)
     model.freeze(["vision"])
     trained = [p for p in model.parameters.values() if p.trainable]
-    groups = [Group(trained, weight_decay=0.01)]
+    groups = [ParameterGroup(trained, weight_decay=0.01)]
     state = be.optimizer.create(groups)
 
     losses = []
