@@ -206,7 +206,7 @@ def write_files(
     """Write all files below a directory. On an error or an interrupt no worker is left, and no promise made of files.
 
     Tensors that come from the same logical ones are written together, so that each is read from disk, or fetched,
-    once. `progress` is told bytes written, by one thread at a time.
+    once. `progress` is called with bytes written, by one thread at a time.
     """
     with ExitStack() as stack:
         handles = {}

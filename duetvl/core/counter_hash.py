@@ -84,7 +84,7 @@ def bits(
     place: Callable[[np.ndarray], Tensor] = lambda array: array,
     shift: Callable[[Tensor, int], Tensor] = operator.rshift,
 ) -> Tensor:
-    """The bits x of so many columns, from `column` on, of the rows (N,) of a tensor: (N, columns) signed words.
+    """The bits x of `columns` columns, from `column` on, of the rows (N,) of a tensor: (N, columns) signed words.
 
     `place` makes a tensor of an int32 array, where the element's part is then computed with the tensor's own
     `^ & * +`, which must wrap around, and `shift(x, n)`, which copies the sign.

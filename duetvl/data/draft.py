@@ -94,7 +94,7 @@ class MediaTally:
             self.found += bool(outcome.media)
 
     def check(self, least: int) -> None:
-        """Raise DataError where nearly all are missing, of so many at least: then it is the place that is wrong, and
+        """Raise DataError where nearly all are missing, of `least` at least: then it is the place that is wrong, and
         skipping bad records would train on what is left of the data."""
         if self.missing >= least and self.missing > 9 * self.found:
             raise DataError(

@@ -143,12 +143,12 @@ class Processor:
 
     @property
     def image_settings(self) -> PixelSettings:
-        """How pictures are brought to size."""
+        """How pictures are resized."""
         return self.media.image
 
     @property
     def video_settings(self) -> PixelSettings:
-        """How frames of videos are brought to size."""
+        """How frames of videos are resized."""
         return self.media.video
 
     @property

@@ -39,7 +39,7 @@ class Segment:
         return 0 if self.kept is None else max(0, len(self) - self.kept)
 
     def cut(self, tokens: int) -> Segment:
-        """The segment without so many tokens at its end."""
+        """The segment without its last `tokens` tokens."""
         return replace(self, ids=self.ids[: len(self) - tokens])
 
 
@@ -131,7 +131,7 @@ def _last_answer(segments: Segments) -> int:
 
 
 def _cut_prompt(source: Segments, tokens: int) -> Segments:
-    """The source without so many tokens, or as many as there are, of what users wrote: from the end."""
+    """The source without up to `tokens` tokens of what users wrote, taken from the end."""
     made: Segments = []
     for segment in reversed(source):
         cut = min(tokens, segment.cuttable) if not segment.answer else 0

@@ -89,7 +89,7 @@ class SequenceWriter:
         )
 
     def _scaled(self, media: Media, tokens: int) -> Media | None:
-        """The media at the largest common share of their areas that makes at most so many tokens."""
+        """The media at the largest common share of their areas that stays within the tokens allowed."""
 
         def at(scale: float) -> Media:
             settings, geometry = self.processor.media, self.family.geometry

@@ -1,6 +1,6 @@
 """Finding a checkpoint of a run, and verifying it before anything of it is used.
 
-Whoever reads a run comes through here: resuming, `duetvl export`, mm-convert.
+Everything that reads a run comes through here: resuming, `duetvl export`, mm-convert.
 """
 
 from __future__ import annotations

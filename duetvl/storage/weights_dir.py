@@ -137,7 +137,7 @@ def load_parameters(
     """Read parameters straight to the device, one after the other, in the order of `shapes`.
 
     `shapes` are those of the whole tensors; a tensor that has an entry in `boxes` is read as that slice only. At no
-    time is more held than the result and one tensor. `progress` is told the bytes of each tensor. CheckpointError
+    time is more held than the result and one tensor. `progress` is called with each tensor's bytes. CheckpointError
     when `weights` are not exactly these tensors, before any is read.
     """
     weights.check(shapes)

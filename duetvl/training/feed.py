@@ -136,7 +136,7 @@ def _numbers(records: Records, sources: Sequence[Source], seed: int) -> np.ndarr
 
 
 def _share(count: int, rate: float, seed: int) -> np.ndarray:
-    """Which of so many records are kept for evaluation: at least one, and never all."""
+    """Which of `count` records are kept for evaluation: at least one, and never all."""
     held = max(1, round(count * rate))
     if held >= count:
         raise DataError(f"data.val_rate {rate} of {count} records leaves none to train on; there must be more of them")
@@ -171,7 +171,7 @@ class Feed:
 
     @contextmanager
     def started(self, steps: int) -> Iterator[None]:
-        """Make so many steps ahead of their use. The first is made at once: most bad data shows there."""
+        """Make `steps` steps ahead of their use. The first is made at once: most bad data shows there."""
         data = self.recipe.data
         self._pool = make_pool(self._maker, data.workers)
         cursor = self.sets.cursor(self.position)
@@ -250,7 +250,7 @@ class Feed:
         return self._maker.drafts(list(islice(self.sets.train_refs(), FIRST)))
 
     def val_samples(self, count: int) -> list[Sample | Pair]:
-        """The first so many good samples of the validation data.
+        """The first `count` good samples of the validation data.
 
         Those that the recipe leaves out are passed over, as in an evaluation. Raises DataError for a bad one, unless
         those are skipped.

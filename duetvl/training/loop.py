@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and what is told of them."""
+"""The training loop: steps, evaluations, checkpoints, and what is logged of them."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ class Run:
         return self.signals.caught is not None
 
     def say(self, text: str) -> None:
-        """Show a line to whoever watches."""
+        """Show a line on the terminal."""
         self.progress.say(text)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -330,7 +330,7 @@ class Run:
         self.log_file.write_answers(self.step, rows)
 
     def validation_samples(self, count: int) -> list[Sample | Pair]:
-        """The first so many samples of the validation data."""
+        """The first `count` samples of the validation data."""
         return self.feed.val_samples(count)
 
     def stop(self, reason: str) -> None:

@@ -11,7 +11,7 @@ from duetvl.training.recipe.sections import OptimSection, Recipe
 
 
 def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
-    """Optimizer steps of a whole run over so many records in an epoch; None: a stream, which is not counted."""
+    """Optimizer steps of a whole run over `records` records in an epoch; None: a stream, which is not counted."""
     if recipe.train.steps is not None:
         return recipe.train.steps
     assert records is not None, "recipes with streams give train.steps"

@@ -25,7 +25,7 @@ class StopSignals:
     """
 
     def __init__(self, announce: Callable[[str], None], grace: float | None = None):
-        """`announce` is told the name of the signal. `grace`: seconds from it until the process will be killed."""
+        """`announce` is called with the signal's name. `grace`: seconds from it until the process will be killed."""
         self.caught: signal.Signals | None = None
         self.grace = grace
         self._caught_at = 0.0

@@ -73,7 +73,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The objective's means over the batches, their trained tokens, and what was averaged over: so many of its `unit`.
+    """The objective's means over the batches, their trained tokens, and the number of its `unit` that it averages over.
 
     Without any, the loss is nan.
     """

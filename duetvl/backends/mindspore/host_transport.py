@@ -124,7 +124,7 @@ class HostTransport:
         return [value if rank == self.rank else pickle.loads(pickles[rank].tobytes()) for rank in ranks]
 
     def close(self) -> None:
-        """Leave. Ranks that wait for this one are told by their connection."""
+        """Leave. Ranks that wait for this one notice it on their connection."""
         self._listener.close()
         for peer in self._peers.values():
             peer.socket.close()

@@ -23,7 +23,7 @@ _TASK: Final = {"prompt": "instruction", "query": "input", "response": "output",
 class SourceInfo:
     """One entry: its files, and `format`, `columns` and `tags` for `duetvl.data.formats.reading.read_record`.
 
-    A column with an empty name is not used. `num_samples`: only so many records are taken.
+    A column with an empty name is not used. `num_samples`: the number of records that are taken.
     """
 
     files: tuple[Path, ...]

@@ -41,7 +41,7 @@ class Mixture:
     def __init__(
         self, counts: Sequence[int], weights: Sequence[float] | None = None, *, seed: int, shuffle: bool = True
     ):
-        """Sources of so many items."""
+        """Sources with these numbers of items."""
         self.counts = list(counts)
         self.weights = [Fraction(w).limit_denominator(10**6) for w in weights or [1.0] * len(self.counts)]
         self.seed, self.shuffle = seed, shuffle

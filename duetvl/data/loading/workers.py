@@ -23,7 +23,7 @@ from duetvl.data.loading.transfer import receive, send
 from duetvl.data.loading.worker import START
 from duetvl.data.sources.records import Ref
 
-_CHUNK = 16  # records of one request: so many that the way there and back costs little
+_CHUNK = 16  # records of one request: enough that sending them costs little
 
 
 class Pool(Protocol):

@@ -25,7 +25,7 @@ TOTAL_PIXELS: Final = 128_000 * 28 * 28 * 9 // 10
 
 @dataclass(frozen=True)
 class MediaSettings:
-    """How pictures and videos are brought to size. `video` bounds each frame, `total_pixels` all pairs of frames."""
+    """How pictures and videos are resized. `video` bounds each frame, `total_pixels` all pairs of frames."""
 
     image: PixelSettings = field(default_factory=PixelSettings)
     video: PixelSettings = field(default_factory=PixelSettings)

@@ -113,7 +113,7 @@ def _by_llamafactory(index: VideoIndex, rule: FrameRule, part: VideoPart) -> tup
 
 
 def qwen_count(total: int, wanted: float, fewest: int, most: int, *, exact: bool = False) -> int:
-    """Frames that qwen-vl-utils takes of `total`: an even number, within bounds unless `exact`ly so many are asked.
+    """Frames that qwen-vl-utils takes of `total`: an even number, within bounds unless a number is asked for `exact`ly.
 
     Raises DataError where that is less than two or more than there are.
     """

@@ -48,6 +48,6 @@ def unset(name: str) -> str:
 
 
 def short(text: str, most: int = 90) -> str:
-    """A text for a message: one line of at most so many characters."""
+    """A text for a message: one line of bounded length."""
     flat = " ".join(text.split())
     return flat if len(flat) <= most else flat[: most - 3] + "..."

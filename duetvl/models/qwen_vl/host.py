@@ -21,7 +21,7 @@ from duetvl.core.family import Grounding, PatchGeometry, SpecialTokens
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.tables import Grid, as_grid
 
-_MOST_POSITIONS = 1 << 20  # the rotary table of so many takes half a GB
+_MOST_POSITIONS = 1 << 20  # a rotary table of this length takes half a GB
 Rows = np.ndarray | PatchBytes
 
 

@@ -36,7 +36,7 @@ def load_model(
 ) -> AnyModel:
     """Read a model, given by directory or id, slice by slice straight to the device.
 
-    `dtype` is the one the weights are held in; `progress` is told the bytes of each tensor read. Raises
+    `dtype` is the one the weights are held in; `progress` is called with the bytes of each tensor read. Raises
     CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
     """
     if dtype not in DTYPES:

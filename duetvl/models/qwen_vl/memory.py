@@ -80,8 +80,8 @@ class Trained:
 class Activations:
     """Bytes of a pass: what the tape holds, and the most that is made on top of it.
 
-    `forward` at the vocabulary, `backward` on the way back (with what one block makes again), `end` once the tape is
-    empty.
+    `forward` at the vocabulary, `backward` in the backward pass (with what one block makes again), `end` once the
+    tape is empty.
     """
 
     kept: int
@@ -97,7 +97,7 @@ def activations(config: ModelConfig, trained: Trained, load: Load, recompute: Re
     return Activations(tape.bytes, forward, backward + tape.again, end)
 
 
-# -- what is kept for the way back ------------------------------------------------------------------------------------
+# -- what is kept for the backward pass -------------------------------------------------------------------------------
 
 
 @dataclass

@@ -165,7 +165,7 @@ def _bits(backend: Backend, piece: Piece) -> np.ndarray:
 
 
 class _Held:
-    """An array that is handed over, and so freed by whoever took it."""
+    """An array that is handed over, and so freed by its reader."""
 
     def __init__(self, array: np.ndarray):
         self.array: np.ndarray | None = array

@@ -29,7 +29,7 @@ from duetvl.training.recipe.data_section import DataSource
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import read_yaml, write_yaml
 
-# What may differ between a checkpoint and the recipe that goes on from it. The split into micro-batches changes no
+# What may differ between a checkpoint and the recipe that resumes from it. The split into micro-batches changes no
 # result beyond rounding; a new length changes the schedule from here on.
 PACKING = frozenset({"data.pack", "data.pack_tokens", "data.pack_patches"})
 HARMLESS = frozenset(
@@ -76,7 +76,7 @@ _ADVICE = "give a new directory (train.output_dir=...), or set all that aside an
 class Start:
     """Where a run starts: from `checkpoint`, or from the model's own weights where it is None.
 
-    `history` is another run's directory whose metrics this one goes on from. With `anew` what the directory holds is
+    `history` is another run's directory whose metrics this one continues. With `anew` what the directory holds is
     set aside first. `notes` are to be told the user.
     """
 

@@ -55,7 +55,7 @@ class Saver:
         self._pending: tuple[int, Future[Path]] | None = None
 
     def save(self, take: TakeSnapshot) -> None:
-        """A periodic checkpoint: where it cannot be written, that is told and the run goes on."""
+        """A periodic checkpoint: where it cannot be written, there is a warning and training continues."""
         self.wait()
         taken = self._copy(take) if self._thread else None
         if self._thread is None or taken is None:

@@ -44,7 +44,7 @@ class Space:
         return cls(checkpoint + _HEADERS, 0 if not export else model if whole else weights)
 
     def needed(self, section: CheckpointSection, steps: int, there: int) -> int:
-        """What is written at most at one time, in so many steps, beside `there` checkpoints that are there already.
+        """What is written at most at one time, in `steps` steps, beside `there` checkpoints that are there already.
 
         How often `minutes` will have a checkpoint saved is not known: not counted.
         """
@@ -53,7 +53,7 @@ class Space:
         return self.checkpoint * max(kept - there, 1) + self.export
 
     def warning(self, run_dir: Path, section: CheckpointSection, steps: int, *, refuse: bool = False) -> str | None:
-        """What to say where the disk has no room for what so many more steps will keep; None where it has.
+        """What to say where the disk has no room for what `steps` more steps will keep; None where it has.
 
         With `refuse` ConfigError is raised where it has not even room for one checkpoint.
         """

@@ -42,7 +42,7 @@ class Running(Protocol):
         ...
 
     def say(self, text: str) -> None:
-        """Show a line to whoever watches."""
+        """Show a line on the terminal."""
         ...
 
     def log(self, row: Row) -> None:
@@ -54,7 +54,7 @@ class Running(Protocol):
         ...
 
     def validation_samples(self, count: int) -> list[Sample | Pair]:
-        """The first so many samples of the validation data; none where there is no such data."""
+        """The first `count` samples of the validation data; none where there is no such data."""
         ...
 
     def stop(self, reason: str) -> None:
@@ -69,7 +69,7 @@ class Callback:
     """
 
     def on_start(self, run: Running) -> None:
-        """Before the first step of this start; `run.step` is not 0 where it goes on from a checkpoint."""
+        """Before the first step of this start; `run.step` is not 0 where it resumes from a checkpoint."""
 
     def on_step(self, run: Running, row: Row) -> None:
         """After a step; `row` is what metrics.jsonl gets."""

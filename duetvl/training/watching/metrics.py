@@ -89,7 +89,7 @@ class MetricsLog:
     ):
         """Start after step `after`, see `JsonLines`; `history` is the run whose rows are taken over.
 
-        `trackers` get the rows as well; `say` is told what cannot be written, once for each place.
+        `trackers` get the rows as well; `say` is called with what cannot be written, once for each place.
         """
         self.run, self._after, self._history, self._say = run, after, history, say
         self._files = {METRICS: self._open(METRICS)}
@@ -117,7 +117,7 @@ class MetricsLog:
             tracker.call("write_texts", step, rows)
 
     def close(self) -> None:
-        """Close the files and the trackers. Rows that still cannot be written are lost, which is told."""
+        """Close the files and the trackers. Rows that still cannot be written are lost, with a warning."""
         for name, file in self._files.items():
             try:
                 file.write([])
@@ -132,7 +132,7 @@ class MetricsLog:
         return JsonLines(self.run / name, after=self._after, history=history)
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A full disk does not end a run: what was computed is worth more than what is told of it."""
+        """A full disk does not end a run: what was computed is worth more than its log."""
         try:
             self._files[name].write(rows)
             self._failing.discard(name)

@@ -25,7 +25,7 @@ _LIBRARIES: Final = ("wandb", "swanlab")
 
 
 class Tracker(Protocol):
-    """A place for the numbers of a run. What it raises is told once, and it hears no more; the run goes on."""
+    """A place for the numbers of a run. Its first error is a warning, and it is not called again; the run continues."""
 
     name: str
 
@@ -204,10 +204,10 @@ class SwanLab:
 
 
 class Guarded:
-    """A tracker whose errors do not end a run: the first is told, and it is not called again."""
+    """A tracker whose errors do not end a run: the first is a warning, and it is not called again."""
 
     def __init__(self, tracker: Tracker, say: Callable[[str], None]):
-        """`say` is told what went wrong."""
+        """`say` is called with what went wrong."""
         self.tracker, self._say = tracker, say
         self._alive = True
 
