@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     _quiet()
     try:
-        return _run(_parse(sys.argv[1:] if argv is None else list(argv)))
+        status = _run(_parse(sys.argv[1:] if argv is None else list(argv)))
+        discard_output()  # what a library printed and cannot be shown is no failure of the command
+        return status
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         discard_output()
         return 0
