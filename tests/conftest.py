@@ -78,7 +78,7 @@ def be(request: pytest.FixtureRequest) -> Backend:
 
 
 class TinyModels:
-    """The models of `oracle.MODELS` by name: made and saved by transformers once, then read by whoever asks.
+    """The models of `oracle.MODELS` by name: made and saved by transformers once, then read by the tests that ask.
 
     What `ours` answers is shared between tests: leave its weights and flags as they are, or load one of your own.
     """

@@ -40,6 +40,7 @@ class Capabilities:
     framework: str  # name and version of the framework, for logs
     storage_only: frozenset[str] = frozenset()  # dtypes that are stored, but computed in float32
     bitwise_repeatable: bool = True  # the same program on the same input gives the same bits
+    recomputation: bool = True  # `Autograd.checkpoint` works
 
 
 @dataclass(frozen=True)

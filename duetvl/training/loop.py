@@ -377,7 +377,6 @@ class Run:
         self._write(row)
         over = f"over {found.weight:.0f} {self.job.objective.unit}"
         self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  {over}")
-        self.evaluated_step = self.step
         self.callbacks.call("on_eval", row)
 
     def _snapshot(self, *, copy: bool) -> Snapshot:

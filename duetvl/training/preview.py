@@ -63,7 +63,7 @@ def preview(
 
 
 def _first(sets: DataSets, maker: SampleMaker, count: int, unread: Unread) -> Iterator[Sample | Pair | DataError]:
-    """So many samples in the order of training, within the first epoch, and what is wrong with those between them.
+    """The first `count` samples in the order of training, within one epoch, and what is wrong with those between.
 
     Keys that are not read are put into `unread`.
     """

@@ -40,6 +40,9 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     dtype = recipe.model.dtype
     if not backend.device.supports(dtype):
         raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
+    if recipe.train.recompute != "none" and not backend.capabilities.recomputation:
+        framework = backend.capabilities.framework
+        raise ConfigError(f"train.recompute {recipe.train.recompute}: {framework} cannot recompute; set it to none")
     source = open_model(recipe.model.path)
     encoder = record_encoder(recipe, recipe_processor(recipe, source))
     plan = plan_adapters(recipe, source.config)

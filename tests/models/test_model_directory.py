@@ -25,7 +25,7 @@ OWN = {
     "generation_config.json": "{}",
     "video_preprocessor_config.json": "{}", "configuration.json": "{}", "LICENSE": "free", "README.md": "a card",
 }  # fmt: skip
-LEFT = {  # by whoever trained it, or in another form
+LEFT = {  # by a trainer, or in another form
     "trainer_state.json": "{}", "training_args.json": "{}", "all_results.json": "{}", "trainer_log.jsonl": "{}",
     "latest": "global_step5", "rng_state_0.pth": "", "scheduler.pt": "", "model-q8.gguf": "", "adapter_model.bin": "",
     "additional_chat_templates/notes.txt": "", "checkpoint-5/config.json": "{}", ".gitattributes": "", "run.log": "",

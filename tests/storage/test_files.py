@@ -349,7 +349,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with file_lock(tmp_path / "lock") as works:
         assert not works
     with staged_directory(tmp_path / "out") as staging, staged_directory(tmp_path / "out", overwrite=True):
-        assert staging.exists()  # nobody knows whether it is in use
+        assert staging.exists()  # it may be in use
         (staging / "config.json").write_text("{}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_a_run_goes_on_where_model_and_data_have_moved(recipe, tmp_path, capsys)
     (moved / "data.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(DataError, match="11 records"):
         train(recipe, [schedule, *places, "train.steps=6"], backend=be)
+
+
+def test_recomputation_is_refused_before_anything_is_loaded_where_it_does_not_work(recipe):
+    be = load_backend("torch_npu", "cpu")
+    without = replace(be, capabilities=replace(be.capabilities, recomputation=False))
+    with pytest.raises(ConfigError, match=r"^train\.recompute full: torch .* cannot recompute; set it to none$"):
+        train(recipe, ["train.recompute=full", "model.path=not/there"], backend=without)
 
 
 def test_check_says_what_will_be_done(recipe):

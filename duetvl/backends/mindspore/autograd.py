@@ -25,6 +25,9 @@ try:
 except ImportError as missing:
     raise BackendError(f"duetvl needs mindspore>=2.9,<2.11, found {ms.__version__} ({missing})") from None
 
+# In 2.9 the engine fails inside of `recompute`: "Unpack is being triggered for a tensor".
+RECOMPUTATION = not ms.__version__.startswith("2.9.")
+
 
 @dataclass(eq=False)
 class Tape:
@@ -95,7 +98,7 @@ class MindSporeAutograd:
         return call
 
     def checkpoint(self, fn: Callable[..., Any], *tensors: Tensor) -> Any:
-        if ms.__version__.startswith("2.9."):  # "Unpack is being triggered for a tensor", from inside the engine
+        if not RECOMPUTATION:
             raise BackendError(f"recomputation needs mindspore 2.10, found {ms.__version__}: set train.recompute=none")
         return ms.recompute(fn, *tensors, use_reentrant=False)
 

@@ -18,7 +18,7 @@ def create(device: str = "auto") -> Backend:
         import mindspore as ms
     except ImportError as error:
         raise BackendError(f"backend mindspore needs MindSpore: pip install 'duetvl[mindspore]' ({error})") from None
-    from duetvl.backends.mindspore.autograd import MindSporeAutograd
+    from duetvl.backends.mindspore.autograd import RECOMPUTATION, MindSporeAutograd
     from duetvl.backends.mindspore.checkpoint_io import MindSporeCheckpointIO
     from duetvl.backends.mindspore.collectives import MindSporeCollectives, MindSporeCpuCollectives
     from duetvl.backends.mindspore.device import MindSporeDevice
@@ -54,6 +54,7 @@ def create(device: str = "auto") -> Backend:
             framework=f"mindspore {ms.__version__}",
             storage_only=frozenset({"bfloat16"}) if on_cpu else frozenset(),
             bitwise_repeatable=False,  # on CPU, exp changes its last bits from one call to the next
+            recomputation=RECOMPUTATION,
         ),
     )
 
