@@ -73,3 +73,42 @@ class Slices:
             return first
         length = sum(box.shape[self.axis] for box in self.boxes)
         return (*first[: self.axis], length, *first[self.axis + 1 :])
+
+    def rows(self, start: int, stop: int) -> Slices:
+        """The rows [start, stop) of what is held, on its first axis."""
+        if self.axis != 0:
+            return Slices(tuple(_cut(box, start, stop) for box in self.boxes), self.axis)
+        kept, at = [], 0
+        for box in self.boxes:
+            first, last = max(start - at, 0), min(stop - at, box.shape[0])
+            at += box.shape[0]
+            if first < last:
+                kept.append(_cut(box, first, last))
+        return Slices(tuple(kept) or (_cut(self.boxes[0], 0, 0),))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a process holds of a tensor: the shape of the whole, and its slices of it."""
+
+    whole: Shape
+    slices: Slices
+
+    @classmethod
+    def all_of(cls, shape: Shape) -> Part:
+        """Everything."""
+        return cls(tuple(shape), Slices.whole(tuple(shape)))
+
+    @property
+    def shape(self) -> Shape:
+        """Of what is held."""
+        return self.slices.shape
+
+    def rows(self, start: int, stop: int) -> Part:
+        """The rows [start, stop) of what is held, on its first axis."""
+        return Part(self.whole, self.slices.rows(start, stop))
+
+
+def _cut(box: Box, start: int, stop: int) -> Box:
+    """The rows [start, stop) of a box, numbered from its own first."""
+    return Box((box.offset[0] + start, *box.offset[1:]), (stop - start, *box.shape[1:]))

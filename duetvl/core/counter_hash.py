@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Part
 
 Tensor = Any
 
@@ -52,10 +52,10 @@ def kept(
     return (bits(shape[-1], key, rows, column, place, shift) >= least).reshape(tuple(shape))
 
 
-def rounding_bits(shape: Sequence[int], path: str, step: int, part: Sequence[Box] = (), **device: Any) -> Tensor:
+def rounding_bits(shape: Sequence[int], path: str, step: int, part: Part | None = None, **device: Any) -> Tensor:
     """What rounding adds to the numbers of a parameter in its `step`: int32 of this shape, 0 to 2**16 - 1.
 
-    `part` are the boxes of the whole tensor that the parameter is, stacked on its first axis; (): all of it.
+    `part` says what the parameter is of the whole tensor, stacked on its first axis; None: all of it.
     `device` are the last two arguments of `bits`.
     """
     columns = shape[-1] if len(shape) > 1 else 1
@@ -65,14 +65,15 @@ def rounding_bits(shape: Sequence[int], path: str, step: int, part: Sequence[Box
     return noise.reshape(tuple(shape))
 
 
-def places(shape: Sequence[int], part: Sequence[Box]) -> tuple[np.ndarray, int]:
+def places(shape: Sequence[int], part: Part | None) -> tuple[np.ndarray, int]:
     """The row in the whole tensor of each row of a part of it, and the column of the part's first."""
     flat = len(shape) < 2
-    if not part:
+    if part is None:
         return np.arange(math.prod(shape if flat else shape[:-1])), 0
     inner = math.prod(shape[1:-1])  # rows for each index of the first axis
-    starts = [(box.offset[0] * inner, box.shape[0] * inner) for box in part]
-    column = 0 if flat else part[0].offset[-1]
+    boxes = part.slices.boxes
+    starts = [(box.offset[0] * inner, box.shape[0] * inner) for box in boxes]
+    column = 0 if flat else boxes[0].offset[-1]
     return np.concatenate([np.arange(first, first + count) for first, count in starts]), column
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Part
 
 Tensor = Any
 
@@ -17,8 +17,7 @@ class Parameter:
 
     `tensor` is in the storage dtype. `main_grad` is float32 and None until a gradient arrives; the optimizer step
     sets it back to None. A `conditional` parameter may go without a gradient in a step (the vision tower when a
-    step has no picture). `part` are the boxes that it is of a tensor that is divided, stacked on its first axis; (): it
-    is the whole.
+    step has no picture). `part` says which part of a tensor that is divided over ranks it is; None: it is the whole.
     """
 
     path: str
@@ -26,12 +25,17 @@ class Parameter:
     trainable: bool = True
     conditional: bool = False
     main_grad: Any = None
-    part: tuple[Box, ...] = ()
+    part: Part | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
         return tuple(self.tensor.shape)
+
+    @property
+    def place(self) -> Part:
+        """Which part it is, where it is the whole too."""
+        return self.part or Part.all_of(self.shape)
 
 
 class Weights:

@@ -1,0 +1,80 @@
+"""The division of a model over a grid of ranks, on paper: together the ranks hold all, and each number has one owner."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from duetvl.core.boxes import Part
+from duetvl.core.mesh import Mesh
+from duetvl.models.qwen_vl.sharding import Heads
+from duetvl.parallel.division import Division, owned_rows
+
+HEAD = 4
+LAYER = "model.layers.0.self_attn"
+
+
+def shapes(heads: Heads) -> dict[str, tuple[int, ...]]:
+    width = heads.query * HEAD
+    return {
+        f"{LAYER}.q_proj.weight": (width, width),
+        f"{LAYER}.k_proj.weight": (heads.kv * HEAD, width),
+        f"{LAYER}.k_proj.bias": (heads.kv * HEAD,),
+        f"{LAYER}.k_proj.lora_B.weight": (heads.kv * HEAD, 3),
+        f"{LAYER}.k_proj.lora_A.weight": (3, width),
+        f"{LAYER}.o_proj.weight": (width, width),
+        "model.layers.0.input_layernorm.weight": (width,),
+        "model.embed_tokens.weight": (97, width),
+        "visual.blocks.0.attn.qkv.weight": (3 * heads.vision * HEAD, 8),
+        "visual.blocks.0.attn.proj.bias": (8,),
+    }
+
+
+def number(whole: np.ndarray, part: Part) -> np.ndarray:
+    return np.concatenate([whole[box.slices] for box in part.slices.boxes], part.slices.axis)
+
+
+@pytest.mark.parametrize("vision", ["divide", "shard"])
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "mesh"),
+    [
+        (Heads(28, 4, 16), Mesh(tp=3)),
+        (Heads(28, 4, 16), Mesh(tp=5, dp=2)),
+        (Heads(28, 4, 16), Mesh(tp=8, dp=2)),
+        (Heads(16, 2, 16), Mesh(tp=3, dp=3)),
+        (Heads(16, 2, 16), Mesh(tp=4)),
+        (Heads(12, 2, 16), Mesh(dp=3)),
+    ],
+    ids=str,
+)
+def test_every_number_is_held_and_updated_by_one_rank(heads: Heads, mesh: Mesh, sequence: bool, vision: str) -> None:
+    """The gradient of each number, as the ranks compute its parts, is summed to itself, once."""
+    first = Division(mesh, heads, 0, sequence, vision)
+    ranks = [first.of_rank(rank) for rank in range(mesh.size)]
+    for order, (path, shape) in enumerate(shapes(heads).items()):
+        whole = np.arange(np.prod(shape)).reshape(shape)
+        updated = np.zeros(whole.size, int)
+        for rank, division in enumerate(ranks):
+            part, sharing = division.part(path, shape), division.sharing(path, shape)
+            held, unit = number(whole, part), number(whole, sharing.unit)
+            np.testing.assert_array_equal(held, unit[sharing.first : sharing.first + len(held)])
+            team = mesh.ranks_along(*sharing.axes, rank=rank)
+            for other in team:
+                theirs = ranks[other].sharing(path, shape)
+                assert (theirs.axes, theirs.unit, theirs.copies) == (sharing.axes, sharing.unit, sharing.copies)
+            rows = owned_rows(len(unit), len(team), order)[team.index(rank)]
+            owned = number(whole, sharing.unit.rows(rows.start, rows.stop))
+            np.testing.assert_array_equal(owned, unit[rows.start : rows.stop])
+            np.add.at(updated, owned.reshape(-1), 1)
+        assert (updated == 1).all(), path
+
+
+def test_owned_rows_are_even_and_begin_elsewhere_for_each_parameter() -> None:
+    totals = np.zeros(5, int)
+    for order in range(10):
+        rows = owned_rows(8, 5, order)
+        assert [row for piece in rows for row in piece] == list(range(8))
+        assert {len(piece) for piece in rows} == {1, 2}
+        totals += [len(piece) for piece in rows]
+    assert set(totals) == {16}
