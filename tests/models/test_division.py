@@ -1,4 +1,4 @@
-"""The division of a model over a grid of ranks, on paper: together the ranks hold all, and each number has one owner."""
+"""The division of a model over a grid of ranks, on paper: the ranks hold all of it, and each number has one owner."""
 
 from __future__ import annotations
 
