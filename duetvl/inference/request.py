@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
-
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, shown
 from duetvl.inference.sampling import Sampling
@@ -37,7 +35,7 @@ class Request:
 
     prompt: Sample
     id: str = ""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 256
     min_new_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
@@ -148,10 +146,3 @@ class Delta:
     text: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     completion: Completion | None = None
-
-
-def new_rows(ids: np.ndarray, tokens: list[int], start: int, stop: int) -> np.ndarray:
-    """Ids of the rows start:stop of a prompt followed by the tokens of its answer, int32."""
-    prompt = len(ids)
-    answer = tokens[max(start - prompt, 0) : max(stop - prompt, 0)]
-    return np.concatenate([ids[start:stop], answer]).astype(np.int32)
