@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,7 @@ _BOUNDS: Final[Mapping[str, tuple[float, float, bool]]] = {
     "temperature": (0, 1e6, True), "top_p": (0, 1, False), "min_p": (0, 1, True),
     "repetition_penalty": (0, 1e6, False), "presence_penalty": (-2, 2, True), "frequency_penalty": (-2, 2, True),
 }  # fmt: skip
-_COUNTS: Final[Mapping[str, int]] = {
-    "top_k": 2**31, "seed": _LARGEST_SEED, "min_tokens": 2**31, "logprobs": MOST_ALTERNATIVES,
-}  # fmt: skip
+_COUNTS: Final[Mapping[str, int]] = {"top_k": 2**31, "seed": _LARGEST_SEED}
 _BIAS: Final = 100.0
 
 
@@ -40,9 +38,8 @@ class Sampling:
     """How to choose. temperature 0 takes the most likely token; top_k 0, top_p 1 and min_p 0 leave all of them in.
 
     repetition_penalty: of tokens of the prompt and the answer. presence_penalty, frequency_penalty: of the answer's,
-    once and for each time. logit_bias: added to the logits of these tokens. min_tokens: so many come before one that
-    ends the answer. ignore_eos: no token ends it. logprobs: None for none, else log-probabilities of the chosen tokens
-    and of so many alternatives. ConfigError names a value that makes no sense.
+    once and for each time. logit_bias: added to the logits of these tokens. ConfigError names a value that makes no
+    sense.
     """
 
     temperature: float = 0.0
@@ -54,18 +51,12 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most, included) in _BOUNDS.items():
             _check_number(name, getattr(self, name), least, most, included)
         for name, largest in _COUNTS.items():
-            if name != "logprobs" or self.logprobs is not None:
-                _check_count(name, getattr(self, name), largest)
-        if not isinstance(self.ignore_eos, bool):
-            raise ConfigError(f"ignore_eos is {shown(self.ignore_eos)}, expected true or false")
+            check_count(name, getattr(self, name), largest)
         _check_bias(self.logit_bias)
 
     def check_tokens(self, vocabulary: int) -> None:
@@ -77,7 +68,7 @@ class Sampling:
     def takes_the_largest(self) -> bool:
         """Whether the largest logit is the choice: then no logits need to leave the device."""
         plain = self.repetition_penalty == 1.0 and not self.presence_penalty and not self.frequency_penalty
-        return self.temperature == 0 and plain and not self.logit_bias and self.logprobs is None
+        return self.temperature == 0 and plain and not self.logit_bias
 
     def told(self) -> str:
         """What is not as usual, for the user: `temperature 0.7, top_p 0.9`; `greedy` where there is nothing."""
@@ -87,32 +78,44 @@ class Sampling:
         return ", ".join(words if self.temperature else ["greedy", *words])
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probability of a chosen token and of the most likely ones, best first: of the model's own distribution,
-    before penalties, biases and temperature."""
+class TokenLogprob(NamedTuple):
+    """Log-probability of a token under the model's own distribution, before biases, penalties, temperature and
+    filters, and the likeliest tokens there, in falling order."""
 
+    token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A token, and what was asked for of its probability."""
+class Chosen(NamedTuple):
+    """A token, and its log-probability where that was asked for."""
 
     token: int
-    logprobs: TokenLogprobs | None = None
+    logprob: TokenLogprob | None = None
 
 
 class Chooser:
     """Chooses the tokens of one answer, one after the other.
 
-    `choice` numbers the answers to one request. `ends`: the tokens that end an answer, which `min_tokens` holds back.
+    `choice` numbers the answers to one request. No token of `ends` is among the first `min_tokens`. `logprobs`: None
+    for none, else those of the chosen tokens and of so many of the likeliest.
     """
 
-    def __init__(self, sampling: Sampling, prompt: np.ndarray, *, choice: int = 0, ends: Collection[int] = ()):
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: np.ndarray,
+        *,
+        choice: int = 0,
+        ends: Collection[int] = (),
+        min_tokens: int = 0,
+        logprobs: int | None = None,
+    ):
         """`prompt`: its token ids."""
+        if logprobs is not None:
+            check_count("logprobs", logprobs, MOST_ALTERNATIVES)
         self.sampling, self.stream, self.step = sampling, stream_name(choice), 0
+        self.min_tokens, self.logprobs = min_tokens, logprobs
         self._seen = np.unique(np.asarray(prompt, np.int64)) if sampling.repetition_penalty != 1.0 else _NO_IDS
         self._counts: Counter[int] = Counter()
         self._ends = np.array(sorted(ends), np.int64)
@@ -120,28 +123,27 @@ class Chooser:
     @property
     def takes_the_largest(self) -> bool:
         """Whether the next token is that of the largest logit."""
-        return self.sampling.takes_the_largest and not self._waits
+        return self.sampling.takes_the_largest and self.logprobs is None and not self._waits
 
     def choose(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> Chosen:
         """The next token, of logits (V,) that are all finite; `allowed` (V,) bool leaves some of them out."""
         sampling = self.sampling
         scores = self._scores(np.asarray(logits, np.float64), allowed)
         token = int(scores.argmax()) if sampling.temperature == 0 else draw(scores, sampling, self.stream, self.step)
-        found = None if sampling.logprobs is None else logprobs_of(logits, token, sampling.logprobs)
-        return self.take(token, found)
+        return self.take(token, None if self.logprobs is None else logprob_of(logits, token, self.logprobs))
 
-    def take(self, token: int, logprobs: TokenLogprobs | None = None) -> Chosen:
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> Chosen:
         """Count a token that has been chosen, here or on the device."""
         self.step += 1
         if self.sampling.repetition_penalty != 1.0 and token not in self._counts:
             self._seen = np.union1d(self._seen, [token])
         self._counts[token] += 1
-        return Chosen(token, logprobs)
+        return Chosen(token, logprob)
 
     @property
     def _waits(self) -> bool:
         """Whether no token may end the answer yet."""
-        return self.step < self.sampling.min_tokens and len(self._ends) > 0
+        return self.step < self.min_tokens and len(self._ends) > 0
 
     def _scores(self, logits: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
         """What is drawn from, all but temperature and filters; the logits themselves stay as they are."""
@@ -268,14 +270,14 @@ def _nucleus(ids: np.ndarray, scores: np.ndarray, top_p: float) -> np.ndarray:
         count *= 16
 
 
-def logprobs_of(logits: np.ndarray, token: int, alternatives: int) -> TokenLogprobs:
+def logprob_of(logits: np.ndarray, token: int, alternatives: int) -> TokenLogprob:
     """Log-probability of a token, and of the most likely ones, under logits (V,)."""
     values = np.asarray(logits, np.float64)
     largest = values.max()
     total = largest + np.log(np.exp(values - largest).sum())
     ids = best(values, alternatives) if alternatives else _NO_IDS
     order = ids[np.argsort(-values[ids], kind="stable")]
-    return TokenLogprobs(float(values[token] - total), tuple((int(i), float(values[i] - total)) for i in order))
+    return TokenLogprob(token, float(values[token] - total), tuple((int(i), float(values[i] - total)) for i in order))
 
 
 # -- what makes sense -------------------------------------------------------------------------------------------------
@@ -288,7 +290,8 @@ def _check_number(name: str, value: Any, least: float, most: float, included: bo
         raise ConfigError(f"{name} is {shown(value)}, expected a number {low} and at most {most:g}")
 
 
-def _check_count(name: str, value: Any, largest: int) -> None:
+def check_count(name: str, value: Any, largest: int) -> None:
+    """Raise ConfigError unless a user's value is a whole number from 0 to `largest`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not 0 <= value <= largest:
         raise ConfigError(f"{name} is {shown(value)}, expected a whole number from 0 to {largest}")

@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 from duetvl.core.errors import ConfigError
-from duetvl.inference.sampling import Chooser, Sampling, best, choose, choose_rows, filtered, logprobs_of, penalised
+from duetvl.inference.sampling import Chooser, Sampling, best, choose, choose_rows, filtered, logprob_of, penalised
 
 RNG = np.random.default_rng(5)
 NOTHING = np.zeros(0, np.int64)
@@ -156,7 +156,6 @@ def test_both_backends_draw_the_same(tiny, name):
         ("repetition_penalty", 0.0, "above 0"), ("repetition_penalty", math.nan, "above 0"),
         ("presence_penalty", 2.1, "at least -2 and at most 2"), ("frequency_penalty", -3, "at least -2"),
         ("seed", -1, "a whole number"), ("seed", 2**64, "a whole number"), ("seed", True, "a whole number"),
-        ("logprobs", 21, "from 0 to 20"), ("min_tokens", -1, "a whole number"), ("ignore_eos", 1, "true or false"),
         ("logit_bias", {-1: 1.0}, "is no token id"), ("logit_bias", {3: 101.0}, "of token 3 is 101.0"),
         ("logit_bias", {3: math.nan}, "of token 3"), ("logit_bias", [3], "numbers by token id"),
     ],
@@ -200,11 +199,11 @@ def test_bias_comes_before_the_repetition_penalty():
 
 def test_an_end_waits_for_min_tokens():
     scores = np.array([1.0, 3.0, 2.0])
-    chooser = Chooser(Sampling(min_tokens=2), NOTHING, ends=[1, 2])
+    chooser = Chooser(Sampling(), NOTHING, ends=[1, 2], min_tokens=2)
     assert not chooser.takes_the_largest
     assert [chooser.choose(scores).token for _ in range(2)] == [0, 0]
     assert chooser.takes_the_largest and chooser.choose(scores).token == 1
-    alone = Chooser(Sampling(min_tokens=2), NOTHING, ends=[1])  # a grammar that is complete allows its end alone
+    alone = Chooser(Sampling(), NOTHING, ends=[1], min_tokens=2)  # a grammar that is complete allows its end alone
     assert alone.choose(scores, np.array([False, True, False])).token == 1
 
 
@@ -212,13 +211,15 @@ def test_logprobs_are_of_the_model_s_own_distribution():
     """Before temperature, penalties and bias; the alternatives best first, equal ones by their place."""
     scores = np.array([0.5, 2.0, 2.0, -1.0])
     expected = scores - np.log(np.exp(scores).sum())
-    sampling = Sampling(temperature=0.1, logit_bias={3: 100.0}, repetition_penalty=2.0, logprobs=3)
-    chosen = Chooser(sampling, np.array([1, 3])).choose(scores)
-    assert chosen.token == 3 and chosen.logprobs is not None
-    assert chosen.logprobs.logprob == pytest.approx(expected[3], rel=1e-12)
-    assert [token for token, _ in chosen.logprobs.top] == [1, 2, 0]
-    np.testing.assert_allclose([value for _, value in chosen.logprobs.top], expected[[1, 2, 0]], rtol=1e-12)
-    assert logprobs_of(scores, 0, 0).top == ()
+    sampling = Sampling(temperature=0.1, logit_bias={3: 100.0}, repetition_penalty=2.0)
+    chosen = Chooser(sampling, np.array([1, 3]), logprobs=3).choose(scores)
+    assert chosen.token == 3 and chosen.logprob is not None
+    assert chosen.logprob.token == 3 and chosen.logprob.logprob == pytest.approx(expected[3], rel=1e-12)
+    assert [token for token, _ in chosen.logprob.top] == [1, 2, 0]
+    np.testing.assert_allclose([value for _, value in chosen.logprob.top], expected[[1, 2, 0]], rtol=1e-12)
+    assert logprob_of(scores, 0, 0).top == ()
+    with pytest.raises(ConfigError, match="logprobs is 21, expected a whole number from 0 to 20"):
+        Chooser(Sampling(), NOTHING, logprobs=21)
     assert answer(scores, 1, Sampling(temperature=0.1, logit_bias={3: 100.0}, repetition_penalty=2.0)) == [3]
 
 
@@ -239,14 +240,22 @@ def test_a_very_small_temperature_is_greedy():
 def test_a_pass_of_many_sequences(be):
     """Each row as alone, in any mixture and order; those that are not finite are None, and no other row is touched."""
     kinds = [
-        Sampling(), Sampling(temperature=0.8, seed=1), Sampling(logprobs=2), Sampling(repetition_penalty=1.4),
-        Sampling(min_tokens=3), Sampling(),
-    ]  # fmt: skip
+        Sampling(),
+        Sampling(temperature=0.8, seed=1),
+        Sampling(),
+        Sampling(repetition_penalty=1.4),
+        *[Sampling()] * 2,
+    ]
     logits = RNG.standard_normal((6, 40)).astype(np.float32)
     logits[2, 7] = np.nan
 
     def made() -> list[Chooser]:
-        return [Chooser(kind, np.arange(5), ends=[int(row.argmax())]) for kind, row in zip(kinds, logits, strict=True)]
+        return [
+            Chooser(kind, np.arange(5), ends=[int(row.argmax())], min_tokens=least, logprobs=logprobs)
+            for kind, row, least, logprobs in zip(
+                kinds, logits, [0, 0, 0, 0, 3, 0], [None, None, None, 2, None, None], strict=True
+            )
+        ]
 
     mask = np.arange(40) % 2 == 0
     masks = [None, None, None, None, None, mask]
