@@ -26,6 +26,16 @@ _MEDIA_TOKENS: Final = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 _PADS: Final = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 
+def _letter_bytes() -> dict[str, int]:
+    """What byte each letter of a byte-level token is: those that can be printed themselves, the others from 256 on."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return {chr(byte if byte in plain else next(others)): byte for byte in range(256)}
+
+
+_LETTER_BYTES: Final = _letter_bytes()
+
+
 class TextTokenizer:
     """A tokenizer that never makes a control token out of text.
 
@@ -83,6 +93,31 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of ids."""
         return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether its tokens spell bytes, as Qwen's do: then `bytes_of` tokens put together are `decode`d ones."""
+        return type(self._tokenizer.decoder).__name__ == "ByteLevel"
+
+    def bytes_of(self, number: int) -> bytes:
+        """The bytes that a token stands for; of a control token and an id that is no token nothing.
+
+        The bytes of an answer's tokens, one after the other, are its text in UTF-8, wrong bytes aside.
+        """
+        return b"" if number in self._special_ids else self.spelling(number)
+
+    def spelling(self, number: int) -> bytes:
+        """The same, control tokens spelt out."""
+        token = self._tokenizer.id_to_token(int(number)) or ""
+        try:
+            return bytes(_LETTER_BYTES[letter] for letter in token)
+        except KeyError:  # as the library does, for a whole token
+            return token.encode()
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def _plain(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, shown
-from duetvl.inference.sampling import Sampling
+from duetvl.inference.sampling import Sampling, TokenLogprob
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
-
-
-class TokenLogprob(NamedTuple):
-    """Log-probability of a token before temperature and filters, and the likeliest tokens there, in falling order."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
