@@ -20,11 +20,11 @@ KEY_BYTES: Final = 16
 
 
 class Copy(NamedTuple):
-    """`count` consecutive blocks whose rows move, in all layers. Copies are made in order, before anything else."""
+    """`blocks` consecutive blocks whose rows move, in all layers. Copies are made in order, before anything else."""
 
     source: int
     target: int
-    count: int
+    blocks: int
 
 
 @dataclass(eq=False)
@@ -128,6 +128,11 @@ class BlockPool:
             if self._holders[block] == 0 and self._key[block] is not None:
                 self._stamp[block] = self._clock - place
         held.blocks = []
+
+    def forget(self) -> None:
+        """Nothing that is in any block is found again."""
+        for block in list(self._where.values()):
+            self._forget(block)
 
     def check(self) -> None:
         """Assert that every block is in one state, and keys and blocks name each other."""
@@ -253,8 +258,8 @@ def as_copies(sources: Sequence[int], targets: Sequence[int]) -> list[Copy]:
     copies: list[Copy] = []
     for source, target in zip(sources, targets, strict=False):
         last = copies[-1] if copies else None
-        if last and source == last.source + last.count and target == last.target + last.count:
-            copies[-1] = last._replace(count=last.count + 1)
+        if last and source == last.source + last.blocks and target == last.target + last.blocks:
+            copies[-1] = last._replace(blocks=last.blocks + 1)
         else:
             copies.append(Copy(source, target, 1))
     return copies

@@ -22,7 +22,8 @@ class Request:
     likeliest besides. n answers are made; the first is choice number `choice`, and with the seed this number, and no
     place in any batch, names their random numbers. timeout: seconds from `submit`, then the answer ends as it is.
     adapter names one of the engine's; "" is the model without any. Requests of different `salt` share no cached
-    prefix. allowed: asked before each token for the ids that may come next, a boolean (V,) array or None for all.
+    prefix. allowed: asked with a choice's number before each of its tokens, gives the ids that
+    may come next, a boolean (V,) array or None for all.
     """
 
     prompt: Sample

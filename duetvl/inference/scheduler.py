@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 
@@ -41,11 +40,11 @@ class Sequence:
     done: int = 0
     found: int = 0  # of `done`, those that were in the cache when it last began
     held: Held | None = None
-    finished: bool = False
+    keys: PrefixKeys = field(init=False)
 
     def __post_init__(self) -> None:
         root = repr((self.request.adapter, self.request.salt)).encode()
-        self.keys: Final = PrefixKeys(root, self.block_size, self._content)
+        self.keys = PrefixKeys(root, self.block_size, self._content)
 
     @property
     def length(self) -> int:
@@ -182,6 +181,13 @@ class Scheduler:
             for medium in sequence.within(piece.start, piece.stop):
                 if medium.last <= piece.stop:
                     self.vision.release(sequence.feature_key(medium), sequence.number)
+
+    def restart(self) -> None:
+        """A pass failed, and nobody knows what the cache holds: everything in it is to be computed again."""
+        while self.running:
+            self._preempt(self.running[-1])
+        self._copies.clear()
+        self.pool.forget()
 
     def check(self) -> None:
         """Assert that pool, features and sequences agree."""

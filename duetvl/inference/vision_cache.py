@@ -37,8 +37,9 @@ class Medium:
 
 def media_of(sample: Sample, placed: Placed) -> tuple[Medium, ...]:
     """The media of a sample in the order of its tokens."""
+    no_seconds: list[float | None] = [None] * len(sample.image_grid_thw)
     kinds = [
-        (sample.pixel_values, sample.image_grid_thw, [None] * len(sample.image_grid_thw)),
+        (sample.pixel_values, sample.image_grid_thw, no_seconds),
         (sample.pixel_values_videos, sample.video_grid_thw, _seconds(sample)),
     ]
     first_feature = np.argsort(placed.src, kind="stable")  # places in dst, in the order of features
@@ -58,7 +59,7 @@ def media_of(sample: Sample, placed: Placed) -> tuple[Medium, ...]:
     return tuple(sorted(found, key=lambda medium: medium.first))
 
 
-def _seconds(sample: Sample) -> list[float]:
+def _seconds(sample: Sample) -> list[float | None]:
     videos = len(sample.video_grid_thw)
     given = np.ones(videos) if sample.second_per_grid_ts is None else sample.second_per_grid_ts
     return [float(second) for second in given]
@@ -80,7 +81,7 @@ def _digest(rows: Rows, grid: np.ndarray, seconds: float | None) -> bytes:
     how = None if made is None else (made.temporal, made.mean, made.std, made.rescale)
     about = repr((values.dtype.str, values.shape, grid.tolist(), seconds, how))
     found = hashlib.sha256(about.encode())
-    found.update(np.ascontiguousarray(values))
+    found.update(np.ascontiguousarray(values).data)
     return found.digest()
 
 

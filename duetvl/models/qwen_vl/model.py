@@ -28,7 +28,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
 from duetvl.models.qwen_vl.language import decoder_layers, place_features
-from duetvl.models.qwen_vl.memory import BYTES
+from duetvl.models.qwen_vl.memory import BYTES, Load, generation_pass
 from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
@@ -155,6 +155,17 @@ class QwenVL:
         text = self.config.text
         row = self.layout.kv_heads(text.num_kv_heads) * text.head_dim * BYTES[self.dtype]
         return 2 * text.num_layers * self.backend.kv_cache.block_size * row
+
+    def pass_bytes(self, tokens: int, sequences: int, patches: int, kept: int) -> int:
+        """What a pass of `extend` over so many tokens takes at most, and the tower's before it over so many patches,
+        while `kept` merged features are kept."""
+        made = generation_pass(self.config, self.dtype, Load(tokens, sequences, patches))
+        return made + kept * self.config.text.hidden_size * BYTES[self.dtype]
+
+    @property
+    def context(self) -> int:
+        """Rows that a sequence may have."""
+        return self.config.text.max_positions
 
     def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor:
         """Put a pass of tokens behind what the cache has: whole prompts, parts of them, single tokens, in any mixture.
