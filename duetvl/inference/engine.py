@@ -61,7 +61,7 @@ class Engine:
         """
         self.models = {"": model, **(adapters or {})}
         self.tokenizer = tokenizer
-        self.limits = Limits(pass_tokens, max_sequences, pass_patches)
+        self.limits = Limits(pass_tokens, min(max_sequences, pass_tokens), pass_patches)
         self.context = model.context if context is None else context
         room = Room(cache_tokens, cache_bytes, media_tokens)
         blocks = pool_blocks(model, room, self.limits, self.context)

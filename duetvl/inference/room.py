@@ -66,8 +66,3 @@ def _check(room: Room, limits: Limits, context: int) -> None:
             raise ConfigError(f"{name} is {value}, it must be at least 1")
     if room.cache_tokens is not None and room.cache_bytes is not None:
         raise ConfigError("cache_tokens and cache_bytes are both given; give one of them")
-    if limits.max_sequences > limits.pass_tokens:
-        raise ConfigError(
-            f"max_sequences is {limits.max_sequences} and pass_tokens {limits.pass_tokens}; each sequence needs a row "
-            f"of a pass, so it must be at most that"
-        )

@@ -127,30 +127,19 @@ class Runner:
         ids = np.concatenate([piece.sequence.rows(piece.start, piece.stop) for piece in pieces])
         positions = np.concatenate([piece.sequence.places(piece.start, piece.stop) for piece in pieces], axis=1)
         batch = Batch.of_tokens(ids, positions, np.array([piece.stop - piece.start for piece in pieces]))
-        wanted = [
-            (packed + medium.first - piece.start, piece, medium)
-            for packed, piece in zip(batch.cu_seqlens.tolist(), pieces, strict=False)
-            for medium in piece.sequence.within(piece.start, piece.stop)
-        ]
-        if not wanted:
+        taken, dst = [], []
+        for packed, piece in zip(batch.cu_seqlens.tolist(), pieces, strict=False):
+            for medium in piece.sequence.within(piece.start, piece.stop):
+                start, stop = max(medium.first, piece.start), min(medium.last, piece.stop)
+                features = self.vision.get(piece.sequence.feature_key(medium))
+                part = slice(start - medium.first, stop - medium.first)
+                taken.append(features if stop - start == medium.tokens else features[part])
+                dst.append(packed + np.arange(start, stop) - piece.start)
+        if not taken:
             return batch, None
-        features: dict[bytes, tuple[int, Tensor]] = {}  # where they begin in all that the pass has
-        begin, dst, src = 0, [], []
-        for packed, piece, medium in wanted:
-            key = piece.sequence.feature_key(medium)
-            if key not in features:
-                features[key] = begin, self.vision.get(key)
-                begin += medium.tokens
-            rows = np.arange(max(medium.first, piece.start), min(medium.last, piece.stop)) - medium.first
-            dst.append(packed + rows)
-            src.append(features[key][0] + rows)
-        tensors = [tensor for _, tensor in features.values()]
-        routed = replace(
-            batch,
-            visual_dst=np.concatenate(dst).astype(np.int32),
-            visual_src=np.concatenate(src).astype(np.int32),
-        )
-        return routed, tensors[0] if len(tensors) == 1 else self.ops.concat(tensors, 0)
+        rows = np.concatenate(dst).astype(np.int32)
+        routed = replace(batch, visual_dst=rows, visual_src=np.arange(len(rows), dtype=np.int32))
+        return routed, taken[0] if len(taken) == 1 else self.ops.concat(taken, 0)
 
     def _append(self, pieces: Sequence[Piece], pads: int) -> Append:
         held = [piece.sequence.held.blocks if piece.sequence.held else [] for piece in pieces]
