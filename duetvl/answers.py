@@ -55,7 +55,6 @@ class SampleAnswers(Callback):
 
         return generate(
             run.model,
-            run.backend.to_numpy,
             self.prompts,
             max_new_tokens=run.recipe.log.generate_tokens,
             stop=frozenset(self.processor.stop_token_ids),

@@ -139,7 +139,6 @@ class Model(QwenVL):
         told = _Teller(processor, on_text) if processor and on_text and len(samples) == 1 else None
         found = generate(
             self,
-            self.backend.to_numpy,
             samples,
             max_new_tokens=max_new_tokens,
             stop=frozenset(ends),

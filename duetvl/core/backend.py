@@ -41,6 +41,8 @@ class Capabilities:
     storage_only: frozenset[str] = frozenset()  # dtypes that are stored, but computed in float32
     bitwise_repeatable: bool = True  # the same program on the same input gives the same bits
     recomputation: bool = True  # `Autograd.checkpoint` works
+    # There are numbers of rows at which no row's result depends on the others, in any bit; the same for all operations.
+    steady_rows: bool = False
 
 
 @dataclass(frozen=True)

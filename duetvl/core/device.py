@@ -25,6 +25,10 @@ class Device(Protocol):
         """Bytes of memory of the device (of the machine on a CPU)."""
         ...
 
+    def free_memory(self) -> int:
+        """Bytes of the device's memory that can still be had (of the machine's or the container's on a CPU)."""
+        ...
+
     def supports(self, dtype: str) -> bool:
         """Whether weights may be stored in this dtype."""
         ...

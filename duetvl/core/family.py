@@ -40,6 +40,18 @@ class SpecialTokens(NamedTuple):
     video: int
 
 
+class Placed(NamedTuple):
+    """Where a sample's tokens and features go: positions (3, T) int32, and the next free one after them.
+
+    Token row dst[i] takes feature src[i], both int64; features count through the images, then through the videos.
+    """
+
+    positions: np.ndarray
+    following: int
+    dst: np.ndarray
+    src: np.ndarray
+
+
 class Family(Protocol):
     """The host side of one model family with one configuration."""
 
@@ -70,6 +82,10 @@ class Family(Protocol):
 
         Raises DataError naming the sample whose tokens and media disagree.
         """
+        ...
+
+    def place(self, sample: Sample) -> Placed:
+        """Check a sample as `pack` does, and say where it would put things; no pixel row is made. Raises DataError."""
         ...
 
     def check(self, given: Sample | Pair) -> None:

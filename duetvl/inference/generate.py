@@ -1,59 +1,22 @@
-"""Autoregressive generation of several sequences at once, through the backend's key-value cache."""
+"""Answers to some prompts at once: the engine with room for exactly them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
-import numpy as np
+from duetvl.core.batch import Sample
+from duetvl.core.errors import DataError
+from duetvl.inference.engine import Engine
+from duetvl.inference.request import Delta, Request
+from duetvl.inference.runner import Generator
+from duetvl.inference.sampling import Sampling
 
-from duetvl.core.batch import Batch, Sample
-from duetvl.core.errors import ConfigError, DataError, DuetvlError
-from duetvl.core.family import Family
-from duetvl.core.kv_cache import Append, Cache
-from duetvl.inference.sampling import Sampling, choose
-
-Tensor = Any
 OnToken = Callable[[int, int], None]
-
-
-class Generator(Protocol):
-    """What generation needs of a model."""
-
-    @property
-    def family(self) -> Family: ...
-
-    def create_cache(self, slots: int, capacity: int) -> Cache: ...
-
-    def features(self, batch: Batch) -> Tensor: ...
-
-    def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor: ...
-
-
-@dataclass
-class _Sequence:
-    """One sequence under way. `next_position` is one past the largest position so far, in all three axes."""
-
-    slot: int
-    name: str
-    prompt: np.ndarray
-    next_position: int
-    tokens: list[int]
-
-    @property
-    def cached(self) -> int:
-        """Rows in the cache: the prompt, and all new tokens but the one not yet fed back."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-    @property
-    def seen(self) -> np.ndarray:
-        return np.concatenate([self.prompt, np.array(self.tokens, self.prompt.dtype)])
+PASS_TOKENS = 8192  # prompts that have more together are computed in chunks
 
 
 def generate(
     model: Generator,
-    to_numpy: Callable[[Tensor], np.ndarray],
     prompts: Sequence[Sample],
     *,
     max_new_tokens: int,
@@ -63,58 +26,57 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, the stop token included where one ended it.
 
-    All prompts go through one packed pass; then every unfinished sequence gets a token a pass. There is no padding,
-    so a sequence's tokens do not depend on its neighbours. `on_token(prompt number, token)` hears of each token.
+    A sequence's tokens do not depend on its neighbours. `on_token(prompt number, token)` hears of each token. Raises
+    DataError or ConfigError for a prompt that cannot be answered, before any is.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
     if not prompts:
         raise DataError("there is nothing to generate from: no prompts were given")
-    sampling = sampling or Sampling()
-    batch = model.family.pack(prompts)
-    lengths = np.diff(batch.cu_seqlens)
-    cache = model.create_cache(len(prompts), int(lengths.max()) + max_new_tokens)
-    sequences = [_begin(slot, sample, model.family) for slot, sample in enumerate(prompts)]
-    slots = np.arange(len(prompts))
-    features = model.features(batch) if len(batch.grids) else None
-    logits = to_numpy(model.extend(batch, features, cache, Append(slots, np.zeros_like(slots), lengths)))
-    running = sequences
-    while running:
-        for sequence, row in zip(running, logits, strict=True):
-            token = _next_token(sequence, row, sampling)
-            sequence.tokens.append(token)
-            if on_token is not None:
-                on_token(sequence.slot, token)
-        running = [s for s in running if s.tokens[-1] not in stop and len(s.tokens) < max_new_tokens]
-        if running:
-            logits = to_numpy(_decode(model, running, cache))
-    return [sequence.tokens for sequence in sequences]
-
-
-def _begin(slot: int, sample: Sample, family: Family) -> _Sequence:
-    _, following = family.position_index(
-        sample.input_ids, sample.image_grid_thw, sample.video_grid_thw, sample.second_per_grid_ts
-    )
-    return _Sequence(slot, f"sequence {slot}", np.asarray(sample.input_ids), following, [])
-
-
-def _next_token(sequence: _Sequence, logits: np.ndarray, sampling: Sampling) -> int:
-    if not np.isfinite(logits).all():  # the argmax of NaN is token 0: "!!!!" for ever
-        raise DuetvlError(
-            f"prompt {sequence.slot}: the logits after {len(sequence.tokens)} new tokens are not finite; the weights "
-            f"are damaged, or too large for float16: use bfloat16 or float32"
+    chosen = sampling or Sampling()
+    requests = [
+        Request(
+            prompt=prompt,
+            id=f"sample {number}" + (f" {prompt.id!r}" if prompt.id else ""),
+            sampling=chosen,
+            max_new_tokens=max_new_tokens,
+            stop_ids=frozenset(stop),
+            choice=number,
         )
-    return choose(logits, sequence.seen, sampling, sequence.name, len(sequence.tokens))
+        for number, prompt in enumerate(prompts)
+    ]
+    engine = _engine_for(model, requests)
+    places = {engine.submit(request): number for number, request in enumerate(requests)}
+    found: list[list[int]] = [[] for _ in requests]
+    while engine.busy:
+        for delta in engine.step():
+            _take(delta, places[delta.id], found, on_token)
+    return found
 
 
-def _decode(model: Generator, running: Sequence[_Sequence], cache: Cache) -> Tensor:
-    """One pass over the last token of every running sequence."""
-    ids = np.array([s.tokens[-1] for s in running], np.int32)
-    positions = np.array([s.next_position + len(s.tokens) - 1 for s in running], np.int32)
-    append = Append(
-        slots=np.array([s.slot for s in running]),
-        before=np.array([s.cached for s in running]),
-        new=np.ones(len(running), np.int64),
+def _take(delta: Delta, number: int, found: list[list[int]], on_token: OnToken | None) -> None:
+    if delta.completion is not None and delta.completion.error is not None:
+        raise delta.completion.error
+    for token in delta.token_ids:
+        found[number].append(token)
+        if on_token is not None:
+            on_token(number, token)
+
+
+def _engine_for(model: Generator, requests: Sequence[Request]) -> Engine:
+    """An engine whose cache holds all of these at once."""
+    size = model.backend.kv_cache.block_size
+    rows = [len(request.prompt) + request.max_new_tokens for request in requests]
+    merge = model.family.geometry.merge**2
+    media = [
+        int(grids.prod(axis=1).sum()) // merge
+        for request in requests
+        for grids in (request.prompt.image_grid_thw, request.prompt.video_grid_thw)
+    ]
+    return Engine(
+        model,
+        cache_tokens=sum(-(-most // size) * size for most in rows),
+        media_tokens=max(sum(media), 1),
+        context=max(rows) + 1,
+        pass_tokens=max(PASS_TOKENS, len(requests)),
+        max_sequences=len(requests),
+        reuse=False,
     )
-    batch = Batch.of_tokens(ids, np.broadcast_to(positions, (3, len(running))), append.new)
-    return model.extend(batch, None, cache, append)

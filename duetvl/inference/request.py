@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, shown
 from duetvl.inference.sampling import Sampling, TokenLogprob
@@ -24,12 +22,13 @@ class Request:
     likeliest besides. n answers are made; the first is choice number `choice`, and with the seed this number, and no
     place in any batch, names their random numbers. timeout: seconds from `submit`, then the answer ends as it is.
     adapter names one of the engine's; "" is the model without any. Requests of different `salt` share no cached
-    prefix. allowed: asked before each token for the ids that may come next, a boolean (V,) array or None for all.
+    prefix. allowed: asked with a choice's number before each of its tokens, gives the ids that
+    may come next, a boolean (V,) array or None for all.
     """
 
     prompt: Sample
     id: str = ""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 256
     min_new_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
@@ -140,10 +139,3 @@ class Delta:
     text: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     completion: Completion | None = None
-
-
-def new_rows(ids: np.ndarray, tokens: list[int], start: int, stop: int) -> np.ndarray:
-    """Ids of the rows start:stop of a prompt followed by the tokens of its answer, int32."""
-    prompt = len(ids)
-    answer = tokens[max(start - prompt, 0) : max(stop - prompt, 0)]
-    return np.concatenate([ids[start:stop], answer]).astype(np.int32)

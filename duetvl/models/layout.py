@@ -29,6 +29,10 @@ class Layout(Protocol):
         """Attention of this rank's query heads, each to its own key and value head."""
         ...
 
+    def kv_heads(self, whole: int) -> int:
+        """Key and value heads that `attend` hands on, of a model that has `whole`."""
+        ...
+
 
 class Undivided:
     """The layout of a model that one rank has whole."""
@@ -44,6 +48,10 @@ class Undivided:
     def attend(self, attend: Attend) -> Attend:
         """The same."""
         return attend
+
+    def kv_heads(self, whole: int) -> int:
+        """All of them."""
+        return whole
 
 
 UNDIVIDED: Layout = Undivided()

@@ -55,17 +55,29 @@ class TensorLayout:
             return attend
         return lambda layer, q, k, v: attend(layer, q, *(self._repeated(x, spread) for x in (k, v)))
 
+    def kv_heads(self, whole: int) -> int:
+        """Those that its query heads need, or one for each of these where they do not fall evenly."""
+        return len(self._held) if self._spread is None else len(self._spread)
+
     def _leave(self, x: Tensor) -> Tensor:
         return reduce_from(self.team, x)
 
     @cached_property
+    def _queries(self) -> range:
+        return even_range(self.heads.query, self.team.index, self.team.size)
+
+    @property
+    def _held(self) -> range:
+        """The key heads that one of this rank's query heads needs."""
+        group = self.heads.query // self.heads.kv
+        return range(self._queries.start // group, -(-self._queries.stop // group))
+
+    @cached_property
     def _spread(self) -> Sequence[int] | None:
         """For each query head of this rank the place among its key heads; None where that is i * G // H anyway."""
-        queries = even_range(self.heads.query, self.team.index, self.team.size)
-        group = self.heads.query // self.heads.kv
-        first, last = queries.start // group, -(-queries.stop // group)
-        places = [head // group - first for head in queries]
-        return None if places == [i * (last - first) // len(queries) for i in range(len(queries))] else places
+        group, held, count = self.heads.query // self.heads.kv, self._held, len(self._queries)
+        places = [head // group - held.start for head in self._queries]
+        return None if places == [i * len(held) // count for i in range(count)] else places
 
     def _repeated(self, x: Tensor, places: Sequence[int]) -> Tensor:
         """(T, G, K) -> (T, H, K)"""

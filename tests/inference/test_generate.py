@@ -169,5 +169,5 @@ def test_logits_that_are_not_finite(tiny, be):
     model = duetvl.load_model(tiny.directory("qwen2-tied"), backend=be)
     norm = model.parameters["model.norm.weight"]
     be.ops.assign(norm.tensor, be.ops.from_numpy(np.full(norm.shape, np.nan, np.float32)))
-    with pytest.raises(DuetvlError, match="prompt 0: the logits after 0 new tokens are not finite"):
+    with pytest.raises(DuetvlError, match="sample 0: the logits after 0 new tokens are not finite"):
         model.generate(PROMPTS["text"], max_new_tokens=3)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import mindspore as ms
 
+from duetvl.core.host_memory import free_host_memory
+
 
 class MindSporeDevice:
     """See core/device.py."""
@@ -32,6 +34,11 @@ class MindSporeDevice:
         if self.on_cpu:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(ms.hal.get_device_properties(0).total_memory)
+
+    def free_memory(self) -> int:
+        if self.on_cpu:
+            return free_host_memory()
+        return self.total_memory() - int(ms.runtime.memory_allocated())
 
     def supports(self, dtype: str) -> bool:
         return dtype in ("float32", "bfloat16", "float16")

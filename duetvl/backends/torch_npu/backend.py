@@ -54,7 +54,9 @@ def create(device: str = "auto") -> Backend:
         optimizer=optimizer_class(),
         checkpoint_io=TorchCheckpointIO(place),
         device=TorchDevice(place),
-        capabilities=Capabilities(framework=f"torch {torch.__version__}", bitwise_repeatable=kind == "cpu"),
+        capabilities=Capabilities(
+            framework=f"torch {torch.__version__}", bitwise_repeatable=kind == "cpu", steady_rows=kind == "cpu"
+        ),
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from duetvl.core.host_memory import free_host_memory
+
 
 class TorchDevice:
     """See core/device.py."""
@@ -37,6 +39,13 @@ class TorchDevice:
         if self.place.type == "cpu":
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(self._module.get_device_properties(self.place).total_memory)
+
+    def free_memory(self) -> int:
+        if self.place.type == "cpu":
+            return free_host_memory()
+        module = self._module
+        unused = module.memory_reserved(self.place) - module.memory_allocated(self.place)  # by the allocator
+        return int(module.mem_get_info(self.place)[0] + unused)
 
     def supports(self, dtype: str) -> bool:
         return dtype in ("float32", "bfloat16", "float16")

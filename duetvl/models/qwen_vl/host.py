@@ -17,7 +17,7 @@ import numpy as np
 
 from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Sample
 from duetvl.core.errors import DataError
-from duetvl.core.family import Grounding, PatchGeometry, SpecialTokens
+from duetvl.core.family import Grounding, PatchGeometry, Placed, SpecialTokens
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.tables import Grid, as_grid
 
@@ -104,6 +104,12 @@ class QwenVLFamily:
             visual_src=_offset([part.src for part in parts], merged),
             sample_ids=tuple(given.id for given in samples),
         )
+
+    def place(self, sample: Sample) -> Placed:
+        """Where `pack` would put a sample's tokens and features, and whether it could; see `Family.place`."""
+        part = self._of_sample(sample)
+        self._warn_of_positions([part])
+        return Placed(part.positions, int(part.positions.max()) + 1, part.dst, part.src)
 
     def check(self, given: Sample | Pair) -> None:
         """Raise DataError for ids outside the vocabulary and times beyond any position; see `Family.check`."""

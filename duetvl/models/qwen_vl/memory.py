@@ -97,6 +97,19 @@ def activations(config: ModelConfig, trained: Trained, load: Load, recompute: Re
     return Activations(tape.bytes, forward, backward + tape.again, end)
 
 
+def generation_pass(config: ModelConfig, dtype: str, load: Load) -> int:
+    """Bytes that a pass of generation makes: `tokens` through the language model, `trained` of them through the
+    vocabulary; before that, `patches` through the vision tower."""
+    narrow, text, vision = BYTES[dtype], config.text, config.vision
+    heads = (2 * text.num_heads + 2 * text.num_kv_heads) * text.head_dim
+    row = narrow * (3 * text.hidden_size + max(heads, 3 * text.intermediate_size)) + 8 * text.head_dim
+    language = load.tokens * row + load.trained * text.vocab_size * (narrow + 4)
+    patch = narrow * (
+        vision.patch_row + 3 * vision.hidden_size + max(4 * vision.hidden_size, 3 * vision.intermediate_size)
+    )
+    return max(language, load.patches * (patch + 4 * vision.patch_row + 8 * vision.head_dim))
+
+
 # -- what is kept for the backward pass -------------------------------------------------------------------------------
 
 

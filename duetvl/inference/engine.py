@@ -1,0 +1,331 @@
+"""The engine: requests in, tokens out as they come, many at a time over one cache.
+
+`step` runs one pass; who calls it owns the model. A program that only wants answers calls `generate`. For streams the
+engine has a thread of its own, and then nothing else may run the model: MindSpore's framework must be touched by one
+thread only. `submit` and `cancel` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
+from duetvl.data.tokenizer import TextTokenizer
+from duetvl.inference.blocks import BlockPool
+from duetvl.inference.jobs import Job, make_jobs
+from duetvl.inference.request import Completion, Delta, Finish, Request
+from duetvl.inference.room import Room, pool_blocks
+from duetvl.inference.runner import Generator, Runner
+from duetvl.inference.sampling import choose_rows
+from duetvl.inference.scheduler import Limits, Plan, Scheduler
+from duetvl.inference.vision_cache import VisionCache
+
+Tell = Callable[[Delta], None]
+
+
+class Engine:
+    """Answers requests with one model, and with adapters beside it that share its weights.
+
+    The model's weights must not change while the engine lives: it keeps what it computed with them.
+    """
+
+    def __init__(
+        self,
+        model: Generator,
+        *,
+        adapters: Mapping[str, Generator] | None = None,
+        tokenizer: TextTokenizer | None = None,
+        cache_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        media_tokens: int = 16384,
+        context: int | None = None,
+        pass_tokens: int = 2048,
+        pass_patches: int = 16384,
+        max_sequences: int = 64,
+        reuse: bool = True,
+        steady: bool = True,
+    ):
+        """`tokenizer`: answers have texts, and stop strings are looked for.
+
+        cache_tokens or cache_bytes: room for keys and values, rounded to blocks; by default 90% of the free memory
+        less the largest pass. media_tokens: merged features that are kept. context: rows that a sequence may have, by
+        default the model's. A pass has at most `pass_tokens` rows of at most `max_sequences` sequences, and takes
+        `pass_patches` patches, or one medium, through the tower. reuse: rows of earlier prompts are found again.
+        steady: where the backend can do that, no bit of an answer depends on what else is in a pass.
+        """
+        self.models = {"": model, **(adapters or {})}
+        self.tokenizer = tokenizer
+        self.limits = Limits(pass_tokens, max_sequences, pass_patches)
+        self.context = model.context if context is None else context
+        room = Room(cache_tokens, cache_bytes, media_tokens)
+        blocks = pool_blocks(model, room, self.limits, self.context)
+        kv_cache = model.backend.kv_cache
+        vision = VisionCache(media_tokens)
+        pool = BlockPool(blocks, consecutive=kv_cache.consecutive)
+        self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
+        self.runner = Runner(self.models, blocks, vision, steady=steady)
+        self._ops, self._vocabulary = model.backend.ops, model.family.vocabulary
+        self._changed = threading.Condition()  # holds for the five below
+        self._arrivals: list[list[Job]] = []
+        self._cancelled: set[str] = set()
+        self._known: dict[str, Tell | None] = {}  # requests that are not finished, and who hears of them
+        self._numbers = 0
+        self._stopping = False
+        self._jobs: dict[int, Job] = {}  # by the number of their sequence
+        self._kept: list[Delta] = []  # that nobody has been told yet
+        self._thread: threading.Thread | None = None
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, tell: Tell | None = None) -> str:
+        """Let a request wait for its turn; returns its id, which it is given if it has none.
+
+        `tell` hears of its deltas, on the thread that runs the engine; without it `step` returns them. Raises
+        DataError or ConfigError for what can never be answered: such a request is not taken.
+        """
+        with self._changed:
+            first = self._numbers
+            self._numbers += request.n
+        request = replace(request, id=request.id or f"request {first}")
+        try:
+            jobs = self._prepared(request, first)
+        except DuetvlError as error:
+            raise type(error)(f"{request.id}: {error}") from None
+        with self._changed:
+            if self._stopping:
+                raise ConfigError(f"{request.id}: the engine is closed")
+            if request.id in self._known:
+                raise ConfigError(f"{request.id}: a request of this id is under way; give each its own")
+            self._known[request.id] = tell
+            self._arrivals.append(jobs)
+            self._changed.notify_all()
+        return request.id
+
+    def cancel(self, id: str) -> None:
+        """End a request as it is; one that is not under way is left alone."""
+        with self._changed:
+            if id in self._known:
+                self._cancelled.add(id)
+                self._changed.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is under way."""
+        return bool(self._known)
+
+    def _prepared(self, request: Request, first: int) -> list[Job]:
+        model = self.models.get(request.adapter)
+        if model is None:
+            raise ConfigError(f"no adapter {request.adapter!r}{did_you_mean(request.adapter, self.models)}")
+        request.sampling.check_tokens(self._vocabulary)
+        placed = model.family.place(request.prompt)
+        tokens = len(request.prompt)
+        if tokens >= self.context:
+            raise DataError(f"the prompt has {tokens} tokens, the context is {self.context}: shorten it")
+        most = min(request.max_new_tokens, self.context - tokens)
+        request = replace(request, max_new_tokens=most, min_new_tokens=min(request.min_new_tokens, most))
+        jobs = make_jobs(request, placed, first, self.scheduler.block_size, self.tokenizer)
+        self._check_fits(jobs[0])
+        return jobs
+
+    def _check_fits(self, job: Job) -> None:
+        """Raise ConfigError for what never fits, even alone."""
+        sequence, pool, vision = job.sequence, self.scheduler.pool, self.scheduler.vision
+        if not self.scheduler.fits(sequence):
+            raise ConfigError(
+                f"{len(sequence.ids)} tokens of the prompt and {job.request.max_new_tokens} new ones do not fit into "
+                f"the cache, which has {pool.size} blocks of {self.scheduler.block_size} tokens: ask for fewer new "
+                f"ones, or make the engine with a larger cache"
+            )
+        largest = max(sequence.media, key=lambda medium: medium.tokens, default=None)
+        if largest is not None and largest.tokens > vision.room:
+            raise ConfigError(
+                f"a picture or video makes {largest.tokens} tokens, and the engine keeps the features of {vision.room} "
+                f"(media_tokens): shrink it, or make the engine with more"
+            )
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Delta]:
+        """Run one pass, if there is anything to do; what it added to requests that nobody else hears of.
+
+        Not to be called while the engine's thread runs. A request that fails ends with its error; the others go on.
+        """
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            raise ConfigError("the engine's own thread runs it: use `generate`, `stream` or `submit` with `tell`")
+        self._receive()
+        self._expire()
+        plan = self.scheduler.next()
+        if plan is not None:
+            self._run(plan)
+        assert plan is not None or not self._jobs, "sequences are under way and none can go on"
+        kept, self._kept = self._kept, []
+        return kept
+
+    def _receive(self) -> None:
+        """Take what was submitted and cancelled."""
+        with self._changed:
+            arrivals, self._arrivals = self._arrivals, []
+            cancelled, self._cancelled = self._cancelled, set()
+        for jobs in arrivals:
+            for job in jobs:
+                self._jobs[job.sequence.number] = job
+                self.scheduler.add(job.sequence)
+        for job in [job for job in self._jobs.values() if job.request.id in cancelled]:
+            self._end(job, "cancelled")
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for job in [job for job in self._jobs.values() if job.deadline is not None and job.deadline <= now]:
+            self._end(job, "deadline")
+
+    def _run(self, plan: Plan) -> None:
+        jobs = [self._jobs[piece.sequence.number] for piece in plan.pieces]
+        for job in jobs:
+            job.begin()
+        sampled = [job for job, piece in zip(jobs, plan.pieces, strict=True) if piece.samples]
+        try:
+            logits = self.runner.run(plan)
+            masks = [job.allowed() for job in sampled]
+            chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
+        except Exception as error:  # of whatever kind: it ends the requests of this pass, not the others
+            self.scheduler.restart()
+            for job in jobs:
+                self._end(job, "error", error)
+            return
+        self.scheduler.ran(plan)
+        for job, one in zip(sampled, chosen, strict=True):
+            try:
+                reason = job.add(one)
+            except Exception as error:
+                self._end(job, "error", error)
+                continue
+            if reason is not None:
+                self._end(job, reason)
+            else:
+                self._tell(job.delta())
+
+    def _end(self, job: Job, reason: Finish, error: Exception | None = None) -> None:
+        """Finish a choice: its blocks and features are given back."""
+        self.scheduler.drop(job.sequence)
+        del self._jobs[job.sequence.number]
+        last = not any(other.request.id == job.request.id for other in self._jobs.values())
+        delta = job.finish(reason, error)
+        self._tell(delta)
+        if last:
+            with self._changed:
+                del self._known[job.request.id]
+
+    def _tell(self, delta: Delta) -> None:
+        tell = self._known[delta.id]
+        if tell is None:
+            self._kept.append(delta)
+        else:
+            tell(delta)
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer requests; the completions in their order, all choices of one after the other.
+
+        Runs the engine itself, or waits for its thread. A request that fails has its error in its completion; what
+        `submit` refuses is raised before any is answered.
+        """
+        done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+        ids: list[str] = []
+        try:
+            for request in requests:
+                ids.append(self.submit(request, lambda delta: done.put(delta.completion) if delta.completion else None))
+            left = sum(request.n for request in requests)
+            found = [self._next(done) for _ in range(left)]
+        except BaseException:
+            for id in ids:
+                self.cancel(id)
+            if self._thread is None:
+                self._receive()
+            raise
+        place = {id: number for number, id in enumerate(ids)}
+        return sorted(found, key=lambda one: (place[one.id], one.choice))
+
+    def _next(self, done: queue.SimpleQueue[Completion]) -> Completion:
+        """The next completion; where no thread does it, by running passes. What others are owed is kept."""
+        if self._thread is not None:
+            return done.get()
+        while done.empty():
+            self._kept = self.step()
+        return done.get()
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        """The deltas of a request as they come, by the engine's thread, which is started if need be.
+
+        The last delta of each choice has its completion. A stream that is left early cancels its request.
+        """
+        self.start()
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[Delta] = asyncio.Queue()
+
+        def tell(delta: Delta) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(deltas.put_nowait, delta)
+
+        id = await asyncio.to_thread(self.submit, request, tell)
+        left = request.n
+        try:
+            while left:
+                delta = await deltas.get()
+                left -= delta.completion is not None
+                yield delta
+        finally:
+            self.cancel(id)
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine's thread unless it runs; it ends with `close`."""
+        with self._changed:
+            if self._thread is None and not self._stopping:
+                self._thread = threading.Thread(target=self._serve, name="duetvl engine", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Cancel what is under way, end the thread, and take no more requests."""
+        with self._changed:
+            self._stopping = True
+            self._cancelled.update(self._known)
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._receive()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._arrivals or self._cancelled or self._jobs)
+                if self._stopping:
+                    return
+            try:
+                self._kept = self.step()
+            except BaseException as error:
+                self._give_up(error)
+                raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """The engine itself is broken: nobody waits for ever."""
+        with self._changed:
+            self._stopping = True
+        self._receive()
+        failed = error if isinstance(error, Exception) else DuetvlError(f"the engine's thread ended: {error!r}")
+        for job in list(self._jobs.values()):
+            self._end(job, "error", failed)

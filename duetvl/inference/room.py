@@ -1,0 +1,73 @@
+"""How many blocks the engine's cache has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from duetvl.core.errors import ConfigError
+from duetvl.inference.runner import Generator
+from duetvl.inference.scheduler import Limits
+
+SHARE: Final = 0.9  # of the free memory, where nobody says how much
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the user asks for: rows of the cache or bytes of it, or neither; and merged features that are kept."""
+
+    cache_tokens: int | None
+    cache_bytes: int | None
+    media_tokens: int
+
+
+def pool_blocks(model: Generator, room: Room, limits: Limits, context: int) -> int:
+    """Blocks of the pool. One block more is made, for the rows that pad a pass; cache_bytes have it among them.
+
+    Raises ConfigError where there is no room for a block, or the limits make no sense.
+    """
+    _check(room, limits, context)
+    size = model.backend.kv_cache.block_size
+    if room.cache_tokens is not None:
+        return -(-room.cache_tokens // size)
+    if room.cache_bytes is not None:
+        return _blocks(room.cache_bytes, model, f"cache_bytes is {room.cache_bytes}")
+    free = model.backend.device.free_memory()
+    largest = model.pass_bytes(limits.pass_tokens, limits.max_sequences, limits.pass_patches, room.media_tokens)
+    blocks = _blocks(
+        int(SHARE * free) - largest,
+        model,
+        f"{free / 2**30:.2f} GiB of {model.backend.device.name} are free, and the largest pass takes "
+        f"{largest / 2**30:.2f} GiB (lower pass_tokens, pass_patches or media_tokens)",
+    )
+    return min(blocks, limits.max_sequences * -(-context // size))  # more would never be used by what runs
+
+
+def _blocks(given: int, model: Generator, found: str) -> int:
+    block = model.cache_block_bytes
+    blocks = given // block - 1
+    if blocks < 1:
+        raise ConfigError(f"no room for a cache of keys and values: {found}, and two blocks take {2 * block} bytes")
+    return blocks
+
+
+def _check(room: Room, limits: Limits, context: int) -> None:
+    counts = {
+        "cache_tokens": room.cache_tokens,
+        "cache_bytes": room.cache_bytes,
+        "media_tokens": room.media_tokens,
+        "context": context,
+        "pass_tokens": limits.pass_tokens,
+        "pass_patches": limits.pass_patches,
+        "max_sequences": limits.max_sequences,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, it must be at least 1")
+    if room.cache_tokens is not None and room.cache_bytes is not None:
+        raise ConfigError("cache_tokens and cache_bytes are both given; give one of them")
+    if limits.max_sequences > limits.pass_tokens:
+        raise ConfigError(
+            f"max_sequences is {limits.max_sequences} and pass_tokens {limits.pass_tokens}; each sequence needs a row "
+            f"of a pass, so it must be at most that"
+        )

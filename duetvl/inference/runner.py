@@ -1,0 +1,222 @@
+"""The one file of the engine that touches a model: a plan becomes copies, features, one packed pass, and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from duetvl.core.backend import Backend
+from duetvl.core.batch import Batch, PatchBytes
+from duetvl.core.family import Family
+from duetvl.core.kv_cache import Append, Cache
+from duetvl.core.ops import Ops
+from duetvl.inference.scheduler import Piece, Plan
+from duetvl.inference.vision_cache import Medium, Rows, VisionCache
+
+Tensor = Any
+
+MOST_PADDED: Final = 64  # rows of a pass from which on no number of rows is looked at
+
+
+class Generator(Protocol):
+    """What generation needs of a model."""
+
+    @property
+    def backend(self) -> Backend:
+        """What it computes with."""
+        ...
+
+    @property
+    def family(self) -> Family:
+        """Its host side."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and cache."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Rows that a sequence may have."""
+        ...
+
+    @property
+    def cache_block_bytes(self) -> int:
+        """Bytes of a block of `create_cache`."""
+        ...
+
+    def pass_bytes(self, tokens: int, sequences: int, patches: int, kept: int) -> int:
+        """The most that a pass over so many tokens, of so many sequences and patches, makes, with `kept` features."""
+        ...
+
+    def create_cache(self, blocks: int) -> Cache:
+        """A cache of blocks."""
+        ...
+
+    def features(self, batch: Batch) -> Tensor:
+        """Merged features of the batch's media, in their order."""
+        ...
+
+    def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor:
+        """Logits (S, V) after each sequence of a pass, whose rows are put into the cache."""
+        ...
+
+
+class Runner:
+    """Runs plans on models that share one cache: the model itself at "", and the same with an adapter by its name.
+
+    With `steady`, where the backend can do that, the numbers of rows that operations see are such that no row depends
+    on the others (`steady_counts`), and each medium goes through the tower by itself.
+    """
+
+    def __init__(self, models: Mapping[str, Generator], blocks: int, vision: VisionCache, *, steady: bool):
+        """`blocks`: those of the pool; one more holds the rows that pad a pass."""
+        self.models, self.vision = models, vision
+        model = models[""]
+        self.ops, self.store = model.backend.ops, model.backend.kv_cache
+        self.cache = model.create_cache(blocks + 1)
+        self.spare = blocks
+        self.steady = steady and model.backend.capabilities.steady_rows
+        self.unsteady = unsteady_counts(self.ops, model.dtype) if self.steady else frozenset()
+
+    def run(self, plan: Plan) -> Tensor:
+        """The logits (S, vocabulary) after the pieces that end with a new token, in their order."""
+        for copy in plan.copies:
+            self.store.cache_copy(self.cache, *copy)
+        model = self.models[plan.adapter]
+        self._encode(model, plan)
+        batch, features = self._tokens(plan.pieces)
+        pads = self._pads(batch.tokens, len(plan.pieces))
+        if pads:
+            batch = _with_pads(batch, pads)
+        logits = model.extend(batch, features, self.cache, self._append(plan.pieces, pads))
+        return self._sampled(logits, plan.pieces)
+
+    def _sampled(self, logits: Tensor, pieces: Sequence[Piece]) -> Tensor:
+        """The rows of pieces after which a token is chosen."""
+        rows = [row for row, piece in enumerate(pieces) if piece.samples]
+        if rows == list(range(len(rows))):
+            return logits if len(rows) == logits.shape[0] else logits[: len(rows)]
+        return self.ops.take_rows(logits, self.ops.from_numpy(np.array(rows, np.int32)))
+
+    # -- pictures and videos ------------------------------------------------------------------------------------------
+
+    def _encode(self, model: Generator, plan: Plan) -> None:
+        """Compute the features that the plan asks for."""
+        passes = [[each] for each in plan.encode] if self.steady else [plan.encode] if plan.encode else []
+        for media in passes:
+            features = model.features(_media_batch([medium for _, medium in media]))
+            start = 0
+            for key, medium in media:
+                # Rows of their own: a slice would keep the features of all media alive.
+                own = features if len(media) == 1 else self._rows(features, start, start + medium.tokens)
+                self.vision.put(key, own)
+                start += medium.tokens
+
+    def _rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return self.ops.take_rows(x, self.ops.from_numpy(np.arange(start, stop, dtype=np.int32)))
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    def _tokens(self, pieces: Sequence[Piece]) -> tuple[Batch, Tensor | None]:
+        """The rows of all pieces end to end, and the features that some of them take."""
+        ids = np.concatenate([piece.sequence.rows(piece.start, piece.stop) for piece in pieces])
+        positions = np.concatenate([piece.sequence.places(piece.start, piece.stop) for piece in pieces], axis=1)
+        batch = Batch.of_tokens(ids, positions, np.array([piece.stop - piece.start for piece in pieces]))
+        wanted = [
+            (packed + medium.first - piece.start, piece, medium)
+            for packed, piece in zip(batch.cu_seqlens.tolist(), pieces, strict=False)
+            for medium in piece.sequence.within(piece.start, piece.stop)
+        ]
+        if not wanted:
+            return batch, None
+        features: dict[bytes, tuple[int, Tensor]] = {}  # where they begin in all that the pass has
+        begin, dst, src = 0, [], []
+        for packed, piece, medium in wanted:
+            key = piece.sequence.feature_key(medium)
+            if key not in features:
+                features[key] = begin, self.vision.get(key)
+                begin += medium.tokens
+            rows = np.arange(max(medium.first, piece.start), min(medium.last, piece.stop)) - medium.first
+            dst.append(packed + rows)
+            src.append(features[key][0] + rows)
+        tensors = [tensor for _, tensor in features.values()]
+        routed = replace(
+            batch,
+            visual_dst=np.concatenate(dst).astype(np.int32),
+            visual_src=np.concatenate(src).astype(np.int32),
+        )
+        return routed, tensors[0] if len(tensors) == 1 else self.ops.concat(tensors, 0)
+
+    def _append(self, pieces: Sequence[Piece], pads: int) -> Append:
+        held = [piece.sequence.held.blocks if piece.sequence.held else [] for piece in pieces]
+        tables = np.full((len(pieces) + pads, max(map(len, held))), -1, np.int32)
+        for row, blocks in enumerate(held):
+            tables[row, : len(blocks)] = blocks
+        tables[len(pieces) :, 0] = self.spare
+        before = [piece.start for piece in pieces] + list(range(pads))
+        new = [piece.stop - piece.start for piece in pieces] + [1] * pads
+        return Append(tables, np.array(before, np.int64), np.array(new, np.int64))
+
+    def _pads(self, rows: int, sequences: int) -> int:
+        """How many one-row sequences bring a pass to steady numbers of rows and of sequences."""
+        pads = 0
+        while rows + pads in self.unsteady or sequences + pads in self.unsteady:
+            pads += 1
+        return pads
+
+
+def _with_pads(batch: Batch, pads: int) -> Batch:
+    """The batch, and behind it `pads` sequences of one row each."""
+    rows = Batch.of_tokens(
+        np.concatenate([batch.input_ids, np.zeros(pads, np.int32)]),
+        np.concatenate([batch.position_ids, np.zeros((3, pads), np.int32)], axis=1),
+        np.concatenate([np.diff(batch.cu_seqlens), np.ones(pads, np.int32)]),
+    )
+    return replace(rows, visual_dst=batch.visual_dst, visual_src=batch.visual_src)
+
+
+def _media_batch(media: Sequence[Medium]) -> Batch:
+    """Media alone, as the vision tower takes them."""
+    nothing = Batch.of_tokens(np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32))
+    grids = np.stack([medium.grid for medium in media])
+    return replace(nothing, pixel_rows=_stacked([medium.patches for medium in media]), grids=grids)
+
+
+def _stacked(parts: Sequence[Rows]) -> np.ndarray:
+    """All patch rows, float32; each is written once."""
+    if len(parts) == 1:
+        return np.asarray(parts[0], np.float32)
+    rows = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float32)
+    start = 0
+    for part in parts:
+        target = rows[start : start + len(part)]
+        if isinstance(part, PatchBytes):
+            part.write(target)
+        else:
+            target[:] = part
+        start += len(part)
+    return rows
+
+
+def unsteady_counts(ops: Ops, dtype: str) -> frozenset[int]:
+    """The numbers of rows, up to `MOST_PADDED`, at which a linear layer gives a row other bits than among many.
+
+    Libraries choose a kernel by the number of rows; the others run over rows one by one. Found by trying, on shapes
+    large enough for their kernels and small enough for a few milliseconds.
+    """
+    rng = np.random.default_rng(0)
+    found: set[int] = set()
+    for inner, outer in ((64, 96), (256, 1024)):
+        x = rng.standard_normal((8 * MOST_PADDED, inner), np.float32)
+        weight = ops.from_numpy(rng.standard_normal((outer, inner), np.float32), dtype)
+        many = ops.to_numpy(ops.linear(ops.from_numpy(x, dtype), weight))
+        for count in range(1, MOST_PADDED + 1):
+            few = ops.to_numpy(ops.linear(ops.from_numpy(x[:count], dtype), weight))
+            if not np.array_equal(few, many[:count]):
+                found.add(count)
+    return frozenset(found)
