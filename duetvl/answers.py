@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from duetvl.convert.opening import open_model
 from duetvl.core.batch import IGNORE, Pair, Sample
 from duetvl.data.encode import Processor
 from duetvl.inference.generate import generate
-from duetvl.models.model_directory import open_model
 from duetvl.training.watching.callbacks import Callback, Row, Running
 
 
@@ -21,7 +21,7 @@ class SampleAnswers(Callback):
 
     def on_start(self, run: Running) -> None:
         """Read the samples and the tokenizer."""
-        source = open_model(run.recipe.model.path, weights=False)
+        source = open_model(run.recipe.model.path, base=run.recipe.model.base, weights=False)
         self.processor = Processor.from_directory(source.path, source.family)
         given = run.validation_samples(run.recipe.log.generate)
         self.samples = [sample.chosen if isinstance(sample, Pair) else sample for sample in given]

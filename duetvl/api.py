@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from duetvl.answers import SampleAnswers
+from duetvl.convert.opening import AdapterModel, open_model
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import ConfigError
@@ -22,7 +23,6 @@ from duetvl.inference.generate import generate
 from duetvl.inference.request import Completion, Delta, Request
 from duetvl.inference.sampling import Sampling
 from duetvl.models.lora import is_adapter
-from duetvl.models.model_directory import open_model
 from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.vocabulary import LastStage
@@ -219,19 +219,32 @@ class _Teller:
 
 
 def load_model(
-    path: str | Path, *, backend: Backend, dtype: str = "float32", adapter: str | Path | None = None
+    path: str | Path,
+    *,
+    backend: Backend,
+    dtype: str = "float32",
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Model:
-    """Read a Hugging Face model directory, or fetch a model by its id, onto a backend; weights are held in `dtype`.
+    """Read a model, whatever holds it, onto a backend; weights are held in `dtype`. Nothing is converted on disk.
 
-    `path`: a directory, `Qwen/Qwen2.5-VL-7B-Instruct` (Hugging Face), or `modelscope:Qwen/Qwen2.5-VL-7B-Instruct`.
+    `path`: a directory in the Hugging Face layout; an id, `Qwen/Qwen2.5-VL-7B-Instruct` (Hugging Face) or
+    `modelscope:Qwen/Qwen2.5-VL-7B-Instruct`; a run, `runs/x` or `runs/x@1200`; an adapter; a MindSpeed-MM directory.
+    `base`: the model in the Hugging Face layout that a MindSpeed-MM directory is of, or below an adapter or a run
+    where what it names is not there any more.
 
     dtype: float32, bfloat16 or float16. `adapter` is a LoRA adapter's directory in PEFT's layout; it is laid beside the
     weights, in float32, and is then all that is trained. Raises CheckpointError for what is missing, damaged or of
     another model, ConfigError for what duetvl does not implement.
     """
-    source = open_model(path)
-    stored = None if adapter is None else adapters.open_adapter_for(source.config, adapter)
+    source = open_model(path, base=base)
+    own = source.adapter
+    if adapter is not None and own is not None:
+        raise ConfigError(f"{path}: has an adapter of its own; merge it first (duetvl merge), or leave out {adapter}")
+    stored = own if adapter is None else adapters.open_adapter_for(source.config, adapter)
     model = loading.load_model(source, backend=backend, dtype=dtype, make=Model)
+    if isinstance(source, AdapterModel):
+        model.source = source.below
     if stored is not None:
         adapters.load_adapter(model, stored)
     return model
@@ -258,11 +271,11 @@ def train(
     )
 
 
-def load_processor(path: str | Path) -> Processor:
+def load_processor(path: str | Path, *, base: str | Path | None = None) -> Processor:
     """The processor of a model, given as for `load_model`: its tokenizer, template and picture settings.
 
     Needs config.json, tokenizer.json and preprocessor_config.json; no weights, no framework. Raises
     CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
     """
-    source = open_model(path, weights=False)
+    source = open_model(path, base=base, weights=False)
     return Processor.from_directory(source.path, source.family)

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from duetvl.models.hub import fetch, is_id
+from duetvl.models.lora import Adapters
 from duetvl.models.qwen_vl.config import ModelConfig, load_config
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.weights import open_model_weights
 from duetvl.models.settings import model_settings
-from duetvl.storage.weights_dir import StoredWeights, fingerprint
+from duetvl.storage.weights_dir import ModelWeights, fingerprint
+
+
+class AdapterTensors(Protocol):
+    """A low-rank adapter that can be laid on a model, wherever it is stored."""
+
+    @property
+    def adapters(self) -> Adapters:
+        """Which layers have one, and of which size."""
+        ...
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """Their paths in the model."""
+        ...
+
+    def read(self, path: str) -> tuple[np.ndarray, str]:
+        """The bits of a tensor, and their dtype's name."""
+        ...
 
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """A model, opened once and handed on; make one with `open_model`.
+    """A model, opened once and handed on; make one with `open_model`, or with that of `convert.opening`, which knows
+    runs, adapters and MindSpeed-MM as well.
 
     name: as the user gave it, a directory or an id. path: where the files are. revision: the commit of the hub that
     they are, where that is known.
@@ -40,11 +63,16 @@ class ModelDirectory:
         return QwenVLFamily(self.config)
 
     @cached_property
-    def weights(self) -> StoredWeights:
+    def weights(self) -> ModelWeights:
         """The weights, of which the headers are read. CheckpointError where they are not those of `config`."""
         weights = open_model_weights(self.path, self.config)
         weights.check(parameter_shapes(self.config))
         return weights
+
+    @cached_property
+    def adapter(self) -> AdapterTensors | None:
+        """A low-rank adapter that belongs on the weights."""
+        return None
 
     @property
     def has_weights(self) -> bool:

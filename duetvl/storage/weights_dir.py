@@ -6,10 +6,10 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -30,12 +30,55 @@ _PICKLED: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
 
 
+class ModelWeights(Protocol):
+    """The tensors of a model by canonical name, wherever they are: nothing is read before it is asked for."""
+
+    @property
+    def directory(self) -> Path:
+        """Where they are, for messages."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """Those that are there."""
+        ...
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape as stored."""
+        ...
+
+    def view(self, name: str, shape: Shape | None = None) -> np.ndarray:
+        """The bits of a tensor in its own shape, or a folded one (see `same_numbers`)."""
+        ...
+
+    def read(self, name: str, box: Box, shape: Shape | None = None) -> np.ndarray:
+        """The bits of a box of `view(name, shape)`, of which no more is read; in one piece or not."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Give back the memory of the tensor's mapped pages."""
+        ...
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Where it is, to read tensors in the order of the disk."""
+        ...
+
+    def check(self, shapes: Mapping[str, Shape]) -> None:
+        """Raise CheckpointError unless exactly these tensors are there, in these shapes, as floating point."""
+        ...
+
+
 @dataclass(frozen=True)
 class StoredWeights:
     """The tensors of a directory by canonical name, each with its file and its name there."""
 
     directory: Path
     places: Mapping[str, tuple[TensorFile, str]]
+
+    @property
+    def names(self) -> Collection[str]:
+        """See ModelWeights."""
+        return self.places.keys()
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape on disk."""
@@ -47,29 +90,43 @@ class StoredWeights:
         file, stored = self.places[name]
         return file.view(stored) if shape is None else file.view(stored).reshape(shape)
 
+    def read(self, name: str, box: Box, shape: Shape | None = None) -> np.ndarray:
+        """A box of `view`."""
+        return cut(name, self.view(name, shape), box)
+
     def release(self, name: str) -> None:
         """Give back the memory of the tensor's mapped pages."""
         file, stored = self.places[name]
         file.release(stored)
 
+    def place(self, name: str) -> tuple[str, int]:
+        """See ModelWeights."""
+        file, stored = self.places[name]
+        return file.path.name, file.position(stored)
+
     def check(self, shapes: Mapping[str, Shape]) -> None:
-        """Raise CheckpointError unless exactly these tensors are stored, in these shapes, as floating point."""
-        common = [name for name in shapes if name in self.places]
-        wrong = [name for name in common if not same_numbers(self.spec(name).shape, shapes[name])]
-        details = [f"{name} {list(self.spec(name).shape)} instead of {list(shapes[name])}" for name in wrong]
-        dtypes = [(name, self.spec(name).dtype) for name in common]
-        problems = [
-            count_and_name("tensor(s) absent", [name for name in shapes if name not in self.places]),
-            count_and_name("not part of the model", [name for name in self.places if name not in shapes]),
-            count_and_name("of another shape", details),
-            count_and_name("not floating point", [f"{name} {dtype}" for name, dtype in dtypes if dtype not in _FLOATS]),
-        ]
-        if any(problems):
-            found = "; ".join(filter(None, problems))
-            raise CheckpointError(
-                f"{self.directory}: the weights are not those of its config ({len(shapes)} tensors expected, "
-                f"{len(self.places)} found): {found}. Check that both come from the same model"
-            )
+        """See ModelWeights."""
+        check_weights(self, shapes)
+
+
+def check_weights(weights: ModelWeights, shapes: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError unless exactly these tensors are stored, in these shapes, as floating point."""
+    common = [name for name in shapes if name in weights.names]
+    wrong = [name for name in common if not same_numbers(weights.spec(name).shape, shapes[name])]
+    details = [f"{name} {list(weights.spec(name).shape)} instead of {list(shapes[name])}" for name in wrong]
+    dtypes = [(name, weights.spec(name).dtype) for name in common]
+    problems = [
+        count_and_name("tensor(s) absent", [name for name in shapes if name not in weights.names]),
+        count_and_name("not part of the model", [name for name in weights.names if name not in shapes]),
+        count_and_name("of another shape", details),
+        count_and_name("not floating point", [f"{name} {dtype}" for name, dtype in dtypes if dtype not in _FLOATS]),
+    ]
+    if any(problems):
+        found = "; ".join(filter(None, problems))
+        raise CheckpointError(
+            f"{weights.directory}: the weights are not those of its config ({len(shapes)} tensors expected, "
+            f"{len(weights.names)} found): {found}. Check that both come from the same model"
+        )
 
 
 def same_numbers(stored: Shape, wanted: Shape) -> bool:
@@ -108,26 +165,38 @@ def open_weights(directory: str | Path, rename: Rename | None = None) -> StoredW
     return StoredWeights(directory, places)
 
 
-def fingerprint(weights: StoredWeights) -> str:
+def fingerprint(weights: ModelWeights) -> str:
     """8 hexadecimal digits that tell one model's weights from another's: names, shapes, and a few numbers of each.
 
     It costs no more than three pages of each tensor, and does not see a change anywhere else in them. The numbers are
     compared as float32, so a copy in a wider dtype is the same model.
     """
     total = 0
-    for name in sorted(weights.places):
-        spec, flat = weights.spec(name), weights.view(name).reshape(-1)
+    for name in sorted(weights.names):
+        spec = weights.spec(name)
+        size = math.prod(spec.shape)
         total = zlib.crc32(f"{name} {list(spec.shape)}".encode(), total)
-        for start in (0, len(flat) // 2, max(len(flat) - 16, 0)):
-            numbers = np.require(flat[start : start + 16], requirements="A")
+        for start in (0, size // 2, max(size - 16, 0)):
+            numbers = np.require(_flat(weights, name, start, min(start + 16, size)), requirements="A")
             total = zlib.crc32(widened(numbers, spec.dtype).astype("<f4").tobytes(), total)
         weights.release(name)
     return f"{total:08x}"
 
 
+def _flat(weights: ModelWeights, name: str, start: int, stop: int) -> np.ndarray:
+    """The numbers [start, stop) of a tensor laid out in a row; no other rows of it are read."""
+    shape = weights.spec(name).shape
+    if not shape or start == stop:
+        return weights.view(name).reshape(-1)[start:stop]
+    row = math.prod(shape[1:])
+    first, last = start // row, -(-stop // row)
+    rows = weights.read(name, Box((first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])))
+    return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
 def load_parameters(
     shapes: Mapping[str, Shape],
-    weights: StoredWeights,
+    weights: ModelWeights,
     backend: Backend,
     dtype: str,
     *,
@@ -142,12 +211,12 @@ def load_parameters(
     """
     weights.check(shapes)
     loaded: dict[str, Tensor | None] = dict.fromkeys(shapes)
-    for name in sorted(shapes, key=lambda name: _place_on_disk(weights, name)):
-        spec, view = weights.spec(name), weights.view(name, shapes[name])
-        part = view if boxes is None or name not in boxes else _cut(name, view, boxes[name])
+    for name in sorted(shapes, key=weights.place):
+        spec, box = weights.spec(name), (boxes or {}).get(name)
+        part = weights.view(name, shapes[name]) if box is None else weights.read(name, box, shapes[name])
         aligned = np.require(part, requirements="A")  # old files have headers of any length
         loaded[name] = backend.checkpoint_io.load(aligned, spec.dtype, dtype)
-        del view, part, aligned
+        del part, aligned
         weights.release(name)
         if progress:
             progress(spec.nbytes)
@@ -220,15 +289,11 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _cut(name: str, view: np.ndarray, box: Box) -> np.ndarray:
+def cut(name: str, view: np.ndarray, box: Box) -> np.ndarray:
+    """The box of a tensor's array. ValueError where it is not inside."""
     if not box.inside(view.shape):
         raise ValueError(f"{name} {view.shape} does not contain {box}")
     return view[box.slices]
-
-
-def _place_on_disk(weights: StoredWeights, name: str) -> tuple[str, int]:
-    file, stored = weights.places[name]
-    return file.path.name, file.position(stored)
 
 
 def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:

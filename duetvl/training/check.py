@@ -11,13 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from duetvl.convert.opening import open_merged
 from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
-from duetvl.models.model_directory import ModelDirectory, open_model
+from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.training.checkpoints.run_directory import Start, find_start
 from duetvl.training.checkpoints.space import Space, in_words
@@ -49,7 +50,7 @@ def check(
     yield _steps_line(given, sets.per_epoch)
     start = find_start(given)
     yield from start.notes or (f"run directory: {start.run_dir}, new",)
-    source = open_model(given.model.path, weights=False)
+    source = open_merged(given.model.path, base=given.model.base, weights=False)
     yield from _model_lines(given, source)
     if given.dpo is not None:
         yield describe(given, source.config)

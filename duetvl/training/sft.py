@@ -9,13 +9,14 @@ from typing import Final
 
 from duetvl.convert.commands import export_mindspeed_mm
 from duetvl.convert.layouts import Layout
+from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.media.plan import MediaSettings
 from duetvl.data.media.video import FrameRule
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
-from duetvl.models.model_directory import ModelDirectory, open_model
+from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.adapters import merged_tensors
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.loading import load_model
@@ -43,7 +44,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     if recipe.train.recompute != "none" and not backend.capabilities.recomputation:
         framework = backend.capabilities.framework
         raise ConfigError(f"train.recompute {recipe.train.recompute}: {framework} cannot recompute; set it to none")
-    source = open_model(recipe.model.path)
+    source = open_merged(recipe.model.path, base=recipe.model.base)
     encoder = record_encoder(recipe, recipe_processor(recipe, source))
     plan = plan_adapters(recipe, source.config)
     model: QwenVL = load_model(source, backend=backend, dtype=dtype)
@@ -100,7 +101,7 @@ def record_encoder(recipe: Recipe, processor: Processor | None = None) -> Answer
 
 def recipe_processor(recipe: Recipe, source: ModelDirectory | None = None) -> Processor:
     """The processor of the recipe's model with what the recipe says of pictures and videos."""
-    source = source or open_model(recipe.model.path, weights=False)
+    source = source or open_merged(recipe.model.path, base=recipe.model.base, weights=False)
     processor = Processor.from_directory(source.path, source.family)
     processor.media = media_settings(processor.media, recipe.data)
     return processor

@@ -20,6 +20,8 @@ from duetvl.core.errors import ConfigError, DataError, DuetvlError
 from duetvl.inference.engine import Engine
 from duetvl.inference.request import Completion, Delta, Request
 from duetvl.inference.sampling import Sampling
+from duetvl.models.qwen_vl.config import load_config
+from duetvl.models.qwen_vl.loading import write_random_model
 
 NEW = 10
 BLOCK = 8
@@ -249,18 +251,35 @@ class Counting:
 # -- neighbours -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def wide(tiny, tmp_path_factory):
+    """A model whose widths are multiples of 64, as those of every published one are."""
+    config = load_config(tiny.directory("qwen2.5-real-heads"))
+    text = replace(config.text, intermediate_size=128)
+    target = tmp_path_factory.mktemp("wide") / "model"
+    write_random_model(replace(config, text=text, initializer_range=0.2), target, seed=3)
+    return target
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_bit_depends_on_neighbours(be, tiny, dtype):
-    """Where the backend can do that: log-probabilities alone and in mixtures are the same numbers."""
+def test_no_bit_depends_on_neighbours_or_chunks(be, wide, dtype):
+    """Where the backend can do that: log-probabilities are the same numbers alone and in mixtures, in one piece and in
+    chunks, after preemption and with rows that were found."""
     if not be.capabilities.steady_rows:
         pytest.skip("this backend's rows depend on their number")
-    model = duetvl.load_model(tiny.directory("qwen2.5-real-heads"), backend=be, dtype=dtype)
+    model = duetvl.load_model(wide, backend=in_small_blocks(be), dtype=dtype)
     prompts = [*PROMPTS.values(), MIXED, LONG]
     alone = [logprobs(Engine(model, cache_tokens=256), prompt)[0] for prompt in prompts]
     for count in (2, 3, len(prompts)):
         assert logprobs(Engine(model, cache_tokens=2048), *prompts[:count]) == alone[:count]
     turned = logprobs(Engine(model, cache_tokens=2048), *reversed(prompts))
     assert turned[::-1] == alone
+    chunked = Engine(model, cache_tokens=2048, pass_tokens=11)
+    assert logprobs(chunked, *prompts) == alone
+    assert logprobs(chunked, *prompts) == alone
+    narrow = Engine(model, cache_tokens=88, pass_tokens=16)
+    assert logprobs(narrow, *prompts) == alone
+    assert narrow.scheduler.preemptions > 0
 
 
 def logprobs(engine: Engine, *prompts: Sample) -> list[Any]:

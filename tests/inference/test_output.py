@@ -137,12 +137,12 @@ def test_stops_are_found_wherever_the_text_is_cut(text, stops, data):
     ("text", "stops", "told"),
     [
         ("one STOP two", ("STOP",), "one "), ("STOSTOP", ("STOP",), "STO"), ("abcd", ("abc", "ab"), ""),
-        ("abcd", ("abcx", "bc"), "a"), ("xabyabz", ("abz",), "xaby"), ("caf\u00e9!", ("\u00e9",), "caf"), ("aé", ("é",), "a"),
+        ("abcd", ("abcx", "bc"), "a"), ("xabyabz", ("abz",), "xaby"), ("café!", ("é",), "caf"),
         ("no such", ("such as",), "no such"),
     ],
 )  # fmt: skip
 def test_stop_strings_over_tokens(text, stops, told):
-    deltas, output, count = run(BYTES, letters(text), stop=stops)
+    _, output, count = run(BYTES, letters(text), stop=stops)
     assert output.text == told
     stopped = told != text
     assert output.finish_reason == ("stop" if stopped else "cancelled")
@@ -171,7 +171,7 @@ def test_length_and_stop_ids():
 
 @pytest.mark.parametrize("stops", ["STOP", ("",), ("a" * 257,), ("a",) * 17, (3,)])
 def test_stops_that_make_no_sense(stops):
-    with pytest.raises(ConfigError, match="^stop"):
+    with pytest.raises(ConfigError, match=r"^stop"):
         check_stops(stops)
 
 

@@ -14,7 +14,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.half import narrowed, widened
 from duetvl.models.hub import MODELSCOPE
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
-from duetvl.models.model_directory import open_model
+from duetvl.models.model_directory import AdapterTensors, open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
@@ -71,7 +71,7 @@ def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapte
     )
 
 
-def load_adapter(model: QwenVL, stored: StoredAdapter) -> None:
+def load_adapter(model: QwenVL, stored: AdapterTensors) -> None:
     """Lay an adapter from disk on a model, in float32 and in the place of any that it has."""
     load = model.backend.checkpoint_io.load
     model.put_adapters(stored.adapters, {path: load(*stored.read(path), "float32") for path in stored.tensors})

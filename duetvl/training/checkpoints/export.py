@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from duetvl.convert.opening import open_model
 from duetvl.core.errors import CheckpointError, ConfigError, DuetvlError
 from duetvl.models.lora import Adapters
-from duetvl.models.model_directory import open_model
 from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
@@ -90,7 +90,7 @@ def _copy_settings_of(recipe: Any, shapes: Mapping[str, Shape], staging: Path, s
     """Copy them from the recipe's model, if it is here and has these parameters: its path may lead elsewhere now."""
     path = recipe.get("model", {}).get("path", "")
     try:
-        source = open_model(path, weights=False)
+        source = open_model(path, base=recipe.get("model", {}).get("base"), weights=False)
         found = "is another model" if parameter_shapes(source.config) != shapes else None
     except DuetvlError as error:
         found = f"cannot be read ({error})"

@@ -14,10 +14,11 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, ConfigError
-from duetvl.models.model_directory import ModelDirectory, open_model
+from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
@@ -120,7 +121,7 @@ def data_name(recipe: Recipe, files: Iterable[Path]) -> str:
     Files are told apart by path, size and time, which does not cost a look into them. Media are not looked at.
     """
     settings = recipe.data.model_dump(mode="json", exclude=set(_NOT_ENCODING))
-    source = open_model(recipe.model.path, weights=False)
+    source = open_merged(recipe.model.path, base=recipe.model.base, weights=False)
     beside = [source.path / file for file in (Path("config.json"), *source.settings())]
     return short_hash([settings, [_identity(file) for file in (*files, *beside)]])
 
@@ -158,7 +159,9 @@ def reference_identity(recipe: Recipe) -> dict[str, Any]:
 def reference_model(recipe: Recipe, *, weights: bool = True) -> ModelDirectory:
     """The model that a recipe with a section `dpo` compares with."""
     assert recipe.dpo is not None
-    return open_model(recipe.dpo.reference or recipe.model.path, weights=weights)
+    if recipe.dpo.reference is None:
+        return open_merged(recipe.model.path, base=recipe.model.base, weights=weights)
+    return open_merged(recipe.dpo.reference, base=recipe.dpo.reference_base, weights=weights)
 
 
 def check_same_inputs(policy: ModelConfig, reference: ModelConfig, name: str) -> None:

@@ -40,9 +40,9 @@ def reference_name(model: ModelDirectory, dtype: str) -> str:
     """
     stored = model.weights
     sums = {}
-    for name in sorted(stored.places):
-        spec = stored.spec(name)
-        sums[name] = [spec.dtype, list(spec.shape), zlib.crc32(stored.view(name).reshape(-1).view(np.uint8).data)]
+    for name in sorted(stored.names):
+        spec, bits = stored.spec(name), np.ascontiguousarray(stored.view(name)).reshape(-1)
+        sums[name] = [spec.dtype, list(spec.shape), zlib.crc32(bits.view(np.uint8).data)]
         stored.release(name)
     return short_hash([model.config.to_dict(), dtype, sums])
 

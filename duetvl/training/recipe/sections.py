@@ -21,7 +21,14 @@ class ModelSection(Section):
     path: Place = Field(
         min_length=1,
         description="Directory of the model in the Hugging Face layout, or its id, which is fetched: "
-        "`Qwen/Qwen2.5-VL-7B-Instruct` from Hugging Face, `modelscope:Qwen/Qwen2.5-VL-7B-Instruct` from ModelScope.",
+        "`Qwen/Qwen2.5-VL-7B-Instruct` from Hugging Face, `modelscope:Qwen/Qwen2.5-VL-7B-Instruct` from ModelScope. Or "
+        "a run (`runs/x`, `runs/x@1200`), an adapter (which is merged as it is read), a MindSpeed-MM directory.",
+    )
+    base: Place | None = Field(
+        default=None,
+        min_length=1,
+        description="The model in the Hugging Face layout that configuration and tokenizer come from where `path` is a "
+        "MindSpeed-MM directory; below a run or an adapter, where what it names is not there any more.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
@@ -206,9 +213,10 @@ class DpoSection(Section):
     reference: Place | None = Field(
         default=None,
         min_length=1,
-        description="Directory or id of the reference model; by default `model.path`, with LoRA the model without its "
-        "adapter.",
+        description="Directory or id of the reference model, or whatever else `model.path` may be; by default "
+        "`model.path`, with LoRA the model without its adapter.",
     )
+    reference_base: Place | None = Field(default=None, min_length=1, description="As `model.base`, of `reference`.")
     cache: Place | None = Field(
         default=None,
         min_length=1,
