@@ -32,7 +32,7 @@ LONG = oracle.sample(40, seed=32)
 SHORT = [
     oracle.sample(14, seed=33),
     oracle.sample(2, oracle.Image((1, 4, 6)), 5, seed=34),
-    oracle.sample(1, oracle.Video((2, 4, 4)), 4, seed=35),
+    oracle.sample(2, oracle.Video((2, 4, 4)), 3, seed=35),
     oracle.sample(13, seed=36),
     oracle.sample(4, oracle.Image((1, 4, 4)), 4, seed=37),
 ]

@@ -1,0 +1,209 @@
+"""Greedy answers by the engine on both backends against transformers' `generate`: a model of 100 million parameters.
+
+Cases: one prompt; 16 of equal length; 16 whose prompts and answers have lengths as 1 to 8; and the same 16 arriving one
+after the other, where transformers answers in static batches what has arrived. Every prompt has a picture. transformers
+pads a batch on the left, and goes on until its longest answer is done; counted are the tokens that were wanted. Time is
+processor time, on which arrivals happen as well: it is what one undisturbed core would need, also on a busy machine.
+
+    python benchmarks/generate.py [--new 128] [--dtypes float32 bfloat16] [--cases one equal ...] [--write]
+
+`--write` puts the table and what it ran on into benchmarks/results/generate.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contest import END, IMAGE, START, write_model
+
+BATCH, GRID = 16, (1, 16, 16)
+CASES = ("one", "equal", "mixed", "arrivals")
+CONTENDERS = ("transformers", "torch", "torch, not steady", "mindspore")
+EVERY = 0.05  # of the time that one prompt alone takes: what lies between arrivals
+
+
+class Clock:
+    """Processor seconds; waiting costs none."""
+
+    def __init__(self) -> None:
+        self.start, self.skipped = time.process_time(), 0.0
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.process_time() - self.start + self.skipped
+
+    def wait_until(self, moment: float) -> None:
+        """Let time pass in which nothing is done."""
+        self.skipped += max(0.0, moment - self.now())
+
+
+def questions(case: str, new: int) -> list[tuple[dict[str, Any], int]]:
+    """Prompts with their pictures, and how many tokens each answer is to have."""
+    rng = np.random.default_rng(5)
+    count = 1 if case == "one" else BATCH
+    shares = np.ones(count) if case in ("one", "equal") else rng.permutation(np.linspace(1 / 8, 1, count))
+    found = []
+    for share in shares:
+        head = [START, *[IMAGE] * (GRID[1] * GRID[2] // 4), END]
+        ids = np.concatenate([rng.integers(10, 32000, 4), head, rng.integers(10, 32000, int(300 * share))])
+        pixels = rng.standard_normal((GRID[1] * GRID[2], 1176)).astype(np.float32)
+        sample = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": np.array([GRID])}
+        found.append((sample, max(1, int(new * share))))
+    return found
+
+
+# -- contenders: answer(questions, arrivals) -> seconds until all answers are there -----------------------------------
+
+Answer = Callable[[Sequence[tuple[dict[str, Any], int]], Sequence[float]], float]
+
+
+def duetvl_engine(directory: Path, dtype: str, backend: str, steady: bool) -> Answer:
+    """The engine; requests are submitted when they arrive."""
+    import duetvl
+
+    model = duetvl.load_model(directory, backend=duetvl.load_backend(backend, device="cpu"), dtype=dtype)
+
+    def answer(given: Sequence[tuple[dict[str, Any], int]], arrivals: Sequence[float]) -> float:
+        engine = duetvl.Engine(model, cache_tokens=BATCH * 640, steady=steady, reuse=False)
+        clock, left = Clock(), list(zip(given, arrivals, strict=True))
+        while left or engine.busy:
+            if not engine.busy:
+                clock.wait_until(left[0][1])
+            while left and left[0][1] <= clock.now():
+                (sample, new), _ = left.pop(0)
+                engine.submit(duetvl.Request(duetvl.Sample(**sample), max_new_tokens=new))
+            engine.step()
+        return clock.now()
+
+    return answer
+
+
+def transformers_generate(directory: Path, dtype: str) -> Answer:
+    """Static batches of what has arrived."""
+    import torch
+    import transformers as hf
+
+    kind = hf.Qwen2_5_VLForConditionalGeneration
+    model = kind.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+
+    def answer(given: Sequence[tuple[dict[str, Any], int]], arrivals: Sequence[float]) -> float:
+        clock, left = Clock(), list(zip(given, arrivals, strict=True))
+        while left:
+            clock.wait_until(left[0][1])
+            batch = [one for one, at in left if at <= clock.now()]
+            del left[: len(batch)]
+            new = max(tokens for _, tokens in batch)
+            fed = {key: torch.from_numpy(value) for key, value in left_padded([one for one, _ in batch]).items()}
+            with torch.no_grad():
+                model.generate(**fed, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        return clock.now()
+
+    return answer
+
+
+def left_padded(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """A batch as transformers takes it."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    ids, mask = (np.zeros((len(samples), longest), np.int64) for _ in range(2))
+    for row, sample in enumerate(samples):
+        ids[row, longest - len(sample["input_ids"]) :] = sample["input_ids"]
+        mask[row, longest - len(sample["input_ids"]) :] = 1
+    pixels, grids = (np.concatenate([s[key] for s in samples]) for key in ("pixel_values", "image_grid_thw"))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": grids}
+
+
+def contender(name: str, directory: Path, dtype: str) -> Answer:
+    """The contender of this name."""
+    if name == "transformers":
+        return transformers_generate(directory, dtype)
+    return duetvl_engine(directory, dtype, name.partition(",")[0], "not steady" not in name)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(answer: Answer, cases: Sequence[str], new: int) -> dict[str, dict[str, float]]:
+    """Tokens and seconds of each case, once, after a short one."""
+    answer([(sample, 2) for sample, _ in questions("one", new)], [0.0])
+    alone = answer(questions("one", new), [0.0])
+    found = {}
+    for case in cases:
+        given = questions(case, new)
+        arrivals = np.arange(len(given)) * (EVERY * alone if case == "arrivals" else 0.0)
+        wall = time.perf_counter()
+        seconds = answer(given, arrivals.tolist())
+        wall = time.perf_counter() - wall
+        found[case] = {"tokens": sum(tokens for _, tokens in given), "seconds": seconds, "wall": wall}
+    return found
+
+
+def apart(directory: str, name: str, dtype: str, chosen: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """One contender in a fresh process."""
+    command = [sys.executable, __file__, "--new", str(chosen.new), "--cases", *chosen.cases]
+    limits = {"OMP_NUM_THREADS": str(chosen.threads), "MKL_NUM_THREADS": str(chosen.threads), "GLOG_v": "4"}
+    command += ["--inside", directory, name, dtype]
+    done = subprocess.run(command, env={**os.environ, **limits}, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(found: dict[tuple[str, str], dict[str, dict[str, float]]], chosen: argparse.Namespace) -> str:
+    """Tokens a processor second, and their share of transformers' in the same dtype."""
+    lines = [f"| | dtype | {' | '.join(chosen.cases)} |", "|---|---|" + "---|" * len(chosen.cases)]
+    for (name, dtype), cases in found.items():
+        cells = []
+        for case in chosen.cases:
+            rate = cases[case]["tokens"] / cases[case]["seconds"]
+            base = found.get(("transformers", dtype), {}).get(case)
+            ratio = "" if base is None else f" ({rate / (base['tokens'] / base['seconds']):.2f})"
+            cells.append(f"{rate:.1f}{ratio}")
+        lines.append(f"| {name} | {dtype} | {' | '.join(cells)} |")
+    wall, busy = (sum(case[key] for cases in found.values() for case in cases.values()) for key in ("wall", "seconds"))
+    lines += [
+        "",
+        "Tokens a processor second, prompts included in the time (share of transformers' in brackets). Every prompt has",
+        f"a picture of 64 tokens and up to 300 of text; {chosen.new} new tokens, or an eighth of that and more.",
+        f"The machine was busy: {wall:.0f} s went by on the clock for {busy:.0f} of the processor.",
+        f"{platform.machine()}, {os.cpu_count()} cores, {chosen.threads} threads, Python {platform.python_version()}.",
+        f"Command: `python benchmarks/generate.py {' '.join(sys.argv[1:])}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run every contender in a process of its own and print, or write, the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.inside:
+        directory, name, dtype = chosen.inside
+        print(json.dumps(measure(contender(name, Path(directory), dtype), chosen.cases, chosen.new)))  # noqa: T201
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(Path(directory))
+        runs = [(name, dtype) for dtype in chosen.dtypes for name in chosen.only]
+        found = {(name, dtype): apart(directory + "/model", name, dtype, chosen) for name, dtype in runs}
+    report = table(found, chosen)
+    print(report)  # noqa: T201
+    if chosen.write:
+        (Path(__file__).parent / "results" / "generate.md").write_text(report, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
