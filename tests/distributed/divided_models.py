@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.batch import Sample
+from duetvl.core.batch import Batch, Sample
 from duetvl.core.boxes import Slices
+from duetvl.core.kv_cache import Append
 from duetvl.core.params import Parameter
 from duetvl.core.random import philox
 from duetvl.models.lora import Adapters, Size
@@ -124,3 +125,15 @@ def check_divided(be: Backend, family: str, heads: tuple[int, int], team: Team, 
     batch = whole.pack(samples())
     logits = np.array(be.to_numpy(part.logits(batch)))
     np.testing.assert_allclose(logits, be.to_numpy(whole.logits(batch)), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(extended(part), extended(whole), rtol=0, atol=2e-5)
+
+
+def extended(model: QwenVL) -> np.ndarray:
+    """Logits after the samples and two tokens more, from a cache of the heads that this model has."""
+    be, batch = model.backend, model.pack(samples())
+    cache, held = model.create_cache(blocks=3), np.diff(batch.cu_seqlens)
+    tables = np.array([[0], [2]], np.int32)
+    model.extend(batch, model.features(batch), cache, Append(tables, np.zeros_like(held), held))
+    one = np.ones_like(held)
+    more = Batch.of_tokens(np.array([5, 7], np.int32), np.broadcast_to(held.astype(np.int32), (3, 2)), one)
+    return np.array(be.to_numpy(model.extend(more, None, cache, Append(tables, held, one))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from duetvl.core.backend import Backend, Capabilities
+from duetvl.core.composed import ComposedKVCache
 from duetvl.core.errors import BackendError
 
 DEVICES = ("cpu", "ascend")
@@ -22,7 +23,6 @@ def create(device: str = "auto") -> Backend:
     from duetvl.backends.mindspore.checkpoint_io import MindSporeCheckpointIO
     from duetvl.backends.mindspore.collectives import MindSporeCollectives, MindSporeCpuCollectives
     from duetvl.backends.mindspore.device import MindSporeDevice
-    from duetvl.backends.mindspore.kv_cache import MindSporeKVCache
     from duetvl.backends.mindspore.ops import MindSporeOps
     from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
 
@@ -31,22 +31,23 @@ def create(device: str = "auto") -> Backend:
     on_cpu = target == "CPU"
     ops: MindSporeOps
     optimizer: MindSporeOptimizer
+    kv_cache: ComposedKVCache
     if on_cpu:
-        from duetvl.backends.mindspore.kernels_cpu import CpuOps, CpuOptimizer
+        from duetvl.backends.mindspore.kernels_cpu import CpuKVCache, CpuOps, CpuOptimizer
 
-        ops = CpuOps(autograd)
-        optimizer = CpuOptimizer(ops)
+        ops = cpu_ops = CpuOps(autograd)
+        kv_cache, optimizer = CpuKVCache(cpu_ops), CpuOptimizer(ops)
     else:
-        from duetvl.backends.mindspore.kernels_ascend import AscendOps
+        from duetvl.backends.mindspore.kernels_ascend import AscendKVCache, AscendOps
 
-        ops = AscendOps(autograd)
-        optimizer = MindSporeOptimizer(ops)
+        ops = ascend_ops = AscendOps(autograd)
+        kv_cache, optimizer = AscendKVCache(ascend_ops), MindSporeOptimizer(ops)
     return Backend(
         name="mindspore",
         ops=ops,
         autograd=autograd,
         collectives=MindSporeCpuCollectives(ops) if on_cpu else MindSporeCollectives(ops),
-        kv_cache=MindSporeKVCache(ops),
+        kv_cache=kv_cache,
         optimizer=optimizer,
         checkpoint_io=MindSporeCheckpointIO(),
         device=MindSporeDevice(target),
