@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import duetvl
+from duetvl.commands.options import add_bench, add_chat, add_infer
 from duetvl.core.errors import ConfigError, DuetvlError, one_line
 from duetvl.core.streams import discard_output, open_streams
 
@@ -144,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
 
     _add_data(commands.add_parser("data", help="convert data sets, look at samples"))
+
+    add_infer(commands.add_parser("infer", help="answers to a prompt, to records, to a directory of pictures"))
+    add_chat(commands.add_parser("chat", help="talk with a model in the terminal"))
+    bench = commands.add_parser("bench", help="how fast a model is here")
+    add_bench(bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="answering"))
     return parser
 
 
@@ -199,7 +205,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     commands = {
         "train": _train, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed, "doctor": _doctor,
-        "export": _export, "merge": _merge, "plot": _plot,
+        "export": _export, "merge": _merge, "plot": _plot, "infer": _infer, "chat": _chat, "bench": _bench,
     }  # fmt: skip
     return commands[args.command](args)
 
@@ -264,9 +270,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    from duetvl.convert.opening import open_model
     from duetvl.models.qwen_vl.adapters import merge_directories
 
-    layers = merge_directories(args.model, args.adapter, args.output)
+    layers = merge_directories(open_model(args.model), args.adapter, args.output)
     _say(f"merged {layers} layers into {args.output}")
     return 0
 
@@ -286,6 +293,24 @@ def _plot(args: argparse.Namespace) -> int:
         raise ConfigError(f"{target}: cannot be written: {error.strerror or error}") from None
     _say(str(target))
     return 0
+
+
+def _infer(args: argparse.Namespace) -> int:
+    from duetvl.commands.infer import infer
+
+    return infer(args, _show, _tell)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from duetvl.commands.chat import chat
+
+    return chat(args, sys.stdin, _show, _tell)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from duetvl.commands.bench import bench
+
+    return bench(args, _say, _tell)
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -343,6 +368,17 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     chosen += [f"backend.name={args.backend}"] if args.backend else []
     chosen += [f"backend.device={args.device}"] if args.device else []
     return chosen
+
+
+def _show(text: str) -> None:
+    """A piece of an answer, as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _tell(text: str) -> None:
+    """A line that is not part of the answer."""
+    _say(text, sys.stderr)
 
 
 def _say(text: str, stream: Any = None) -> None:

@@ -14,7 +14,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.half import narrowed, widened
 from duetvl.models.hub import MODELSCOPE
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
-from duetvl.models.model_directory import AdapterTensors, open_model
+from duetvl.models.model_directory import AdapterTensors, ModelDirectory, open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
@@ -141,7 +141,7 @@ def save_merged(model: QwenVL, directory: str | Path, *, overwrite: bool = False
         write_config(model.config, staging, model.dtype)
 
 
-def merge_directories(model: str | Path, adapter: str | Path, target: str | Path) -> int:
+def merge_directories(model: str | Path | ModelDirectory, adapter: str | Path, target: str | Path) -> int:
     """Write the model of a directory merged with an adapter, tensor by tensor and without a framework.
 
     Every tensor keeps its dtype. A target that exists is refused; it appears whole or not at all. Returns the number
