@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from duetvl.core.streams import discard_output, open_streams
 USER_ERROR = 2
 INTERRUPTED = 130
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
 _OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
 
@@ -371,8 +373,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 
 
 def _show(text: str) -> None:
-    """A piece of an answer, as it is."""
-    sys.stdout.write(text)
+    """A piece of an answer; what would move a terminal's cursor is none of its text."""
+    sys.stdout.write(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -151,17 +151,14 @@ def _prompt(processor: Processor, case: Case, rng: np.random.Generator) -> Sampl
     if width and height:
         pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
         parts.append({"type": "image", "image": pixels})
-    sample = processor(
-        [{"role": "user", "content": [*parts, {"type": "text", "text": ""}]}], add_generation_prompt=True
-    )
+    message = {"role": "user", "content": [*parts, {"type": "text", "text": "."}]}
+    sample = processor([message], add_generation_prompt=True)
     lacking = case.input_tokens - len(sample)
     if lacking < 0:
         picture = f" with a picture of {width}x{height}" if width else ""
-        raise ConfigError(
-            f"--input-tokens {case.input_tokens}: a prompt{picture} has {len(sample)} tokens without a word"
-        )
-    # Behind the picture and before the end of the turn, so that positions are those of a real prompt.
-    place = len(sample) - 5
+        text = f"--input-tokens {case.input_tokens}: the shortest prompt{picture} has {len(sample)} tokens"
+        raise ConfigError(text)
+    place = int(np.flatnonzero(sample.input_ids == processor.control.turn_end)[-1])  # behind the picture
     words = rng.integers(0, min(_first_special(processor), processor.family.vocabulary), lacking)
     ids = np.concatenate([sample.input_ids[:place], words, sample.input_ids[place:]])
     return Sample(
@@ -173,10 +170,10 @@ def _prompt(processor: Processor, case: Case, rng: np.random.Generator) -> Sampl
 
 
 def _first_special(processor: Processor) -> int:
-    special = processor.family.special
-    return min(
-        *special, processor.control.turn_start, processor.control.turn_end, processor.control.end_of_text or _MOST
-    )
+    """Ids below it are words."""
+    control = processor.control
+    ends = control.turn_end if control.end_of_text is None else min(control.turn_end, control.end_of_text)
+    return min(*processor.family.special, control.turn_start, ends)
 
 
 def measure(model: Model, args: argparse.Namespace, case: Case, prompts: Sequence[Sample]) -> Figures:

@@ -74,13 +74,13 @@ def _answer_all(args: argparse.Namespace, opened: Opened, way: Way, guides: Guid
     name = way_name(args, opened.source, way)
     file = AnswersFile(args.output, [ask.key(name) for ask in asks])
     missing = list(file.missing())
-    if len(missing) < len(asks):
-        say(f"-o {args.output}: {len(asks) - len(missing)} of {len(asks)} answers are there already")
+    distinct = len(set(file.keys))
+    if len(missing) < distinct:
+        say(f"-o {args.output}: {distinct - len(missing)} of {distinct} answers are there already")
     if missing:
         engine = make_engine(load(args, opened, say), args)
-        progress = Progress(len(asks), done=len(asks) - len(missing), unit="answer", stream=sys.stderr,
-                            every=max(1, len(asks) // 20))  # fmt: skip
-        done = len(asks) - len(missing)
+        done = distinct - len(missing)
+        progress = Progress(distinct, done=done, unit="answer", stream=sys.stderr, every=max(1, distinct // 20))
         with closing(progress), file.adding() as add:
             prepared = ahead(missing, lambda number: asks[number].sample(opened.processor))
             for number, row in answers(engine, prepared, way, guides, opened.processor.tokenizer):

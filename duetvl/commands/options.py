@@ -73,6 +73,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         ("image-size", "0", "sides of a picture in pixels, 0 for none, or WIDTHxHEIGHT"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", default=usual, metavar="LIST", help=f"{what}, separated by commas: {usual}")
+    parser.set_defaults(min_pixels=None, max_pixels=None, video_preset=None, fps=None, max_frames=None)
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each, the fastest is told: 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures as JSON")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the figures under MindIE's column names")

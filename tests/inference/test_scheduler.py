@@ -6,13 +6,12 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from duetvl.core.batch import Sample
-from duetvl.inference.blocks import BlockPool, as_copies
+from duetvl.inference.blocks import BlockPool
 from duetvl.inference.request import Request
 from duetvl.inference.scheduler import Limits, Plan, Scheduler, Sequence
 from duetvl.inference.vision_cache import Medium, VisionCache
@@ -113,9 +112,7 @@ class Life(RuleBasedStateMachine):
         adapter=st.sampled_from(["", "", "other"]),
         pictures=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 1)), max_size=2),
     )
-    def submit(
-        self, beginning: int, length: int, new: int, adapter: str, pictures: list[tuple[int, int]]
-    ) -> None:
+    def submit(self, beginning: int, length: int, new: int, adapter: str, pictures: list[tuple[int, int]]) -> None:
         """Prompts of few beginnings, so that many share theirs; pictures behind the second token."""
         ids, media = [beginning] * length, []
         for tokens, content in pictures:

@@ -189,7 +189,10 @@ def test_contradictions(overrides, expected):
         ({}, "model is missing: a recipe needs the section with model.path (and 1 more field)"),
         ({**BASE, "model": {}}, "model.path is missing: Directory of the model in the Hugging Face layout, or its id"),
         ({**BASE, "model": 3}, "model: found 3, allowed: a section with fields (path, base, dtype, freeze)"),
-        ({"model": {"pth": "m"}, "data": {}}, "model has no field 'pth'; did you mean 'path'? (base, dtype, freeze, path)"),
+        (
+            {"model": {"pth": "m"}, "data": {}},
+            "model has no field 'pth'; did you mean 'path'? (base, dtype, freeze, path)",
+        ),
         ({**BASE, 1: {}}, "the recipe: the key 1 is not text"),
         ({**BASE, "optim": {1: 2}}, "optim: the key 1 is not text"),
         ({**BASE, "optim": {"lr_scale": {None: 2}}}, "optim.lr_scale: the key null is not text"),
