@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 class AnswersFile:
-    """The answers to some asks, each known by its key."""
+    """The answers to some asks, each known by its key; what failed is no answer, and is asked again."""
 
     def __init__(self, path: Path, keys: Sequence[str]):
         """Read what there is. ConfigError where OUT holds something else than answers to these asks."""
@@ -29,7 +29,7 @@ class AnswersFile:
         self.part = path.with_name(f"{path.name}.part")
         wanted = set(keys)
         before = dict(_rows(path))
-        if strange := [key for key in before if key not in wanted]:
+        if strange := [key for key, row in before.items() if key not in wanted and "error" not in row]:
             what = f"{len(strange)} of its lines are answers to other questions, or made in another way"
             raise ConfigError(f"-o {path}: exists already, and {what}; choose another name, or move it away")
         self._cut_off = _complete(self.part)

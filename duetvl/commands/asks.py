@@ -138,6 +138,7 @@ def prompt_of(record: Record) -> Conversation:
             tags=reading.tags,
             media_dirs=record.media_dirs,
             boxes=reading.boxes,
+            answered=False,
         )
         conversation = found.prompt if isinstance(found, Preference) else found
         turns = conversation.turns

@@ -131,9 +131,11 @@ def _chosen(values: Values, report: Report) -> dict[str, Any]:
     found["top_k"] = values.whole(f"{_GENERATION}top_k")
     for name in ("max_new_tokens", "min_new_tokens"):
         found[name] = values.whole(_GENERATION + name)
-    if not values.switch(f"{_GENERATION}do_sample", True):
+    sampled = values.switch(f"{_GENERATION}do_sample", True)
+    if not sampled:
         found |= {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
-        report.add("used", f"{_GENERATION}do_sample", "--temperature 0")
+    if f"{_GENERATION}do_sample" in values:
+        report.add("used", f"{_GENERATION}do_sample", "as the values below say" if sampled else "--temperature 0")
     ends = values.get(f"{_GENERATION}eos_token_id")
     ends = ends if isinstance(ends, list) or ends is None else [ends]
     if ends is not None and not all(isinstance(number, int) and not isinstance(number, bool) for number in ends):

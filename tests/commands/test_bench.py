@@ -84,7 +84,7 @@ def test_figures() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "1,", "a", "1.5", "-1"])
 def test_lists_that_make_no_sense(text: str) -> None:
-    with pytest.raises(ConfigError, match="--batch '.*': expected whole numbers from 1"):
+    with pytest.raises(ConfigError, match=r"--batch '.*': expected whole numbers from 1"):
         numbers("--batch", text)
 
 
