@@ -16,10 +16,13 @@ from duetvl.convert.opening import AdapterModel, open_model
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import ConfigError
-from duetvl.core.params import split_trainable
+from duetvl.core.params import Parameter, split_trainable
 from duetvl.data.encode import Processor
+from duetvl.inference.engine import Engine
 from duetvl.inference.generate import generate
+from duetvl.inference.request import Completion, Delta, Request
 from duetvl.inference.sampling import Sampling
+from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.vocabulary import LastStage
@@ -34,8 +37,12 @@ from duetvl.training.watching.callbacks import Callback
 __all__ = [
     "Batch",
     "Callback",
+    "Completion",
+    "Delta",
+    "Engine",
     "Generation",
     "Model",
+    "Request",
     "Sample",
     "Sampling",
     "TrainResult",
@@ -170,6 +177,18 @@ class Model(QwenVL):
         With `overwrite` an adapter is replaced; a directory that holds a model is refused with CheckpointError.
         """
         adapters.save_adapter(self, directory, overwrite=overwrite)
+
+    def with_adapter(self, directory: str | Path) -> Model:
+        """This model with an adapter's directory laid beside its weights, which both share; for `Engine(adapters=)`.
+
+        Raises CheckpointError or ConfigError for an adapter that does not fit.
+        """
+        stored = adapters.open_adapter_for(self.config, directory)
+        shared = {path: Parameter(path, p.tensor) for path, p in self.parameters.items() if not is_adapter(path)}
+        other = Model(self.config, self.backend, shared)
+        other.source = self.source
+        adapters.load_adapter(other, stored)
+        return other
 
     def _processor_if_any(self) -> Processor | None:
         return self.processor if self.source is not None and self.source.has_tokenizer else None

@@ -19,6 +19,7 @@ from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.blocks import BlockPool
 from duetvl.inference.jobs import Job, make_jobs
+from duetvl.inference.padding import find_padding
 from duetvl.inference.request import Completion, Delta, Finish, Request
 from duetvl.inference.room import Room, pool_blocks
 from duetvl.inference.runner import Generator, Runner
@@ -61,16 +62,18 @@ class Engine:
         """
         self.models = {"": model, **(adapters or {})}
         self.tokenizer = tokenizer
-        self.limits = Limits(pass_tokens, max_sequences, pass_patches)
+        self.limits = Limits(pass_tokens, min(max_sequences, pass_tokens), pass_patches)
         self.context = model.context if context is None else context
         room = Room(cache_tokens, cache_bytes, media_tokens)
-        blocks = pool_blocks(model, room, self.limits, self.context)
-        kv_cache = model.backend.kv_cache
+        backend = model.backend
+        padding = find_padding(backend.ops, model.dtype) if steady and backend.capabilities.steady_rows else None
+        blocks = pool_blocks(model, room, self.limits, self.context, padding.most if padding else 0)
+        kv_cache = backend.kv_cache
         vision = VisionCache(media_tokens)
         pool = BlockPool(blocks, consecutive=kv_cache.consecutive)
         self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
-        self.runner = Runner(self.models, blocks, vision, steady=steady)
-        self._ops, self._vocabulary = model.backend.ops, model.family.vocabulary
+        self.runner = Runner(self.models, blocks, vision, padding)
+        self._ops, self._vocabulary = backend.ops, model.family.vocabulary
         self._changed = threading.Condition()  # holds for the five below
         self._arrivals: list[list[Job]] = []
         self._cancelled: set[str] = set()

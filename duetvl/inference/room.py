@@ -21,8 +21,8 @@ class Room:
     media_tokens: int
 
 
-def pool_blocks(model: Generator, room: Room, limits: Limits, context: int) -> int:
-    """Blocks of the pool. One block more is made, for the rows that pad a pass; cache_bytes have it among them.
+def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spare: int) -> int:
+    """Blocks of the pool, beside `spare` ones for the rows that pad a pass, which count among the bytes.
 
     Raises ConfigError where there is no room for a block, or the limits make no sense.
     """
@@ -31,23 +31,25 @@ def pool_blocks(model: Generator, room: Room, limits: Limits, context: int) -> i
     if room.cache_tokens is not None:
         return -(-room.cache_tokens // size)
     if room.cache_bytes is not None:
-        return _blocks(room.cache_bytes, model, f"cache_bytes is {room.cache_bytes}")
+        return _blocks(room.cache_bytes, model, spare, f"cache_bytes is {room.cache_bytes}")
     free = model.backend.device.free_memory()
     largest = model.pass_bytes(limits.pass_tokens, limits.max_sequences, limits.pass_patches, room.media_tokens)
     blocks = _blocks(
         int(SHARE * free) - largest,
         model,
+        spare,
         f"{free / 2**30:.2f} GiB of {model.backend.device.name} are free, and the largest pass takes "
         f"{largest / 2**30:.2f} GiB (lower pass_tokens, pass_patches or media_tokens)",
     )
     return min(blocks, limits.max_sequences * -(-context // size))  # more would never be used by what runs
 
 
-def _blocks(given: int, model: Generator, found: str) -> int:
+def _blocks(given: int, model: Generator, spare: int, found: str) -> int:
     block = model.cache_block_bytes
-    blocks = given // block - 1
+    blocks = given // block - spare
     if blocks < 1:
-        raise ConfigError(f"no room for a cache of keys and values: {found}, and two blocks take {2 * block} bytes")
+        least = (spare + 1) * block
+        raise ConfigError(f"no room for a cache of keys and values: {found}, and the smallest takes {least} bytes")
     return blocks
 
 
@@ -66,8 +68,3 @@ def _check(room: Room, limits: Limits, context: int) -> None:
             raise ConfigError(f"{name} is {value}, it must be at least 1")
     if room.cache_tokens is not None and room.cache_bytes is not None:
         raise ConfigError("cache_tokens and cache_bytes are both given; give one of them")
-    if limits.max_sequences > limits.pass_tokens:
-        raise ConfigError(
-            f"max_sequences is {limits.max_sequences} and pass_tokens {limits.pass_tokens}; each sequence needs a row "
-            f"of a pass, so it must be at most that"
-        )

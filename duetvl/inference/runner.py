@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,13 +12,11 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch, PatchBytes
 from duetvl.core.family import Family
 from duetvl.core.kv_cache import Append, Cache
-from duetvl.core.ops import Ops
+from duetvl.inference.padding import Padding
 from duetvl.inference.scheduler import Piece, Plan
 from duetvl.inference.vision_cache import Medium, Rows, VisionCache
 
 Tensor = Any
-
-MOST_PADDED: Final = 64  # rows of a pass from which on no number of rows is looked at
 
 
 class Generator(Protocol):
@@ -69,19 +67,17 @@ class Generator(Protocol):
 class Runner:
     """Runs plans on models that share one cache: the model itself at "", and the same with an adapter by its name.
 
-    With `steady`, where the backend can do that, the numbers of rows that operations see are such that no row depends
-    on the others (`steady_counts`), and each medium goes through the tower by itself.
+    With `padding` the numbers of rows that operations see are such that no row depends on the others, and each medium
+    goes through the tower by itself.
     """
 
-    def __init__(self, models: Mapping[str, Generator], blocks: int, vision: VisionCache, *, steady: bool):
-        """`blocks`: those of the pool; one more holds the rows that pad a pass."""
+    def __init__(self, models: Mapping[str, Generator], blocks: int, vision: VisionCache, padding: Padding | None):
+        """`blocks`: those of the pool; further ones hold the rows that pad a pass."""
         self.models, self.vision = models, vision
         model = models[""]
         self.ops, self.store = model.backend.ops, model.backend.kv_cache
-        self.cache = model.create_cache(blocks + 1)
-        self.spare = blocks
-        self.steady = steady and model.backend.capabilities.steady_rows
-        self.unsteady = unsteady_counts(self.ops, model.dtype) if self.steady else frozenset()
+        self.cache = model.create_cache(blocks + (padding.most if padding else 0))
+        self.blocks, self.padding = blocks, padding
 
     def run(self, plan: Plan) -> Tensor:
         """The logits (S, vocabulary) after the pieces that end with a new token, in their order."""
@@ -90,7 +86,7 @@ class Runner:
         model = self.models[plan.adapter]
         self._encode(model, plan)
         batch, features = self._tokens(plan.pieces)
-        pads = self._pads(batch.tokens, len(plan.pieces))
+        pads = self.padding.pads(batch.tokens, len(plan.pieces)) if self.padding else 0
         if pads:
             batch = _with_pads(batch, pads)
         logits = model.extend(batch, features, self.cache, self._append(plan.pieces, pads))
@@ -107,7 +103,7 @@ class Runner:
 
     def _encode(self, model: Generator, plan: Plan) -> None:
         """Compute the features that the plan asks for."""
-        passes = [[each] for each in plan.encode] if self.steady else [plan.encode] if plan.encode else []
+        passes = [[each] for each in plan.encode] if self.padding else [plan.encode] if plan.encode else []
         for media in passes:
             features = model.features(_media_batch([medium for _, medium in media]))
             start = 0
@@ -127,47 +123,29 @@ class Runner:
         ids = np.concatenate([piece.sequence.rows(piece.start, piece.stop) for piece in pieces])
         positions = np.concatenate([piece.sequence.places(piece.start, piece.stop) for piece in pieces], axis=1)
         batch = Batch.of_tokens(ids, positions, np.array([piece.stop - piece.start for piece in pieces]))
-        wanted = [
-            (packed + medium.first - piece.start, piece, medium)
-            for packed, piece in zip(batch.cu_seqlens.tolist(), pieces, strict=False)
-            for medium in piece.sequence.within(piece.start, piece.stop)
-        ]
-        if not wanted:
+        taken, dst = [], []
+        for packed, piece in zip(batch.cu_seqlens.tolist(), pieces, strict=False):
+            for medium in piece.sequence.within(piece.start, piece.stop):
+                start, stop = max(medium.first, piece.start), min(medium.last, piece.stop)
+                features = self.vision.get(piece.sequence.feature_key(medium))
+                part = slice(start - medium.first, stop - medium.first)
+                taken.append(features if stop - start == medium.tokens else features[part])
+                dst.append(packed + np.arange(start, stop) - piece.start)
+        if not taken:
             return batch, None
-        features: dict[bytes, tuple[int, Tensor]] = {}  # where they begin in all that the pass has
-        begin, dst, src = 0, [], []
-        for packed, piece, medium in wanted:
-            key = piece.sequence.feature_key(medium)
-            if key not in features:
-                features[key] = begin, self.vision.get(key)
-                begin += medium.tokens
-            rows = np.arange(max(medium.first, piece.start), min(medium.last, piece.stop)) - medium.first
-            dst.append(packed + rows)
-            src.append(features[key][0] + rows)
-        tensors = [tensor for _, tensor in features.values()]
-        routed = replace(
-            batch,
-            visual_dst=np.concatenate(dst).astype(np.int32),
-            visual_src=np.concatenate(src).astype(np.int32),
-        )
-        return routed, tensors[0] if len(tensors) == 1 else self.ops.concat(tensors, 0)
+        rows = np.concatenate(dst).astype(np.int32)
+        routed = replace(batch, visual_dst=rows, visual_src=np.arange(len(rows), dtype=np.int32))
+        return routed, taken[0] if len(taken) == 1 else self.ops.concat(taken, 0)
 
     def _append(self, pieces: Sequence[Piece], pads: int) -> Append:
         held = [piece.sequence.held.blocks if piece.sequence.held else [] for piece in pieces]
         tables = np.full((len(pieces) + pads, max(map(len, held))), -1, np.int32)
         for row, blocks in enumerate(held):
             tables[row, : len(blocks)] = blocks
-        tables[len(pieces) :, 0] = self.spare
-        before = [piece.start for piece in pieces] + list(range(pads))
+        tables[len(pieces) :, 0] = self.blocks + np.arange(pads)
+        before = [piece.start for piece in pieces] + [0] * pads
         new = [piece.stop - piece.start for piece in pieces] + [1] * pads
         return Append(tables, np.array(before, np.int64), np.array(new, np.int64))
-
-    def _pads(self, rows: int, sequences: int) -> int:
-        """How many one-row sequences bring a pass to steady numbers of rows and of sequences."""
-        pads = 0
-        while rows + pads in self.unsteady or sequences + pads in self.unsteady:
-            pads += 1
-        return pads
 
 
 def _with_pads(batch: Batch, pads: int) -> Batch:
@@ -201,22 +179,3 @@ def _stacked(parts: Sequence[Rows]) -> np.ndarray:
             target[:] = part
         start += len(part)
     return rows
-
-
-def unsteady_counts(ops: Ops, dtype: str) -> frozenset[int]:
-    """The numbers of rows, up to `MOST_PADDED`, at which a linear layer gives a row other bits than among many.
-
-    Libraries choose a kernel by the number of rows; the others run over rows one by one. Found by trying, on shapes
-    large enough for their kernels and small enough for a few milliseconds.
-    """
-    rng = np.random.default_rng(0)
-    found: set[int] = set()
-    for inner, outer in ((64, 96), (256, 1024)):
-        x = rng.standard_normal((8 * MOST_PADDED, inner), np.float32)
-        weight = ops.from_numpy(rng.standard_normal((outer, inner), np.float32), dtype)
-        many = ops.to_numpy(ops.linear(ops.from_numpy(x, dtype), weight))
-        for count in range(1, MOST_PADDED + 1):
-            few = ops.to_numpy(ops.linear(ops.from_numpy(x[:count], dtype), weight))
-            if not np.array_equal(few, many[:count]):
-                found.add(count)
-    return frozenset(found)
