@@ -108,6 +108,9 @@ def test_check_shows_a_layout_for_many_processes_on_one(capsys, recipe):
     )
     alone = "parallel.pp=1 parallel.tp=1 parallel.vision_layers=null parallel.language_layers=null"
     assert f"this release trains on one process: {alone} takes the same steps there\n" in told
+    lines = told.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("  tp ")] == ["  tp 0", "  tp 1"]
+    assert any(line.startswith("  a rank sends about ") for line in lines)
     assert main(["train", str(recipe), "parallel.tp=2"]) == 2
     assert main(["check", str(recipe), "parallel.tp=2", "parallel.pp=2", *layers, *alone.split()]) == 0
     assert "layout:" not in capsys.readouterr().out
