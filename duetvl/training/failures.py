@@ -73,8 +73,8 @@ def _fail(ranks: Ranks, run_dir: Path, step: int | None, error: Exception) -> No
     words = str(error) if isinstance(error, DuetvlError) else f"{type(error).__name__}: {first_line(error)}"
     record = {
         "rank": ranks.index, "host": socket.gethostname(), "pid": os.getpid(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "step": step, "error": type(error).__name__,
-        "message": one_line(words), "consequence": consequence,
+        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "step": step,
+        "error": type(error).__name__, "message": one_line(words), "consequence": consequence,
         "traceback": "".join(traceback.format_exception(error)),
     }  # fmt: skip
     file = failures_dir(run_dir) / f"rank-{ranks.index:05}.json"

@@ -114,9 +114,10 @@ class Run:
     def _fed(self, sets: DataSets, ref: CheckpointRef | None) -> Feed:
         """The data from where the checkpoint left it."""
         try:
-            place = self.recipe.parallel.mesh.coordinates(self.ranks.index)
+            mesh = self.recipe.parallel.mesh
+            place = mesh.coordinates(self.ranks.index)
             position = None if ref is None else ref.meta.data_position
-            return Feed(self.recipe, sets, self.job.encoder, position, rank=place["dp"], dp=self.recipe.parallel.dp)
+            return Feed(self.recipe, sets, self.job.encoder, position, rank=place["dp"], dp=mesh.dp)
         except DataError as error:
             files = ", ".join(source.path for source in self.recipe.data.train)
             hint = "restore the data, or begin a new run: train.output_dir=..."

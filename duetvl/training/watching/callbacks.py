@@ -68,8 +68,8 @@ class Running(Protocol):
 class Callback:
     """Does nothing; override what you need. All are called by the training thread, between two steps.
 
-    Every rank of a run calls them in the same order: a model that is divided answers when all ranks ask it. What is said
-    and logged is that of rank 0. An exception ends the run, which saves what it has done and leaves no file
+    Every rank of a run calls them in the same order: a model that is divided answers when all ranks ask it. What is
+    said and logged is that of rank 0. An exception ends the run, which saves what it has done and leaves no file
     half-written; on many ranks it goes on from its last checkpoint.
     """
 

@@ -86,7 +86,7 @@ class Watch(Quiet):
 def watched(
     recipe: Recipe, run_dir: Path, ranks: Ranks, *, done: int, total: int, history: Path | None
 ) -> Iterator[tuple[Quiet, int]]:
-    """What this rank tells by, of a run of which `done` steps of `total` are behind; and the step last evaluated, or -1.
+    """What this rank tells by, of a run with `done` of `total` steps behind it; and the step last evaluated, or -1.
 
     `history` is another run's directory whose rows are taken over. Raises what the logs and trackers raise, on all.
     """
