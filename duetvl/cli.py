@@ -219,8 +219,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     commands = {
-        "train": _train, "launch": _launch, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed, "doctor": _doctor,
-        "export": _export, "merge": _merge, "plot": _plot,
+        "train": _train, "launch": _launch, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed,
+        "doctor": _doctor, "export": _export, "merge": _merge, "plot": _plot,
     }  # fmt: skip
     return commands[args.command](args)
 

@@ -31,7 +31,8 @@ def launch(plan: Plan, run_dir: Path, logs: Path) -> int:
     0, 2 for an error that the user can act on, 128 + n after signal n, 1 for a failure. A restart goes on from the last
     checkpoint, as every start does.
     """
-    with _Signals() as signals:
+    tell(f"launch: {plan.nproc} rank{'s' * (plan.nproc > 1)} by {plan.engine}; logs: {logs}")
+    with _Signals() as signals, _written_on():
         for attempt in range(1 + plan.restarts):
             place = logs if attempt == 0 else logs / f"restart-{attempt}"
             place.mkdir(parents=True, exist_ok=True)
@@ -236,10 +237,24 @@ class _Start:
 
 
 def tell(text: str) -> None:
-    """A line on standard error, behind what rank 0 has written there, which has a place of its own in a file."""
-    for number in (1, 2):
-        with suppress(OSError):  # a terminal or a pipe
-            os.lseek(number, 0, os.SEEK_END)
+    """A line on standard error."""
+    _go_to_end()
     with suppress(OSError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def _go_to_end() -> None:
+    """Where output goes to a file, behind what rank 0 has appended to it: this process has a place of its own there."""
+    for number in (1, 2):
+        with suppress(OSError):  # a terminal or a pipe
+            os.lseek(number, 0, os.SEEK_END)
+
+
+@contextmanager
+def _written_on() -> Iterator[None]:
+    """Whoever writes after this process, as the next command of a script, does not write over rank 0's output."""
+    try:
+        yield
+    finally:
+        _go_to_end()
