@@ -118,7 +118,9 @@ def check_divided(be: Backend, family: str, heads: tuple[int, int], team: Team, 
     assert found.keys() == expected.keys()
     for path, gradient in expected.items():
         mine = cut(gradient, slices_of(path, gradient.shape, heads_of(given), team.index, team.size))
-        allowed = 1e-5 * max(float(np.linalg.norm(mine)), 1e-3 * total)
+        # In exact arithmetic the softmax does not feel a key's bias: its gradient is rounding, here and in the whole.
+        floor = 2e-3 if path.endswith("k_proj.bias") else 1e-3
+        allowed = 1e-5 * max(float(np.linalg.norm(mine)), floor * total)
         assert found[path].shape == mine.shape, (path, found[path].shape, mine.shape)
         assert float(np.linalg.norm(found[path] - mine)) < allowed, (path, float(np.abs(found[path] - mine).max()))
     batch = whole.pack(samples())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import mindspore as ms
@@ -200,10 +201,7 @@ class MindSporeCpuCollectives(MindSporeCollectives):
             [Outgoing(r, pieces[i]) for i, r in enumerate(ranks) if i != own and pieces[i].size],
             [Incoming(r, got[i]) for i, r in enumerate(ranks) if i != own and pieces[own].size],
         )
-        total = got[0].copy()
-        for piece in got[1:]:
-            (np.add if op == "sum" else np.maximum)(total, piece, out=total)
-        return total
+        return reduce(np.add if op == "sum" else np.maximum, got)
 
     def _gathered(self, piece: np.ndarray, places: Sequence[np.ndarray], ranks: Sequence[int]) -> None:
         """Fill place i with the piece of rank i."""
