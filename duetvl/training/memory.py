@@ -104,9 +104,11 @@ def largest_load(recipe: Recipe, sizes: Sequence[tuple[int, int, int]]) -> tuple
     full = min(data.pack_tokens, math.ceil(in_step)) if data.pack else 0
     if full <= longest[0]:
         number = group if not data.pack else math.ceil(in_step / longest[0])
-        return Load(*longest), math.ceil(number / recipe.parallel.dp)
+        return Load(*longest), math.ceil(number / recipe.parallel.mesh.dp)
     share, number = full / tokens, math.ceil(in_step / full)
-    return Load(full, math.ceil(share * trained), math.ceil(share * patches)), math.ceil(number / recipe.parallel.dp)
+    return Load(full, math.ceil(share * trained), math.ceil(share * patches)), math.ceil(
+        number / recipe.parallel.mesh.dp
+    )
 
 
 def estimate(

@@ -124,7 +124,7 @@ def answers_of_a_divided_model(be: Backend) -> None:
         models.check_cache(be, models.Whole("qwen2_5_vl", *heads), team_of(be, ranks), **how)
 
 
-# -- training over ranks: tests/distributed/steps.py has the model, its packs and the comparison with one process ----------
+# -- training over ranks: tests/distributed/steps.py has the model, its packs and the comparison with one process ----
 
 
 @case
