@@ -17,10 +17,8 @@ from duetvl.data.loading.loader import Step
 from duetvl.storage.checkpoint_format import MANIFEST, Meta
 from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import (
-    Snapshot,
     go_on_from,
     load_checkpoint,
-    remove_leftovers,
     take_snapshot,
 )
 from duetvl.training.checkpoints.run_directory import (
@@ -33,6 +31,7 @@ from duetvl.training.checkpoints.run_directory import (
 )
 from duetvl.training.checkpoints.saving import Saver
 from duetvl.training.checkpoints.space import Space
+from duetvl.training.checkpoints.writing import Snapshot, remove_leftovers
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
@@ -155,6 +154,7 @@ class Run:
             self.trainer.give_up = self.signals.pressing
             self.saver = Saver(
                 self.run_dir,
+                ranks=self.ranks,
                 on_saved=self._saved,
                 warn=self.say,
                 background=section.background,
@@ -383,7 +383,9 @@ class Run:
         return take_snapshot(
             step=self.step,
             parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
+            division=self.job.division,
             meta=Meta(
                 recipe=self.recipe.model_dump(mode="json"),
                 model_config=self.job.model_config,
@@ -412,6 +414,7 @@ class Run:
         load_checkpoint(
             ref,
             parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
             backend=self.backend,
         )

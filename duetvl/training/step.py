@@ -112,6 +112,7 @@ class Trainer:
         self.optim = optim
         self.groups = parameter_groups(model.parameters, optim, model.parts)
         self.trained = [p for group in self.groups for p in group.parameters]
+        self.owned: Mapping[str, Parameter] = {p.path: p for p in self.trained}  # what this rank updates
         self.state: AdamWState = backend.optimizer.create(self.groups, dtype=optim.state_dtype, offload=optim.offload)
         halves = any(backend.ops.dtype_of(p.tensor) == "float16" for p in model.parameters.values())
         start, window = optim.loss_scale or START, optim.loss_scale_window or WINDOW

@@ -18,11 +18,13 @@ from duetvl.core.errors import ConfigError
 from duetvl.storage.files import remove_temporaries, write_text
 from duetvl.storage.finding import (
     CheckpointRef,
+    Verify,
     checkpoints_dir,
     find_checkpoint,
     has_checkpoint,
     is_checkpoint,
     parse_run,
+    verify_files,
 )
 from duetvl.storage.locks import file_lock, made_directory
 from duetvl.training.recipe.data_section import DataSource
@@ -87,12 +89,13 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def find_start(recipe: Recipe, resume: str | None = None) -> Start:
+def find_start(recipe: Recipe, resume: str | None = None, verify: Verify = verify_files) -> Start:
     """Decide where to start.
 
     resume None: go on from the newest checkpoint of `train.output_dir` where it has one, else start at the
     beginning. "": the same, but a checkpoint must be there. "DIR" or "DIR@STEP": go on from a checkpoint of that
     run, in this recipe's own directory; "@STEP": from that step of its own run. A checkpoint's own directory will do.
+    `verify` reads the files of a checkpoint (see `find_checkpoint`).
     To decide for a run that is then started, hold `locked`. Raises ConfigError where the recipe is not the one that
     the checkpoint was trained with and where results without a checkpoint would be overwritten, CheckpointError where
     there is no checkpoint.
@@ -108,7 +111,7 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
             f"train.output_dir {own} has checkpoints of its own; leave --resume {source} out to go on from these, or "
             f"give a new directory: train.output_dir=..."
         )
-    ref = find_checkpoint(source, step, pass_over=True)
+    ref = find_checkpoint(source, step, pass_over=True, verify=verify)
     harmless, grave = _differences(recipe, ref.meta.recipe)
     if grave:
         raise ConfigError(

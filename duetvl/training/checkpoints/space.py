@@ -15,7 +15,7 @@ from duetvl.models.lora import is_adapter
 from duetvl.storage.files import free_space
 from duetvl.storage.finding import STEP, checkpoints_dir
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.training.checkpoints.checkpoint import Snapshot
+from duetvl.training.checkpoints.writing import Snapshot
 from duetvl.training.recipe.sections import CheckpointSection, Recipe
 
 _HEADERS: Final = 1 << 14  # of the files of tensors and the manifest, roughly
