@@ -235,11 +235,11 @@ def found_by_all(ranks: Ranks, find: Callable[[Verify], T]) -> T:
     """
     if ranks.count == 1:
         return find(verify_files)
+    said: _Files | _Found | None = None
     if ranks.writes:
         said = ranks.agree(_tried(lambda: find(lambda path, records: _asked(ranks, _Files(path, records)))))
-    else:
-        while isinstance(said := ranks.agree(None), _Files):
-            _answered(ranks, said)
+    while not ranks.writes and isinstance(said := ranks.agree(said), _Files):
+        _answered(ranks, said)
     assert isinstance(said, _Found)
     if said.error is not None:
         raise said.error

@@ -15,7 +15,7 @@ from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loading.loader import Step
 from duetvl.storage.checkpoint_format import MANIFEST, Meta
-from duetvl.storage.finding import CheckpointRef
+from duetvl.storage.finding import CheckpointRef, find_checkpoint
 from duetvl.training.checkpoints.checkpoint import (
     go_on_from,
     load_checkpoint,
@@ -281,12 +281,17 @@ class Run:
         if summary:
             self.say(summary)
         self._plot()
-        if self._export_due():
-            for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
-                self.say(note)
-            self.job.export(self.export_dir)
-            self.say(f"exported {self.export_dir}")
+        if self.ranks.writes and self._export_due():
+            self._export()
         self.complete = True
+
+    def _export(self) -> None:
+        """Write `export/` of the last checkpoint. The other ranks do not wait for that, however long it takes."""
+        for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
+            self.say(note)
+        assert self.saved is not None, "the last step is saved"
+        self.job.export(find_checkpoint(self.saved, kinds=("weights",)), self.export_dir)
+        self.say(f"exported {self.export_dir}")
 
     def _unfinished(self) -> bool:
         """Whether a signal has kept the run from something."""

@@ -603,7 +603,7 @@ def exporting(what=lambda: None):
     def prepare(given, backend):
         job = bag_model.prepare(given, backend)
 
-        def export(target):
+        def export(ref, target):
             what()
             with staged_directory(target, overwrite=True) as staging:
                 (staging / "loss").write_text(f"{time.time_ns()}")

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from duetvl.core.errors import ConfigError
 from duetvl.storage.files import remove_temporaries, write_text
@@ -69,8 +69,13 @@ UNSAVED = ".unsaved"  # is there until the first checkpoint is
 RESULTS = ("metrics.jsonl", "samples.jsonl", "export", "loss.png")
 # What a restart sets aside. Checkpoints first: what is left after a kill in between is not taken for a run to resume.
 _OURS = ("checkpoints", *RESULTS, "tensorboard", "profile", TRACKERS, RECIPE, UNSAVED)
+ExportKind = Literal["model", "adapter", "mindspeed_mm"]
 # By which of its files an export is known.
-_KINDS = {"latest_checkpointed_iteration.txt": "mindspeed_mm", "adapter_config.json": "adapter", "config.json": "model"}
+_KINDS: Mapping[str, ExportKind] = {
+    "latest_checkpointed_iteration.txt": "mindspeed_mm",
+    "adapter_config.json": "adapter",
+    "config.json": "model",
+}
 _ADVICE = "give a new directory (train.output_dir=...), or set all that aside and start over with --restart"
 
 
@@ -202,12 +207,12 @@ def _set_aside(run_dir: Path) -> tuple[str, ...]:
     return (f"starting over; what {run_dir} held is in {place}",)
 
 
-def export_kind(directory: Path) -> str | None:
+def export_kind(directory: Path) -> ExportKind | None:
     """What an `export/` holds: "model", "adapter", "mindspeed_mm"; None where it holds none of them."""
     return next((kind for name, kind in _KINDS.items() if (directory / name).is_file()), None)
 
 
-def wanted_kind(recipe: Recipe) -> str:
+def wanted_kind(recipe: Recipe) -> ExportKind:
     """What a recipe's run exports, as `export_kind` says it."""
     if recipe.checkpoint.export == "mindspeed_mm":
         return "mindspeed_mm"
