@@ -359,7 +359,8 @@ class Run:
         """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""
         if self.step >= self.total:
             return []
-        space = Space.of(self._snapshot(copy=False), self.job.model.parameters, self.recipe, self.backend)
+        stored, parameters = self.job.checkpointed(), self.job.model.parameters
+        space = Space.of(stored, parameters, self.trainer.state, self.recipe, self.backend)
         device, estimate = self.backend.device, self.job.memory and self.job.memory(self.feed.first_drafts())
         found = [space.warning(self.run_dir, self.recipe.checkpoint, self.total - self.step, refuse=True)]
         found += [estimate.warning(device.total_memory(), device.name)] if estimate else []
