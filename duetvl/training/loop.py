@@ -19,12 +19,10 @@ from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
 from duetvl.storage.checkpoint_format import MANIFEST, Meta
-from duetvl.storage.finding import CheckpointRef, checkpoints_dir, step_name
+from duetvl.storage.finding import CheckpointRef, find_checkpoint
 from duetvl.training.checkpoints.checkpoint import (
-    Snapshot,
     go_on_from,
     load_checkpoint,
-    remove_leftovers,
     take_snapshot,
 )
 from duetvl.training.checkpoints.run_directory import (
@@ -35,8 +33,9 @@ from duetvl.training.checkpoints.run_directory import (
     set_other_kind_aside,
     wanted_kind,
 )
-from duetvl.training.checkpoints.saving import Saver, TakeSnapshot
+from duetvl.training.checkpoints.saving import Saver
 from duetvl.training.checkpoints.space import Space
+from duetvl.training.checkpoints.writing import Snapshot, remove_leftovers
 from duetvl.training.failures import ending_alone
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
@@ -181,8 +180,9 @@ class Run:
             self.signals = StopSignals(self._announce_stop, section.grace)
             if self.ranks.count == 1:  # many agree on it at the edge of a step
                 self.trainer.give_up = self.signals.pressing
-            self.saver = (Saver if self.ranks.writes else _Elsewhere)(
+            self.saver = Saver(
                 self.run_dir,
+                ranks=self.ranks,
                 on_saved=self._saved,
                 warn=self.watch.warn,
                 background=section.background,
@@ -330,7 +330,8 @@ class Run:
         if summary:
             self.say(summary)
         self.watch.plot()
-        self.ranks.first(self._export)
+        if self.ranks.writes and self._export_due():
+            self._export()
         self.complete = True
 
     def _agree_on_end(self) -> None:
@@ -340,11 +341,12 @@ class Run:
         self.stop_reason = next((reason for _, reason in told if reason is not None), None)
 
     def _export(self) -> None:
-        if self._export_due():
-            for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
-                self.say(note)
-            self.job.export(self.export_dir)
-            self.say(f"exported {self.export_dir}")
+        """Write `export/` of the last checkpoint. The other ranks do not wait for that, however long it takes."""
+        for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
+            self.say(note)
+        assert self.saved is not None, "the last step is saved"
+        self.job.export(find_checkpoint(self.saved, kinds=("weights",)), self.export_dir)
+        self.say(f"exported {self.export_dir}")
 
     def _unfinished(self) -> bool:
         """Whether a signal has kept the run from something."""
@@ -412,7 +414,8 @@ class Run:
         """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""
         if self.step >= self.total:
             return []
-        space = Space.of(self._snapshot(copy=False), self.job.model.parameters, self.recipe, self.backend)
+        stored, parameters = self.job.checkpointed(), self.job.model.parameters
+        space = Space.of(stored, parameters, self.trainer.state, self.recipe, self.backend)
         device, estimate = self.backend.device, self.job.memory and self.job.memory(self.feed.first_drafts())
         found = [space.warning(self.run_dir, self.recipe.checkpoint, self.total - self.step, refuse=True)]
         found += [estimate.warning(device.total_memory(), device.name)] if estimate else []
@@ -442,7 +445,9 @@ class Run:
         return take_snapshot(
             step=self.step,
             parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
+            division=self.job.division,
             meta=Meta(
                 recipe=self.recipe.model_dump(mode="json"),
                 model_config=self.job.model_config,
@@ -471,6 +476,7 @@ class Run:
         load_checkpoint(
             ref,
             parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
             backend=self.backend,
         )
@@ -489,17 +495,6 @@ class Run:
             stopped_by=None if self.caught is None or self.complete else int(self.caught),
             stop_reason=self.stop_reason,
         )
-
-
-class _Elsewhere(Saver):
-    """Until each rank writes its own part, rank 0 writes all of it."""
-
-    def save_last(self, take: TakeSnapshot, *, rotate: bool = True) -> None:
-        taken = take(copy=False)
-        self.on_saved(self._write(taken), taken.step)
-
-    def _write(self, taken: Snapshot) -> Path:
-        return checkpoints_dir(self.run_dir) / step_name(taken.step)
 
 
 def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:

@@ -17,7 +17,8 @@ from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.params import Parameter
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.training.checkpoints.checkpoint import take_snapshot, write_snapshot
+from duetvl.training.checkpoints.checkpoint import take_snapshot
+from duetvl.training.checkpoints.writing import write_snapshot
 from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny_config, write_hf
 
 TWO = Layout(((1, 3),), ((4, 0),), 2)

@@ -16,7 +16,7 @@ from duetvl.core.params import Parameter
 from duetvl.models.hub import MODELSCOPE
 from duetvl.models.linear import row_norms
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
-from duetvl.models.model_directory import open_model
+from duetvl.models.model_directory import ModelDirectory, open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
@@ -141,25 +141,31 @@ def merge_adapter(model: QwenVL) -> None:
     model.put_adapters(None, {})
 
 
-def merged_tensors(model: QwenVL) -> tuple[dict[str, TensorSpec], Fetch]:
-    """The tensors that `merge_adapter` would leave, made when they are asked for: the model stays as it is."""
-    ops = model.backend.ops
-    weights = {path: p.tensor for path, p in model.parameters.items() if not is_adapter(path)}
-    specs = {path: TensorSpec(ops.dtype_of(x), tuple(x.shape)) for path, x in weights.items()}
-    if model.adapters is None:
-        return specs, lambda path: model.backend.checkpoint_io.save(weights[path])[0].reshape(specs[path].shape)
-    fetch = _merging(model.adapters, lambda path: _values(model, path), lambda path: _values(model, path))
-    return specs, lambda path: narrowed(fetch(path), specs[path].dtype)
+def merged_tensors(
+    source: ModelDirectory, adapters: Adapters, leaf: Fetch, dtype: str | None = None
+) -> tuple[dict[str, TensorSpec], Fetch]:
+    """The tensors of a model on disk, merged with an adapter whose float32 tensors `leaf` gives: made one by one, when
+    they are asked for, without a framework.
 
+    Each keeps its dtype; with `dtype` they are rounded to that before they are merged, as a model is that is loaded so.
+    """
+    shapes, weights = parameter_shapes(source.config), source.weights
+    specs = {path: TensorSpec(dtype or weights.spec(path).dtype, shape) for path, shape in shapes.items()}
+    touched = {f"{module}.weight" for module in adapters.sizes}
 
-def save_merged(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write the merged model as transformers loads it; the model itself keeps its adapter."""
-    specs, fetch = merged_tensors(model)
-    with staged_directory(directory, overwrite=overwrite) as staging:
-        if model.source is not None:
-            model.source.copy_settings(staging)
-        write_shards(staging, specs, fetch)
-        write_config(model.config, staging, model.dtype)
+    def bits(path: str) -> np.ndarray:
+        stored, wanted = weights.spec(path).dtype, specs[path].dtype
+        found = np.require(weights.view(path, shapes[path]), requirements="A")
+        return found if stored == wanted else narrowed(widened(found, stored), wanted)
+
+    merged = _merging(adapters, lambda path: widened(bits(path), specs[path].dtype), leaf)
+
+    def fetch(path: str) -> np.ndarray:
+        made = narrowed(merged(path), specs[path].dtype) if path in touched else bits(path)
+        weights.release(path)
+        return made
+
+    return specs, fetch
 
 
 def merge_directories(model: str | Path, adapter: str | Path, target: str | Path) -> int:
@@ -169,26 +175,12 @@ def merge_directories(model: str | Path, adapter: str | Path, target: str | Path
     of layers that were merged.
     """
     source = open_model(model)
-    config, weights = source.config, source.weights
-    shapes = parameter_shapes(config)
-    stored = open_adapter_for(config, adapter)
-    specs = {path: TensorSpec(weights.spec(path).dtype, shape) for path, shape in shapes.items()}
-
-    def weight(path: str) -> np.ndarray:
-        return widened(np.require(weights.view(path, shapes[path]), requirements="A"), specs[path].dtype)
-
-    merged = _merging(stored.adapters, weight, lambda path: widened(*stored.read(path)))
-    touched = {f"{module}.weight" for module in stored.adapters.sizes}
-
-    def fetch(path: str) -> np.ndarray:
-        bits = narrowed(merged(path), specs[path].dtype) if path in touched else weights.view(path, shapes[path])
-        weights.release(path)
-        return bits
-
+    stored = open_adapter_for(source.config, adapter)
+    specs, fetch = merged_tensors(source, stored.adapters, lambda path: widened(*stored.read(path)))
     with staged_directory(target) as staging:
         source.copy_settings(staging)
         write_shards(staging, specs, fetch)
-        write_config(config, staging, specs["model.embed_tokens.weight"].dtype)
+        write_config(source.config, staging, specs["model.embed_tokens.weight"].dtype)
     return len(stored.adapters.sizes)
 
 
