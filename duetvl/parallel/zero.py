@@ -238,7 +238,7 @@ def _share(backend: Backend, division: Division, p: Parameter, number: int) -> S
 def _owned(backend: Backend, division: Division, p: Parameter, sharing: Sharing, rows: range) -> Parameter | None:
     """A parameter of its own with these rows of the unit. All ranks call it."""
     ops = backend.ops
-    unit = p.tensor if sharing.unit.shape == p.shape else _whole_unit(backend, division, p)
+    unit = _whole_unit(backend, division, p) if _overlaps(division, p, sharing) else p.tensor
     if not rows:
         return None
     part = sharing.unit.rows(rows.start, rows.stop)
@@ -246,6 +246,12 @@ def _owned(backend: Backend, division: Division, p: Parameter, sharing: Sharing,
     (own,) = _cut(ops, unit, [rows.start, len(rows), unit.shape[0] - rows.stop])[1]
     ops.assign(tensor, own)
     return Parameter(p.path, tensor, conditional=p.conditional, part=part)
+
+
+def _overlaps(division: Division, p: Parameter, sharing: Sharing) -> bool:
+    """Whether any of the ranks that share a parameter holds but some rows of it; the same on all of them."""
+    team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+    return any(division.of_rank(rank).part(p.path, p.place.whole).shape != sharing.unit.shape for rank in team)
 
 
 def _whole_unit(backend: Backend, division: Division, p: Parameter) -> Tensor:
