@@ -8,8 +8,8 @@ before the first step and is not held after that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.ranks import Ranks
 from duetvl.models.model_directory import ModelDirectory, open_model
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
@@ -76,8 +77,9 @@ class CachedReference:
         """Open the cache; what it holds may be incomplete until `prepare`."""
         assert recipe.dpo is not None and recipe.dpo.cache is not None
         self.recipe, self.policy, self.backend, self.division = recipe, policy, backend, division
-        name = reference_name(reference_model(recipe), recipe.model.dtype)
-        self.cache = ReferenceCache(recipe.dpo.cache, name)
+        self.ranks, directory = Ranks(backend.collectives), recipe.dpo.cache
+        name = reference_name(reference_model(recipe), recipe.model.dtype, self.ranks)
+        self.cache = self.ranks.first(lambda: ReferenceCache(directory, name))
 
     def __call__(self, batch: Batch) -> Tensor:
         """The log-probabilities (S,) of the batch's answers. Raises DataError naming a pair that is not known."""
@@ -85,27 +87,43 @@ class CachedReference:
 
     def prepare(self, data: PairData) -> None:
         """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
-        name = data_name(self.recipe, data.files)
-        if not self.cache.is_complete(name):
+        name = self.ranks.first(lambda: data_name(self.recipe, data.files))
+        if not self.ranks.first(lambda: self.cache.is_complete(name)):
             model = _at_start(self.recipe, self.policy, self.backend, self.division)
             fill(self.cache, data, model, self.backend)
-            self.cache.set_complete(name)
+            self.ranks.first(lambda: self.cache.set_complete(name))
 
 
 def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend) -> None:
-    """Run the model on every pair that the cache lacks. What is done is kept if this is interrupted."""
-    reference = reference_of(model, backend.ops)
-    seen = 0
-    progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
-    try:
-        with cache.filling() as add:
-            for batch in chain.from_iterable(data.everything()):
-                if cache.lacks(batch.digests):
-                    add(batch.digests, _checked(batch, backend.to_numpy(reference(batch))))
-                seen += len(batch.digests)
-                progress.step({"step": seen})
-    finally:
-        progress.close()
+    """Run the model on every pair that the cache lacks, each rank on its share; rank 0 writes.
+
+    What is done is kept if this is interrupted.
+    """
+    reference, ranks = reference_of(model, backend.ops), Ranks(backend.collectives)
+    with ExitStack() as open_things:
+        add: Callable[[Sequence[bytes], np.ndarray], Any] = cache.learn
+        if ranks.writes:
+            progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
+            open_things.callback(progress.close)
+            add = open_things.enter_context(cache.filling())
+        cache.learn_from(ranks.agree(cache))
+        seen: set[bytes] = set()
+        for batches in data.everything():
+            for digests, missing, sums in ranks.each(_answers(cache, batches, reference, backend)):
+                seen.update(digests)
+                add(missing, sums)
+            if ranks.writes:
+                progress.step({"step": len(seen)})
+
+
+def _answers(
+    cache: ReferenceCache, batches: Sequence[Batch], reference: Reference, backend: Backend
+) -> tuple[list[bytes], list[bytes], np.ndarray]:
+    """The pairs of some micro-batches; those of micro-batches that hold one which the cache lacks, and their sums."""
+    lacking = [batch for batch in batches if cache.lacks(batch.digests)]
+    sums = [_checked(batch, backend.to_numpy(reference(batch))) for batch in lacking]
+    every, missing = ([digest for batch in some for digest in batch.digests] for some in (batches, lacking))
+    return every, missing, np.concatenate([np.zeros(0, np.float32), *sums])
 
 
 def _checked(batch: Batch, sums: np.ndarray) -> np.ndarray:
