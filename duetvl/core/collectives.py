@@ -60,6 +60,10 @@ class Collectives(Protocol):
         """Leave the run."""
         ...
 
+    def meeting_host(self) -> str:
+        """The host at which the ranks of this run met, by a name or address that each of them can reach."""
+        ...
+
     def groups(self, ranks: Sequence[Sequence[int]]) -> Group:
         """The group that this rank is in, of ascending groups that do not overlap and together hold every rank.
 

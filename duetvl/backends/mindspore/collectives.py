@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore.mint import distributed as dist
 
-from duetvl.backends.mindspore.host_transport import Address, HostTransport, Incoming, Outgoing
+from duetvl.core.host_transport import Address, HostTransport, Incoming, Outgoing
 from duetvl.backends.mindspore.ops import DTYPES
 from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.composed import ComposedCollectives
@@ -47,6 +47,9 @@ class MindSporeCollectives(ComposedCollectives):
             comm.release()
         self.rank, self.size = 0, 1
         self._made.clear()
+
+    def meeting_host(self) -> str:
+        return os.environ.get("MS_SCHED_HOST", "localhost")
 
     def raw_group(self, members: tuple[int, ...]) -> str | None:
         if self.rank not in members:
@@ -111,7 +114,7 @@ class MindSporeCpuCollectives(MindSporeCollectives):
         super().start()
         if self.size > 1:
             limit = time_limit("DUETVL_PEER_TIMEOUT")
-            self.transport = HostTransport(self.rank, self.size, os.environ["MS_SCHED_HOST"], limit)
+            self.transport = HostTransport(self.rank, self.size, self.meeting_host(), limit)
             mine = Tensor(np.frombuffer(self.transport.address.packed(), np.uint8)[None])
             self.transport.connect([Address.unpack(row.tobytes()) for row in self._gather(mine, None).asnumpy()])
 

@@ -48,6 +48,9 @@ class TorchCollectives(ComposedCollectives):
         self.rank, self.size = 0, 1
         self._made.clear()
 
+    def meeting_host(self) -> str:
+        return os.environ.get("MASTER_ADDR", "localhost")
+
     def raw_group(self, members: tuple[int, ...]) -> Any:
         # Every rank must make every group, in one order; only its members get a usable handle.
         return dist.new_group(list(members), timeout=timedelta(seconds=time_limit("DUETVL_PEER_TIMEOUT")))
