@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loading.loader import Step
+from duetvl.data.loading.peers import Peers
 from duetvl.storage.checkpoint_format import MANIFEST, Meta
 from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import (
@@ -110,13 +111,17 @@ class Run:
     def _fed(self, sets: DataSets, ref: CheckpointRef | None) -> Feed:
         """The data from where the checkpoint left it."""
         try:
-            place = self.recipe.parallel.mesh.coordinates(self.ranks.index)
             position = None if ref is None else ref.meta.data_position
-            return Feed(self.recipe, sets, self.job.encoder, position, rank=place["dp"], dp=self.recipe.parallel.dp)
+            return Feed(self.recipe, sets, self.job.encoder, position, peers=self._peers())
         except DataError as error:
             files = ", ".join(source.path for source in self.recipe.data.train)
             hint = "restore the data, or begin a new run: train.output_dir=..."
             raise DataError(f"{files}: {error}, of {ref.path if ref else 'the start'}; {hint}") from None
+
+    def _peers(self) -> Peers:
+        """The ranks as the data sees them, connected."""
+        engine = self.backend.collectives
+        return Peers.meet(self.recipe.parallel.mesh, engine.rank, engine.meeting_host(), engine.gather_objects)
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
@@ -363,7 +368,8 @@ class Run:
     def _evaluate(self) -> None:
         if not self.feed.has_val:
             return
-        found = self.trainer.evaluate(takewhile(lambda _: self.signals.caught is None, self.feed.val_batches()))
+        groups = takewhile(lambda _: not self.ranks.any(self.signals.caught is not None), self.feed.val_batches())
+        found = self.trainer.evaluate(chain.from_iterable(groups))
         self._tell_left_out()
         if self.signals.caught is not None:
             self.say(f"the evaluation after step {self.step} is given up")

@@ -12,12 +12,12 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore.mint import distributed as dist
 
-from duetvl.core.host_transport import Address, HostTransport, Incoming, Outgoing
 from duetvl.backends.mindspore.ops import DTYPES
 from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.composed import ComposedCollectives
 from duetvl.core.composed.collectives import time_limit
 from duetvl.core.errors import BackendError
+from duetvl.core.host_transport import Address, HostTransport, Incoming, Outgoing
 
 NEEDED = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT")
 

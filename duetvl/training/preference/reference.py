@@ -9,6 +9,7 @@ before the first step and is not held after that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -49,8 +50,8 @@ class PairData(Protocol):
         """Where they are read."""
         ...
 
-    def everything(self) -> Iterator[Batch]:
-        """Micro-batches of all of them, with digests."""
+    def everything(self) -> Iterator[Sequence[Batch]]:
+        """Micro-batches of all of them, with digests, in groups."""
         ...
 
 
@@ -94,7 +95,7 @@ def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend)
     progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
     try:
         with cache.filling() as add:
-            for batch in data.everything():
+            for batch in chain.from_iterable(data.everything()):
                 if cache.lacks(batch.digests):
                     add(batch.digests, _checked(batch, backend.to_numpy(reference(batch))))
                 seen += len(batch.digests)
