@@ -16,6 +16,7 @@ from typing import Final
 from duetvl.core.errors import DataError
 from duetvl.data.loading.loader import BatchMaker, Planned, Step
 from duetvl.data.loading.order import Cursor
+from duetvl.data.loading.peers import Channel
 
 _LOOK: Final = 0.5  # seconds of waiting between looks at who keeps the threads waiting
 
@@ -33,7 +34,6 @@ class StepLoader:
         self._room = threading.Semaphore(prefetch)
         self._closed = False
         self._first: Step | None = None
-        self._broken: BaseException | None = None
         work = {"plans": self._plan, "pixels": self._finish}
         self._threads = [threading.Thread(target=fn, name=f"duetvl-data-{n}", daemon=True) for n, fn in work.items()]
         for thread in self._threads:
@@ -86,7 +86,7 @@ class StepLoader:
                 self._planned.put(self._maker.begin(self._cursor, self._global_batch))
             self._planned.put(None)
         except BaseException as error:  # raised where the step is asked for, after the steps before it
-            self._planned.put(self._noted(error))
+            self._planned.put(_told(error, self._maker.peers.plans))
 
     def _finish(self) -> None:
         try:
@@ -95,12 +95,14 @@ class StepLoader:
             if isinstance(planned, BaseException):
                 self._ready.put(planned)
         except BaseException as error:
-            self._ready.put(self._noted(error))
+            self._ready.put(_told(error, self._maker.peers.pixels))
 
-    def _noted(self, error: BaseException) -> BaseException:
-        """What is to be raised. An error that the other ranks do not have as well ends what they wait for."""
-        if isinstance(error, DataError):
-            return error
-        self._broken = self._broken or error  # the other thread's may follow from it
-        self._maker.peers.abandon()
-        return self._broken
+
+def _told(error: BaseException, channel: Channel) -> BaseException:
+    """The error; where the other ranks do not have it as well, their same thread notices that this one has ended.
+
+    The other channel stays: the steps before this one are still made, and what is wrong with them comes first.
+    """
+    if not isinstance(error, DataError):
+        channel.abandon()
+    return error
