@@ -4,9 +4,9 @@
 
 A step is 64 conversations about a JPEG of 448 x 448 each, made by the threads of `StepLoader` without workers, as in
 training; nothing is computed with it. Every layout makes the same steps, in processes of its own that have the node to
-themselves. Seconds are those of the processors, of all threads of a rank, from the first draft to the last pixel that
-has arrived; a first step, whose modules are imported in it, is not counted. `--write` puts the table and what it ran on
-into benchmarks/results/host_ranks.md.
+themselves. Seconds are those of the processors, of all threads of a rank, from the first draft to the last batch that
+has arrived; the pixels in it are bytes, which a model widens where it uses them. A first step, in which modules are
+imported, is not counted. `--write` puts the table and what it ran on into benchmarks/results/host_ranks.md.
 """
 
 from __future__ import annotations

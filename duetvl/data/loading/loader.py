@@ -248,9 +248,6 @@ def _check(shares: Sequence[_Share]) -> None:
         )
 
 
-_Samples = list[Sample | Pair]  # of a pack
-
-
 class _Verdict(NamedTuple):
     """What a pack holds in the end, nothing if it has no tokens, and which of its samples were lost, and why."""
 
@@ -293,24 +290,20 @@ class Planned:
         )
 
     def _told(self) -> tuple[dict[int, _Verdict], dict[int, Batch]]:
-        """What has become of every pack, and the batches of those that this rank trains on.
-
-        Samples are sent, not batches: their pixels are still bytes, which are widened in less time than they are sent.
-        """
+        """What has become of every pack, and the batches of those that this rank trains on."""
         peers = self.maker.peers
-        verdicts, batches, samples = self._made()
-        for_team, for_others = (verdicts, samples), (verdicts, dict[int, _Samples]())
+        verdicts, batches = self._made()
+        for_team, for_others = (verdicts, batches), (verdicts, dict[int, Batch]())
         parcels = [for_team if rank in peers.team else for_others for rank in range(peers.pixels.size)]
-        told = dict[int, _Verdict]()
-        for some_verdicts, some_samples in peers.pixels.route(parcels):
-            told |= some_verdicts
-            batches |= {n: self.maker.encoder.pack(s) for n, s in some_samples.items() if n not in batches}
-        return told, batches
+        verdicts, batches = {}, {}
+        for some_verdicts, some_batches in peers.pixels.route(parcels):
+            verdicts |= some_verdicts
+            batches |= some_batches
+        return verdicts, batches
 
-    def _made(self) -> tuple[dict[int, _Verdict], dict[int, Batch], dict[int, _Samples]]:
-        """The packs that this rank makes, up to one with an error that ends the run, and their samples for its team."""
-        verdicts, batches, kept = dict[int, _Verdict](), dict[int, Batch](), dict[int, _Samples]()
-        several = len(self.maker.peers.team) > 1
+    def _made(self) -> tuple[dict[int, _Verdict], dict[int, Batch]]:
+        """The packs that this rank makes, up to one with an error that ends the run."""
+        verdicts, batches = dict[int, _Verdict](), dict[int, Batch]()
         for number, loads in self.loads.items():
             samples, lost = self._samples(number, loads)
             loads.clear()
@@ -318,16 +311,15 @@ class Planned:
             if samples:
                 batch = batches[number] = self.maker.encoder.pack(samples)
                 verdicts[number] = _Verdict(batch.tokens, batch.trained_tokens, lost)
-                kept |= {number: samples} if several else {}
             if any(self.findings.ends_run(error) for _, error in lost):
                 break
-        return verdicts, batches, kept
+        return verdicts, batches
 
     def _samples(
         self, number: int, loads: Sequence[Future[Sample | Pair | DataError]]
-    ) -> tuple[_Samples, list[tuple[int, DataError]]]:
+    ) -> tuple[list[Sample | Pair], list[tuple[int, DataError]]]:
         """The samples of a pack, and the errors of those that are lost."""
-        samples, lost = _Samples(), list[tuple[int, DataError]]()
+        samples, lost = list[Sample | Pair](), list[tuple[int, DataError]]()
         for i, load in zip(self.packs[number], loads, strict=True):
             made = _result(load)
             if not isinstance(made, DataError):

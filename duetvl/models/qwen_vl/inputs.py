@@ -76,7 +76,7 @@ def vision_input(ops: Ops, family: QwenVLFamily, batch: Batch, tables: VisionTab
         return tables.frame_spans if family.config.vision.sees_frame(block) else tables.window_spans
 
     return VisionInput(
-        pixels=ops.from_numpy(rows, dtype),
+        pixels=ops.from_numpy(np.asarray(rows), dtype),
         cos=ops.from_numpy(tables.cos),
         sin=ops.from_numpy(tables.sin),
         attend=attend_within(ops, spans_of),
