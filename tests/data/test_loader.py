@@ -129,6 +129,17 @@ def test_more_ranks_in_mid_epoch_change_nothing(data, pool, straight):
         position, at = ranks[0][-1].end, at + count
 
 
+def test_ranks_that_come_to_different_records_are_told_so(data, pool):
+    def run(peers) -> str:
+        position = {"epoch": 0, "index": peers.rank, "records": len(data.records)}
+        with pytest.raises(DataError) as found:
+            data.maker(pool, peers=peers).begin(data.cursor("map", position), GROUP)
+        return str(found.value)
+
+    words = together(Mesh(dp=2), run)
+    assert words[0] == words[1] and words[0].startswith("ranks 0 and 1 have come to different records: a data file is")
+
+
 def test_an_epoch_holds_every_good_record(data, straight):
     kind, steps = straight
     seen = [name for names in ids(steps) for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from duetvl.core.collectives import Receive, Send
 from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.ranks import Ranks
+from duetvl.data.loading.peers import Peers
 from duetvl.parallel import differentiable as par
 from duetvl.parallel.differentiable import Team
 
@@ -56,6 +58,23 @@ def ranks_decide_together(be: Backend) -> None:
     assert ranks.any(ranks.index == 2)
     assert not ranks.any(False)
     assert ranks.agree(f"the clock of {ranks.index}") == "the clock of 0"
+
+
+@case
+def the_data_threads_talk_while_the_main_thread_does(be: Backend) -> None:
+    """By channels of their own, whose addresses went over the framework's once."""
+    engine = be.collectives
+    peers = Peers.meet(Mesh(dp=2, tp=2), engine.rank, engine.meeting_host(), engine.gather_objects)
+    assert peers.team == ([0, 1], [2, 3])[engine.rank // 2]
+    parcels = [(engine.rank, np.full(1 << 16, to)) for to in range(engine.size)]
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(lambda: [peers.pixels.route(parcels) for _ in range(5)])
+        for _ in range(5):
+            assert engine.gather_objects(engine.rank) == list(range(engine.size))
+        for received in told.result():
+            assert [rank for rank, _ in received] == list(range(engine.size))
+            assert all((array == engine.rank).all() for _, array in received)
+    peers.close()
 
 
 # -- a model divided over ranks ----------------------------------------------------------------------------------------

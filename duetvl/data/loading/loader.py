@@ -307,11 +307,10 @@ class Planned:
         for number, loads in self.loads.items():
             samples, lost = self._samples(number, loads)
             loads.clear()
+            verdicts[number] = _Verdict(0, 0, lost)
             if samples:
-                batches[number] = self.maker.encoder.pack(samples)
-            batch = batches.get(number)
-            sizes = (batch.tokens, batch.trained_tokens) if batch else (0, 0)
-            verdicts[number] = _Verdict(*sizes, lost)
+                batch = batches[number] = self.maker.encoder.pack(samples)
+                verdicts[number] = _Verdict(batch.tokens, batch.trained_tokens, lost)
             if any(self.findings.ends_run(error) for _, error in lost):
                 break
         return verdicts, batches

@@ -86,7 +86,7 @@ def vision_input(
         return tables.frame_spans if vision.sees_frame(block) else tables.window_spans
 
     given = VisionInput(
-        pixels=ops.from_numpy(rows, dtype),
+        pixels=ops.from_numpy(np.asarray(rows), dtype),
         cos=ops.from_numpy(tables.cos),
         sin=ops.from_numpy(tables.sin),
         attend=attend_within(ops, spans_of),
