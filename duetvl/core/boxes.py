@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 Shape = tuple[int, ...]
 
 
@@ -103,6 +105,16 @@ class Part:
     def shape(self) -> Shape:
         """Of what is held."""
         return self.slices.shape
+
+    @property
+    def is_all(self) -> bool:
+        """Whether it is the whole tensor."""
+        return self.slices.boxes == (Box.whole(self.whole),)
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """The part of a whole array: a view where it is one box."""
+        pieces = [array[box.slices] for box in self.slices.boxes]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.slices.axis)
 
     def rows(self, start: int, stop: int) -> Part:
         """The rows [start, stop) of what is held, on its first axis."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Box, Shape
+from duetvl.core.boxes import Part, Shape
 from duetvl.core.errors import CheckpointError
 from duetvl.core.half import widened
 from duetvl.storage.files import WEIGHT_FILES, read_object, write_text
@@ -131,27 +131,36 @@ def load_parameters(
     backend: Backend,
     dtype: str,
     *,
-    boxes: Mapping[str, Box] | None = None,
+    part_of: Callable[[str, Shape], Part] = lambda name, shape: Part.all_of(shape),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Read parameters straight to the device, one after the other, in the order of `shapes`.
 
-    `shapes` are those of the whole tensors; a tensor that has an entry in `boxes` is read as that slice only. At no
-    time is more held than the result and one tensor. `progress` is called with each tensor's bytes. CheckpointError
-    when `weights` are not exactly these tensors, before any is read.
+    `shapes` are those of the whole tensors; with `part_of` that part of each is read, and no more of the file than it
+    lies on. At no time is more held than the result and one tensor. `progress` is called with the bytes of each part.
+    CheckpointError when `weights` are not exactly these tensors, before any is read.
     """
     weights.check(shapes)
     loaded: dict[str, Tensor | None] = dict.fromkeys(shapes)
     for name in sorted(shapes, key=lambda name: _place_on_disk(weights, name)):
         spec, view = weights.spec(name), weights.view(name, shapes[name])
-        part = view if boxes is None or name not in boxes else _cut(name, view, boxes[name])
-        aligned = np.require(part, requirements="A")  # old files have headers of any length
-        loaded[name] = backend.checkpoint_io.load(aligned, spec.dtype, dtype)
-        del view, part, aligned
+        part = part_of(name, view.shape)
+        loaded[name] = load_part(backend, view, spec.dtype, dtype, part)
+        del view
         weights.release(name)
         if progress:
-            progress(spec.nbytes)
+            progress(TensorSpec(spec.dtype, part.shape).nbytes)
     return loaded
+
+
+def load_part(backend: Backend, view: np.ndarray, stored: str, dtype: str, part: Part) -> Tensor:
+    """A part of a mapped tensor, whose dtype is named `stored`, on the device in `dtype`; the rest is not read."""
+    if part.whole != view.shape or not all(box.inside(view.shape) for box in part.slices.boxes):
+        raise ValueError(f"a tensor {view.shape} does not contain {part}")
+    # Old files have headers of any length.
+    aligned = (np.require(view[box.slices], requirements="A") for box in part.slices.boxes)
+    pieces = [backend.checkpoint_io.load(raw, stored, dtype) for raw in aligned]
+    return backend.ops.concat(pieces, part.slices.axis)
 
 
 def write_weights(
@@ -218,12 +227,6 @@ def _shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def _cut(name: str, view: np.ndarray, box: Box) -> np.ndarray:
-    if not box.inside(view.shape):
-        raise ValueError(f"{name} {view.shape} does not contain {box}")
-    return view[box.slices]
 
 
 def _place_on_disk(weights: StoredWeights, name: str) -> tuple[str, int]:

@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from duetvl.core.boxes import Shape
+from duetvl.core.boxes import Part, Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.half import narrowed, widened
+from duetvl.core.params import Parameter
 from duetvl.models.hub import MODELSCOPE
+from duetvl.models.linear import row_norms
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
 from duetvl.models.model_directory import open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
@@ -23,7 +25,7 @@ from duetvl.models.qwen_vl.names import canonical_name, module_name
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.storage.weights_dir import write_shards
+from duetvl.storage.weights_dir import load_part, write_shards
 
 Tensor = Any
 Fetch = Callable[[str], np.ndarray]
@@ -51,14 +53,22 @@ def layers(config: ModelConfig) -> Layers:
 
 
 def add_adapters(model: QwenVL, adapters: Adapters, seed: int) -> None:
-    """Lay new adapters on a model, which then does what it did before: B is zero."""
+    """Lay new adapters on a model, which then does what it did before: B is zero.
+
+    The ranks of a model that is divided call it together.
+    """
     ops, shapes = model.backend.ops, linear_shapes(model.config)
-    tensors = {path: ops.from_numpy(values) for path, values in initial_values(adapters, shapes, seed)}
+    parts = _parts(model, adapters)
+    tensors = {
+        path: ops.from_numpy(np.ascontiguousarray(parts[path].of(values)))
+        for path, values in initial_values(adapters, shapes, seed)
+    }
+    leaves = model.layout.records(model.parameters)
     for module in adapters.sizes if adapters.dora else ():
-        weight = model.parameters[f"{module}.weight"].tensor
+        weight, leave = model.parameters[f"{module}.weight"].tensor, leaves.get(f"{module}.leave")
         a, b = (tensors[f"{module}.{letter}"] for letter in (A, B))
-        tensors[f"{module}.{MAGNITUDE}"] = ops.low_rank_row_norms(weight, a, b, adapters.scale(module))
-    model.put_adapters(adapters, tensors)
+        tensors[f"{module}.{MAGNITUDE}"] = row_norms(ops, weight, a, b, adapters.scale(module), leave)
+    model.put_adapters(adapters, _parameters(tensors, parts))
 
 
 def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapter:
@@ -73,8 +83,19 @@ def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapte
 
 def load_adapter(model: QwenVL, stored: StoredAdapter) -> None:
     """Lay an adapter from disk on a model, in float32 and in the place of any that it has."""
-    load = model.backend.checkpoint_io.load
-    model.put_adapters(stored.adapters, {path: load(*stored.read(path), "float32") for path in stored.tensors})
+    parts = _parts(model, stored.adapters)
+    tensors = {path: load_part(model.backend, *stored.read(path), "float32", parts[path]) for path in stored.tensors}
+    model.put_adapters(stored.adapters, _parameters(tensors, parts))
+
+
+def _parts(model: QwenVL, adapters: Adapters) -> dict[str, Part]:
+    """What this rank has of each of their tensors."""
+    shapes = adapters.shapes(linear_shapes(model.config))
+    return {path: model.layout.part(path, shape) for path, shape in shapes.items()}
+
+
+def _parameters(tensors: Mapping[str, Tensor], parts: Mapping[str, Part]) -> dict[str, Parameter]:
+    return {path: Parameter.of(path, tensor, parts[path]) for path, tensor in tensors.items()}
 
 
 def save_adapter(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:

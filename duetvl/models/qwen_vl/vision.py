@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
+
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models.attention import Attend
@@ -31,13 +33,16 @@ ACTIVATIONS: Final[Mapping[str, Callable[[Ops, Tensor], Tensor]]] = {
 class VisionInput:
     """Patch rows (P, C) in the tower's order, rotary tables (P, K / 2), and who sees whom.
 
-    `recompute` says what is run again in the backward pass; `enter` is where layers divided over ranks begin.
+    `recompute` says what is run again in the backward pass; `enter` is where layers divided over ranks begin. Of some
+    frames of a batch, `rows` (P,) and `merged_rows` (M,) are the numbers of their rows among those of all.
     """
 
     pixels: Tensor
     cos: Tensor
     sin: Tensor
     attend: Attend
+    rows: np.ndarray | None = None
+    merged_rows: np.ndarray | None = None
     recompute: Recompute = KEEP
     enter: Callable[[Tensor], Tensor] = stay
 

@@ -22,6 +22,8 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.parallel.division import ALONE, Division
+from duetvl.parallel.tensor import layout_of
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
 from duetvl.training.preference.reference_cache import ReferenceCache, reference_name, short_hash
@@ -54,24 +56,25 @@ class PairData(Protocol):
         ...
 
 
-def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend) -> Reference:
+def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division = ALONE) -> Reference:
     """The reference of a recipe with a section `dpo`; with `dpo.cache`, a `CachedReference` that is yet to be filled.
 
-    `policy` has the weights of `model.path` here, before any checkpoint is read.
+    `policy` has the weights of `model.path` here, before any checkpoint is read; the reference is divided over ranks
+    in the same way.
     """
     assert recipe.dpo is not None
     if recipe.dpo.cache is not None:
-        return CachedReference(recipe, policy, backend)
-    return reference_of(_held(recipe, policy, backend), backend.ops)
+        return CachedReference(recipe, policy, backend, division)
+    return reference_of(_held(recipe, policy, backend, division), backend.ops)
 
 
 class CachedReference:
     """A reference that runs once, before the first step, and is looked up from then on."""
 
-    def __init__(self, recipe: Recipe, policy: QwenVL, backend: Backend):
+    def __init__(self, recipe: Recipe, policy: QwenVL, backend: Backend, division: Division):
         """Open the cache; what it holds may be incomplete until `prepare`."""
         assert recipe.dpo is not None and recipe.dpo.cache is not None
-        self.recipe, self.policy, self.backend = recipe, policy, backend
+        self.recipe, self.policy, self.backend, self.division = recipe, policy, backend, division
         name = reference_name(reference_model(recipe), recipe.model.dtype)
         self.cache = ReferenceCache(recipe.dpo.cache, name)
 
@@ -83,7 +86,8 @@ class CachedReference:
         """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
         name = data_name(self.recipe, data.files)
         if not self.cache.is_complete(name):
-            fill(self.cache, data, _at_start(self.recipe, self.policy, self.backend), self.backend)
+            model = _at_start(self.recipe, self.policy, self.backend, self.division)
+            fill(self.cache, data, model, self.backend)
             self.cache.set_complete(name)
 
 
@@ -130,21 +134,23 @@ def _identity(file: Path) -> list[Any]:
     return [str(file.absolute()), found.st_size, found.st_mtime_ns]
 
 
-def _at_start(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
+def _at_start(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division) -> QwenVL:
     """The reference for use before the first step, when the policy itself still has the weights of `model.path`."""
     assert recipe.dpo is not None
     own = recipe.dpo.reference is None and recipe.lora is None
-    return policy if own else _held(recipe, policy, backend)
+    return policy if own else _held(recipe, policy, backend, division)
 
 
-def _held(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
+def _held(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division) -> QwenVL:
     """The reference for use at any time."""
     assert recipe.dpo is not None
     if recipe.dpo.reference is None and recipe.lora is not None:
         return policy.without_adapters()
     source = reference_model(recipe)
     check_same_inputs(policy.config, source.config, source.name)
-    model: QwenVL = load_model(source, backend=backend, dtype=recipe.model.dtype)
+    own = division.for_model(source.config)
+    model: QwenVL = load_model(source, backend=backend, dtype=recipe.model.dtype, division=own)
+    model.layout = layout_of(own, backend)
     return model
 
 

@@ -43,6 +43,11 @@ class ParallelSection(Section):
         description="Divide norms and residuals along the sequence over the tensor-parallel ranks; with `tp: 1` it has "
         "no effect.",
     )
+    vision: Literal["divide", "shard"] = Field(
+        default="divide",
+        description="What the tensor-parallel ranks do with the vision tower: `divide` the pictures and frames, each "
+        "rank with all of the tower's weights, or `shard` its layers.",
+    )
     cp_algorithm: Literal["ulysses", "ring"] = Field(
         default="ulysses",
         description="How attention sees all of a sequence that `cp` divides: heads are exchanged, or keys and values "
