@@ -61,31 +61,67 @@ def ranks_decide_together(be: Backend) -> None:
 # -- a model divided over ranks ----------------------------------------------------------------------------------------
 
 
-def check_divided(be: Backend, family: str, heads: tuple[int, int], team: Team, *, lora: bool = False) -> None:
-    import divided_models  # where the cases run; pytest, which reads their names, knows this directory as a package
-
-    divided_models.check_divided(be, family, heads, team, lora=lora)
-
-
-@case
-def a_model_over_four_ranks_with_copies_of_key_heads(be: Backend) -> None:
-    check_divided(be, "qwen2_vl", (8, 2), Team.of(be))
+def team_of(be: Backend, ranks: int) -> Team:
+    """This rank's team of so many; of three, the fourth rank is alone."""
+    return Team.of(be, [[0, 1, 2], [3]] if ranks == 3 else None if ranks == WORLD else MESH.groups("tp"))
 
 
-@case
-def a_model_over_four_ranks_with_uneven_heads(be: Backend) -> None:
-    check_divided(be, "qwen2_5_vl", (6, 2), Team.of(be))
+def divided(be: Backend, ranks: int, family: str, heads: tuple[int, int], *of: Any, **how: Any) -> None:
+    import divided_models as models  # where the cases run; pytest, which reads their names, knows a package
+
+    models.check(be, models.Whole(family, *heads, *of), team_of(be, ranks), **how)
 
 
 @case
 def a_model_over_two_ranks(be: Backend) -> None:
-    check_divided(be, "qwen2_5_vl", (4, 2), Team.of(be, MESH.groups("tp")))
+    divided(be, 2, "qwen2_5_vl", (4, 2), recompute="full")
+    divided(be, 2, "qwen2_vl", (4, 2), vision="shard")
 
 
 @case
-def adapters_of_a_model_over_two_and_four_ranks(be: Backend) -> None:
-    check_divided(be, "qwen2_vl", (4, 2), Team.of(be, MESH.groups("tp")), lora=True)
-    check_divided(be, "qwen2_5_vl", (8, 2), Team.of(be), lora=True)
+def a_model_over_two_ranks_with_sequence_parallel(be: Backend) -> None:
+    divided(be, 2, "qwen2_5_vl", (4, 2), sequence=True, vision="shard", recompute="selective")
+    divided(be, 2, "qwen2_vl", (4, 2), sequence=True)
+
+
+@case
+def a_model_over_four_ranks_with_copies_of_key_heads(be: Backend) -> None:
+    divided(be, 4, "qwen2_vl", (8, 2), recompute="language")
+    divided(be, 4, "qwen2_5_vl", (8, 2), sequence=True, vision="shard", recompute="full")
+
+
+@case
+def a_model_over_three_ranks_with_uneven_heads(be: Backend) -> None:
+    divided(be, 3, "qwen2_5_vl", (14, 2), sequence=True)
+    divided(be, 3, "qwen2_vl", (8, 2), vision="shard", recompute="vision")
+
+
+@case
+def adapters_of_every_layer(be: Backend) -> None:
+    """With dropout, whose masks are those of one process; DoRA's row norms are of whole rows."""
+    divided(be, 2, "qwen2_5_vl", (4, 2), "dora", sequence=True, recompute="selective")
+    divided(be, 2, "qwen2_vl", (4, 2), "lora", sequence=True, vision="shard")
+    divided(be, 4, "qwen2_5_vl", (8, 2), "dora", vision="shard")
+    divided(be, 4, "qwen2_vl", (8, 2), "lora")
+
+
+@case
+def a_tower_alone_is_trained_on_fewer_frames_than_ranks(be: Backend) -> None:
+    """A rank without a frame takes part in the backward pass of the others."""
+    divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), first=2)
+    divided(be, 4, "qwen2_5_vl", (8, 2), "lora", ("language", "vision"), sequence=True, first=2)
+
+
+@case
+def answers_of_a_divided_model(be: Backend) -> None:
+    import divided_models as models
+
+    for ranks, heads, how in (
+        (2, (4, 2), {"sequence": True}),
+        (3, (8, 2), {"vision": "shard"}),
+        (4, (8, 2), {"sequence": True, "vision": "shard"}),
+    ):
+        models.check_cache(be, models.Whole("qwen2_5_vl", *heads), team_of(be, ranks), **how)
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------

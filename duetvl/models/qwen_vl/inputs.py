@@ -68,7 +68,7 @@ def text_input(ops: Ops, family: QwenVLFamily, batch: Batch, attend: Attend, lay
     ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst))
     if not len(batch.visual_dst):
         return ModelInput(ids, tokens)
-    own, count = layout.share(len(batch.visual_dst)), int(batch.visual_src.max()) + 1
+    own, count = layout.share(len(batch.visual_dst)), 1 + max(map(int, batch.visual_src))
     dst, src = (rows[own.start : own.stop] for rows in (batch.visual_dst, batch.visual_src))
     return ModelInput(ids, tokens, routes=_routes(ops, dst, src, count))
 

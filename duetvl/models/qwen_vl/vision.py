@@ -88,11 +88,12 @@ def vision_block(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput,
 def self_attention(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, block: int, x_PD: Tensor) -> Tensor:
     """Attention with rotary positions of height and width."""
     qkv = linear(ops, w.qkv, x_PD)
-    parts = ops.split(qkv, [qkv.shape[1] // 3] * 3, 1)
-    q, k, v = (ops.reshape(part, (x_PD.shape[0], -1, config.head_dim)) for part in parts)
+    patches, width = qkv.shape[0], qkv.shape[1] // 3
+    parts = ops.split(qkv, [width] * 3, 1)
+    q, k, v = (ops.reshape(part, (patches, width // config.head_dim, config.head_dim)) for part in parts)
     q, k = ops.rope(q, given.cos, given.sin), ops.rope(k, given.cos, given.sin)
     out = given.attend(block, q, k, v)
-    return linear(ops, w.proj, ops.reshape(out, (x_PD.shape[0], -1)))
+    return linear(ops, w.proj, ops.reshape(out, (patches, width)))
 
 
 def norm(ops: Ops, config: VisionConfig, w: Weights, x: Tensor) -> Tensor:
