@@ -97,19 +97,18 @@ def a_model_over_three_ranks_with_uneven_heads(be: Backend) -> None:
 
 
 @case
-def adapters_of_every_layer(be: Backend) -> None:
+def adapters_of_every_kind_of_layer(be: Backend) -> None:
     """With dropout, whose masks are those of one process; DoRA's row norms are of whole rows."""
-    divided(be, 2, "qwen2_5_vl", (4, 2), "dora", sequence=True, recompute="selective")
-    divided(be, 2, "qwen2_vl", (4, 2), "lora", sequence=True, vision="shard")
-    divided(be, 4, "qwen2_5_vl", (8, 2), "dora", vision="shard")
-    divided(be, 4, "qwen2_vl", (8, 2), "lora")
+    divided(be, 2, "qwen2_5_vl", (4, 2), "dora", sequence=True, recompute="selective", chosen=(0, 3))
+    divided(be, 2, "qwen2_vl", (4, 2), "dora", sequence=True, vision="shard", chosen=(0,))
+    divided(be, 4, "qwen2_5_vl", (8, 2), "lora", vision="shard", chosen=(0,))
 
 
 @case
 def a_tower_alone_is_trained_on_fewer_frames_than_ranks(be: Backend) -> None:
     """A rank without a frame takes part in the backward pass of the others."""
-    divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), first=2)
-    divided(be, 4, "qwen2_5_vl", (8, 2), "lora", ("language", "vision"), sequence=True, first=2)
+    divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), chosen=(2, 3))
+    divided(be, 2, "qwen2_5_vl", (4, 2), "lora", ("language", "vision"), sequence=True, chosen=(2,))
 
 
 @case
