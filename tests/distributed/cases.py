@@ -105,6 +105,14 @@ def adapters_of_every_kind_of_layer(be: Backend) -> None:
 
 
 @case
+def adapters_start_and_are_read_as_on_one_process(be: Backend) -> None:
+    import divided_models as models
+
+    models.check_adapters(be, models.Whole("qwen2_vl", 4, 2), team_of(be, 2), sequence=True)
+    models.check_adapters(be, models.Whole("qwen2_5_vl", 8, 2), team_of(be, 4), vision="shard")
+
+
+@case
 def a_tower_alone_is_trained_on_fewer_frames_than_ranks(be: Backend) -> None:
     """A rank without a frame takes part in the backward pass of the others."""
     divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), chosen=(2, 3))

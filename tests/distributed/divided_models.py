@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +18,8 @@ from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.random import philox
 from duetvl.models.layout import UNDIVIDED, Layout
-from duetvl.models.lora import MAGNITUDE, Adapters, Size
-from duetvl.models.qwen_vl.adapters import layers
+from duetvl.models.lora import MAGNITUDE, Adapters, Size, is_adapter
+from duetvl.models.qwen_vl.adapters import add_adapters, layers, load_adapter, open_adapter_for, save_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
@@ -37,6 +40,7 @@ VISION = {
     },
 }  # fmt: skip
 KEY = (3, 1, 4)
+DORA = Adapters({}, dropout=0.3, dora=True)
 Kind = Literal["full", "lora", "dora"]
 
 
@@ -69,7 +73,7 @@ class Whole:
         if self.kind == "full":
             return None
         sizes = {module: Size(3, 0.6) for module in layers(self.config()).modules if ".1." not in module}
-        return Adapters(sizes, dropout=0.3, dora=self.kind == "dora")
+        return replace(DORA, sizes=sizes, dora=self.kind == "dora")
 
 
 def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -217,6 +221,39 @@ def check_gradients(be: Backend, layout: Layout, found: Given, wanted: Given) ->
         allowed = 1e-5 * max(float(np.linalg.norm(theirs)), 1e-3 * total)
         off = float(np.linalg.norm(mine - theirs))
         assert off < allowed, (path, off, allowed, float(np.linalg.norm(theirs)), float(np.linalg.norm(mine)))
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def check_adapters(be: Backend, of: Whole, team: Team, **how: Any) -> None:
+    """They start and are read from PEFT's files as the cut of those of one process; without them the model is plain."""
+    whole, part = model_of(be, of), model_of(be, of, layout_over(of, team, **how))
+    plain = part.logprobs(part.pack(packs()[0]))
+    for model in (whole, part):
+        add_adapters(model, replace(DORA, sizes={module: Size(3, 0.6) for module in layers(of.config()).modules}), 5)
+    for path, mine, theirs in cut_alike(be, part, whole):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6 if path.endswith(MAGNITUDE) else 0, err_msg=path)
+    for path, parameter in whole.parameters.items():
+        if is_adapter(path):
+            be.ops.assign(parameter.tensor, be.ops.from_numpy(values(path, parameter.shape)))
+    with TemporaryDirectory() as place:
+        save_adapter(whole, Path(place) / "adapter")
+        load_adapter(part, open_adapter_for(of.config(), Path(place) / "adapter"))
+    for path, mine, theirs in cut_alike(be, part, whole):
+        np.testing.assert_array_equal(mine, theirs, err_msg=path)
+    reference = array(be, part.without_adapters().logprobs(part.pack(packs()[0])))
+    np.testing.assert_allclose(reference, array(be, plain), rtol=1e-6)
+    assert len(set(be.collectives.gather_objects(reference.tobytes(), team.group))) == 1  # the same on all ranks
+
+
+def cut_alike(be: Backend, part: QwenVL, whole: QwenVL) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Path, what the rank has and what it should have, of each tensor of the adapters."""
+    for path, parameter in part.parameters.items():
+        if is_adapter(path):
+            shape = whole.parameters[path].shape
+            assert parameter.place == part.layout.part(path, shape), path
+            yield path, array(be, parameter.tensor), parameter.place.of(array(be, whole.parameters[path].tensor))
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
