@@ -113,6 +113,13 @@ def adapters_start_and_are_read_as_on_one_process(be: Backend) -> None:
 
 
 @case
+def what_a_recipe_prepares_is_divided(be: Backend) -> None:
+    import prepared
+
+    prepared.check_prepared(be)
+
+
+@case
 def a_tower_alone_is_trained_on_fewer_frames_than_ranks(be: Backend) -> None:
     """A rank without a frame takes part in the backward pass of the others."""
     divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), chosen=(2, 3))

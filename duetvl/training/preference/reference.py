@@ -9,6 +9,8 @@ before the first step and is not held after that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -17,6 +19,7 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.ranks import Ranks
 from duetvl.models.model_directory import ModelDirectory, open_model
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
@@ -75,36 +78,56 @@ class CachedReference:
         """Open the cache; what it holds may be incomplete until `prepare`."""
         assert recipe.dpo is not None and recipe.dpo.cache is not None
         self.recipe, self.policy, self.backend, self.division = recipe, policy, backend, division
-        name = reference_name(reference_model(recipe), recipe.model.dtype)
-        self.cache = ReferenceCache(recipe.dpo.cache, name)
+        self.ranks = Ranks(backend.collectives)
+        # One rank reads all weights for it.
+        name = reference_name(reference_model(recipe), recipe.model.dtype) if self.ranks.writes else ""
+        self.cache = ReferenceCache(recipe.dpo.cache, self.ranks.agree(name))
 
     def __call__(self, batch: Batch) -> Tensor:
         """The log-probabilities (S,) of the batch's answers. Raises DataError naming a pair that is not known."""
         return self.backend.ops.from_numpy(self.cache.sums(batch))
 
     def prepare(self, data: PairData) -> None:
-        """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
+        """Compute what the cache lacks, while the policy still has the weights of `model.path`.
+
+        All ranks call it together; one of them reads and writes the cache, and all know what is in it then.
+        """
         name = data_name(self.recipe, data.files)
-        if not self.cache.is_complete(name):
-            model = _at_start(self.recipe, self.policy, self.backend, self.division)
-            fill(self.cache, data, model, self.backend)
+        if self.ranks.agree(self.cache.is_complete(name)):
+            self.cache.agree(self.ranks)
+            return
+        fill(self.cache, data, _at_start(self.recipe, self.policy, self.backend, self.division), self.backend)
+        if self.ranks.writes:
             self.cache.set_complete(name)
 
 
 def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend) -> None:
     """Run the model on every pair that the cache lacks. What is done is kept if this is interrupted."""
-    reference = reference_of(model, backend.ops)
+    reference, ranks = reference_of(model, backend.ops), Ranks(backend.collectives)
     seen = 0
     progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
     try:
-        with cache.filling() as add:
+        with cache.filling() if ranks.writes else nullcontext(cache.learn) as add:
+            cache.agree(ranks)  # so that all ranks of a divided model run it on the same pairs
             for batch in data.everything():
-                if cache.lacks(batch.digests):
-                    add(batch.digests, _checked(batch, backend.to_numpy(reference(batch))))
+                for digests, sums in _sums_of(ranks, cache, [batch], reference, backend):
+                    add(digests, sums)
                 seen += len(batch.digests)
                 progress.step({"step": seen})
     finally:
         progress.close()
+
+
+def _sums_of(
+    ranks: Ranks, cache: ReferenceCache, batches: Sequence[Batch], reference: Reference, backend: Backend
+) -> Iterator[tuple[Sequence[bytes], np.ndarray]]:
+    """Digests and sums of what the cache lacks of the batches of all ranks; each rank may have other ones."""
+    own = [
+        (batch.digests, _checked(batch, backend.to_numpy(reference(batch))))
+        for batch in batches
+        if cache.lacks(batch.digests)
+    ]
+    return chain.from_iterable(ranks.collectives.gather_objects(own))
 
 
 def _checked(batch: Batch, sums: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ import numpy as np
 
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, DataError
+from duetvl.core.ranks import Ranks
 from duetvl.data.pairs import DIGEST_BYTES
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.storage.files import write_text
@@ -84,6 +85,17 @@ class ReferenceCache:
                 )
         return np.concatenate([self._known[digest] for digest in batch.digests])
 
+    def agree(self, ranks: Ranks) -> None:
+        """Know what the rank knows that writes the file."""
+        self._known = ranks.agree(self._known if ranks.writes else {})
+
+    def learn(self, digests: Sequence[bytes], sums: np.ndarray) -> np.ndarray:
+        """Know these pairs without writing them, those that are known apart; the entries of the new ones."""
+        new = [i for i, digest in enumerate(digests) if digest not in self._known]
+        entries = _entries([digests[i] for i in new], sums.reshape(-1, 2)[new])
+        self._known |= _index(entries)
+        return entries
+
     @contextmanager
     def filling(self) -> Iterator[Add]:
         """A function that adds pairs: their digests, and the sums (2 * pairs,) of their answers.
@@ -101,12 +113,9 @@ class ReferenceCache:
                 file.write(_HEAD)
 
             def add(digests: Sequence[bytes], sums: np.ndarray) -> None:
-                new = [i for i, digest in enumerate(digests) if digest not in self._known]
-                entries = _entries([digests[i] for i in new], sums.reshape(-1, 2)[new])
-                file.write(entries.tobytes())
+                file.write(self.learn(digests, sums).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-                self._known |= _index(entries)
 
             yield add
 
