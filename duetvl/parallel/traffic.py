@@ -75,11 +75,11 @@ def _pass(config: ModelConfig, trained: Trained, division: Division, load: Load,
 
 
 def _vision(config: ModelConfig, division: Division, patches: int, narrow: int, mode: Again) -> float:
+    if division.vision == "divide":
+        return 0.0  # features travel with the embedding's sum
     vision, ring = config.vision, _ring(division.mesh.tp)
     merged = patches // vision.merge**2
     features = ring * narrow * merged * vision.out_hidden_size
-    if division.vision == "divide":
-        return features  # gathered; their gradients are complete everywhere
     blocks = vision.depth * (4 + _AGAIN[mode]) * narrow * patches * vision.hidden_size
     into_merger = 2 * ring * narrow * patches * vision.hidden_size
     return 2 * ring * blocks + 2 * features + into_merger

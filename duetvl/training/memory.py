@@ -19,7 +19,7 @@ from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.models.qwen_vl.sharding import Heads, Unit
+from duetvl.models.qwen_vl.sharding import Unit
 from duetvl.parallel.division import Division, owned_rows
 from duetvl.training.recipe.sections import Recipe
 
@@ -150,10 +150,9 @@ def estimate(
 
 
 def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
-    """How a recipe's layout divides a model, as one rank sees it."""
-    text, vision, layout = config.text, config.vision, recipe.parallel
-    heads = Heads(text.num_heads, text.num_kv_heads, vision.num_heads)
-    return Division(layout.mesh, heads, rank, layout.sequence)
+    """How a rank sees a recipe's model divided. Raises ConfigError for degrees that the model cannot have."""
+    parallel = recipe.parallel
+    return Division.of(config, parallel.mesh, rank, sequence=parallel.sequence, vision=parallel.vision)
 
 
 def held_sizes(config: ModelConfig, division: Division) -> Held:

@@ -13,17 +13,15 @@ from duetvl.data.media.plan import MediaSettings
 from duetvl.data.media.video import FrameRule
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
 from duetvl.models.model_directory import ModelDirectory, open_model
-from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
-from duetvl.parallel.division import Division
 from duetvl.parallel.tensor import layout_of
 from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.job import Job
 from duetvl.training.lora import adapt, base_of, plan_adapters, stored_parameters
-from duetvl.training.memory import memory_of
+from duetvl.training.memory import division_of, memory_of
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
 from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity, reference_model
@@ -47,7 +45,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     source = open_model(recipe.model.path)
     encoder = record_encoder(recipe, recipe_processor(recipe, source))
     plan = plan_adapters(recipe, source.config)
-    division = division_of(recipe, source.config, backend)
+    division = division_of(recipe, source.config, backend.collectives.rank)
     model: QwenVL = load_model(source, backend=backend, dtype=dtype, division=division)
     model.layout = layout_of(division, backend)
     adapt(model, recipe, plan)
@@ -68,13 +66,6 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         memory=partial(memory_of, recipe, model.config, plan.adapters if plan else None),
         division=division,
     )
-
-
-def division_of(recipe: Recipe, config: ModelConfig, backend: Backend) -> Division:
-    """How this rank sees the recipe's model divided. ConfigError for degrees that the model cannot have."""
-    parallel = recipe.parallel
-    rank = backend.collectives.rank
-    return Division.of(config, parallel.mesh, rank, sequence=parallel.sequence, vision=parallel.vision)
 
 
 def _objective(recipe: Recipe, backend: Backend) -> Objective:

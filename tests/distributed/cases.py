@@ -116,19 +116,33 @@ def a_model_over_three_ranks_with_uneven_heads(be: Backend) -> None:
 
 
 @case
-def adapters_of_every_layer(be: Backend) -> None:
+def adapters_of_every_kind_of_layer(be: Backend) -> None:
     """With dropout, whose masks are those of one process; DoRA's row norms are of whole rows."""
-    divided(be, 2, "qwen2_5_vl", (4, 2), "dora", sequence=True, recompute="selective")
-    divided(be, 2, "qwen2_vl", (4, 2), "lora", sequence=True, vision="shard")
-    divided(be, 4, "qwen2_5_vl", (8, 2), "dora", vision="shard")
-    divided(be, 4, "qwen2_vl", (8, 2), "lora")
+    divided(be, 2, "qwen2_5_vl", (4, 2), "dora", sequence=True, recompute="selective", chosen=(0, 3))
+    divided(be, 2, "qwen2_vl", (4, 2), "dora", sequence=True, vision="shard", chosen=(0,))
+    divided(be, 4, "qwen2_5_vl", (8, 2), "lora", vision="shard", chosen=(0,))
+
+
+@case
+def adapters_start_and_are_read_as_on_one_process(be: Backend) -> None:
+    import divided_models as models
+
+    models.check_adapters(be, models.Whole("qwen2_vl", 4, 2), team_of(be, 2), sequence=True)
+    models.check_adapters(be, models.Whole("qwen2_5_vl", 8, 2), team_of(be, 4), vision="shard")
+
+
+@case
+def what_a_recipe_prepares_is_divided(be: Backend) -> None:
+    import prepared
+
+    prepared.check_prepared(be)
 
 
 @case
 def a_tower_alone_is_trained_on_fewer_frames_than_ranks(be: Backend) -> None:
     """A rank without a frame takes part in the backward pass of the others."""
-    divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), first=2)
-    divided(be, 4, "qwen2_5_vl", (8, 2), "lora", ("language", "vision"), sequence=True, first=2)
+    divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), chosen=(2, 3))
+    divided(be, 2, "qwen2_5_vl", (4, 2), "lora", ("language", "vision"), sequence=True, chosen=(2,))
 
 
 @case
@@ -141,17 +155,6 @@ def answers_of_a_divided_model(be: Backend) -> None:
         (4, (8, 2), {"sequence": True, "vision": "shard"}),
     ):
         models.check_cache(be, models.Whole("qwen2_5_vl", *heads), team_of(be, ranks), **how)
-
-
-# -- training over ranks: tests/distributed/steps.py has the model, its packs and the comparison with one process ----
-
-
-@case
-def steps_over_two_ranks(be: Backend) -> None:
-    import steps
-
-    schedule = [steps.deal(steps.mixed(), 2), steps.deal(steps.text(), 2), *[steps.deal(steps.mixed(), 2)] * 3]
-    steps.compared(be, steps.Tiny("qwen2_vl"), Mesh(dp=2), schedule)
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +18,8 @@ from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.random import philox
 from duetvl.models.layout import UNDIVIDED, Layout
-from duetvl.models.lora import MAGNITUDE, Adapters, Size
-from duetvl.models.qwen_vl.adapters import layers
+from duetvl.models.lora import MAGNITUDE, Adapters, Size, is_adapter
+from duetvl.models.qwen_vl.adapters import add_adapters, layers, load_adapter, open_adapter_for, save_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
@@ -37,6 +40,7 @@ VISION = {
     },
 }  # fmt: skip
 KEY = (3, 1, 4)
+DORA = Adapters({}, dropout=0.3, dora=True)
 Kind = Literal["full", "lora", "dora"]
 
 
@@ -65,11 +69,11 @@ class Whole:
         )  # fmt: skip
 
     def adapters(self) -> Adapters | None:
-        """On every linear layer."""
+        """On linear layers of every kind: all of the first block of each tower, and the merger's."""
         if self.kind == "full":
             return None
-        sizes = {module: Size(3, 0.6) for module in layers(self.config()).modules}
-        return Adapters(sizes, dropout=0.3, dora=self.kind == "dora")
+        sizes = {module: Size(3, 0.6) for module in layers(self.config()).modules if ".1." not in module}
+        return replace(DORA, sizes=sizes, dora=self.kind == "dora")
 
 
 def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -127,32 +131,32 @@ def packs() -> list[list[Sample]]:
 
 @dataclass(frozen=True)
 class Given:
-    """Of the packs: losses, also in evaluation, log-probabilities and logits; gradients of all packs together."""
+    """The packs' losses and the gradients of all of them together; in evaluation, the loss and logits of the first pack
+    and the log-probabilities of the last."""
 
     losses: list[float]
-    evaluated: list[float]
-    logprobs: list[np.ndarray]
-    logits: list[np.ndarray]
+    evaluated: float
+    logits: np.ndarray
+    logprobs: np.ndarray
     gradients: dict[str, np.ndarray | None]
 
 
 def run(be: Backend, model: QwenVL, chosen: list[list[Sample]]) -> Given:
     """Forward and backward of the packs as micro-batches of a step, with dropout."""
-    objective, losses, evaluated = TokenLoss(be.ops, "sample"), [], []  # with weights
+    objective, losses = TokenLoss(be.ops, "sample"), []  # with weights
     batches = [model.pack(samples) for samples in chosen]
+    lasts = [partial(objective.loss, prepared=objective.prepare(batch)) for batch in batches]
     for number, batch in enumerate(batches):
-        last = partial(objective.loss, prepared=objective.prepare(batch))
-        (loss,), tape = model.forward(batch, last, key=(*KEY, number))
+        (loss,), tape = model.forward(batch, lasts[number], key=(*KEY, number))
         one = be.ops.from_numpy(np.array(1, np.float32))
         be.autograd.backward(tape, [one], last=number == len(batches) - 1)
         losses.append(float(be.to_numpy(loss)))
-        evaluated.append(float(be.to_numpy(model.evaluate(batch, last)[0])))
     trained = [p for p in model.parameters.values() if p.trainable]
     return Given(
         losses,
-        evaluated,
-        [array(be, model.logprobs(batch)) for batch in batches],
-        [array(be, model.logits(batch)) for batch in batches],
+        float(be.to_numpy(model.evaluate(batches[0], lasts[0])[0])),
+        array(be, model.logits(batches[0])),
+        array(be, model.logprobs(batches[-1])),
         {p.path: None if p.main_grad is None else array(be, p.main_grad) for p in trained},
     )
 
@@ -162,9 +166,9 @@ def array(be: Backend, x: Any) -> np.ndarray:
 
 
 @cache
-def expected(be: Backend, of: Whole, first: int) -> Given:
-    """What the whole model gives of the packs from the first on."""
-    return run(be, model_of(be, of), packs()[first:])
+def expected(be: Backend, of: Whole, chosen: tuple[int, ...]) -> Given:
+    """What the whole model gives of these packs."""
+    return run(be, model_of(be, of), [packs()[number] for number in chosen])
 
 
 def complete(be: Backend, layout: Layout, path: str, whole: tuple[int, ...], own: np.ndarray | None) -> Any:
@@ -188,18 +192,17 @@ def close(found: float, wanted: float) -> bool:
 
 def check(
     be: Backend, of: Whole, team: Team, *, sequence: bool = False, vision: Literal["divide", "shard"] = "divide",
-    recompute: RecomputeMode = "none", first: int = 0,
+    recompute: RecomputeMode = "none", chosen: tuple[int, ...] = (0, 1, 2, 3),
 ) -> None:  # fmt: skip
-    """Losses, gradients, log-probabilities and logits of the parts are those of the whole; from pack `first` on."""
+    """Losses, gradients, log-probabilities and logits of the parts are those of the whole."""
     layout = layout_over(of, team, sequence=sequence, vision=vision)
-    part, wanted = model_of(be, of, layout), expected(be, of, first)
+    part, wanted = model_of(be, of, layout), expected(be, of, chosen)
     part.recompute = recompute
-    found = run(be, part, packs()[first:])
-    for mine, theirs in ((found.losses, wanted.losses), (found.evaluated, wanted.evaluated)):
-        assert all(map(close, mine, theirs)), (mine, theirs)
-    for mine, theirs in ((found.logprobs, wanted.logprobs), (found.logits, wanted.logits)):
-        for one, other in zip(mine, theirs, strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=3e-5)
+    found = run(be, part, [packs()[number] for number in chosen])
+    assert all(map(close, found.losses, wanted.losses)), (found.losses, wanted.losses)
+    assert close(found.evaluated, wanted.evaluated), (found.evaluated, wanted.evaluated)
+    np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=3e-5)
     check_gradients(be, layout, found, wanted)
 
 
@@ -218,6 +221,39 @@ def check_gradients(be: Backend, layout: Layout, found: Given, wanted: Given) ->
         allowed = 1e-5 * max(float(np.linalg.norm(theirs)), 1e-3 * total)
         off = float(np.linalg.norm(mine - theirs))
         assert off < allowed, (path, off, allowed, float(np.linalg.norm(theirs)), float(np.linalg.norm(mine)))
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def check_adapters(be: Backend, of: Whole, team: Team, **how: Any) -> None:
+    """They start and are read from PEFT's files as the cut of those of one process; without them the model is plain."""
+    whole, part = model_of(be, of), model_of(be, of, layout_over(of, team, **how))
+    plain = part.logprobs(part.pack(packs()[0]))
+    for model in (whole, part):
+        add_adapters(model, replace(DORA, sizes={module: Size(3, 0.6) for module in layers(of.config()).modules}), 5)
+    for path, mine, theirs in cut_alike(be, part, whole):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6 if path.endswith(MAGNITUDE) else 0, err_msg=path)
+    for path, parameter in whole.parameters.items():
+        if is_adapter(path):
+            be.ops.assign(parameter.tensor, be.ops.from_numpy(values(path, parameter.shape)))
+    with TemporaryDirectory() as place:
+        save_adapter(whole, Path(place) / "adapter")
+        load_adapter(part, open_adapter_for(of.config(), Path(place) / "adapter"))
+    for path, mine, theirs in cut_alike(be, part, whole):
+        np.testing.assert_array_equal(mine, theirs, err_msg=path)
+    reference = array(be, part.without_adapters().logprobs(part.pack(packs()[0])))
+    np.testing.assert_allclose(reference, array(be, plain), rtol=1e-6)
+    assert len(set(be.collectives.gather_objects(reference.tobytes(), team.group))) == 1  # the same on all ranks
+
+
+def cut_alike(be: Backend, part: QwenVL, whole: QwenVL) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Path, what the rank has and what it should have, of each tensor of the adapters."""
+    for path, parameter in part.parameters.items():
+        if is_adapter(path):
+            shape = whole.parameters[path].shape
+            assert parameter.place == part.layout.part(path, shape), path
+            yield path, array(be, parameter.tensor), parameter.place.of(array(be, whole.parameters[path].tensor))
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
