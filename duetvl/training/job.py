@@ -9,6 +9,7 @@ from typing import Any
 
 from duetvl.core.params import Parameter
 from duetvl.data.draft import Encoder
+from duetvl.parallel.division import Division
 from duetvl.training.feed import Feed
 from duetvl.training.memory import Memory
 from duetvl.training.objective import Objective, Reference
@@ -26,6 +27,7 @@ class Job:
     forward and backward, for the utilisation shown; none is shown without it. `before` is called once with the data,
     while the model has its starting weights also where a run is resumed. `compared_with` gives what the objective needs
     of a reference, if it needs one. `memory` estimates what a step takes, from some drafts.
+    `division` says which part of the model this rank has.
     """
 
     model: TrainableModel
@@ -40,6 +42,7 @@ class Job:
     before: Callable[[Feed], None] | None = None
     compared_with: Reference | None = None
     memory: Callable[[Iterable[Any]], Memory | None] | None = None
+    division: Division = field(default_factory=Division)
 
     def checkpointed(self) -> Sequence[Parameter]:
         """The parameters that a checkpoint keeps."""
