@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 Tensor = Any
@@ -22,6 +23,13 @@ class Receive(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     source: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective that has begun. `wait`, called once, gives its result."""
+
+    wait: Callable[[], Tensor]
 
 
 class Collectives(Protocol):
@@ -81,6 +89,14 @@ class Collectives(Protocol):
 
     def reduce_scatter(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
         """The sum over the group, cut along axis 0; rank i keeps piece i. Even pieces unless `sizes` is given."""
+        ...
+
+    def reduce_scatter_later(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Pending:
+        """`reduce_scatter` that may go on while the caller computes, where the backend can.
+
+        Every rank of the group begins the same ones in the same order. x is not written to until it has been waited
+        for.
+        """
         ...
 
     def all_to_all(

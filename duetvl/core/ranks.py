@@ -35,15 +35,18 @@ class Ranks:
         """Whether this one writes what is written once: logs, metrics, recipes."""
         return self.index == 0
 
+    def each(self, value: T) -> list[T]:
+        """The values of all ranks, in their order; small and picklable."""
+        return self.collectives.gather_objects(value)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number summed over the ranks, in the order of the ranks: the same bits on all of them."""
-        return [sum(column) for column in zip(*self.collectives.gather_objects(list(values)), strict=True)]
+        return [sum(column) for column in zip(*self.each(list(values)), strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        return any(self.collectives.gather_objects(bool(flag)))
+        return any(self.each(bool(flag)))
 
     def agree(self, value: T) -> T:
         """The value that rank 0 has: for clocks, disks and signals, of which each rank sees its own."""
-        first: T = self.collectives.gather_objects(value)[0]
-        return first
+        return self.each(value)[0]

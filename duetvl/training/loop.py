@@ -38,7 +38,7 @@ from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import learning_rate, stretched, total_steps
 from duetvl.training.signals import StopSignals
-from duetvl.training.step import StepGivenUp, StepResult, Trainer
+from duetvl.training.step import Outlook, StepGivenUp, StepResult, Trainer
 from duetvl.training.watching.callbacks import Callback, Callbacks, told
 from duetvl.training.watching.costs import Meter
 from duetvl.training.watching.metrics import RESERVED, MetricsLog, Progress, check_own, read_metrics
@@ -58,6 +58,17 @@ class TrainResult:
     checkpoint: Path | None
     stopped_by: int | None = None  # the number of the signal that ended it before its time
     stop_reason: str | None = None  # what a callback said that did so
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Before a step: its work, None where this rank wishes to stop; what all know of it; the seconds that this rank has
+    waited for its data, and those that finding out took in all."""
+
+    work: Step | None
+    outlook: Outlook
+    waited: float
+    seconds: float
 
 
 class Run:
@@ -85,6 +96,7 @@ class Run:
             reference=job.compared_with,
             seed=recipe.data.seed,
             on_nonfinite=recipe.train.on_nonfinite,
+            division=job.division,
         )
         self.ranks = self.trainer.ranks
         self.meter = Meter(recipe, backend, job.flops)
@@ -152,7 +164,8 @@ class Run:
             evaluations = [row["step"] for row in read_metrics(self.run_dir) if "eval_loss" in row]
             self.evaluated_step = max(evaluations, default=-1)
             self.signals = StopSignals(self._announce_stop, section.grace)
-            self.trainer.give_up = self.signals.pressing
+            if self.ranks.count == 1:  # many agree on it at the edge of a step
+                self.trainer.give_up = self.signals.pressing
             self.saver = Saver(
                 self.run_dir,
                 on_saved=self._saved,
@@ -192,33 +205,51 @@ class Run:
     def _steps(self) -> None:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
-        self._saved_at = time.monotonic()
-        while self.step < self.total and not self.ranks.any(self._to_stop()):
+        self._last_save = self.step, time.monotonic()
+        while self.step < self.total:
+            ahead = self._look_ahead()
+            if ahead.outlook.late:
+                self._save()
+            if ahead.work is None or ahead.outlook.stops:
+                return
             try:
-                self._one_step()
+                self._one_step(ahead.work, ahead)
             except StepGivenUp:
                 self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
                 return
             self.saver.poll()
-            evaluate, save = self._due(self.recipe.train.eval_every), self._due_to_save()
+            evaluate, save = self._due(self.recipe.train.eval_every), self._due(self.recipe.checkpoint.every)
             if evaluate:
                 self._evaluate()
             if save:
-                self.saver.save(self._snapshot)
-                self._saved_at = time.monotonic()
-            if evaluate or save:
+                self._save()
+            elif evaluate:
                 self._plot()
+
+    def _look_ahead(self) -> _Ahead:
+        """The next step's work, unless this rank wishes to stop, and what all ranks know and wish before it."""
+        begun = time.perf_counter()
+        own = Outlook(stops=self._to_stop(), late=self._late())
+        work = None
+        if not own.stops:
+            self.trace.before(self.step + 1)
+            work = self.feed.next_step()
+        waited = time.perf_counter() - begun
+        outlook = self.trainer.outlook(work, own)
+        return _Ahead(work, outlook, waited, time.perf_counter() - begun)
+
+    def _save(self) -> None:
+        self.saver.save(self._snapshot)
+        self._last_save = self.step, time.monotonic()
+        self._plot()
 
     def _to_stop(self) -> bool:
         return self.stop_reason is not None or self.signals.caught is not None
 
-    def _one_step(self) -> None:
-        self.trace.before(self.step + 1)
-        begun = time.perf_counter()
-        work = self.feed.next_step()
-        waited = time.perf_counter() - begun
+    def _one_step(self, work: Step, ahead: _Ahead) -> None:
+        begun = time.perf_counter() - ahead.seconds
         lr = learning_rate(self.step, self.total, self.recipe.optim)
-        result = self.trainer.step(work, lr, self.step)
+        result = self.trainer.step(work, lr, self.step, ahead.outlook)
         seconds = time.perf_counter() - begun
         self.step += 1
         self.feed.done(work)
@@ -232,7 +263,7 @@ class Run:
                 f"warning: step {self.step} makes no update ({self.totals['skipped']:.0f} so far): {result.skipped}"
             )
         self._tell_left_out()
-        self._tell_step(work, result, lr, self.meter.row(work, seconds, waited))
+        self._tell_step(work, result, lr, self.meter.row(work, seconds, ahead.waited))
 
     def _tell_left_out(self) -> None:
         for line in self.feed.news():
@@ -345,10 +376,10 @@ class Run:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _due_to_save(self) -> bool:
-        section = self.recipe.checkpoint
-        late = section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
-        return self.ranks.agree(late) or self._due(section.every)
+    def _late(self) -> bool:
+        """Whether it is time to save, by this rank's clock."""
+        minutes, (step, then) = self.recipe.checkpoint.minutes, self._last_save
+        return minutes is not None and self.step > step and time.monotonic() - then >= 60 * minutes
 
     def _room_warnings(self) -> list[str]:
         """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""
