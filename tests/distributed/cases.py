@@ -88,6 +88,17 @@ def adapters_of_a_model_over_two_and_four_ranks(be: Backend) -> None:
     check_divided(be, "qwen2_5_vl", (8, 2), Team.of(be), lora=True)
 
 
+# -- training over ranks: tests/distributed/steps.py has the model, its packs and the comparison with one process ----------
+
+
+@case
+def steps_over_two_ranks(be: Backend) -> None:
+    import steps
+
+    schedule = [steps.deal(steps.mixed(), 2), steps.deal(steps.text(), 2), *[steps.deal(steps.mixed(), 2)] * 3]
+    steps.compared(be, steps.Tiny("qwen2_vl"), Mesh(dp=2), schedule)
+
+
 # -- collectives over all ranks ----------------------------------------------------------------------------------------
 
 
