@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -88,15 +89,24 @@ def adapters_of_a_model_over_two_and_four_ranks(be: Backend) -> None:
     check_divided(be, "qwen2_5_vl", (8, 2), Team.of(be), lora=True)
 
 
-# -- training over ranks: tests/distributed/steps.py has the model, its packs and the comparison with one process ----------
+# -- training over ranks (steps.py) ------------------------------------------------------------------------------------
 
 
-@case
-def steps_over_two_ranks(be: Backend) -> None:
-    import steps
+def in_steps(name: str) -> None:
+    """A check of steps.py, which the ranks import alone: pytest knows this directory as a package."""
 
-    schedule = [steps.deal(steps.mixed(), 2), steps.deal(steps.text(), 2), *[steps.deal(steps.mixed(), 2)] * 3]
-    steps.compared(be, steps.Tiny("qwen2_vl"), Mesh(dp=2), schedule)
+    def check(be: Backend) -> None:
+        getattr(import_module("steps"), name)(be)
+
+    check.__name__ = name.replace("check_", "steps_")
+    case(check)
+
+
+for each in (
+    "check_rows", "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided",
+    "check_adapters", "check_half", "check_overflow", "check_not_finite", "check_edges",
+):  # fmt: skip
+    in_steps(each)
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------
