@@ -158,6 +158,22 @@ def reduce_scatter_keeps_a_piece_of_the_sum(be: Backend) -> None:
 
 
 @case
+def sums_that_are_begun_go_on_beside_others(be: Backend) -> None:
+    c, tp = be.collectives, be.collectives.groups(MESH.groups("tp"))
+    c.traffic.clear()
+    sizes = (None, UNEVEN, [0, 0, 0, 5])
+    wholes = [[values(r, 8 if s is None else sum(s), 2, low=n) for r in range(WORLD)] for n, s in enumerate(sizes)]
+    begun = [c.reduce_scatter_later(be.ops.from_numpy(w[c.rank]), None, s) for w, s in zip(wholes, sizes, strict=True)]
+    ours = c.reduce_scatter_later(be.ops.from_numpy(wholes[0][c.rank]), tp)
+    same(be, c.all_reduce(be.ops.from_numpy(wholes[0][c.rank])), sum(wholes[0]))
+    for pending, whole, s in reversed(list(zip(begun, wholes, sizes, strict=True))):
+        same(be, pending.wait(), np.split(sum(whole), np.cumsum(s or [2] * WORLD)[:-1])[c.rank])
+    pair = c.group_ranks(tp)
+    same(be, ours.wait(), np.split(sum(wholes[0][r] for r in pair), 2)[pair.index(c.rank)])
+    assert c.traffic["reduce_scatter"] == 3 * 4 * 2 * (2 + 3 + 5) + 4 * 2 * 4, c.traffic
+
+
+@case
 def all_to_all_moves_rows(be: Backend) -> None:
     c = be.collectives
     table = np.array([[1, 0, 2, 3], [0, 0, 1, 0], [4, 1, 0, 2], [0, 0, 0, 0]])  # rows from (down) to (across)
