@@ -145,8 +145,8 @@ def table(found: dict[tuple[str, int], dict[str, Any]], repeats: int) -> str:
         [
             *lines,
             "",
-            f"{numbers / 1e6:.1f} million parameters, float32; the first {SAMPLES} samples of `contest.py`, each a pack; median "
-            f"of {repeats} steps after {WARM}. Processor seconds are of all ranks together.",
+            f"{numbers / 1e6:.1f} million parameters, float32; the first {SAMPLES} samples of `contest.py`, each a "
+            f"pack; median of {repeats} steps after {WARM}. Processor seconds are of all ranks together.",
             f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; load average at the "
             f"end {load:.1f}.",
             f"Command: `python benchmarks/dp_step.py --repeats {repeats} --write`",
