@@ -47,6 +47,8 @@ class Collectives(Protocol):
     """Bytes this rank has sent, by function: what a ring needs (all_reduce 2 (n-1)/n of the tensor, all_gather n-1
     pieces, reduce_scatter (n-1)/n), what goes to others (all_to_all, exchange), the tensor at a broadcast's source;
     in the dtype that travels, padding included. Objects and barriers are not counted."""
+    calls: dict[str, int]
+    """How often this rank has met others in each function, objects and barriers among them."""
 
     def launched(self) -> int:
         """How many ranks torchrun or msrun announced to this process, 1 without them; known before they meet.

@@ -133,7 +133,7 @@ class Shared:
             return ops.zeros((sum(self.sizes),))
         before, _, behind = self._held
         flat = ops.reshape(gradient, (-1,))
-        return ops.concat([*_zeros(ops, before), flat, *_zeros(ops, behind)], 0)
+        return _joined(ops, [*_zeros(ops, before), flat, *_zeros(ops, behind)])
 
     def receive(self, gradient: Tensor) -> None:
         """The flat gradient of the owned rows, summed over the ranks."""
@@ -177,7 +177,7 @@ class Bucket:
         if len(units) > 1:  # those of one member lie by rank as they are
             pieces = [_cut(ops, unit, m.sizes) for unit, m in zip(units, self.members, strict=True)]
             units = list(chain.from_iterable(chain.from_iterable(zip(*pieces, strict=True))))
-        return team.collectives.reduce_scatter_later(ops.concat(units, 0), team.group, self.sizes)
+        return team.collectives.reduce_scatter_later(_joined(ops, units), team.group, self.sizes)
 
     def receive(self, gradient: Tensor) -> None:
         """The flat gradient of what this rank owns."""
@@ -192,7 +192,7 @@ class Bucket:
         team, ops = self.team, self.team.ops
         own = [ops.reshape(m.owned.tensor, (-1,)) for m in self.members if m.owned is not None]
         dtype = ops.dtype_of(self.members[0].parameter.tensor)
-        flat = ops.concat(own, 0) if own else ops.zeros((0,), dtype)
+        flat = _joined(ops, own) if own else ops.zeros((0,), dtype)
         whole = team.collectives.all_gather(flat, team.group, self.sizes)
         if len(self.members) == 1:
             self.members[0].write(whole)
@@ -200,7 +200,7 @@ class Bucket:
         pieces = _cut(ops, whole, [m.sizes[rank] for rank in range(team.size) for m in self.members])
         for place, member in enumerate(self.members):
             unit = list(chain.from_iterable(pieces[place :: len(self.members)]))
-            member.write(ops.concat(unit, 0))
+            member.write(_joined(ops, unit))
 
 
 def _buckets(ops: Ops, shared: Sequence[Shared], size: int) -> list[Bucket]:
@@ -273,6 +273,11 @@ def _cut(ops: Ops, x: Tensor, sizes: Sequence[int]) -> list[list[Tensor]]:
         return [[] for _ in sizes]
     pieces = iter(ops.split(x, [size for size in sizes if size], 0))
     return [[next(pieces)] if size else [] for size in sizes]
+
+
+def _joined(ops: Ops, pieces: Sequence[Tensor]) -> Tensor:
+    """Flat tensors as one; a single one as it is, without a copy."""
+    return pieces[0] if len(pieces) == 1 else ops.concat(pieces, 0)
 
 
 def _zeros(ops: Ops, count: int) -> list[Tensor]:

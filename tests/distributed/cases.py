@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,26 @@ def answers_of_a_divided_model(be: Backend) -> None:
         models.check_cache(be, models.Whole("qwen2_5_vl", *heads), team_of(be, ranks), **how)
 
 
+# -- training over ranks (steps.py) ------------------------------------------------------------------------------------
+
+
+def in_steps(name: str) -> None:
+    """A check of steps.py, which the ranks import alone: pytest knows this directory as a package."""
+
+    def check(be: Backend) -> None:
+        getattr(import_module("steps"), name)(be)
+
+    check.__name__ = name.replace("check_", "steps_")
+    case(check)
+
+
+for each in (
+    "check_rows", "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided",
+    "check_adapters", "check_half", "check_overflow", "check_not_finite", "check_edges",
+):  # fmt: skip
+    in_steps(each)
+
+
 # -- collectives over all ranks ----------------------------------------------------------------------------------------
 
 
@@ -203,6 +224,22 @@ def reduce_scatter_keeps_a_piece_of_the_sum(be: Backend) -> None:
             cuts = np.cumsum(sizes or [2] * WORLD)[:-1]
             found = c.reduce_scatter(be.ops.from_numpy(parts[c.rank], dtype), sizes=sizes)
             same(be, found, np.split(sum(parts), cuts)[c.rank], dtype)
+
+
+@case
+def sums_that_are_begun_go_on_beside_others(be: Backend) -> None:
+    c, tp = be.collectives, be.collectives.groups(MESH.groups("tp"))
+    c.traffic.clear()
+    sizes = (None, UNEVEN, [0, 0, 0, 5])
+    wholes = [[values(r, 8 if s is None else sum(s), 2, low=n) for r in range(WORLD)] for n, s in enumerate(sizes)]
+    begun = [c.reduce_scatter_later(be.ops.from_numpy(w[c.rank]), None, s) for w, s in zip(wholes, sizes, strict=True)]
+    ours = c.reduce_scatter_later(be.ops.from_numpy(wholes[0][c.rank]), tp)
+    same(be, c.all_reduce(be.ops.from_numpy(wholes[0][c.rank])), sum(wholes[0]))
+    for pending, whole, s in reversed(list(zip(begun, wholes, sizes, strict=True))):
+        same(be, pending.wait(), np.split(sum(whole), np.cumsum(s or [2] * WORLD)[:-1])[c.rank])
+    pair = c.group_ranks(tp)
+    same(be, ours.wait(), np.split(sum(wholes[0][r] for r in pair), 2)[pair.index(c.rank)])
+    assert c.traffic["reduce_scatter"] == 3 * 4 * 2 * (2 + 3 + 5) + 4 * 2 * 4, c.traffic
 
 
 @case

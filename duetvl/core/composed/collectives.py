@@ -38,6 +38,7 @@ class ComposedCollectives(Collectives):
         self.ops = ops
         self.rank, self.size = 0, 1
         self.traffic: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
         self._made: dict[tuple[tuple[int, ...], ...], Group] = {}
 
     # -- what a backend supplies -----------------------------------------------------------------------------------
@@ -200,11 +201,13 @@ class ComposedCollectives(Collectives):
     def gather_objects(self, value: Any, group: Group = None) -> list[Any]:
         if len(self.group_ranks(group)) == 1:
             return [value]
+        self._called("gather_objects")
         with self._failing("gather_objects"):
             return self.raw_gather_objects(value, group)
 
     def barrier(self, group: Group = None) -> None:
         if len(self.group_ranks(group)) > 1:
+            self._called("barrier")
             with self._failing("barrier"):
                 self.raw_barrier(group)
 
@@ -212,6 +215,10 @@ class ComposedCollectives(Collectives):
 
     def _count(self, name: str, count: int) -> None:
         self.traffic[name] = self.traffic.get(name, 0) + count
+        self._called(name)
+
+    def _called(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
 
     def _bytes(self, x: Tensor) -> int:
         return math.prod(x.shape) * BYTES[self.ops.dtype_of(x)]
