@@ -58,6 +58,16 @@ def ranks_decide_together(be: Backend) -> None:
     assert ranks.agree(f"the clock of {ranks.index}") == "the clock of 0"
 
 
+# -- a checkpoint of many ranks ---------------------------------------------------------------------------------------
+
+
+@case
+def a_checkpoint_that_four_ranks_write_is_read_by_any_layout(be: Backend) -> None:
+    import divided_checkpoint
+
+    divided_checkpoint.check(be)
+
+
 # -- a model divided over ranks ----------------------------------------------------------------------------------------
 
 

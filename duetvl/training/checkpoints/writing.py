@@ -153,7 +153,7 @@ def _others(staging: Path, ranks: int, look: Callable[[], None]) -> list[Written
         if sizes != seen:
             seen, deadline = sizes, time.monotonic() + limit
         elif time.monotonic() > deadline:
-            raise OSError(f"for {limit:.0f} s nothing came of rank {missing[0]}, whose log may say why")
+            raise OSError(f"for {limit:g} s nothing came of rank {missing[0]}, whose log may say why")
         else:
             time.sleep(_PATIENCE)
     return [found[rank] for rank in range(1, ranks)]
