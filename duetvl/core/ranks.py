@@ -5,11 +5,12 @@ What a rank may decide alone is nothing: decisions are values that all agree on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from duetvl.core.collectives import Collectives
+from duetvl.core.errors import DuetvlError
 
 T = TypeVar("T")
 
@@ -47,3 +48,18 @@ class Ranks:
         """The value that rank 0 has: for clocks, disks and signals, of which each rank sees its own."""
         first: T = self.collectives.gather_objects(value)[0]
         return first
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, which alone runs it; small and picklable. Its DuetvlError is raised on all."""
+        if self.count == 1:
+            return work()
+        outcome: T | DuetvlError | None = None
+        if self.writes:
+            try:
+                outcome = work()
+            except DuetvlError as error:
+                outcome = error
+        outcome = self.agree(outcome)
+        if isinstance(outcome, DuetvlError):
+            raise outcome
+        return outcome  # type: ignore[return-value]
