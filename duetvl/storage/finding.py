@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
-from duetvl.core.errors import CheckpointError, DuetvlError
+from duetvl.core.errors import CheckpointError
 from duetvl.core.ranks import Ranks
 from duetvl.storage.checkpoint_format import KINDS, MANIFEST, Manifest, Meta, StoredCheckpoint
 from duetvl.storage.tensor_files import FileRecord, file_record
@@ -220,13 +221,6 @@ class _Files(NamedTuple):
     records: Sequence[FileRecord]
 
 
-class _Found(NamedTuple):
-    """What rank 0 has come to."""
-
-    value: Any = None
-    error: DuetvlError | None = None
-
-
 def found_by_all(ranks: Ranks, find: Callable[[Verify], T]) -> T:
     """What `find` gives on rank 0, which alone runs it, or the DuetvlError that it raises: on all ranks.
 
@@ -235,27 +229,20 @@ def found_by_all(ranks: Ranks, find: Callable[[Verify], T]) -> T:
     """
     if ranks.count == 1:
         return find(verify_files)
-    said: _Files | _Found | None = None
-    if ranks.writes:
-        said = ranks.agree(_tried(lambda: find(lambda path, records: _asked(ranks, _Files(path, records)))))
-    while not ranks.writes and isinstance(said := ranks.agree(said), _Files):
-        _answered(ranks, said)
-    assert isinstance(said, _Found)
-    if said.error is not None:
-        raise said.error
-    found: T = said.value
-    return found
+
+    def look() -> T:
+        try:
+            return find(partial(_asked, ranks))
+        finally:
+            ranks.agree(None)  # there is nothing more to verify
+
+    while not ranks.writes and (files := ranks.agree(None)) is not None:
+        _answered(ranks, files)
+    return ranks.first(look)
 
 
-def _tried(find: Callable[[], Any]) -> _Found:
-    try:
-        return _Found(find())
-    except DuetvlError as error:
-        return _Found(error=error)
-
-
-def _asked(ranks: Ranks, files: _Files) -> list[str]:
-    return _answered(ranks, ranks.agree(files))
+def _asked(ranks: Ranks, path: Path, records: Sequence[FileRecord]) -> list[str]:
+    return _answered(ranks, ranks.agree(_Files(path, records)))
 
 
 def _answered(ranks: Ranks, files: _Files) -> list[str]:

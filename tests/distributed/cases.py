@@ -78,6 +78,16 @@ def the_data_threads_talk_while_the_main_thread_does(be: Backend) -> None:
     peers.close()
 
 
+# -- a checkpoint of many ranks ---------------------------------------------------------------------------------------
+
+
+@case
+def a_checkpoint_that_four_ranks_write_is_read_by_any_layout(be: Backend) -> None:
+    import divided_checkpoint
+
+    divided_checkpoint.check(be)
+
+
 # -- a model divided over ranks ----------------------------------------------------------------------------------------
 
 

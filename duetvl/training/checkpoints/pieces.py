@@ -115,8 +115,9 @@ def _frozen_share(parameter: Parameter, number: int, division: Division) -> Iter
     if len(team) == 1:
         yield Piece("weights", parameter.path, place, parameter.tensor)
         return
-    alike = place == sharing.unit
-    held = {rank: range(place.shape[0]) if alike else _held(division.of_rank(rank), parameter) for rank in team}
+    mesh = division.mesh
+    by_place = [_held(division.of_rank(rank), parameter) for rank in mesh.ranks_along("tp", rank=division.rank)]
+    held = {rank: by_place[mesh.coordinates(rank)["tp"]] for rank in team}
     for rows in _share(held, division.rank, number):
         first = rows.start - held[division.rank].start
         yield Piece("weights", parameter.path, place.rows(first, first + len(rows)), parameter.tensor, first)

@@ -32,11 +32,11 @@ class SaveGivenUp(Exception):
     """The program is ending at once: a checkpoint under way in the background is not finished."""
 
 
-Outcome = Path | CheckpointError | MemoryError | None
+Outcome = Path | CheckpointError | None
 
 
 class _UnderWay(NamedTuple):
-    """A checkpoint that is being written, or has been: what this rank has come to; on rank 0 what all have."""
+    """A checkpoint that is being written, or has been. On rank 0 the outcome is that of all, on others None."""
 
     step: int
     staging: Path
@@ -96,10 +96,8 @@ class Saver:
         self.wait()
         taken, keep_last = take(copy=False), self.keep_last if rotate else None
         staging = self._begun(taken, keep_last)
-        outcome = self._agreed(_UnderWay(taken.step, staging, _done(self._outcome(staging, taken, keep_last))))
-        if isinstance(outcome, Exception):
-            raise outcome
-        self.on_saved(outcome, taken.step)
+        written = _done(self._outcome(staging, taken, keep_last))
+        self.on_saved(self._agreed(_UnderWay(taken.step, staging, written)), taken.step)
 
     def poll(self) -> None:
         """Tell what has become of the checkpoint in the background, once it has ended."""
@@ -111,14 +109,12 @@ class Saver:
         if self._pending is None:
             return
         under_way, self._pending = self._pending, None
-        outcome = self._agreed(under_way)
-        if isinstance(outcome, MemoryError):
-            step = under_way.step
-            self.warn(f"warning: the checkpoint of step {step} could not be written: there is no memory for it")
-        elif isinstance(outcome, CheckpointError):
-            self.warn(f"warning: {outcome}")
+        try:
+            path = self._agreed(under_way)
+        except CheckpointError as error:
+            self.warn(f"warning: {error}")
         else:
-            self.on_saved(outcome, under_way.step)
+            self.on_saved(path, under_way.step)
 
     def __enter__(self) -> Saver:
         """Nothing to do."""
@@ -154,25 +150,17 @@ class Saver:
     def _begun(self, taken: Snapshot, keep_last: int | None) -> Path:
         """The directory that rank 0 has made for the files of all; its CheckpointError on all ranks."""
         (needed,) = self.ranks.sum([taken.nbytes])
-        begun: Path | CheckpointError | None = None
-        if self.ranks.writes:
-            try:
-                begun = begin_save(self.run_dir, taken.step, round(needed), keep_last)
-            except CheckpointError as error:
-                begun = error
-        begun = self.ranks.agree(begun)
-        if isinstance(begun, CheckpointError):
-            raise begun
-        assert begun is not None, "rank 0 has begun"
-        return begun
+        return self.ranks.first(lambda: begin_save(self.run_dir, taken.step, round(needed), keep_last))
 
-    def _agreed(self, under_way: _UnderWay) -> Path | CheckpointError | MemoryError:
-        """What has become of a checkpoint, as rank 0 knows it, once every rank has ended its part."""
-        outcome = self.ranks.agree(under_way.outcome.result())
-        assert outcome is not None, "rank 0 knows"
-        if isinstance(outcome, Exception) and self.ranks.writes:
-            shutil.rmtree(under_way.staging, ignore_errors=True)  # others may have been writing when it was removed
-        return outcome
+    def _agreed(self, under_way: _UnderWay) -> Path:
+        """The checkpoint's directory as rank 0 knows it, or its CheckpointError, once every rank has ended its part."""
+        own = under_way.outcome.result()
+        try:
+            return self.ranks.first(lambda: _path(own))
+        except CheckpointError:
+            if self.ranks.writes:  # others may have been writing there when it was removed
+                shutil.rmtree(under_way.staging, ignore_errors=True)
+            raise
 
     # -- what each does on its own, here or in the thread -------------------------------------------------------------
 
@@ -184,7 +172,7 @@ class Saver:
             if index == 0:
                 return write_first(staging, taken, ranks=count, keep_last=keep_last, look=self._look)
             write_other(staging, taken, index, count)
-        except (CheckpointError, MemoryError) as error:
+        except CheckpointError as error:
             return error
         return None
 
@@ -204,3 +192,10 @@ def _done(outcome: Outcome) -> Future[Outcome]:
     future: Future[Outcome] = Future()
     future.set_result(outcome)
     return future
+
+
+def _path(outcome: Outcome) -> Path:
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    assert outcome is not None, "rank 0 knows"
+    return outcome

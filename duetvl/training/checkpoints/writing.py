@@ -134,12 +134,18 @@ def _whole_or_not_at_all(staging: Path, step: int) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | MemoryError):
             raise CheckpointError(
-                f"{staging.parent}: the checkpoint of step {step} could not be written: {error.strerror or error}; "
+                f"{staging.parent}: the checkpoint of step {step} could not be written: {_cause(error)}; "
                 f"earlier ones are untouched"
             ) from error
         raise
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "there is no memory for it"
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def _others(staging: Path, ranks: int, look: Callable[[], None]) -> list[Written]:
@@ -153,7 +159,7 @@ def _others(staging: Path, ranks: int, look: Callable[[], None]) -> list[Written
         if sizes != seen:
             seen, deadline = sizes, time.monotonic() + limit
         elif time.monotonic() > deadline:
-            raise OSError(f"for {limit:.0f} s nothing came of rank {missing[0]}, whose log may say why")
+            raise OSError(f"for {limit:g} s nothing came of rank {missing[0]}, whose log may say why")
         else:
             time.sleep(_PATIENCE)
     return [found[rank] for rank in range(1, ranks)]
@@ -276,11 +282,7 @@ def _leave_word(staging: Path, rank: int, ranks: int, cause: OSError | MemoryErr
 
 
 def _told(rank: int, error: BaseException) -> dict[str, str]:
-    if isinstance(error, MemoryError):
-        cause = "there is no memory for it"
-    else:
-        cause = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return {"error": f"rank {rank} ({socket.gethostname()}): {cause}"}
+    return {"error": f"rank {rank} ({socket.gethostname()}): {_cause(error)}"}
 
 
 def _record(staging: Path, rank: int) -> Path:
