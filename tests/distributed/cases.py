@@ -58,6 +58,20 @@ def ranks_decide_together(be: Backend) -> None:
     assert ranks.agree(f"the clock of {ranks.index}") == "the clock of 0"
 
 
+@case
+def an_error_of_one_rank_is_raised_on_all(be: Backend) -> None:
+    import starting  # as below
+
+    starting.errors_are_shared(be)
+
+
+@case
+def a_start_that_one_rank_makes_otherwise_is_refused(be: Backend) -> None:
+    import starting
+
+    starting.a_start_is_refused(be)
+
+
 # -- a model divided over ranks ----------------------------------------------------------------------------------------
 
 
