@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import duetvl
-from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DuetvlError, one_line
 from duetvl.core.streams import discard_output, open_streams
 
@@ -233,6 +232,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
+    from duetvl.core.backend import choose_backend
     from duetvl.launch.plan import Plan, check_words, log_directory
     from duetvl.launch.run import launch
     from duetvl.training.recipe.reading import for_world, load_recipe

@@ -32,6 +32,8 @@ def redirect(name: str, place: Path) -> None:
             opened = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.dup2(opened, number)
         os.close(opened)
+    # Python's streams remember what these were: a terminal shows lines at once, a pipe cannot be sought.
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
 
 
 def leave(file: Path, text: str) -> None:
@@ -48,11 +50,13 @@ def main() -> int:
     leave(place / f"{name}.pid", str(os.getpid()))
     from duetvl.cli import main as command
 
+    status = 1
     try:
         status = command(json.loads((place / "words.json").read_text()))
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-    leave(place / f"{name}.status", str(status))
+    finally:
+        leave(place / f"{name}.status", str(status))
     return status
 
 

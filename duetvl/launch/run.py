@@ -19,9 +19,9 @@ from duetvl.launch.plan import Plan
 from duetvl.training.failures import read_failures
 
 USER_ERROR: Final = 2
-AFTER_FAILURE: Final = 15.0  # seconds that the other ranks of this node have to end by themselves
+AFTER_FAILURE: Final = 10.0  # seconds that the other ranks of this node have to end by themselves
 AFTER_END: Final = 30.0  # that torchrun or msrun has to end after its last rank
-_PERIOD: Final = 0.1
+_PERIOD: Final = 0.05
 _TAIL: Final = 20  # lines of a log
 
 
@@ -75,6 +75,8 @@ class _Rank:
     signalled: int = 0  # how many signals it has been handed
     status: int | None = None
     ended: bool = False
+    lost: bool = False  # it was seen to have ended without a status, before any other was
+    stuck: bool = False  # it did not end by itself
 
     @property
     def number(self) -> int:
@@ -88,7 +90,6 @@ class _Start:
     run_dir: Path
     signals: _Signals
     ranks: dict[str, _Rank] = field(default_factory=dict)
-    lost: list[_Rank] = field(default_factory=list)  # ended without a status, in the order in which it was noticed
     failed: bool = False
 
     def run(self) -> int:
@@ -127,6 +128,7 @@ class _Start:
             self._look()
             for rank in self.ranks.values():
                 if not rank.ended:
+                    rank.stuck = True
                     self._send(rank, signal.SIGKILL)
             if self._engine.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
@@ -140,13 +142,13 @@ class _Start:
         for file in self.place.glob("*.pid"):
             if file.stem not in self.ranks:
                 self.ranks[file.stem] = _Rank(file.stem, int(file.read_text()))
+        first = not any(rank.ended for rank in self.ranks.values())
         for rank in self.ranks.values():
             if not rank.ended and not self._alive(rank):
                 rank.ended = True
                 with suppress(FileNotFoundError):
                     rank.status = int((self.place / f"{rank.name}.status").read_text())
-                if rank.status is None:
-                    self.lost.append(rank)
+                rank.lost = first and rank.status is None
 
     def _alive(self, rank: _Rank) -> bool:
         """Whether it is there, is no zombie, and is ours: a number may have been given to another process since."""
@@ -173,7 +175,7 @@ class _Start:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _outcome(self) -> int:
-        workers = [rank for rank in self.ranks.values() if rank.name != "scheduler"]
+        workers = self._workers()
         statuses = [rank.status for rank in workers]
         if len(workers) == self.plan.nproc and all(status == 0 for status in statuses):
             return 0
@@ -188,6 +190,9 @@ class _Start:
         self._tell_failure()
         return 1
 
+    def _workers(self) -> list[_Rank]:
+        return [rank for rank in self.ranks.values() if rank.name != "scheduler"]
+
     def _tell_user_error(self, workers: list[_Rank]) -> None:
         """Rank 0 has told it, if it was its error too."""
         wrong = [rank for rank in workers if rank.status == USER_ERROR]
@@ -199,11 +204,14 @@ class _Start:
         records = [one for one in read_failures(self.run_dir) if self._is_of_this_start(one, mine)]
         causes = [one for one in records if not one["consequence"]]
         told = {one["pid"] for one in records}
-        vanished = [rank for rank in self.lost if rank.pid not in told and rank.name != "scheduler"]
+        silent = [rank for rank in self._workers() if rank.pid not in told]
+        lost = [rank for rank in silent if rank.lost] or [rank for rank in silent if rank.status is None]
         if causes:
             self._show_record(causes[0])
-        elif vanished:
-            self._show_log(f"rank {vanished[0].number} (process {vanished[0].pid}) was killed", vanished[0])
+        elif stuck := [rank for rank in silent if rank.stuck]:
+            self._show_log(f"{_names(stuck)} did not answer, and did not end by itself", stuck[0])
+        elif lost:
+            self._show_log(f"{_names(lost)} was killed", lost[0])
         elif records:
             self._show_record(records[0])
         elif bad := [rank for rank in self.ranks.values() if rank.status]:
@@ -224,7 +232,7 @@ class _Start:
 
     def _show_log(self, what: str, rank: _Rank) -> None:
         log = self.place / f"{rank.name}.log"
-        if log.exists():
+        if log.exists() and log.stat().st_size:
             self._show_tail(what, log)
         else:
             tell(f"launch: {what}; logs: {self.place}")
@@ -234,6 +242,10 @@ class _Start:
         tell(f"launch: {what}; the end of {log}:")
         for line in lines:
             tell(f"  {line}")
+
+
+def _names(ranks: list[_Rank]) -> str:
+    return " and ".join(f"rank {rank.number} (process {rank.pid})" for rank in ranks[:3])
 
 
 def tell(text: str) -> None:

@@ -23,7 +23,7 @@ from duetvl.training.recipe.sections import Recipe
 from duetvl.version import __version__
 
 TOKEN: Final = ".ranks"
-_PATIENCE: Final = 5.0  # seconds until a file that one node has written must be seen by the others
+PATIENCE: Final = 5.0  # seconds until a file that one node has written must be seen by the others
 
 
 def check_same(ranks: Ranks, what: str, values: Mapping[str, Any], hint: str) -> None:
@@ -110,13 +110,13 @@ def _model(recipe: Recipe) -> dict[str, Any]:
     return {"config.json": source.config.to_dict(), "weights": source.identity()["fingerprint"]}
 
 
-def check_one_disk(ranks: Ranks, run_dir: Path) -> None:
-    """Every rank sees what rank 0 writes into the run directory, which exists. Raises ConfigError on all."""
+def check_one_disk(ranks: Ranks, run_dir: Path, patience: float = PATIENCE) -> None:
+    """Every rank sees, within `patience` seconds, what rank 0 writes into the run directory. ConfigError on all."""
     if ranks.count == 1:
         return
     file = run_dir / TOKEN
     token = ranks.first(lambda: _left(file))
-    told = ranks.each((socket.gethostname(), _sees(file, token)))
+    told = ranks.each((socket.gethostname(), _sees(file, token, patience)))
     ranks.first(lambda: _one_disk(file, told))
 
 
@@ -126,9 +126,9 @@ def _left(file: Path) -> str:
     return token
 
 
-def _sees(file: Path, token: str) -> bool:
+def _sees(file: Path, token: str, patience: float) -> bool:
     """A network file system may show a new file a little later."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             if file.read_text() == token:

@@ -46,6 +46,18 @@ def ending_alone(ranks: Ranks, run_dir: Path, step: Callable[[], int | None] = l
         _leave(130 if isinstance(error, KeyboardInterrupt) else error.code if isinstance(error.code, int) else FAILED)
 
 
+@contextmanager
+def leaving_together(ranks: Ranks) -> Iterator[None]:
+    """With an error that all ranks raise, none ends before all are done: launchers kill the others of one that ends."""
+    try:
+        yield
+    except DuetvlError as error:
+        if error.agreed:
+            with suppress(BackendError):  # one of them did not come so far
+                ranks.each(None)
+        raise
+
+
 def failures_dir(run_dir: Path) -> Path:
     """Where ranks that fail alone say why."""
     return run_dir / "failures"

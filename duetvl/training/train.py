@@ -14,7 +14,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.ranks import Ranks
 from duetvl.training.agreement import check_data, check_model, check_one_disk, check_program
 from duetvl.training.checkpoints.run_directory import Start, find_start, locked, start_anew
-from duetvl.training.failures import ending_alone, set_failures_aside
+from duetvl.training.failures import ending_alone, leaving_together, set_failures_aside
 from duetvl.training.feed import DataSets
 from duetvl.training.job import Job
 from duetvl.training.loop import Run, TrainResult
@@ -49,7 +49,7 @@ def train(
     backend.collectives.start()
     ranks = Ranks(backend.collectives)
     run_dir = Path(given.train.output_dir)
-    with ending_alone(ranks, run_dir):
+    with ending_alone(ranks, run_dir), leaving_together(ranks):
         check_program(ranks, given, backend)
         given = ranks.together(lambda: for_world(given, ranks.count))
         ranks.first(lambda: check_trackers(given.log))

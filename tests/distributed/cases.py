@@ -88,6 +88,20 @@ def a_checkpoint_that_four_ranks_write_is_read_by_any_layout(be: Backend) -> Non
     divided_checkpoint.check(be)
 
 
+@case
+def an_error_of_one_rank_is_raised_on_all(be: Backend) -> None:
+    import starting  # as below
+
+    starting.errors_are_shared(be)
+
+
+@case
+def a_start_that_one_rank_makes_otherwise_is_refused(be: Backend) -> None:
+    import starting
+
+    starting.a_start_is_refused(be)
+
+
 # -- a model divided over ranks ----------------------------------------------------------------------------------------
 
 

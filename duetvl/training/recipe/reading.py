@@ -71,11 +71,13 @@ def check_world(recipe: Recipe, processes: int) -> None:
     if unbuilt := not_built(parallel):
         raise ConfigError(f"parallel: {_degrees(parallel, AXES)}: {unbuilt}")
     if processes != mesh.size:
-        started = "1 process was started" if processes == 1 else f"{processes} processes were started"
+        one = processes == 1
+        fields = " ".join(f"parallel.{axis}=1" for axis in AXES if getattr(mesh, axis) > 1)
+        way = f"{fields} takes the same steps on one" if one else "change the degrees: parallel.dp=auto takes the rest"
         raise ConfigError(
-            f"parallel: {_degrees(parallel, AXES)} needs {mesh.size} process{'es' * (mesh.size > 1)}, and {started}; "
-            f"start {mesh.size} (duetvl launch --nproc {mesh.size} -- train ...), or change the degrees "
-            f"(parallel.dp=auto takes all there are)"
+            f"parallel: {_degrees(parallel, AXES)} needs {mesh.size} process{'es' * (mesh.size > 1)}, and {processes} "
+            f"{'was' if one else 'were'} started; start {mesh.size} (duetvl launch --nproc {mesh.size} -- train ...), "
+            f"or {way}"
         )
 
 
