@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import duetvl
+from duetvl.commands.options import add_bench, add_chat, add_infer
 from duetvl.core.errors import ConfigError, DuetvlError, one_line
 from duetvl.core.streams import discard_output, open_streams
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
 _OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
 
@@ -38,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError):
             discard_output()  # a full disk may be where it goes
-        _say(f"error: {_in_words(error)}", sys.stderr)
+        if not getattr(error, "silent", False):
+            _say(f"error: {_in_words(error)}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         _say("interrupted", sys.stderr)
@@ -74,7 +78,11 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser()
+    words: list[str] = []
+    if argv[:1] == ["launch"] and "--" in argv:  # what follows is another command
+        argv, words = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     args, rest = parser.parse_known_args(argv)
+    args.words = words
     if getattr(args, "resume", None) and "=" in args.resume and not Path(args.resume).exists():
         rest, args.resume = [args.resume, *rest], ""  # `--resume optim.lr=1e-5`: an override, not a directory
     if args.command == "import-mindspeed":  # files may stand on both sides of an option
@@ -113,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         "--restart", action="store_true", help="start at the beginning; what the run directory holds is set aside"
     )
 
+    _add_launch(commands.add_parser("launch", help="train over many processes, by torchrun or msrun"))
+
     check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
     _add_recipe(check)
     check.add_argument(
@@ -144,6 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
 
     _add_data(commands.add_parser("data", help="convert data sets, look at samples"))
+
+    add_infer(commands.add_parser("infer", help="answers to a prompt, to records, to a directory of pictures"))
+    add_chat(commands.add_parser("chat", help="talk with a model in the terminal"))
+    bench = commands.add_parser("bench", help="how fast a model is here")
+    add_bench(bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="answering"))
     return parser
 
 
@@ -173,6 +188,19 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} --nproc N [options] -- train RECIPE [options] [section.key=value ...]"
+    parser.add_argument("--backend", help="torch_npu or mindspore; default: that of the recipe")
+    parser.add_argument("--nproc", type=int, required=True, metavar="N", help="processes on this node, one a device")
+    parser.add_argument("--nnodes", default="1", metavar="M", help="nodes; with torchrun also MIN:MAX. Default 1")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="the number of this node; default 0")
+    parser.add_argument("--master", metavar="HOST:PORT", help="a free port of node 0, the same on all nodes")
+    parser.add_argument("--restarts", type=int, default=0, metavar="K", help="how often to start again after a failure")
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: launch-logs/TIME-PROCESS, which is new"
+    )
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
     parser.usage = f"{parser.prog} RECIPE [options] [section.key=value ...]"
@@ -198,8 +226,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     commands = {
-        "train": _train, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed, "doctor": _doctor,
-        "export": _export, "merge": _merge, "plot": _plot,
+        "train": _train, "launch": _launch, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed,
+        "doctor": _doctor, "export": _export, "merge": _merge, "plot": _plot, "infer": _infer, "chat": _chat,
+        "bench": _bench,
     }  # fmt: skip
     return commands[args.command](args)
 
@@ -209,6 +238,23 @@ def _train(args: argparse.Namespace) -> int:
 
     result = train(args.recipe, _overrides(args), resume=args.resume, restart=args.restart)
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from duetvl.core.backend import choose_backend
+    from duetvl.launch.plan import Plan, check_words, log_directory
+    from duetvl.launch.run import launch
+    from duetvl.training.recipe.reading import for_world, load_recipe
+
+    check_words(args.words)
+    inner = _parse(args.words)
+    recipe = load_recipe(inner.recipe, _overrides(inner))
+    backend = choose_backend(args.backend or recipe.backend.name, recipe.backend.device)
+    words = (*args.words, "--backend", backend)
+    plan = Plan(backend, words, args.nproc, args.nnodes, args.node_rank, args.master, args.restarts)
+    if plan.processes is not None:
+        for_world(recipe, plan.processes)
+    return launch(plan, Path(recipe.train.output_dir), log_directory(args.log_dir))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -264,9 +310,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    from duetvl.convert.opening import open_model
     from duetvl.models.qwen_vl.adapters import merge_directories
 
-    layers = merge_directories(args.model, args.adapter, args.output)
+    layers = merge_directories(open_model(args.model), args.adapter, args.output)
     _say(f"merged {layers} layers into {args.output}")
     return 0
 
@@ -286,6 +333,24 @@ def _plot(args: argparse.Namespace) -> int:
         raise ConfigError(f"{target}: cannot be written: {error.strerror or error}") from None
     _say(str(target))
     return 0
+
+
+def _infer(args: argparse.Namespace) -> int:
+    from duetvl.commands.infer import infer
+
+    return infer(args, _show, _tell)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from duetvl.commands.chat import chat
+
+    return chat(args, sys.stdin, _show, _tell)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from duetvl.commands.bench import bench
+
+    return bench(args, _say, _tell)
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -343,6 +408,17 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     chosen += [f"backend.name={args.backend}"] if args.backend else []
     chosen += [f"backend.device={args.device}"] if args.device else []
     return chosen
+
+
+def _show(text: str) -> None:
+    """A piece of an answer; what would move a terminal's cursor is none of its text."""
+    sys.stdout.write(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def _tell(text: str) -> None:
+    """A line that is not part of the answer."""
+    _say(text, sys.stderr)
 
 
 def _say(text: str, stream: Any = None) -> None:

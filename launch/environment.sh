@@ -17,3 +17,16 @@ fi
 
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1" ||
     fail "$2 is not installed in $python: $python -m pip install 'duetvl[$1]', or name another: PYTHON=/path/to/python3"
+
+# launch BACKEND ARGUMENTS: `duetvl launch` with what the environment says, and `duetvl train` with the arguments.
+launch() {
+    local backend="$1" options=()
+    shift
+    [ -z "${NNODES:-}" ] || options+=(--nnodes "$NNODES")
+    [ -z "${NODE_RANK:-}" ] || options+=(--node-rank "$NODE_RANK")
+    [ -z "${MASTER:-}" ] || options+=(--master "$MASTER")
+    [ -z "${RESTARTS:-}" ] || options+=(--restarts "$RESTARTS")
+    [ -z "${LOG_DIR:-}" ] || options+=(--log-dir "$LOG_DIR")
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    exec "$python" -m duetvl launch --backend "$backend" --nproc "${NPROC:-1}" ${options[@]+"${options[@]}"} -- train "$@"
+}

@@ -180,7 +180,7 @@ def test_weights_of_the_other_family(place, tiny, capsys):
         ("optim.rl=3e-5", "error: optim has no field 'rl'; did you mean 'lr'? (betas, "),
         ("optm.lr=3e-5", "'optm'; did you mean 'optim'?"),
         ("train.steps=many", "train.steps"),
-        ("parallel.tp=2", "tp 2 needs 2 processes; this release trains on one process"),
+        ("parallel.tp=2", "tp 2 needs 2 processes, and 1 was started; start 2"),
         ("data.train=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("train.output_dir=tiny.json", "train.output_dir tiny.json: "),
     ],

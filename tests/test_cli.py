@@ -53,7 +53,7 @@ def test_mistakes_are_one_line_and_status_2(capsys, recipe, monkeypatch):
     )
     assert error_of(capsys, "train", "none.yaml") == "error: none.yaml: no such file"
     assert error_of(capsys, "train", str(recipe), "parallel.tp=2").endswith(
-        "this release trains on one process: parallel.tp=1 takes the same steps there"
+        "or parallel.tp=1 takes the same steps on one"
     )
     assert "no backend 'tourch'; did you mean 'torch'?" in error_of(capsys, "train", str(recipe), "--backend", "tourch")
     assert "has no metrics.jsonl" in error_of(capsys, "plot", str(recipe.parent))
@@ -106,10 +106,13 @@ def test_check_shows_a_layout_for_many_processes_on_one(capsys, recipe):
     assert (
         "layout: pp 2 x dp 1 x cp 1 x tp 2 needs 4 processes, vision layers [[2, 0]], language layers [[1, 1]]" in told
     )
-    alone = "parallel.pp=1 parallel.tp=1 parallel.vision_layers=null parallel.language_layers=null"
-    assert f"this release trains on one process: {alone} takes the same steps there\n" in told
+    flat = "parallel.pp=1 parallel.vision_layers=null parallel.language_layers=null"
+    assert f"  pp above 1 cannot be run by this release; {flat} takes the same steps with tp and dp alone\n" in told
+    lines = told.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("  tp ")] == ["  tp 0", "  tp 1"]
+    assert any(line.startswith("  a rank sends about ") for line in lines)
     assert main(["train", str(recipe), "parallel.tp=2"]) == 2
-    assert main(["check", str(recipe), "parallel.tp=2", "parallel.pp=2", *layers, *alone.split()]) == 0
+    assert main(["check", str(recipe), "parallel.tp=2", "parallel.pp=2", *layers, *flat.split(), "parallel.tp=1"]) == 0
     assert "layout:" not in capsys.readouterr().out
 
 

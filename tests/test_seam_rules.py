@@ -103,8 +103,8 @@ def test_a_backend_does_not_import_the_other() -> None:
 
 # Files of models/ and parallel/ that compute with numpy, on the host.
 ON_THE_HOST = {
-    "adapters.py", "config.py", "flops.py", "host.py", "init.py", "loading.py", "lora.py", "memory.py", "merged.py", "names.py",
-    "peft_files.py", "plan.py", "sharding.py", "tables.py", "weights.py",
+    "adapters.py", "config.py", "flops.py", "host.py", "init.py", "loading.py", "lora.py", "memory.py", "merged.py",
+    "names.py", "peft_files.py", "plan.py", "sharding.py", "tables.py", "weights.py",
 }  # fmt: skip
 TENSOR_FILES = [
     path for path in FILES

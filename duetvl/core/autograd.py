@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -127,7 +127,7 @@ class Arrivals:
 
     def finish(self, parameters: Sequence[Parameter]) -> None:
         """The step's last tape is through: complain of what is missing, announce what it did not reach."""
-        check_all_received(parameters)
+        check_all_received(parameters, self.reached)
         for parameter in parameters:
             if parameter.path not in self.reached:
                 self.add(parameter)
@@ -137,9 +137,12 @@ class MissingGradient(DuetvlError):
     """A trainable parameter took no part in a step that should have trained it."""
 
 
-def check_all_received(parameters: Sequence[Parameter]) -> None:
-    """Raise MissingGradient naming the parameters that should have a gradient and do not."""
-    missing = [p.path for p in parameters if p.main_grad is None and not p.conditional]
+def check_all_received(parameters: Sequence[Parameter], reached: Collection[str] = ()) -> None:
+    """Raise MissingGradient naming the parameters that should have a gradient and do not.
+
+    The gradients of those that have just been `reached` may already be on their way to other ranks.
+    """
+    missing = [p.path for p in parameters if p.main_grad is None and not p.conditional and p.path not in reached]
     if missing:
         raise MissingGradient(
             f"no gradient reached {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -38,6 +39,19 @@ class PatchBytes:
         """Of the rows."""
         patches, channels, _, area = self.values.shape
         return patches, channels * self.temporal * area
+
+    def __getitem__(self, rows: np.ndarray | slice) -> PatchBytes:
+        """Some of the rows."""
+        return replace(self, values=self.values[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[PatchBytes]) -> PatchBytes | None:
+        """The rows of all, one after the other; None where not all are made of their bytes in one way."""
+        if len({(part.temporal, part.mean, part.std, part.rescale) for part in parts}) != 1:
+            return None
+        frames = max(part.values.shape[2] for part in parts)  # a picture has one, where a video has `temporal`
+        values = [p.values if p.values.shape[2] == frames else np.repeat(p.values, frames, axis=2) for p in parts]
+        return replace(parts[0], values=values[0] if len(values) == 1 else np.concatenate(values))
 
     def write(self, rows: np.ndarray) -> None:
         """Fill `rows` (P, C * temporal * patch * patch) float32, contiguous."""
@@ -114,8 +128,8 @@ class Batch:
 
     input_ids (T,) int32. position_ids (3, T) int32: time, height, width. cu_seqlens (S + 1,) int32 with the
     leading zero. targets (T,) int32: the label of the *next* token of the same sample, or -100.
-    pixel_rows (P, C * temporal * patch * patch) float32 and grids (N, 3) int64: images and videos of all samples
-    in one list, per sample its images, then its videos.
+    pixel_rows (P, C * temporal * patch * patch) float32, or the bytes that they are made of, and grids (N, 3) int64:
+    images and videos of all samples in one list, per sample its images, then its videos.
     visual_dst, visual_src (V,) int32: token row `visual_dst[i]` takes row `visual_src[i]` of the merged features.
     sample_ids name the samples and pairs. digests know the pairs again; empty where nobody asks for them.
     """
@@ -124,7 +138,7 @@ class Batch:
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
     targets: np.ndarray
-    pixel_rows: np.ndarray
+    pixel_rows: np.ndarray | PatchBytes
     grids: np.ndarray
     visual_dst: np.ndarray
     visual_src: np.ndarray

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
 
 Shape = tuple[int, ...]
+_MOST_CELLS: Final = 1 << 24  # far beyond any layout; a file may claim anything
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,16 @@ class Part:
         """Of what is held."""
         return self.slices.shape
 
+    @property
+    def is_all(self) -> bool:
+        """Whether it is the whole tensor."""
+        return self.slices.boxes == (Box.whole(self.whole),)
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """The part of a whole array: a view where it is one box."""
+        pieces = [array[box.slices] for box in self.slices.boxes]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.slices.axis)
+
     def rows(self, start: int, stop: int) -> Part:
         """The rows [start, stop) of what is held, on its first axis."""
         return Part(self.whole, self.slices.rows(start, stop))
@@ -112,3 +127,33 @@ class Part:
 def _cut(box: Box, start: int, stop: int) -> Box:
     """The rows [start, stop) of a box, numbered from its own first."""
     return Box((box.offset[0] + start, *box.offset[1:]), (stop - start, *box.shape[1:]))
+
+
+def fills(shape: Shape, boxes: Sequence[Box]) -> bool:
+    """Whether boxes make up a tensor of this shape: each of its numbers is in exactly one of them."""
+    if not all(box.inside(shape) for box in boxes) or sum(box.volume for box in boxes) != math.prod(shape):
+        return False
+    return len(boxes) == 1 or not _overlapping(boxes)
+
+
+def _overlapping(boxes: Sequence[Box]) -> bool:
+    """Whether two boxes have a number in common, looked for on the grid that all their ends make."""
+    ends = (
+        [
+            sorted({end for box in boxes for end in (box.slices[axis].start, box.slices[axis].stop)})
+            for axis in range(len(boxes[0].shape))
+        ]
+        if boxes
+        else []
+    )
+    cells = [max(len(cuts) - 1, 0) for cuts in ends]
+    if math.prod(cells) > _MOST_CELLS:
+        return True
+    places = [{end: place for place, end in enumerate(cuts)} for cuts in ends]
+    taken = np.zeros(cells, bool)
+    for box in boxes:
+        where = tuple(slice(at[one.start], at[one.stop]) for at, one in zip(places, box.slices, strict=True))
+        if taken[where].any():
+            return True
+        taken[where] = True
+    return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 Tensor = Any
@@ -24,6 +25,13 @@ class Receive(NamedTuple):
     source: int
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A collective that has begun. `wait`, called once, gives its result."""
+
+    wait: Callable[[], Tensor]
+
+
 class Collectives(Protocol):
     """Every rank of a group calls the same functions in the same order.
 
@@ -39,6 +47,8 @@ class Collectives(Protocol):
     """Bytes this rank has sent, by function: what a ring needs (all_reduce 2 (n-1)/n of the tensor, all_gather n-1
     pieces, reduce_scatter (n-1)/n), what goes to others (all_to_all, exchange), the tensor at a broadcast's source;
     in the dtype that travels, padding included. Objects and barriers are not counted."""
+    calls: dict[str, int]
+    """How often this rank has met others in each function, objects and barriers among them."""
 
     def launched(self) -> int:
         """How many ranks torchrun or msrun announced to this process, 1 without them; known before they meet.
@@ -58,6 +68,10 @@ class Collectives(Protocol):
 
     def stop(self) -> None:
         """Leave the run."""
+        ...
+
+    def meeting_host(self) -> str:
+        """The host at which the ranks of this run met, by a name or address that each of them can reach."""
         ...
 
     def groups(self, ranks: Sequence[Sequence[int]]) -> Group:
@@ -81,6 +95,14 @@ class Collectives(Protocol):
 
     def reduce_scatter(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
         """The sum over the group, cut along axis 0; rank i keeps piece i. Even pieces unless `sizes` is given."""
+        ...
+
+    def reduce_scatter_later(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Pending:
+        """`reduce_scatter` that may go on while the caller computes, where the backend can.
+
+        Every rank of the group begins the same ones in the same order. x is not written to until it has been waited
+        for.
+        """
         ...
 
     def all_to_all(

@@ -52,8 +52,12 @@ _Short.maxstring = _Short.maxother = _Short.maxlong = 100
 class DuetvlError(Exception):
     """Base of every error that the user can do something about; the command line prints its message alone.
 
-    The message is one line of bounded length, whatever it quotes.
+    The message is one line of bounded length, whatever it quotes. `agreed`: all ranks of the run raise it together, so
+    that none waits for another; `silent`: another rank tells the user.
     """
+
+    agreed = False
+    silent = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(str(message)))
@@ -73,6 +77,10 @@ class CheckpointError(DuetvlError):
 
 class DataError(DuetvlError):
     """A record, an image or a sample cannot be used."""
+
+
+class RankFailed(DuetvlError):
+    """Another rank has ended with an error that no user can do anything about."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

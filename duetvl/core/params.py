@@ -27,6 +27,11 @@ class Parameter:
     main_grad: Any = None
     part: Part | None = None
 
+    @classmethod
+    def of(cls, path: str, tensor: Tensor, part: Part) -> Parameter:
+        """One whose tensor is this part of the whole, or all of it."""
+        return cls(path, tensor, part=None if part.is_all else part)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""

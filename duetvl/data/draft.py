@@ -72,10 +72,35 @@ class Draft:
         return int(sum(grids.prod(axis=1).sum() for grids in (self.image_grid_thw, self.video_grid_thw)))
 
     @property
+    def has_media(self) -> bool:
+        """Whether there is anything to decode."""
+        return bool(self.media)
+
+    @property
     def trained_tokens(self) -> int:
         """Tokens that a loss is summed over."""
         labels = [self.labels, *([self.rejected[1]] if self.rejected else [])]
         return int(sum(np.count_nonzero(row != IGNORE) for row in labels))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What all ranks know of a draft, which is enough to plan with; its rank keeps the rest. See `Draft`."""
+
+    id: str
+    where: str
+    tokens: int
+    patches: int
+    has_media: bool
+    notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, draft: Draft) -> Outline:
+        """The outline of a draft."""
+        return cls(
+            draft.id, draft.where, draft.tokens, draft.patches, draft.has_media, notes=draft.notes, unread=draft.unread
+        )
 
 
 @dataclass
@@ -86,12 +111,12 @@ class MediaTally:
     missing: int = 0
     last: str = ""
 
-    def add(self, outcome: Draft | DataError) -> None:
+    def add(self, outcome: Draft | Outline | DataError) -> None:
         """Count a record."""
         if isinstance(outcome, MissingMedia):
             self.missing, self.last = self.missing + 1, str(outcome)
-        elif isinstance(outcome, Draft):
-            self.found += bool(outcome.media)
+        elif not isinstance(outcome, DataError):
+            self.found += outcome.has_media
 
     def check(self, least: int) -> None:
         """Raise DataError where nearly all are missing, of `least` at least: then it is the place that is wrong, and
@@ -107,7 +132,7 @@ class Unread(dict[tuple[str, str], str]):
     """Keys that are not read, each named once for a file: (file, key) -> what is said of it. Of a file with very many,
     such as keys that are numbers, the first are named."""
 
-    def add(self, draft: Draft) -> None:
+    def add(self, draft: Draft | Outline) -> None:
         """Take in what a draft names."""
         file = draft.id.partition(":")[0]
         for key in draft.unread:

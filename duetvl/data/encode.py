@@ -298,12 +298,8 @@ def _rows(media: Sequence[PatchRows], as_bytes: bool) -> np.ndarray | PatchBytes
     """Patch rows of all media of one kind; a single one is not copied."""
     if not media:
         return None
-    rows = media[0].rows
-    if len(media) > 1:
-        values = [medium.rows.values for medium in media]
-        most = max(part.shape[2] for part in values)  # a video of one frame has one, where others have two
-        values = [part if part.shape[2] == most else np.repeat(part, most, axis=2) for part in values]
-        rows = replace(rows, values=np.concatenate(values))
+    rows = PatchBytes.joined([medium.rows for medium in media])
+    assert rows is not None, "media of one kind have the same settings"
     return rows if as_bytes else np.asarray(rows)
 
 

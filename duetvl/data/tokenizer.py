@@ -63,6 +63,10 @@ class TextTokenizer:
         # A pickled tokenizer forgets `encode_special_tokens`, so a copy goes through __init__ as well.
         return TextTokenizer, (self._tokenizer,)
 
+    def to_json(self) -> str:
+        """All of it, as tokenizer.json has it."""
+        return str(self._tokenizer.to_str())
+
     def token_id(self, token: str) -> int | None:
         """The id of one token by its spelling."""
         return self._tokenizer.token_to_id(token)

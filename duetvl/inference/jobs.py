@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ class Job:
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.logprobs: list[TokenLogprob] = []
+        self._guide = None if request.guide is None else request.guide()
         self._started: float | None = None
         self._first: float | None = None
         self._found = 0
@@ -35,9 +35,9 @@ class Job:
         if self._started is None:
             self._started, self._found = time.monotonic(), self.sequence.found
 
-    def allowed(self) -> Any:
-        """The ids that may come next, None for all; see `Request.allowed`."""
-        return None if self.request.allowed is None else self.request.allowed(self.sequence.choice)
+    def allowed(self) -> np.ndarray | None:
+        """The tokens that may come next, (V,) bool; None for all."""
+        return None if self._guide is None else self._guide.mask()
 
     def add(self, chosen: Chosen | None) -> Finish | None:
         """Take the next token, None where the logits are not finite; why it was the last one, or None.
@@ -53,6 +53,8 @@ class Job:
         if self._first is None:
             self._first = time.monotonic()
         sequence.tokens.append(chosen.token)
+        if self._guide is not None and chosen.token not in self.request.stop_ids:
+            self._guide.take(chosen.token)
         if chosen.logprob is not None:
             self.logprobs.append(chosen.logprob)
         return self.answer.add(chosen.token, chosen.logprob)

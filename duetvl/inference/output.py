@@ -77,11 +77,8 @@ class Output:
     after `max_new_tokens`. Stop strings are not looked for among the first `min_new_tokens` tokens.
     """
 
-    def __init__(self, request: Request, tokenizer: TextTokenizer, on_token: Callable[[int], None] | None = None):
-        """`on_token` hears of every token first, such as a grammar does.
-
-        ConfigError for stop strings that make no sense, and a tokenizer whose tokens do not spell bytes.
-        """
+    def __init__(self, request: Request, tokenizer: TextTokenizer):
+        """ConfigError for stop strings that make no sense, and a tokenizer whose tokens do not spell bytes."""
         check_stops(request.stop)
         if not tokenizer.is_byte_level:
             raise ConfigError(
@@ -89,7 +86,6 @@ class Output:
             )
         self.request, self.count, self.finish_reason = request, 0, None
         self._stream, self._stops = TextStream(tokenizer.bytes_of), StopFinder(request.stop)
-        self._on_token = on_token
         self._told: list[str] = []
         self._new = 0
 
@@ -98,8 +94,6 @@ class Output:
     def add(self, token: int, logprob: TokenLogprob | None = None) -> Finish | None:
         """Take the next token; why the answer ends with it, or None."""
         self.count += 1
-        if self._on_token is not None:
-            self._on_token(token)
         stopped = self._read(self._stream.add(token))
         if stopped or token in self.request.stop_ids:
             self.finish("stop", cut=stopped)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, shown
+from duetvl.inference.guided import Guide
 from duetvl.inference.sampling import Sampling, TokenLogprob
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -22,8 +23,7 @@ class Request:
     likeliest besides. n answers are made; the first is choice number `choice`, and with the seed this number, and no
     place in any batch, names their random numbers. timeout: seconds from `submit`, then the answer ends as it is.
     adapter names one of the engine's; "" is the model without any. Requests of different `salt` share no cached
-    prefix. allowed: asked with a choice's number before each of its tokens, gives the ids that
-    may come next, a boolean (V,) array or None for all.
+    prefix. guide: makes for each choice a guide, which says before each token which may come next.
     """
 
     prompt: Sample
@@ -39,7 +39,7 @@ class Request:
     timeout: float | None = None
     adapter: str = ""
     salt: str = ""
-    allowed: Callable[[int], Any] | None = None
+    guide: Callable[[], Guide] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -39,7 +39,7 @@ def read_keys(path: Path, kind: str) -> dict[str, Any]:
     if kind not in (found := _kinds(values)):
         what = f"is a {found[0]}.json" if found else f"has none of {', '.join(_MARKS[kind])}, as a {kind}.json has"
         raise ConfigError(f"{path}: {what}, where {kind}.json is expected; {_ORDER}")
-    return _flat(values)
+    return flat_keys(values)
 
 
 def check_task(path: Path) -> None:
@@ -71,10 +71,11 @@ def _check_file(path: Path) -> None:
         raise ConfigError(f"{path}: is larger than {_LARGEST // 2**20} MiB, which no file of a run is; {_ORDER}")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested objects by dotted keys; an empty object stands for itself."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 

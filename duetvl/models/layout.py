@@ -1,28 +1,59 @@
 """How a model lies on the ranks of tensor parallelism, as its layers see it: a value in the tree, like an adapter.
 
-A layer does not know of ranks. Entering a divided region is a function that its input brings (`Tokens.enter`,
-`VisionInput.enter`), leaving it one that its leaf record may have (models/linear.py, models/vocabulary.py).
+A layer does not know of ranks. Entering a divided region is a function that its input brings (`Tokens.rows`,
+`VisionInput.enter`), leaving it one that its leaf record may have (models/linear.py, models/vocabulary.py). On one rank
+each of them is the identity.
+
+T tokens, N rows whose next token is trained, D width, M merged features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
+from duetvl.core.boxes import Part, Shape
+from duetvl.core.params import Parameter
 from duetvl.models.attention import Attend
 
 Tensor = Any
 
 
-class Layout(Protocol):
-    """What a model asks of its division over ranks."""
+class Rows(Protocol):
+    """How the rows of a pass's T tokens lie on the ranks where layers are not divided: at norms and residuals."""
 
-    def records(self, paths: Iterable[str]) -> Mapping[str, Any]:
-        """What `linear` and the vocabulary must know of the parameters of these paths, by the path of the record."""
+    def join(self, x: Tensor) -> Tensor:
+        """(T, D), of which each rank has a part of the sum -> the rows of the sum that this rank keeps."""
         ...
 
     def enter(self, x: Tensor) -> Tensor:
-        """Rows that all ranks have, as the input of column-parallel layers."""
+        """The rows that this rank keeps -> all (T, D), as the input of column-parallel layers."""
+        ...
+
+    def here(self, rows: np.ndarray) -> np.ndarray:
+        """Which of these ascending rows (N,) are kept here, counted from the first that is."""
+        ...
+
+    def collect(self, x: Tensor, rows: np.ndarray) -> Tensor:
+        """x: those of the rows (N,) that are kept here -> all (N, D), as the vocabulary's input."""
+        ...
+
+
+class Divided(Protocol):
+    """What reading a model's weights asks of its division."""
+
+    def part(self, path: str, shape: Shape) -> Part:
+        """What this rank has of a parameter whose whole has this shape."""
+        ...
+
+
+class Layout(Divided, Protocol):
+    """What a model asks of its division over ranks."""
+
+    def records(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Any]:
+        """What `linear` and the vocabulary must know of these parameters, by the path of the record."""
         ...
 
     def attend(self, attend: Attend) -> Attend:
@@ -30,31 +61,108 @@ class Layout(Protocol):
         ...
 
     def kv_heads(self, whole: int) -> int:
-        """Key and value heads that `attend` hands on, of a model that has `whole`."""
+        """How many key and value heads reach that attention, of so many in the whole model."""
+        ...
+
+    def rows(self, count: int) -> Rows:
+        """The rows of a pass with so many tokens."""
+        ...
+
+    def looked_up(self, ids: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        """The ids (T,) that the embedding looks up, where the rows `filled` will take features in its place."""
+        ...
+
+    def enter_vision(self, x: Tensor) -> Tensor:
+        """Rows of the vision tower, as the input of column-parallel layers."""
+        ...
+
+    def frames(self, patches: Sequence[int]) -> Sequence[int] | None:
+        """Which of a batch's frames, of so many patches each, this rank's tower runs, ascending; None: all."""
+        ...
+
+    def features(self, count: int) -> range:
+        """Which of the `count` merged rows that this rank's tower runs come out of it here."""
+        ...
+
+    def share(self, count: int) -> range:
+        """Which of the `count` features that every rank has this one places."""
+        ...
+
+    def all_features(self, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+        """x: the rows of (count, D) that came out here -> all of them, on every rank. Not differentiable."""
         ...
 
 
 class Undivided:
     """The layout of a model that one rank has whole."""
 
-    def records(self, paths: Iterable[str]) -> Mapping[str, Any]:
+    def part(self, path: str, shape: Shape) -> Part:
+        """All of it."""
+        return Part.all_of(shape)
+
+    def records(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Any]:
         """None."""
         return {}
-
-    def enter(self, x: Tensor) -> Tensor:
-        """x."""
-        return x
 
     def attend(self, attend: Attend) -> Attend:
         """The same."""
         return attend
 
     def kv_heads(self, whole: int) -> int:
-        """All of them."""
+        """All."""
         return whole
+
+    def rows(self, count: int) -> Rows:
+        """All of them are here."""
+        return ALL_HERE
+
+    def looked_up(self, ids: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        """ids."""
+        return ids
+
+    def enter_vision(self, x: Tensor) -> Tensor:
+        """x."""
+        return x
+
+    def frames(self, patches: Sequence[int]) -> Sequence[int] | None:
+        """All."""
+        return None
+
+    def features(self, count: int) -> range:
+        """All."""
+        return range(count)
+
+    def share(self, count: int) -> range:
+        """All."""
+        return range(count)
+
+    def all_features(self, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+        """x."""
+        return x
+
+
+class AllHere:
+    """The `Rows` of one rank."""
+
+    def join(self, x: Tensor) -> Tensor:
+        """x."""
+        return x
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x."""
+        return x
+
+    def here(self, rows: np.ndarray) -> np.ndarray:
+        """All."""
+        return rows
+
+    def collect(self, x: Tensor, rows: np.ndarray) -> Tensor:
+        """x."""
+        return x
 
 
 UNDIVIDED: Layout = Undivided()
+ALL_HERE: Rows = AllHere()
 
 
 def stay(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -65,9 +65,14 @@ class Adapters:
                 found[f"{module}.{MAGNITUDE}"] = (rows,)
         return found
 
-    def leaves(self, key: Sequence[int] = ()) -> dict[str, Adapter]:
-        """The records that `linear` looks for, by path. `key` names a pass that trains: with it there is dropout."""
-        return {f"{module}.lora": self._leaf(module, key) for module in self.sizes}
+    def leaves(
+        self, key: Sequence[int] = (), rows_of: Callable[[str], np.ndarray | None] = lambda module: None
+    ) -> dict[str, Adapter]:
+        """The records that `linear` looks for, by path. `key` names a pass that trains: with it there is dropout.
+
+        `rows_of` gives the numbers of the rows that a module sees among those of the whole pass; None: it sees all.
+        """
+        return {f"{module}.lora": self._leaf(module, key, rows_of(module)) for module in self.sizes}
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, from which `from_json` makes the same."""
@@ -80,9 +85,9 @@ class Adapters:
         sizes = {module: Size(rank, alpha) for module, (rank, alpha) in values["sizes"].items()}
         return cls(sizes, values["dropout"], values["rslora"], values["dora"])
 
-    def _leaf(self, module: str, key: Sequence[int]) -> Adapter:
+    def _leaf(self, module: str, key: Sequence[int], rows: np.ndarray | None) -> Adapter:
         site = (*key, zlib.crc32(module.encode())) if key else ()
-        return Adapter(self.scale(module), self.dropout, site)
+        return Adapter(self.scale(module), self.dropout, site, rows)
 
 
 def is_adapter(path: str) -> bool:

@@ -57,9 +57,9 @@ class StoredAdapter:
     tensors: Mapping[str, str]
 
     def read(self, path: str) -> tuple[np.ndarray, str]:
-        """The bits of a tensor, and their dtype's name."""
+        """The bits of a tensor as a mapped array, which need not be aligned, and their dtype's name."""
         name = self.tensors[path]
-        return np.require(self.file.view(name), requirements="A"), self.file.specs[name].dtype
+        return self.file.view(name), self.file.specs[name].dtype
 
     def shape(self, path: str) -> Shape:
         """Shape of a tensor."""

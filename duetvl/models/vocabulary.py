@@ -24,11 +24,14 @@ class VocabularyShard(Protocol):
     """A part of the vocabulary's rows (v, D), and the ranks that have the others."""
 
     def embed(self, weight: Tensor, ids: Tensor) -> Tensor:
-        """Rows (T, D) of the tokens ids (T,) of the whole vocabulary."""
+        """Rows (T, D) of the tokens ids (T,) that are here and zeros for others: a part of the sum over the ranks."""
         ...
 
     def logprobs(self, weight: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
-        """log p (N,) float32 of labels (N,) in the whole vocabulary; hidden (N, D) is the same on all ranks."""
+        """log p (N,) float32 of labels (N,) in the whole vocabulary; hidden (N, D) is the same on all ranks.
+
+        The gradient to hidden is a part of the sum over the ranks, as is that of `logits`.
+        """
         ...
 
     def logits(self, weight: Tensor, hidden: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ class VocabularyShard(Protocol):
 
 
 def embed(ops: Ops, w: Weights, ids: Tensor) -> Tensor:
-    """Rows (T, D) of the tokens ids (T,)."""
+    """Rows (T, D) of the tokens ids (T,); of a part of the vocabulary, what it adds to them."""
     shard: VocabularyShard | None = w.get("shard")
     return ops.take_rows(w.weight, ids) if shard is None else shard.embed(w.weight, ids)
 

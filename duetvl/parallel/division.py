@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from duetvl.core.boxes import Part, Shape
+from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.models.lora import is_adapter
-from duetvl.models.qwen_vl.sharding import Heads, shard_of, slices_of
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.sharding import FEATURES, Heads, shard_of, slices_of
 
 VisionMode = Literal["divide", "shard"]
 REPLICAS: Final = ("dp",)  # axes of the grid along which ranks hold the same part of what is cut
@@ -53,6 +55,26 @@ class Division:
     sequence: bool = False
     vision: VisionMode = "divide"
 
+    @classmethod
+    def of(
+        cls, config: ModelConfig, mesh: Mesh, rank: int, *, sequence: bool = False, vision: VisionMode = "divide"
+    ) -> Division:
+        """That of a model. Raises ConfigError for degrees that it cannot have, which names those that it can."""
+        heads = Heads.of(config)
+        limits = {"query heads": heads.query, "heads in the vision tower": heads.vision}
+        for what in limits if vision == "shard" else ["query heads"]:
+            if mesh.tp > limits[what]:
+                hint = "" if what == "query heads" else ", or divide frames instead: parallel.vision=divide"
+                raise ConfigError(
+                    f"parallel.tp {mesh.tp}: the model has {limits[what]} {what}, of which each rank needs one at "
+                    f"least; give 1 to {limits[what]}{hint}"
+                )
+        return cls(mesh, heads, rank, sequence, vision)
+
+    def for_model(self, config: ModelConfig) -> Division:
+        """The same of another model, such as a reference."""
+        return Division.of(config, self.mesh, self.rank, sequence=self.sequence, vision=self.vision)
+
     def place(self, axis: str) -> int:
         """This rank's number along an axis of the grid."""
         return self.mesh.coordinates(self.rank)[axis]
@@ -84,12 +106,13 @@ class Division:
     def _is_partial(self, path: str) -> bool:
         """Whether each rank of tensor parallelism computes but its part of the gradient of what all of them have.
 
-        That is so for all of a tower whose frames are divided; for norms along a divided sequence; and for the half of
-        an adapter that is not cut with its layer, DoRA's magnitudes of row-parallel layers among them.
+        That is so for all of a tower whose frames are divided; for norms along a divided sequence; for the bias that is
+        added to features of which each rank has some; and for the half of an adapter that is not cut with its layer,
+        DoRA's magnitudes of row-parallel layers among them.
         """
-        if path.startswith("visual.") and self.vision == "divide":
-            return True
-        return is_adapter(path) or (self.sequence and path.startswith("model."))
+        if path.startswith("visual."):
+            return self.vision == "divide" or path == f"{FEATURES}.bias" or is_adapter(path)
+        return self.sequence or is_adapter(path)
 
     @property
     def _overlapping(self) -> bool:
@@ -97,6 +120,20 @@ class Division:
         tp = self.mesh.tp
         held = [self.heads.held("kv_head", rank, tp) for rank in range(tp)]
         return sum(len(found[0]) for found in held if found is not None) > self.heads.kv
+
+
+ALONE: Final = Division()
+
+
+def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of the pieces of these sizes each rank gets, ascending: the largest first, to the rank that has least."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
+        rank = loads.index(min(loads))
+        found[rank].append(piece)
+        loads[rank] = loads[rank] + sizes[piece]
+    return [sorted(pieces) for pieces in found]
 
 
 def owned_rows(rows: int, ranks: int, number: int) -> Sequence[range]:

@@ -1,52 +1,75 @@
-"""Tensor parallelism (Megatron's, arXiv:1909.08053) of a model on one rank: what its tree must know, and its gradients.
+"""Tensor parallelism (Megatron's, arXiv:1909.08053) of a model on one rank: what its tree and its passes must know.
 
 How each tensor is cut says the table beside the model (models/qwen_vl/sharding.py). Attention and MLP begin with
 column-parallel layers and end with a row-parallel one, whose parts are summed; embedding and vocabulary are cut along
-the vocabulary, and no logits are put together for a loss.
+the vocabulary, and no logits are put together for a loss. Features of pictures are placed before the embedding's parts
+are summed, each by the rank that has it, so that they need no communication of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
+from duetvl.core.backend import Backend
+from duetvl.core.boxes import Part, Shape
 from duetvl.core.params import Parameter
-from duetvl.core.stages import even_range
+from duetvl.core.stages import even_range, even_split
 from duetvl.models.attention import Attend
-from duetvl.models.qwen_vl.sharding import Heads, shard_of
-from duetvl.parallel.differentiable import Team, copy_to, gather_from, reduce_from
+from duetvl.models.layout import UNDIVIDED, Layout, Rows
+from duetvl.models.lora import is_adapter
+from duetvl.models.qwen_vl.sharding import FEATURES, shard_of
+from duetvl.parallel.differentiable import (
+    Team,
+    copy_to,
+    gather_from,
+    gather_reduce,
+    reduce_from,
+    reduce_scatter_from,
+)
+from duetvl.parallel.division import Division, dealt
 
 Tensor = Any
 
-VOCABULARY = ("model.embed_tokens", "lm_head")
+VOCABULARY: Final = ("model.embed_tokens", "lm_head")
+NO_TOKEN: Final = -1
+
+
+def layout_of(division: Division, backend: Backend) -> Layout:
+    """How the model of a rank lies, for its `layout`. All ranks of the run call it together."""
+    if division.mesh.tp == 1:
+        return UNDIVIDED
+    return TensorLayout(division, Team.of(backend, division.mesh.groups("tp")))
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """A `models.layout.Layout`: the division of a model over the ranks of a team. vocabulary: rows in the whole."""
+    """A `models.layout.Layout`: a model over the ranks of a team, which lie along the grid's axis `tp`."""
 
+    division: Division
     team: Team
-    heads: Heads
-    vocabulary: int
 
-    def records(self, paths: Iterable[str]) -> Mapping[str, Any]:
+    def part(self, path: str, shape: Shape) -> Part:
+        """What the division says."""
+        return self.division.part(path, shape)
+
+    def records(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Any]:
         """`leave` beside the weight of each row-parallel layer, `shard` beside the vocabulary's matrices."""
         found: dict[str, Any] = {}
-        for path in paths:
+        for path, parameter in parameters.items():
             module, _, leaf = path.rpartition(".")
-            if leaf == "weight" and module in VOCABULARY:
-                found[f"{module}.shard"] = VocabularyPart(self.team, self.vocabulary)
-            elif leaf == "weight" and shard_of(path).axis == 1 and "lora_" not in path:
-                found[f"{module}.leave"] = self._leave
+            if leaf != "weight" or parameter.part is None or is_adapter(path):
+                continue
+            if module in VOCABULARY:
+                found[f"{module}.shard"] = VocabularyPart(self.team, parameter.part.whole[0])
+            elif shard_of(path).axis == 1:
+                scatter = module == FEATURES or (self.division.sequence and path.startswith("model."))
+                found[f"{module}.leave"] = LeaveRegion(self.team, parameter.part.slices.boxes[0].offset[1], scatter)
         return found
-
-    def enter(self, x: Tensor) -> Tensor:
-        """x; the gradients that the ranks' columns give it are summed."""
-        return copy_to(self.team, x)
 
     def attend(self, attend: Attend) -> Attend:
         """Where this rank's query heads do not fall evenly on its key and value heads, each gets its own copy."""
@@ -56,34 +79,140 @@ class TensorLayout:
         return lambda layer, q, k, v: attend(layer, q, *(self._repeated(x, spread) for x in (k, v)))
 
     def kv_heads(self, whole: int) -> int:
-        """Those that its query heads need, or one for each of these where they do not fall evenly."""
-        return len(self._held) if self._spread is None else len(self._spread)
+        """Those that this rank has, or one for each of its query heads."""
+        queries, first, last = self._heads
+        return last - first if self._spread is None else len(queries)
 
-    def _leave(self, x: Tensor) -> Tensor:
-        return reduce_from(self.team, x)
+    def rows(self, count: int) -> Rows:
+        """Pieces of them with sequence parallelism, else all of them on every rank."""
+        return RowPieces(self.team, count) if self.division.sequence else RowsEverywhere(self.team)
+
+    def looked_up(self, ids: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        """No rank's embedding knows a row that one of them fills with a feature."""
+        ids = ids.copy()
+        ids[filled] = NO_TOKEN  # numpy
+        return ids
+
+    def enter_vision(self, x: Tensor) -> Tensor:
+        """x; where the layers are divided, the gradients that the ranks' columns give it are summed."""
+        return copy_to(self.team, x) if self.division.vision == "shard" else x
+
+    def frames(self, patches: Sequence[int]) -> Sequence[int] | None:
+        """Those dealt to this rank, or all where the layers are divided."""
+        return None if self.division.vision == "shard" else dealt(patches, self.team.size)[self.team.index]
+
+    def features(self, count: int) -> range:
+        """All of this rank's frames, or a piece of all where the layers are divided."""
+        return self.share(count) if self.division.vision == "shard" else range(count)
+
+    def share(self, count: int) -> range:
+        """An even piece."""
+        return even_range(count, self.team.index, self.team.size)
+
+    def all_features(self, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+        """The sum over the ranks of rows that one of them has."""
+        ops = self.team.ops
+        blank = ops.zeros((count, x.shape[1]), ops.dtype_of(x))
+        own = ops.scatter_rows(blank, ops.from_numpy(rows.astype(np.int32)), x)
+        return self.team.collectives.all_reduce(own, self.team.group)
 
     @cached_property
-    def _queries(self) -> range:
-        return even_range(self.heads.query, self.team.index, self.team.size)
-
-    @property
-    def _held(self) -> range:
-        """The key heads that one of this rank's query heads needs."""
-        group = self.heads.query // self.heads.kv
-        return range(self._queries.start // group, -(-self._queries.stop // group))
+    def _heads(self) -> tuple[range, int, int]:
+        """This rank's query heads, and the first key and value head that they need and the one behind the last."""
+        heads, place, ranks = self.division.heads, self.team.index, self.team.size
+        group = heads.query // heads.kv
+        queries = even_range(heads.query, place, ranks)
+        return queries, queries.start // group, -(-queries.stop // group)
 
     @cached_property
     def _spread(self) -> Sequence[int] | None:
         """For each query head of this rank the place among its key heads; None where that is i * G // H anyway."""
-        group, held, count = self.heads.query // self.heads.kv, self._held, len(self._queries)
-        places = [head // group - held.start for head in self._queries]
-        return None if places == [i * len(held) // count for i in range(count)] else places
+        queries, first, last = self._heads
+        group = self.division.heads.query // self.division.heads.kv
+        places = [head // group - first for head in queries]
+        return None if places == [i * (last - first) // len(queries) for i in range(len(queries))] else places
 
     def _repeated(self, x: Tensor, places: Sequence[int]) -> Tensor:
         """(T, G, K) -> (T, H, K)"""
         ops = self.team.ops
         heads = ops.take_rows(ops.transpose(x, (1, 0, 2)), ops.from_numpy(np.array(places, np.int32)))
         return ops.transpose(heads, (1, 0, 2))
+
+
+@dataclass(frozen=True)
+class LeaveRegion:
+    """A `models.linear.Leave`. scatter: each rank keeps an even piece of the sum's rows."""
+
+    team: Team
+    column: int
+    scatter: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.scatter:
+            return reduce_scatter_from(self.team, x, 0, even_split(x.shape[0], self.team.size))
+        return reduce_from(self.team, x)
+
+    def norms(self, own: Tensor) -> Tensor:
+        """The root of the sum of squares."""
+        squares = self.team.collectives.all_reduce(own * own, self.team.group)
+        return squares * self.team.ops.rsqrt(squares)
+
+
+@dataclass(frozen=True)
+class RowsEverywhere:
+    """The `models.layout.Rows` of a team whose ranks all have all rows."""
+
+    team: Team
+
+    def join(self, x: Tensor) -> Tensor:
+        """The sum."""
+        return reduce_from(self.team, x)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x; the gradients that the ranks' columns give it are summed."""
+        return copy_to(self.team, x)
+
+    def here(self, rows: np.ndarray) -> np.ndarray:
+        """All."""
+        return rows
+
+    def collect(self, x: Tensor, rows: np.ndarray) -> Tensor:
+        """x; the gradients that the ranks' parts of the vocabulary give it are summed."""
+        return copy_to(self.team, x)
+
+
+@dataclass(frozen=True)
+class RowPieces:
+    """The same where `count` rows are divided along the sequence (arXiv:2205.05198), as evenly as can be."""
+
+    team: Team
+    count: int
+
+    def join(self, x: Tensor) -> Tensor:
+        """This rank's rows of the sum."""
+        return reduce_scatter_from(self.team, x, 0, self._sizes)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """All rows; of their gradients this rank gets its own, summed."""
+        return gather_reduce(self.team, x, 0, self._sizes)
+
+    def here(self, rows: np.ndarray) -> np.ndarray:
+        """Those of this rank's piece."""
+        first, last = self._bounds(rows)[self.team.index : self.team.index + 2]
+        return rows[first:last] - even_range(self.count, self.team.index, self.team.size).start
+
+    def collect(self, x: Tensor, rows: np.ndarray) -> Tensor:
+        """The ranks' rows joined; of their gradients this rank gets its own, summed."""
+        return gather_reduce(self.team, x, 0, [int(count) for count in np.diff(self._bounds(rows))])
+
+    @property
+    def _sizes(self) -> Sequence[int]:
+        return even_split(self.count, self.team.size)
+
+    def _bounds(self, rows: np.ndarray) -> np.ndarray:
+        """Where in `rows` those of each rank begin, and their end."""
+        return np.searchsorted(rows, np.cumsum([0, *self._sizes]))
 
 
 @dataclass(frozen=True)
@@ -94,16 +223,15 @@ class VocabularyPart:
     whole: int
 
     def embed(self, weight: Tensor, ids: Tensor) -> Tensor:
-        """Rows that are here, zeros for the others, summed over the ranks."""
+        """Rows that are here, and zeros."""
         ops = self.team.ops
         inside, local = self._local(ids)
         rows = ops.take_rows(weight, local)
-        return reduce_from(self.team, rows * ops.cast(inside, ops.dtype_of(rows))[:, None])
+        return rows * ops.cast(inside, ops.dtype_of(rows))[:, None]
 
     def logits(self, weight: Tensor, hidden: Tensor) -> Tensor:
         """The ranks' logits joined."""
-        sizes = [len(even_range(self.whole, rank, self.team.size)) for rank in range(self.team.size)]
-        return gather_from(self.team, self.team.ops.linear(copy_to(self.team, hidden), weight), 1, sizes)
+        return gather_from(self.team, self.team.ops.linear(hidden, weight), 1, even_split(self.whole, self.team.size))
 
     def logprobs(self, weight: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
         """From each rank's logits of the labels that are its own, and its log of summed exponentials (N,)."""
@@ -119,7 +247,7 @@ class VocabularyPart:
             h, w, whole = kept
             return ops.linear_logprobs_grad(d, h, w, labels - self._rows.start, whole, (needs[0], needs[1]))
 
-        return self.team.autograd.custom_vjp(forward, backward)(copy_to(self.team, hidden), weight)
+        return self.team.autograd.custom_vjp(forward, backward)(hidden, weight)
 
     @property
     def _rows(self) -> range:
@@ -138,40 +266,3 @@ class VocabularyPart:
 
     def _sum(self, x: Tensor) -> Tensor:
         return self.team.collectives.all_reduce(x, self.team.group)
-
-
-def sum_partial_gradients(team: Team, heads: Heads, parameters: Iterable[Parameter]) -> None:
-    """Add up the main gradients of what several ranks hold and each has computed but a part of.
-
-    These are key and value heads that several ranks hold, A of adapters on column-parallel layers and B on row-parallel
-    ones. All ranks call it with the same parameters, once their gradients are complete.
-    """
-    for parameter in parameters:
-        if parameter.main_grad is None:
-            continue
-        if shard_of(parameter.path).unit == "kv_head":
-            parameter.main_grad = _over_copies(team, heads, parameter.main_grad)
-        elif is_partial(parameter.path):
-            parameter.main_grad = team.collectives.all_reduce(parameter.main_grad, team.group)
-
-
-def is_partial(path: str) -> bool:
-    """Whether every rank has all of a parameter and computes a part of its gradient: the half of an adapter on a
-    divided layer that is not divided with it."""
-    module, _, leaf = path.removesuffix(".weight").rpartition(".")
-    whole = shard_of(path).axis is None
-    return whole and leaf in ("lora_A", "lora_B") and shard_of(f"{module}.weight").axis is not None
-
-
-def _over_copies(team: Team, heads: Heads, gradient: Tensor) -> Tensor:
-    """The gradient (heads of this rank * K, ...) of key or value heads, each summed over the ranks that hold it."""
-    held = [heads.held("kv_head", rank, team.size) for rank in range(team.size)]
-    ranges = [found[0] for found in held if found is not None]
-    if sum(map(len, ranges)) == heads.kv:
-        return gradient
-    ops, own = team.ops, ranges[team.index]
-    size = gradient.shape[0] // len(own)
-    rest = tuple(gradient.shape[1:])
-    before, after = own.start * size, (heads.kv - own.stop) * size
-    padded = ops.concat([ops.zeros((before, *rest)), gradient, ops.zeros((after, *rest))], 0)
-    return team.collectives.all_reduce(padded, team.group)[before : before + len(own) * size]

@@ -15,16 +15,15 @@ The manifest names every tensor (dtype, shape, boxes), every file (size, crc32) 
 from __future__ import annotations
 
 import json
-import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Box, fills
 from duetvl.core.errors import CheckpointError
 from duetvl.storage.files import json_value
 from duetvl.storage.tensor_files import NUMPY_DTYPES, FileRecord, TensorFile, TensorSpec
@@ -66,14 +65,11 @@ class StoredTensor:
     boxes: tuple[StoredBox, ...]
 
     def complete(self) -> bool:
-        """Whether the boxes can make up the tensor: inside it, as many numbers, no two at one place.
+        """Whether the boxes make up the tensor, each number once."""
+        return fills(self.shape, [stored.box for stored in self.boxes])
 
-        Overlaps are not looked for: that takes the square of their number, and the manifest is under a checksum.
-        """
-        boxes = [stored.box for stored in self.boxes]
-        volume = sum(box.volume for box in boxes)
-        distinct = len({box.offset for box in boxes}) == len(boxes)
-        return distinct and volume == math.prod(self.shape) and all(box.inside(self.shape) for box in boxes)
+
+StoredTensors = Mapping[str, Mapping[str, StoredTensor]]  # kind -> path -> where
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Manifest:
     meta: Meta
     optimizer_steps: Mapping[str, int]
     files: tuple[FileRecord, ...]
-    tensors: Mapping[str, Mapping[str, StoredTensor]]  # kind -> path -> where
+    tensors: StoredTensors
     written_by: Mapping[str, str]
 
     def files_of(self, kinds: Collection[str]) -> list[FileRecord]:
@@ -102,11 +98,7 @@ class Manifest:
             "written_by": dict(self.written_by),
             **vars(self.meta),
             "optimizer_steps": dict(self.optimizer_steps),
-            "files": {record.name: {"size": record.size, "crc32": record.crc32} for record in self.files},
-            "tensors": {
-                kind: {path: _tensor_to_json(stored) for path, stored in tensors.items()}
-                for kind, tensors in self.tensors.items()
-            },
+            **stored_to_json(self.files, self.tensors),
         }
         content = json.loads(json.dumps(content, default=_plain))  # what a reader will see: keys are strings
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
@@ -128,15 +120,15 @@ class Manifest:
                 raise CheckpointError("its manifest.json does not match its own checksum")
             if odd := [name for name in content["files"] if Path(name).name != name]:
                 raise CheckpointError(f"its manifest.json names a file outside of its directory: {odd[0]!r}")
+            files, tensors = stored_from_json(content)
+            if broken := [path for stored in tensors.values() for path, one in stored.items() if not one.complete()]:
+                raise ValueError(f"the boxes of {broken[0]} do not make up a tensor")
             return cls(
                 step=content["step"],
                 meta=Meta(**{name: content[name] for name in vars(Meta())}),
                 optimizer_steps=content["optimizer_steps"],
-                files=tuple(FileRecord(name, **record) for name, record in content["files"].items()),
-                tensors={
-                    kind: {path: _tensor_from_json(stored) for path, stored in tensors.items()}
-                    for kind, tensors in content["tensors"].items()
-                },
+                files=files,
+                tensors=tensors,
                 written_by=content["written_by"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -172,7 +164,8 @@ class StoredCheckpoint:
     def release(self, kind: str, path: str) -> None:
         """Give back the memory of the tensor's mapped pages."""
         for part in self.manifest.tensors[kind][path].boxes:
-            self._file(part.file).release(box_name(path, part.box))
+            if part.file in self._files:
+                self._files[part.file].release(box_name(path, part.box))
 
     def _view(self, path: str, stored: StoredTensor, part: StoredBox) -> np.ndarray:
         file, name = self._file(part.file), box_name(path, part.box)
@@ -198,6 +191,28 @@ def file_name(kind: str, rank: int, ranks: int) -> str:
     return f"{kind}-{rank:05}-of-{ranks:05}.safetensors"
 
 
+def stored_to_json(files: Iterable[FileRecord], tensors: StoredTensors) -> dict[str, Any]:
+    """Files and the tensors in them as JSON values."""
+    return {
+        "files": {record.name: {"size": record.size, "crc32": record.crc32} for record in files},
+        "tensors": {
+            kind: {path: _tensor_to_json(one) for path, one in stored.items()} for kind, stored in tensors.items()
+        },
+    }
+
+
+def stored_from_json(
+    content: Mapping[str, Any],
+) -> tuple[tuple[FileRecord, ...], dict[str, dict[str, StoredTensor]]]:
+    """What `stored_to_json` wrote; KeyError, TypeError or ValueError for anything else."""
+    files = tuple(FileRecord(name, **record) for name, record in content["files"].items())
+    tensors = {
+        kind: {path: _tensor_from_json(one) for path, one in stored.items()}
+        for kind, stored in content["tensors"].items()
+    }
+    return files, tensors
+
+
 def _tensor_to_json(stored: StoredTensor) -> dict[str, Any]:
     boxes = [[part.file, list(part.box.offset), list(part.box.shape)] for part in stored.boxes]
     return {"dtype": stored.dtype, "shape": list(stored.shape), "boxes": boxes}
@@ -205,10 +220,9 @@ def _tensor_to_json(stored: StoredTensor) -> dict[str, Any]:
 
 def _tensor_from_json(data: Mapping[str, Any]) -> StoredTensor:
     boxes = tuple(StoredBox(file, Box(tuple(offset), tuple(shape))) for file, offset, shape in data["boxes"])
-    stored = StoredTensor(data["dtype"], tuple(data["shape"]), boxes)
-    if stored.dtype not in NUMPY_DTYPES or not stored.complete():
-        raise ValueError(f"boxes {data} do not make up a tensor")
-    return stored
+    if data["dtype"] not in NUMPY_DTYPES:
+        raise ValueError(f"dtype {data['dtype']!r} is none of {', '.join(NUMPY_DTYPES)}")
+    return StoredTensor(data["dtype"], tuple(data["shape"]), boxes)
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

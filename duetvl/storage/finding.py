@@ -1,20 +1,26 @@
 """Finding a checkpoint of a run, and verifying it before anything of it is used.
 
-Everything that reads a run comes through here: resuming, `duetvl export`, mm-convert.
+Everything that reads a run comes through here: resuming, `duetvl export`, mm-convert. On many ranks the first one
+looks, and all of them read the files that are to be verified, a share each (`found_by_all`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, TypeVar
 
 from duetvl.core.errors import CheckpointError
+from duetvl.core.ranks import Ranks
 from duetvl.storage.checkpoint_format import KINDS, MANIFEST, Manifest, Meta, StoredCheckpoint
 from duetvl.storage.tensor_files import FileRecord, file_record
+
+T = TypeVar("T")
+Verify = Callable[[Path, Sequence[FileRecord]], list[str]]
 
 STEP: Final = re.compile(r"step-(\d{7,})")
 _REPLACED: Final = re.compile(r"\.(step-\d{7,})\.replaced")
@@ -47,18 +53,30 @@ class CheckpointRef:
         return StoredCheckpoint(self.path, self.manifest)
 
 
+def verify_files(path: Path, records: Sequence[FileRecord]) -> list[str]:
+    """What is wrong with files of a directory: those that are not as they were recorded."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return [problem for problem in pool.map(lambda record: _difference(path, record), records) if problem]
+
+
 def find_checkpoint(
-    run: str | Path, step: int | None = None, *, kinds: Collection[str] = KINDS, pass_over: bool = False
+    run: str | Path,
+    step: int | None = None,
+    *,
+    kinds: Collection[str] = KINDS,
+    pass_over: bool = False,
+    verify: Verify = verify_files,
 ) -> CheckpointRef:
     """The newest checkpoint of a run, or that of a chosen step; `run` may also be one checkpoint's own directory.
 
     The checksums of all files that hold tensors of `kinds` are verified; other files need not even be there. A damaged
     checkpoint is an error that names the one before it, unless `pass_over`: then the newest undamaged one is used, and
-    `rejected` says what was passed over. A chosen step is never replaced by another. Raises CheckpointError.
+    `rejected` says what was passed over. A chosen step is never replaced by another. `verify` reads the files and says
+    what is wrong with them. Raises CheckpointError.
     """
     run = Path(run)
     if is_checkpoint(run):
-        ref = CheckpointRef(run, _verified(run, kinds))
+        ref = CheckpointRef(run, _verified(run, kinds, verify))
         if step not in (None, ref.step):
             raise CheckpointError(f"{run}: is the checkpoint of step {ref.step}, not of step {step}")
         return ref
@@ -66,11 +84,11 @@ def find_checkpoint(
     if not found:
         raise CheckpointError(f"{checkpoints_dir(run)}: has no checkpoint; give the directory of a run that saved")
     if step is None:
-        return _newest(run, found, kinds, pass_over)
+        return _newest(run, found, kinds, pass_over, verify)
     if step not in found:
         steps = ", ".join(str(known) for known in sorted(found))
         raise CheckpointError(f"{checkpoints_dir(run)}: has no checkpoint of step {step}; there are {steps}")
-    return CheckpointRef(found[step], _verified(found[step], kinds))
+    return CheckpointRef(found[step], _verified(found[step], kinds, verify))
 
 
 def has_checkpoint(run: str | Path) -> bool:
@@ -122,11 +140,13 @@ def step_name(step: int) -> str:
     return f"step-{step:07}"
 
 
-def _newest(run: Path, found: dict[int, Path], kinds: Collection[str], pass_over: bool) -> CheckpointRef:
+def _newest(
+    run: Path, found: dict[int, Path], kinds: Collection[str], pass_over: bool, verify: Verify
+) -> CheckpointRef:
     rejected = list(_gone(run, found))
     for step, path in found.items():
         try:
-            ref = CheckpointRef(path, _verified(path, kinds), tuple(rejected))
+            ref = CheckpointRef(path, _verified(path, kinds, verify), tuple(rejected))
         except CheckpointError as error:
             rejected.append(str(error))
             continue
@@ -165,13 +185,11 @@ def _latest(folder: Path) -> int | None:
     return int(match[1]) if name and (match := STEP.fullmatch(name)) else None
 
 
-def _verified(path: Path, kinds: Collection[str]) -> Manifest:
+def _verified(path: Path, kinds: Collection[str], verify: Verify) -> Manifest:
     """The manifest, once every file with tensors of these kinds is as it says."""
     try:
         manifest = Manifest.from_text((path / MANIFEST).read_text(encoding="utf-8"))
-        wanted = manifest.files_of(kinds)
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            problems = [problem for problem in pool.map(lambda r: _difference(path, r), wanted) if problem]
+        problems = verify(path, manifest.files_of(kinds))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: is damaged or unknown: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -191,3 +209,55 @@ def _difference(path: Path, record: FileRecord) -> str | None:
     except OSError as error:
         return f"{record.name} cannot be read: {error.strerror or error}"
     return None
+
+
+# -- on many ranks ----------------------------------------------------------------------------------------------------
+
+
+class _Files(NamedTuple):
+    """What rank 0 asks all ranks to verify."""
+
+    path: Path
+    records: Sequence[FileRecord]
+
+
+def found_by_all(ranks: Ranks, find: Callable[[Verify], T]) -> T:
+    """What `find` gives on rank 0, which alone runs it, or the DuetvlError that it raises: on all ranks.
+
+    All ranks call this. Whenever `find` verifies files by the function that it is handed, every rank reads a share of
+    them, and what any of them finds is told. Alone it is `find(verify_files)`.
+    """
+    if ranks.count == 1:
+        return find(verify_files)
+
+    def look() -> T:
+        try:
+            return find(partial(_asked, ranks))
+        finally:
+            ranks.agree(None)  # there is nothing more to verify
+
+    while not ranks.writes and (files := ranks.agree(None)) is not None:
+        _answered(ranks, files)
+    return ranks.first(look)
+
+
+def _asked(ranks: Ranks, path: Path, records: Sequence[FileRecord]) -> list[str]:
+    return _answered(ranks, ranks.agree(_Files(path, records)))
+
+
+def _answered(ranks: Ranks, files: _Files) -> list[str]:
+    """The problems that all ranks together find, in the order of the ranks."""
+    share = _dealt(files.records, ranks.count)[ranks.index]
+    found = ranks.collectives.gather_objects(verify_files(files.path, share))
+    return [problem if rank == 0 else f"{problem} (rank {rank})" for rank, part in enumerate(found) for problem in part]
+
+
+def _dealt(records: Sequence[FileRecord], ranks: int) -> list[list[FileRecord]]:
+    """The files of each rank: large ones first, each to the rank that has the fewest bytes so far."""
+    shares: list[list[FileRecord]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for record in sorted(records, key=lambda record: (-record.size, record.name)):
+        least = loads.index(min(loads))
+        shares[least].append(record)
+        loads[least] += record.size
+    return shares

@@ -8,13 +8,14 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Box, Shape
+from duetvl.core.boxes import Box, Part, Shape
 from duetvl.core.errors import CheckpointError
 from duetvl.core.half import widened
 from duetvl.storage.files import WEIGHT_FILES, read_object, write_text
@@ -200,27 +201,42 @@ def load_parameters(
     backend: Backend,
     dtype: str,
     *,
-    boxes: Mapping[str, Box] | None = None,
+    part_of: Callable[[str, Shape], Part] = lambda name, shape: Part.all_of(shape),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Read parameters straight to the device, one after the other, in the order of `shapes`.
 
-    `shapes` are those of the whole tensors; a tensor that has an entry in `boxes` is read as that slice only. At no
-    time is more held than the result and one tensor. `progress` is called with each tensor's bytes. CheckpointError
-    when `weights` are not exactly these tensors, before any is read.
+    `shapes` are those of the whole tensors; with `part_of` that part of each is read, and no more of the file than it
+    lies on. At no time is more held than the result and one tensor. `progress` is called with the bytes of each part.
+    CheckpointError when `weights` are not exactly these tensors, before any is read.
     """
     weights.check(shapes)
     loaded: dict[str, Tensor | None] = dict.fromkeys(shapes)
     for name in sorted(shapes, key=weights.place):
-        spec, box = weights.spec(name), (boxes or {}).get(name)
-        part = weights.view(name, shapes[name]) if box is None else weights.read(name, box, shapes[name])
-        aligned = np.require(part, requirements="A")  # old files have headers of any length
-        loaded[name] = backend.checkpoint_io.load(aligned, spec.dtype, dtype)
-        del part, aligned
+        spec, part = weights.spec(name), part_of(name, shapes[name])
+        read = partial(weights.read, name, shape=shapes[name])
+        loaded[name] = load_boxes(backend, read, spec.dtype, dtype, part, shapes[name])
         weights.release(name)
         if progress:
-            progress(spec.nbytes)
+            progress(TensorSpec(spec.dtype, part.shape).nbytes)
     return loaded
+
+
+def load_part(backend: Backend, view: np.ndarray, stored: str, dtype: str, part: Part) -> Tensor:
+    """A part of a mapped tensor, whose dtype is named `stored`, on the device in `dtype`; the rest is not read."""
+    return load_boxes(backend, lambda box: view[box.slices], stored, dtype, part, view.shape)
+
+
+def load_boxes(
+    backend: Backend, read: Callable[[Box], np.ndarray], stored: str, dtype: str, part: Part, shape: Shape
+) -> Tensor:
+    """`load_part` of a tensor of this shape whose boxes `read` gives."""
+    if part.whole != shape or not all(box.inside(shape) for box in part.slices.boxes):
+        raise ValueError(f"a tensor {shape} does not contain {part}")
+    # Old files have headers of any length.
+    aligned = (np.require(read(box), requirements="A") for box in part.slices.boxes)
+    pieces = [backend.checkpoint_io.load(raw, stored, dtype) for raw in aligned]
+    return backend.ops.concat(pieces, part.slices.axis)
 
 
 def write_weights(

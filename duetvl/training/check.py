@@ -14,7 +14,6 @@ from typing import Any
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
@@ -24,12 +23,12 @@ from duetvl.training.checkpoints.run_directory import Start, find_start
 from duetvl.training.checkpoints.space import Space, in_words
 from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.groups import check_patterns
+from duetvl.training.layout import layout_lines
 from duetvl.training.lora import plan_adapters
-from duetvl.training.memory import disk_of, host_memory, memory_of
+from duetvl.training.memory import disk_of, estimate, host_memory, load_of
 from duetvl.training.preference.reference import describe
-from duetvl.training.recipe.reading import check_layers, on_one_process
+from duetvl.training.recipe.reading import check_degrees, check_layers
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.recipe.text import show
 from duetvl.training.schedule import total_steps
 from duetvl.training.sft import recipe_processor, record_encoder
 from duetvl.training.train import read_recipe
@@ -67,7 +66,6 @@ def check(
     steps = total_steps(given, sets.per_epoch)
     drafts = maker.drafts(list(islice(sets.train_refs(), FIRST)))
     yield from _room_lines(given, source, start, steps, drafts)
-    yield from _layout_lines(given)
 
 
 def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
@@ -81,6 +79,7 @@ def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
     """Configuration, the headers of the weights, and adapters."""
     config = source.config
     check_layers(recipe.parallel, config)
+    check_degrees(recipe.parallel, config)
     shapes = parameter_shapes(config)
     plan = plan_adapters(recipe, config)
     adapters = plan.adapters.shapes(shapes) if plan else {}
@@ -101,10 +100,13 @@ def _room_lines(
     config = source.config
     plan = plan_adapters(recipe, config)
     adapters = plan.adapters if plan else None
-    if memory := memory_of(recipe, config, adapters, outcomes):
+    load = load_of(recipe, outcomes)
+    if load is not None:
+        memory = estimate(config, recipe, *load, adapters)
         yield memory.describe()
         if _on_cpu(recipe) and (warning := memory.warning(host_memory(), "cpu")):
             yield warning
+    yield from layout_lines(recipe, config, adapters, load)
     space = Space.with_export(*disk_of(config, recipe, adapters), recipe)
     yield f"disk: a checkpoint takes {in_words(space.checkpoint)}"
     left = steps - (start.checkpoint.step if start.checkpoint else 0)
@@ -116,18 +118,6 @@ def _on_cpu(recipe: Recipe) -> bool:
     """Whether it will be trained on the CPU, as far as can be told without a framework."""
     accelerators = any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/davinci0"))
     return recipe.backend.device == "cpu" or (recipe.backend.device == "auto" and not accelerators)
-
-
-def _layout_lines(recipe: Recipe) -> Iterator[str]:
-    """The layout, whatever this machine is; nothing for a single process."""
-    parallel, mesh = recipe.parallel, recipe.parallel.mesh
-    if mesh.size == 1:
-        return
-    degrees = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
-    placed = {"vision": parallel.vision_layers, "language": parallel.language_layers}
-    stages = "".join(f", {name} layers {show(rows)}" for name, rows in placed.items() if rows)
-    yield f"layout: {degrees} needs {mesh.size} processes{stages}"
-    yield f"  {on_one_process(recipe)}"
 
 
 def _volume(shape: Sequence[int]) -> int:

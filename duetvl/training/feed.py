@@ -14,14 +14,17 @@ import numpy as np
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
 from duetvl.data.draft import Encoder, Outcome
+from duetvl.data.loading.ahead import StepLoader
 from duetvl.data.loading.cache import CachedEncoder
-from duetvl.data.loading.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
+from duetvl.data.loading.loader import BatchMaker, Findings, Packing, Step, passes
 from duetvl.data.loading.order import Cursor, Mixture, RecordCursor, choice
+from duetvl.data.loading.peers import Peers
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.stream import StreamCursor, StreamSource
 from duetvl.data.loading.workers import Pool, make_pool
 from duetvl.data.sources.catalog import Records, Source, open_source, resolve
-from duetvl.data.sources.records import Reading, RecordFile, Ref, with_line
+from duetvl.data.sources.fingerprint import FileFacts, Fingerprint
+from duetvl.data.sources.records import Reading, RecordFile, Ref, describe_os_error, with_line
 from duetvl.training.recipe.data_section import DataSection, DataSource
 from duetvl.training.recipe.sections import Recipe
 
@@ -91,6 +94,15 @@ class DataSets:
         """Records of an evaluation."""
         return 0 if self._val is None else len(self._val[1])
 
+    def fingerprint(self) -> Fingerprint:
+        """What tells this data from another rank's: files by name, size and number of records (`check_same_data`)."""
+        counts = {} if self.data.streaming else self._records.per_file
+        counts |= {} if self._val is None else self._val[0].per_file
+        try:
+            return tuple(FileFacts(str(f.path), f.path.stat().st_size, counts.get(i)) for i, f in enumerate(self.files))
+        except OSError as error:
+            raise describe_os_error(error.filename, error) from None
+
     def cursor(self, position: Mapping[str, Any] | None = None) -> Cursor:
         """The order of the training records, from a position on. Raises DataError where it is one in other data."""
         if self.data.streaming:
@@ -153,16 +165,19 @@ class Feed:
         encoder: Encoder,
         position: Mapping[str, Any] | None = None,
         *,
-        rank: int = 0,
-        dp: int = 1,
+        peers: Peers | None = None,
     ):
-        """Go to a position, by default the start. Raises DataError where it is one in other data."""
+        """Go to a position, by default the start. Raises DataError where it is one in other data.
+
+        `peers` are the ranks of the run, by default this one alone. All of them call `started`, `next_step`,
+        `val_batches` and `everything` alike.
+        """
         data = recipe.data
         self.recipe, self.sets, self.encoder = recipe, sets, encoder
         self.position = sets.cursor(position).position()
         self._maker = SampleMaker(sets.files, CachedEncoder(encoder, data.cache) if data.cache else encoder)
         self._packing = Packing(data.pack_tokens, data.pack_patches, data.pack)
-        self._rank, self._dp = rank, dp
+        self.peers = peers or Peers()
         self._pool: Pool
         self._loader: StepLoader
         self._told = 0
@@ -171,12 +186,17 @@ class Feed:
 
     @contextmanager
     def started(self, steps: int) -> Iterator[None]:
-        """Make `steps` steps ahead of their use. The first is made at once: most bad data shows there."""
+        """Make `steps` steps ahead of their use. The first is made at once: most bad data shows there.
+
+        At the end the peers are left.
+        """
         data = self.recipe.data
         self._pool = make_pool(self._maker, data.workers)
         cursor = self.sets.cursor(self.position)
         group = self.recipe.train.global_batch
-        self._loader = StepLoader(self._batches(), cursor, group, steps=steps, prefetch=data.prefetch)
+        self._loader = StepLoader(
+            self._batches(self._pool, self.peers), cursor, group, steps=steps, prefetch=data.prefetch
+        )
         try:
             if steps:
                 self._loader.wait()
@@ -184,9 +204,13 @@ class Feed:
         finally:
             self._pool.close()
             self._loader.close()
+            self.peers.close()
 
     def next_step(self) -> Step:
-        """The next step. `position` stays before it until `done` is called with it."""
+        """The next step. `position` stays before it until `done` is called with it.
+
+        Raises DataError for a record that ends the run, on all ranks alike, and BackendError where a rank has gone.
+        """
         return self._loader.next_step()
 
     def done(self, step: Step) -> None:
@@ -219,10 +243,15 @@ class Feed:
         """Whether there is anything to evaluate on."""
         return self.sets.val_count > 0
 
-    def val_batches(self) -> Iterator[Batch]:
-        """One evaluation: every record of the validation data once."""
+    def val_batches(self) -> Iterator[tuple[Batch, ...]]:
+        """One evaluation: every record of the validation data once, in groups of `train.global_batch` records.
+
+        A group is the micro-batches of this rank, of which another may have more or fewer. All ranks ask for as many
+        groups; they may stop between two.
+        """
         findings = Findings(self.findings.skip_bad, unread=self.findings.unread)
-        yield from passes(self._batches(), self.sets.val_refs() or (), self.recipe.train.global_batch, findings)
+        maker = self._batches(self._pool, self.peers.for_passes())
+        yield from passes(maker, self.sets.val_refs() or (), self.recipe.train.global_batch, findings)
         self.findings.left_out += findings.left_out
 
     @property
@@ -235,11 +264,14 @@ class Feed:
         """Where they are read."""
         return [file.path for file in self.sets.files]
 
-    def everything(self) -> Iterator[Batch]:
-        """Every training record and every validation record once, in micro-batches, apart from the run's own steps."""
+    def everything(self) -> Iterator[tuple[Batch, ...]]:
+        """Every training record and every validation record once, apart from the run's own steps.
+
+        In groups, as `val_batches`.
+        """
         pool = make_pool(self._maker, self.recipe.data.workers)
         try:
-            maker = BatchMaker(pool, self.encoder, self._packing, self.findings.skip_bad)
+            maker = self._batches(pool, self.peers.for_passes())
             for refs in (self.sets.train_refs(), self.sets.val_refs() or ()):
                 yield from passes(maker, refs, self.recipe.train.global_batch)
         finally:
@@ -266,5 +298,5 @@ class Feed:
                     found.append(sample)
         return found
 
-    def _batches(self) -> BatchMaker:
-        return BatchMaker(self._pool, self.encoder, self._packing, self.findings.skip_bad, rank=self._rank, dp=self._dp)
+    def _batches(self, pool: Pool, peers: Peers) -> BatchMaker:
+        return BatchMaker(pool, self.encoder, self._packing, self.findings.skip_bad, peers)

@@ -9,6 +9,8 @@ from typing import Any
 
 from duetvl.core.params import Parameter
 from duetvl.data.draft import Encoder
+from duetvl.parallel.division import Division
+from duetvl.storage.finding import CheckpointRef
 from duetvl.training.feed import Feed
 from duetvl.training.memory import Memory
 from duetvl.training.objective import Objective, Reference
@@ -20,18 +22,20 @@ from duetvl.training.watching.costs import Flops
 class Job:
     """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others.
 
-    `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a checkpoint says of the
-    model that these belong to, and `reference` of the one that a policy is compared with: they must be the same (by
-    `fingerprint`, wherever they lie) when the run goes on. `flops` counts the operations that a micro-batch asks for,
-    forward and backward, for the utilisation shown; none is shown without it. `before` is called once with the data,
-    while the model has its starting weights also where a run is resumed. `compared_with` gives what the objective needs
-    of a reference, if it needs one. `memory` estimates what a step takes, from some drafts.
+    `export` writes a checkpoint, of which the weights are verified, as a directory for others: one process does that,
+    without a framework. `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a
+    checkpoint says of the model that these belong to, and `reference` of the one that a policy is compared with: they
+    must be the same (by `fingerprint`, wherever they lie) when the run goes on. `flops` counts the operations that a
+    micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it. `before` is called
+    once with the data, while the model has its starting weights also where a run is resumed. `compared_with` gives what
+    the objective needs of a reference, if it needs one. `memory` estimates what a step takes, from some drafts.
+    `division` says which part of the model this rank has.
     """
 
     model: TrainableModel
     objective: Objective
     encoder: Encoder
-    export: Callable[[Path], None]
+    export: Callable[[CheckpointRef, Path], None]
     model_config: Mapping[str, Any] = field(default_factory=dict)
     stored: Sequence[Parameter] | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -40,6 +44,7 @@ class Job:
     before: Callable[[Feed], None] | None = None
     compared_with: Reference | None = None
     memory: Callable[[Iterable[Any]], Memory | None] | None = None
+    division: Division = field(default_factory=Division)
 
     def checkpointed(self) -> Sequence[Parameter]:
         """The parameters that a checkpoint keeps."""

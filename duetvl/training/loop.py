@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
+from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
+from duetvl.data.loading.peers import Peers
 from duetvl.storage.checkpoint_format import MANIFEST, Meta
-from duetvl.storage.finding import CheckpointRef
+from duetvl.storage.finding import CheckpointRef, find_checkpoint
 from duetvl.training.checkpoints.checkpoint import (
-    Snapshot,
     go_on_from,
     load_checkpoint,
-    remove_leftovers,
     take_snapshot,
 )
 from duetvl.training.checkpoints.run_directory import (
@@ -33,18 +35,19 @@ from duetvl.training.checkpoints.run_directory import (
 )
 from duetvl.training.checkpoints.saving import Saver
 from duetvl.training.checkpoints.space import Space
+from duetvl.training.checkpoints.writing import Snapshot, remove_leftovers
+from duetvl.training.failures import ending_alone
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import learning_rate, stretched, total_steps
 from duetvl.training.signals import StopSignals
-from duetvl.training.step import StepGivenUp, StepResult, Trainer
+from duetvl.training.step import Outlook, StepGivenUp, StepResult, Trainer
 from duetvl.training.watching.callbacks import Callback, Callbacks, told
 from duetvl.training.watching.costs import Meter
-from duetvl.training.watching.metrics import RESERVED, MetricsLog, Progress, check_own, read_metrics
-from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.metrics import RESERVED, check_own, read_metrics
 from duetvl.training.watching.trace import Trace
-from duetvl.training.watching.trackers import open_trackers
+from duetvl.training.watching.watch import watched
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class TrainResult:
     checkpoint: Path | None
     stopped_by: int | None = None  # the number of the signal that ended it before its time
     stop_reason: str | None = None  # what a callback said that did so
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Before a step: its work, None where this rank wishes to stop; what all know of it; the seconds that this rank has
+    waited for its data, and those that finding out took in all."""
+
+    work: Step | None
+    outlook: Outlook
+    waited: float
+    seconds: float
 
 
 class Run:
@@ -85,78 +99,92 @@ class Run:
             reference=job.compared_with,
             seed=recipe.data.seed,
             on_nonfinite=recipe.train.on_nonfinite,
+            division=job.division,
         )
         self.ranks = self.trainer.ranks
         self.meter = Meter(recipe, backend, job.flops)
         self.step = 0
-        self.feed = self._fed(sets, start.checkpoint)
+        peers = self._peers()
+        self.feed = self.ranks.together(lambda: self._fed(sets, start.checkpoint, peers))
         self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
         if job.before is not None:
             job.before(self.feed)
         self.reserved = set(RESERVED)
         self.notes = start.notes
         if start.checkpoint is not None:
-            self._restore(start.checkpoint)
+            self.ranks.together(partial(self._restore, start.checkpoint))
             rate = stretched(recipe, start.checkpoint.meta.recipe, sets.per_epoch, self.step)
             self.notes += (rate,) if rate and self.step < self.total else ()
         self.first_step = self.step
         self.saved: Path | None = start.checkpoint.path if start.checkpoint and not start.history else None
         self.saved_step = self.step if self.saved else -1
         self.stop_reason: str | None = None
+        self.caught: signal.Signals | None = None  # once the steps are over, the signal that any rank has had
         self.trace = Trace(recipe.log.profile, backend.device, self.run_dir / "profile", self.say)
         self.export_dir = self.run_dir / "export"
         self.complete = False
 
-    def _fed(self, sets: DataSets, ref: CheckpointRef | None) -> Feed:
+    def _fed(self, sets: DataSets, ref: CheckpointRef | None, peers: Peers) -> Feed:
         """The data from where the checkpoint left it."""
         try:
-            place = self.recipe.parallel.mesh.coordinates(self.ranks.index)
             position = None if ref is None else ref.meta.data_position
-            return Feed(self.recipe, sets, self.job.encoder, position, rank=place["dp"], dp=self.recipe.parallel.dp)
+            return Feed(self.recipe, sets, self.job.encoder, position, peers=peers)
         except DataError as error:
             files = ", ".join(source.path for source in self.recipe.data.train)
             hint = "restore the data, or begin a new run: train.output_dir=..."
             raise DataError(f"{files}: {error}, of {ref.path if ref else 'the start'}; {hint}") from None
 
+    def _peers(self) -> Peers:
+        """The ranks as the data sees them, connected."""
+        engine = self.backend.collectives
+        return Peers.meet(self.recipe.parallel.mesh, engine.rank, engine.meeting_host(), engine.gather_objects)
+
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
-        with self.feed.started(self.total - self.step):
-            warnings = self._room_warnings()
-            remove_leftovers(self.run_dir)
-            notes = begin(self.start, self.recipe)
-            if self.start.checkpoint is not None:
-                go_on_from(self.start.checkpoint, self.run_dir)
+        with ExitStack() as feeding:
+            self.ranks.together(lambda: feeding.enter_context(self.feed.started(self.total - self.step)))
+            warnings = self.ranks.first(self._room_warnings)
+            notes = self.ranks.first(self._begin)
             with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
-                self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework})")
+                self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework}){self._on_ranks()}")
                 for note in (*notes, *self.notes, *warnings):
                     self.say(note)
-                with self._kept():
+                with self._kept(), ending_alone(self.ranks, self.run_dir, lambda: self.step + 1):
                     self._steps()
                     self._finish()
-        return self._result()
+        return self.ranks.first(self._result)
+
+    def _begin(self) -> tuple[str, ...]:
+        """Make the directory that of this start. Gives notes for the user."""
+        remove_leftovers(self.run_dir)
+        notes = begin(self.start, self.recipe)
+        if self.start.checkpoint is not None:
+            go_on_from(self.start.checkpoint, self.run_dir)
+        return notes
+
+    def _on_ranks(self) -> str:
+        """How many processes train, where there are several."""
+        mesh = self.recipe.parallel.mesh
+        degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1)
+        return f" on {mesh.size} ranks: {degrees}" if mesh.size > 1 else ""
 
     # -- what is open while it runs, closed however it ends ----------------------------------------------------------
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """The terminal, the logs and the saver, which tells what it has done."""
+        """What is told by, and the saver, which tells what it has done."""
         section = self.recipe.checkpoint
-        with ExitStack() as open_things:
-            self.progress = Progress(self.total, done=self.step, every=self.recipe.log.every)
-            open_things.callback(self.progress.close)
-            trackers = open_trackers(self.recipe, self.run_dir, self.step)
-            self.log_file = MetricsLog(
-                self.run_dir, after=self.step, history=self.start.history, trackers=trackers, say=self.say
-            )
-            open_things.callback(self.log_file.close)
-            evaluations = [row["step"] for row in read_metrics(self.run_dir) if "eval_loss" in row]
-            self.evaluated_step = max(evaluations, default=-1)
+        with watched(
+            self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, history=self.start.history
+        ) as (self.watch, self.evaluated_step):
             self.signals = StopSignals(self._announce_stop, section.grace)
-            self.trainer.give_up = self.signals.pressing
+            if self.ranks.count == 1:  # many agree on it at the edge of a step
+                self.trainer.give_up = self.signals.pressing
             self.saver = Saver(
                 self.run_dir,
+                ranks=self.ranks,
                 on_saved=self._saved,
-                warn=self.say,
+                warn=self.watch.warn,
                 background=section.background,
                 keep_last=section.keep_last,
             )
@@ -179,7 +207,8 @@ class Run:
         """Save what there is while an error is on its way out, unless it is that this cannot be written."""
         with told(error, "the checkpoint in the background", self.say):
             self.saver.wait()
-        if self.step <= max(self.first_step, self.saved_step) or isinstance(error, CheckpointError):
+        known = self.ranks.agree(self.step <= max(self.first_step, self.saved_step))
+        if known or isinstance(error, CheckpointError):
             return
         with told(error, f"step {self.step} could not be saved", self.say):
             if self.trainer.is_sound():
@@ -192,33 +221,51 @@ class Run:
     def _steps(self) -> None:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
-        self._saved_at = time.monotonic()
-        while self.step < self.total and not self.ranks.any(self._to_stop()):
+        self._last_save = self.step, time.monotonic()
+        while self.step < self.total:
+            ahead = self._look_ahead()
+            if ahead.outlook.late:
+                self._save()
+            if ahead.work is None or ahead.outlook.stops:
+                return
             try:
-                self._one_step()
+                self._one_step(ahead.work, ahead)
             except StepGivenUp:
                 self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
                 return
             self.saver.poll()
-            evaluate, save = self._due(self.recipe.train.eval_every), self._due_to_save()
+            evaluate, save = self._due(self.recipe.train.eval_every), self._due(self.recipe.checkpoint.every)
             if evaluate:
                 self._evaluate()
             if save:
-                self.saver.save(self._snapshot)
-                self._saved_at = time.monotonic()
-            if evaluate or save:
-                self._plot()
+                self._save()
+            elif evaluate:
+                self.watch.plot()
+
+    def _look_ahead(self) -> _Ahead:
+        """The next step's work, unless this rank wishes to stop, and what all ranks know and wish before it."""
+        begun = time.perf_counter()
+        own = Outlook(stops=self._to_stop(), late=self._late())
+        work = None
+        if not own.stops:
+            self.trace.before(self.step + 1)
+            work = self.feed.next_step()
+        waited = time.perf_counter() - begun
+        outlook = self.trainer.outlook(work, own)
+        return _Ahead(work, outlook, waited, time.perf_counter() - begun)
+
+    def _save(self) -> None:
+        self.saver.save(self._snapshot)
+        self._last_save = self.step, time.monotonic()
+        self.watch.plot()
 
     def _to_stop(self) -> bool:
         return self.stop_reason is not None or self.signals.caught is not None
 
-    def _one_step(self) -> None:
-        self.trace.before(self.step + 1)
-        begun = time.perf_counter()
-        work = self.feed.next_step()
-        waited = time.perf_counter() - begun
+    def _one_step(self, work: Step, ahead: _Ahead) -> None:
+        begun = time.perf_counter() - ahead.seconds
         lr = learning_rate(self.step, self.total, self.recipe.optim)
-        result = self.trainer.step(work, lr, self.step)
+        result = self.trainer.step(work, lr, self.step, ahead.outlook)
         seconds = time.perf_counter() - begun
         self.step += 1
         self.feed.done(work)
@@ -232,7 +279,7 @@ class Run:
                 f"warning: step {self.step} makes no update ({self.totals['skipped']:.0f} so far): {result.skipped}"
             )
         self._tell_left_out()
-        self._tell_step(work, result, lr, self.meter.row(work, seconds, waited))
+        self._tell_step(work, result, lr, self.meter.row(work, seconds, ahead.waited))
 
     def _tell_left_out(self) -> None:
         for line in self.feed.news():
@@ -254,22 +301,24 @@ class Run:
             "total_skipped": self.totals["skipped"],
         }
         self._write(row)
-        self.progress.step(row)
+        self.watch.show(row)
         self.callbacks.call("on_step", row)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         """A row of the trainer's own, whose names no callback may log."""
         self.reserved |= row.keys()
-        self.log_file.write(row)
+        self.watch.write(row)
 
     def _finish(self) -> None:
         """The last evaluation, checkpoint, plot and export; after a signal the checkpoint alone."""
-        if self.signals.caught is None and self.evaluated_step != self.step:  # it may have been killed just before
+        self._agree_on_end()
+        if self.caught is None and self.evaluated_step != self.step:  # it may have been killed just before
             self._evaluate()
         self.saver.wait()
         if self.saved_step != self.step:
             self.saver.save_last(self._snapshot)
-        if self.signals.caught is not None and self._unfinished():
+        self._agree_on_end()
+        if self.caught is not None and self._unfinished():
             self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
             return
         if self.stop_reason is not None:
@@ -280,19 +329,30 @@ class Run:
         summary = self.feed.summary()
         if summary:
             self.say(summary)
-        self._plot()
-        if self._export_due():
-            for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
-                self.say(note)
-            self.job.export(self.export_dir)
-            self.say(f"exported {self.export_dir}")
+        self.watch.plot()
+        if self.ranks.writes and self._export_due():
+            self._export()
         self.complete = True
+
+    def _agree_on_end(self) -> None:
+        """What any rank knows of why the steps are over, all know."""
+        told = self.ranks.each((self.signals.caught, self.stop_reason))
+        self.caught = next((caught for caught, _ in told if caught is not None), None)
+        self.stop_reason = next((reason for _, reason in told if reason is not None), None)
+
+    def _export(self) -> None:
+        """Write `export/` of the last checkpoint. The other ranks do not wait for that, however long it takes."""
+        for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
+            self.say(note)
+        assert self.saved is not None, "the last step is saved"
+        self.job.export(find_checkpoint(self.saved, kinds=("weights",)), self.export_dir)
+        self.say(f"exported {self.export_dir}")
 
     def _unfinished(self) -> bool:
         """Whether a signal has kept the run from something."""
         ended = self.step >= self.total or self.stop_reason is not None
         evaluated = not self.feed.has_val or self.evaluated_step == self.step
-        return not ended or not evaluated or self._export_due()
+        return not ended or not evaluated or self.ranks.first(self._export_due)
 
     def _export_due(self) -> bool:
         """Whether `export/` is asked for, and is not there as the last checkpoint and the recipe want it."""
@@ -313,21 +373,21 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal asks to stop."""
-        return self.signals.caught is not None
+        """Whether a signal asks any rank to stop."""
+        return self.ranks.any(self.signals.caught is not None)
 
     def say(self, text: str) -> None:
         """Show a line on the terminal."""
-        self.progress.say(text)
+        self.watch.say(text)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add numbers to metrics.jsonl and every tracker."""
         check_own(row, self.reserved)
-        self.log_file.write({"step": self.step, **row})
+        self.watch.write({"step": self.step, **row})
 
     def log_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add texts to samples.jsonl and every tracker."""
-        self.log_file.write_answers(self.step, rows)
+        self.watch.write_answers(self.step, rows)
 
     def validation_samples(self, count: int) -> list[Sample | Pair]:
         """The first `count` samples of the validation data."""
@@ -345,16 +405,17 @@ class Run:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _due_to_save(self) -> bool:
-        section = self.recipe.checkpoint
-        late = section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
-        return self.ranks.agree(late) or self._due(section.every)
+    def _late(self) -> bool:
+        """Whether it is time to save, by this rank's clock."""
+        minutes, (step, then) = self.recipe.checkpoint.minutes, self._last_save
+        return minutes is not None and self.step > step and time.monotonic() - then >= 60 * minutes
 
     def _room_warnings(self) -> list[str]:
         """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""
         if self.step >= self.total:
             return []
-        space = Space.of(self._snapshot(copy=False), self.job.model.parameters, self.recipe, self.backend)
+        stored, parameters = self.job.checkpointed(), self.job.model.parameters
+        space = Space.of(stored, parameters, self.trainer.state, self.recipe, self.backend)
         device, estimate = self.backend.device, self.job.memory and self.job.memory(self.feed.first_drafts())
         found = [space.warning(self.run_dir, self.recipe.checkpoint, self.total - self.step, refuse=True)]
         found += [estimate.warning(device.total_memory(), device.name)] if estimate else []
@@ -363,7 +424,8 @@ class Run:
     def _evaluate(self) -> None:
         if not self.feed.has_val:
             return
-        found = self.trainer.evaluate(takewhile(lambda _: self.signals.caught is None, self.feed.val_batches()))
+        groups = takewhile(lambda _: not self.ranks.any(self.signals.caught is not None), self.feed.val_batches())
+        found = self.trainer.evaluate(chain.from_iterable(groups))
         self._tell_left_out()
         if self.signals.caught is not None:
             self.say(f"the evaluation after step {self.step} is given up")
@@ -383,7 +445,9 @@ class Run:
         return take_snapshot(
             step=self.step,
             parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
+            division=self.job.division,
             meta=Meta(
                 recipe=self.recipe.model_dump(mode="json"),
                 model_config=self.job.model_config,
@@ -412,19 +476,13 @@ class Run:
         load_checkpoint(
             ref,
             parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
             backend=self.backend,
         )
         self.step = ref.step
         self.totals |= ref.meta.extra.get("totals", {})
         self.trainer.restore(ref.meta.extra.get("trainer", {}))
-
-    def _plot(self) -> None:
-        if self.recipe.log.plot:
-            try:
-                plot_runs([self.run_dir], self.run_dir / "loss.png")
-            except OSError as error:
-                self.say(f"warning: {self.run_dir / 'loss.png'} cannot be drawn: {error.strerror or error}")
 
     def _result(self) -> TrainResult:
         rows = read_metrics(self.run_dir)
@@ -434,7 +492,7 @@ class Run:
             loss=_last(rows, "loss"),
             eval_loss=_last(rows, "eval_loss"),
             checkpoint=self.saved,
-            stopped_by=None if self.signals.caught is None or self.complete else int(self.signals.caught),
+            stopped_by=None if self.caught is None or self.complete else int(self.caught),
             stop_reason=self.stop_reason,
         )
 

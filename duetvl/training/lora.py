@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,8 @@ from duetvl.models.qwen_vl.adapters import (
     linear_shapes,
     load_adapter,
     open_adapter_for,
-    save_adapter,
-    save_merged,
 )
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.loading import save_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.names import canonical_name
 from duetvl.models.qwen_vl.parameters import count_parameters
@@ -80,10 +77,3 @@ def base_of(model: QwenVL) -> Mapping[str, Any]:
     if model.adapters is None or model.source is None:
         return {}
     return {**model.source.identity(), "adapters": model.adapters.to_json()}
-
-
-def exporter(recipe: Recipe) -> Callable[..., None]:
-    """The function (model, directory, overwrite=) that writes `export/` where it is the Hugging Face layout."""
-    if recipe.lora is None:
-        return save_model
-    return save_merged if recipe.checkpoint.export == "merged" else save_adapter

@@ -9,15 +9,18 @@ import math
 import os
 import resource
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from duetvl.core.stages import even_range
 from duetvl.data.draft import Draft
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.memory import Load, Trained, activations
+from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
+from duetvl.models.qwen_vl.sharding import Unit
+from duetvl.parallel.division import Division, owned_rows
 from duetvl.training.recipe.sections import Recipe
 
 
@@ -78,12 +81,18 @@ def _limits() -> Iterator[int]:
 
 def memory_of(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, drafts: Iterable[Any]) -> Memory | None:
     """The estimate for a recipe from some of its samples; None where none of them can be used."""
+    load = load_of(recipe, drafts)
+    return None if load is None else estimate(config, recipe, *load, adapters)
+
+
+def load_of(recipe: Recipe, drafts: Iterable[Any]) -> tuple[Load, int] | None:
+    """See `largest_load`, from drafts of some samples; None where none of them can be used."""
     sizes = [(d.tokens, d.trained_tokens, d.patches) for d in drafts if isinstance(d, Draft)]
-    return estimate(config, recipe, *largest_load(recipe, sizes), adapters) if sizes else None
+    return largest_load(recipe, sizes) if sizes else None
 
 
 def largest_load(recipe: Recipe, sizes: Sequence[tuple[int, int, int]]) -> tuple[Load, int]:
-    """The largest micro-batch of a step, and how many there are in one, of samples of these sizes.
+    """The largest micro-batch of a step, and how many a rank has of them, of samples of these sizes.
 
     Sizes are tokens, trained tokens and patches. A full pack where a step has that many tokens, in the proportions of
     all samples; or the longest sample.
@@ -94,41 +103,94 @@ def largest_load(recipe: Recipe, sizes: Sequence[tuple[int, int, int]]) -> tuple
     in_step = tokens / len(sizes) * group
     full = min(data.pack_tokens, math.ceil(in_step)) if data.pack else 0
     if full <= longest[0]:
-        return Load(*longest), group if not data.pack else math.ceil(in_step / longest[0])
-    share = full / tokens
-    return Load(full, math.ceil(share * trained), math.ceil(share * patches)), math.ceil(in_step / full)
+        number = group if not data.pack else math.ceil(in_step / longest[0])
+        return Load(*longest), math.ceil(number / recipe.parallel.mesh.dp)
+    share, number = full / tokens, math.ceil(in_step / full)
+    return Load(full, math.ceil(share * trained), math.ceil(share * patches)), math.ceil(
+        number / recipe.parallel.mesh.dp
+    )
 
 
 def estimate(
-    config: ModelConfig, recipe: Recipe, load: Load, micro_batches: int = 1, adapters: Adapters | None = None
+    config: ModelConfig,
+    recipe: Recipe,
+    load: Load,
+    micro_batches: int = 1,
+    adapters: Adapters | None = None,
+    division: Division | None = None,
 ) -> Memory:
-    """Memory of a training step on one rank, of micro-batches of this load.
+    """Memory of a training step on one rank, of micro-batches of this load; by default on rank 0, which has most.
 
-    A DPO run that holds a reference model has its weights beside its own. Over several ranks the parts are divided as
-    the layout says, evenly: weights and gradients by tp and pp, optimizer state by dp as well, activations by tp and
-    cp.
+    A DPO run that holds a reference model has its weights beside its own. Pipeline stages and pieces of sequences,
+    which are not built yet, are counted as even shares of parameters and of activations.
     """
-    trained = _trained(config, recipe, adapters)
     layout = recipe.parallel
-    share = layout.tp * layout.pp
+    division = division or division_of(recipe, config)
+    whole = _trained(config, recipe, adapters)
+    trained = whole.cut(lambda path, shape: division.part(path, shape).shape)
     weights = trained.stored(trained.shapes)
     if recipe.dpo is not None and recipe.dpo.cache is None and (adapters is None or recipe.dpo.reference is not None):
         weights += trained.stored(parameter_shapes(config))
-    gradients, state = trained.gradients(), trained.optimizer_state(recipe.optim.state_dtype)
-    work = activations(config, trained, load, recipe.train.recompute)
+    owned, copied = _owned(whole, division)
+    weights += owned.stored(copied)
+    gradients, state = trained.gradients(), owned.optimizer_state(recipe.optim.state_dtype)
+    work = activations(config, trained, load, recipe.train.recompute, held_sizes(config, division))
     before = gradients if micro_batches > 1 else 0
     most = max(before + work.kept + max(work.forward, work.backward), gradients + work.end)
-    fixed = weights // share + state // (share * layout.dp)
-    divided = layout.tp * layout.cp
+    pp, cp = layout.pp, layout.cp
     return Memory(
-        weights=weights // share,
-        gradients=gradients // share,
-        optimizer=state // (share * layout.dp),
-        activations=work.kept // divided,
-        passing=max(work.forward, work.backward, work.end) // divided,
-        peak=fixed + before // share + (most - before) // divided,
+        weights=weights // pp,
+        gradients=gradients // pp,
+        optimizer=state // pp,
+        activations=work.kept // cp,
+        passing=max(work.forward, work.backward, work.end) // cp,
+        peak=(weights + state + before) // pp + (most - before) // cp,
         offload=recipe.optim.offload,
     )
+
+
+def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
+    """How a rank sees a recipe's model divided. Raises ConfigError for degrees that the model cannot have."""
+    parallel = recipe.parallel
+    return Division.of(config, parallel.mesh, rank, sequence=parallel.sequence, vision=parallel.vision)
+
+
+def held_sizes(config: ModelConfig, division: Division) -> Held:
+    """What a rank has of the sizes inside a model's blocks."""
+    tp, place, heads, whole = division.mesh.tp, division.place("tp"), division.heads, Held.all_of(config)
+
+    def held(unit: Unit, size: int) -> int:
+        units = heads.held(unit, place, tp)
+        return len(even_range(size, place, tp) if units is None else units[0])
+
+    language = (
+        held("head", heads.query),
+        held("kv_head", heads.kv),
+        held("number", whole.inner),
+        held("number", whole.vocabulary),
+    )
+    rows = 1 / tp if division.sequence else 1.0
+    if division.vision == "divide":
+        return Held(*language, whole.vision_heads, whole.vision_inner, rows, 1 / tp)
+    vision = held("vision_head", heads.vision), held("number", whole.vision_inner)
+    return Held(*language, *vision, rows)
+
+
+def _owned(trained: Trained, division: Division) -> tuple[Trained, list[str]]:
+    """The rows of trained parameters that a rank updates, and the paths of those that it has a copy of for that."""
+    shapes, copied = dict(trained.shapes), []
+    order = [path for path in trained.shapes if path in trained.paths]
+    for number, path in enumerate(order):
+        sharing = division.sharing(path, trained.shapes[path])
+        team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+        unit = sharing.unit.shape
+        if len(team) > 1 and unit:
+            rows = owned_rows(unit[0], len(team), number)[team.index(division.rank)]
+            shapes[path] = (len(rows), *unit[1:])
+            copied.append(path)
+        else:
+            shapes[path] = unit
+    return replace(trained, shapes=shapes), copied
 
 
 def disk_of(config: ModelConfig, recipe: Recipe, adapters: Adapters | None = None) -> tuple[int, int, int]:

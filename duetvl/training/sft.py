@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
-from duetvl.convert.commands import export_mindspeed_mm
-from duetvl.convert.layouts import Layout
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
@@ -17,13 +14,15 @@ from duetvl.data.media.plan import MediaSettings
 from duetvl.data.media.video import FrameRule
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
 from duetvl.models.model_directory import ModelDirectory
-from duetvl.models.qwen_vl.adapters import merged_tensors
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.parallel.tensor import layout_of
+from duetvl.training.checkpoints.export import export_checkpoint
+from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.job import Job
-from duetvl.training.lora import adapt, base_of, exporter, plan_adapters, stored_parameters
-from duetvl.training.memory import memory_of
+from duetvl.training.lora import adapt, base_of, plan_adapters, stored_parameters
+from duetvl.training.memory import division_of, memory_of
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
 from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity, reference_model
@@ -47,16 +46,17 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     source = open_merged(recipe.model.path, base=recipe.model.base)
     encoder = record_encoder(recipe, recipe_processor(recipe, source))
     plan = plan_adapters(recipe, source.config)
-    model: QwenVL = load_model(source, backend=backend, dtype=dtype)
+    division = division_of(recipe, source.config, backend.collectives.rank)
+    model: QwenVL = load_model(source, backend=backend, dtype=dtype, division=division)
+    model.layout = layout_of(division, backend)
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
-    export = save_mindspeed if recipe.checkpoint.export == "mindspeed_mm" else exporter(recipe)
-    reference = None if recipe.dpo is None else make_reference(recipe, model, backend)
+    reference = None if recipe.dpo is None else make_reference(recipe, model, backend, division)
     return Job(
         model,
         _objective(recipe, backend),
         encoder,
-        partial(export, model, overwrite=True),
+        partial(export_checkpoint, kind=wanted_kind(recipe), source=source, overwrite=True),
         model.config.to_dict(),
         stored=stored_parameters(model),
         base=base_of(model),
@@ -65,6 +65,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         before=reference.prepare if isinstance(reference, CachedReference) else None,
         compared_with=reference,
         memory=partial(memory_of, recipe, model.config, plan.adapters if plan else None),
+        division=division,
     )
 
 
@@ -82,13 +83,6 @@ def _flops(recipe: Recipe, model: QwenVL) -> Flops:
         return policy
     reference = reference_model(recipe).config
     return lambda batch: policy(batch) + inference_flops(reference, batch)
-
-
-def save_mindspeed(model: QwenVL, directory: Path, *, overwrite: bool = False) -> None:
-    """Write a model, its adapter merged, as a MindSpeed-MM release of one stage and rank."""
-    specs, fetch = merged_tensors(model)
-    layout = Layout.one_stage(model.config)
-    export_mindspeed_mm(directory, model.config, specs, fetch, layout, overwrite=overwrite)
 
 
 def record_encoder(recipe: Recipe, processor: Processor | None = None) -> AnswerEncoder:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -20,12 +20,15 @@ from duetvl.core.patterns import Parts
 from duetvl.core.ranks import Ranks
 from duetvl.data.loading.loader import Step
 from duetvl.models.vocabulary import LastStage
+from duetvl.parallel.division import Division
+from duetvl.parallel.zero import Zero
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective, Reference
 from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.scaling import START, WINDOW, LossScale
 
 Tensor = Any
+ONE_PROCESS: Final = Division()
 
 
 class TrainableModel(Protocol):
@@ -53,9 +56,35 @@ class TrainableModel(Protocol):
 class NonFiniteError(DuetvlError):
     """A loss or a gradient is not a finite number. The weights are as they were before the step."""
 
+    agreed = True  # all ranks raise it together
+
 
 class StepGivenUp(Exception):
     """`Trainer.give_up` said so between two micro-batches. The weights are as they were before the step."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known before a step: by one rank of itself, or by all of all of them.
+
+    weight: what the packs add to the divisor of the loss. pictures: whether any of these packs has one. stops: whether
+    there is a wish to end before this step. late: whether it is time to save, by the clock of rank 0.
+    """
+
+    weight: float = 0.0
+    pictures: bool = False
+    stops: bool = False
+    late: bool = False
+
+    @classmethod
+    def of(cls, ranks: Sequence[Outlook]) -> Outlook:
+        """That of all together."""
+        return cls(
+            weight=sum(one.weight for one in ranks),
+            pictures=any(one.pictures for one in ranks),
+            stops=any(one.stops for one in ranks),
+            late=ranks[0].late,
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +114,11 @@ class Evaluation:
 
 
 class Trainer:
-    """A model, an objective, the optimizer's state, and the update that a step makes."""
+    """A model, an objective, the optimizer's state, and the update that a step makes.
+
+    Of many ranks each updates a part of what is trained: `owned` are these rows by path, and `state` is of them. All
+    ranks call the same functions, and what these return or raise is the same on all.
+    """
 
     def __init__(
         self,
@@ -97,9 +130,10 @@ class Trainer:
         reference: Reference | None = None,
         seed: int = 0,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        division: Division = ONE_PROCESS,
     ):
         """The optimizer starts with zero moments. `seed` is that of the random numbers inside the model; `reference`
-        is asked where the objective needs one.
+        is asked where the objective needs one. `division` says how the model lies on the ranks.
 
         Of a loss or a gradient that is not finite no update is made: NonFiniteError is raised, or with `skip` the
         result says so. Where the model has float16 weights the loss is scaled, and an overflow of that makes no
@@ -110,8 +144,15 @@ class Trainer:
         self.seed, self.on_nonfinite = seed, on_nonfinite
         self.backend = backend
         self.optim = optim
-        self.groups = parameter_groups(model.parameters, optim, model.parts)
-        self.trained = [p for group in self.groups for p in group.parameters]
+        groups = parameter_groups(model.parameters, optim, model.parts)
+        self.trained = [p for group in groups for p in group.parameters]
+        self.zero = Zero(backend, division, [p for p in model.parameters.values() if p.trainable])
+        self.owned = self.zero.owned
+        self.groups = [
+            replace(group, parameters=[self.owned[p.path] for p in group.parameters if p.path in self.owned])
+            for group in groups
+        ]
+        self._counts = division.place("tp") == 0  # ranks of tensor parallelism have the same packs: one is counted
         self.state: AdamWState = backend.optimizer.create(self.groups, dtype=optim.state_dtype, offload=optim.offload)
         halves = any(backend.ops.dtype_of(p.tensor) == "float16" for p in model.parameters.values())
         start, window = optim.loss_scale or START, optim.loss_scale_window or WINDOW
@@ -119,26 +160,38 @@ class Trainer:
         self.give_up: Callable[[], bool] = lambda: False  # asked before every micro-batch
         self._updating = False
 
-    def step(self, work: Step, lr: float, number: int = 0) -> StepResult | None:
+    def outlook(self, work: Step | None, own: Outlook = Outlook()) -> Outlook:
+        """What all ranks know before a step, by one exchange: `own`, which this rank knows of itself, and what is in
+        its packs."""
+        if work is not None:
+            batches = self._packs(work).values()
+            weight = sum(map(self.objective.weight, batches)) if self._counts else 0.0
+            own = replace(own, weight=weight, pictures=any(len(batch.grids) for batch in batches))
+        return Outlook.of(self.ranks.each(own))
+
+    def step(self, work: Step, lr: float, number: int = 0, outlook: Outlook | None = None) -> StepResult | None:
         """Forward, backward and update. None, and no update, where nothing in the step is trained.
 
         `number` is that of the step in its run, and with the seed names its random numbers. Losses and gradients are
         summed; the division by the weights of the whole step happens once, in the optimizer, which makes the result
-        independent of the split into micro-batches as far as the weights are.
+        independent of the split into micro-batches as far as the weights are. `outlook` is that of this step, where it
+        has been asked for already.
         """
-        packs = {pack: batch for pack, batch in work.packs() if self.objective.weight(batch)}
-        batches = list(packs.values())
-        (weight,) = self.ranks.sum([sum(self.objective.weight(batch) for batch in batches)])
+        outlook = outlook or self.outlook(work)
+        weight = outlook.weight
         if not weight:
             return None
+        packs = self._packs(work)
         scale = self.loss_scale.scale if self.loss_scale else weight  # of the mean loss, in the main gradients
+        self.zero.begin(outlook.pictures)
         sums, values = self._accumulate(packs, number, scale / weight)
-        norm = self.backend.optimizer.grad_norm(self.trained) / scale
-        loss, *logged = (total / weight for total in self.ranks.sum([sum(sums), *self._totals(values)]))
-        means = dict(zip(self.objective.logged, logged, strict=True))
+        self.zero.reduce()
+        norm, total, *logged = self._of_all(sums, values)
+        norm, loss = norm / scale, total / weight
+        means = {name: value / weight for name, value in zip(self.objective.logged, logged, strict=True)}
         if self.loss_scale:
             means["loss_scale"] = scale
-        skipped = self._unusable(sums, norm, batches, number)
+        skipped = self._unusable(total, norm, sums, list(packs.values()), number)
         if skipped is None:
             self._update(lr, norm, scale)
         else:
@@ -147,9 +200,13 @@ class Trainer:
 
     def is_sound(self) -> bool:
         """Whether the weights are those after a whole number of updates, and all finite: worth being saved."""
-        if self._updating:
-            return False
-        return all(np.isfinite(self.backend.to_numpy(p.tensor)).all() for p in self.trained)
+        whole = not self._updating
+        finite = whole and all(np.isfinite(self.backend.to_numpy(p.tensor)).all() for p in self.trained)
+        return not self.ranks.any(not finite)
+
+    def _packs(self, work: Step) -> dict[int, Batch]:
+        """The micro-batches of this rank that are run, by their numbers."""
+        return {pack: batch for pack, batch in work.packs() if self.objective.weight(batch)}
 
     def _update(self, lr: float, norm: float, scale: float) -> None:
         self._updating = True  # and it stays so where an error ends this
@@ -163,6 +220,7 @@ class Trainer:
             eps=self.optim.eps,
             grad_scale=shrink / scale,
         )
+        self.zero.publish()
         self.backend.device.synchronize()
         self._updating = False
 
@@ -173,7 +231,7 @@ class Trainer:
             if part := self.objective.weight(batch):
                 outputs = self.model.evaluate(batch, self._last_stage(batch))
                 own += [part, batch.trained_tokens, *map(self._number, outputs)]
-        weight, tokens, *totals = self.ranks.sum(own.tolist())
+        weight, tokens, *totals = self._sum(own.tolist())
         loss, *logged = (total / weight if weight else math.nan for total in totals)
         values = dict(zip(self.objective.logged, logged, strict=True)) if weight else {}
         return Evaluation(loss, round(tokens), weight, values)
@@ -198,26 +256,36 @@ class Trainer:
                 self._drop_gradients()
                 raise StepGivenUp
             (loss, *logged), tape = self.model.forward(batch, self._last_stage(batch), key=(self.seed, number, pack))
-            self.backend.autograd.backward(tape, [one, *[None] * len(logged)], last=place == len(packs))
+            cotangents = [one, *[None] * len(logged)]
+            self.backend.autograd.backward(tape, cotangents, last=place == len(packs), on_ready=self.zero.ready)
             losses.append(loss)
             values.append(logged)
         return [self._number(loss) for loss in losses], values  # read at the end: the device need not wait in between
 
-    def _totals(self, values: Sequence[Sequence[Tensor]]) -> list[float]:
-        """Each value that the objective logs, summed over the micro-batches of this rank."""
-        return [sum(self._number(logged[place]) for logged in values) for place in range(len(self.objective.logged))]
+    def _of_all(self, sums: Sequence[float], values: Sequence[Sequence[Tensor]]) -> list[float]:
+        """By one exchange: the norm of all ranks' gradients, the sum of their losses and of each logged value."""
+        own = [p for group in self.groups for p in group.parameters]  # each number is owned by one rank
+        logged = [sum(self._number(one[place]) for one in values) for place in range(len(self.objective.logged))]
+        counted = [sum(sums), *logged] if self._counts else [0.0] * (1 + len(logged))
+        norms, *columns = zip(*self.ranks.each([self.backend.optimizer.grad_norm(own), *counted]), strict=True)
+        return [math.hypot(*norms), *map(sum, columns)]
 
-    def _unusable(self, sums: Sequence[float], norm: float, batches: Sequence[Batch], number: int) -> str | None:
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """Of all ranks, of those with the same packs once."""
+        return self.ranks.sum(values if self._counts else [0.0] * len(values))
+
+    def _unusable(
+        self, total: float, norm: float, sums: Sequence[float], batches: Sequence[Batch], number: int
+    ) -> str | None:
         """Why there must be no update, or None. Raises NonFiniteError where that is to stop the run."""
-        whole = all(map(math.isfinite, sums))
+        whole = math.isfinite(total)
         if whole and self.loss_scale and (overflow := self.loss_scale.update(norm)):
             return overflow
         if whole and math.isfinite(norm):
             return None
         broken = [batch for batch, loss in zip(batches, sums, strict=True) if not math.isfinite(loss)]
-        what = "the loss" if broken else "the gradient"
-        ids = [name for batch in broken or batches for name in batch.sample_ids]
-        text = f"{what} is not finite; samples of the step: {', '.join(ids)}"
+        what = "the gradient" if whole else "the loss"
+        text = f"{what} is not finite; samples of the step: {', '.join(self._named(broken, batches))}"
         if self.on_nonfinite == "skip":
             return text
         self._drop_gradients()
@@ -225,6 +293,13 @@ class Trainer:
             f"step {number + 1}: {text}; no update was made. Look at these samples and at optim.lr, or go on without "
             f"such steps: train.on_nonfinite=skip"
         )
+
+    def _named(self, broken: Sequence[Batch], batches: Sequence[Batch]) -> list[str]:
+        """The samples of all ranks' micro-batches that are `broken`; of all micro-batches where none is."""
+        own = [[name for batch in some for name in batch.sample_ids] for some in (broken, batches)]
+        told = self.ranks.each(own) if self._counts else self.ranks.each([[], []])
+        those, everything = ([name for names in column for name in names] for column in zip(*told, strict=True))
+        return those or everything
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps beside parameters and optimizer state."""
@@ -236,7 +311,7 @@ class Trainer:
             self.loss_scale.restore(stored["loss_scale"])
 
     def _drop_gradients(self) -> None:
-        for p in self.trained:
+        for p in (*self.trained, *self.owned.values()):
             p.main_grad = None
 
     def _number(self, scalar: Tensor) -> float:

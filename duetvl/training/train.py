@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import ConfigError
-from duetvl.training.checkpoints.run_directory import find_start, locked, start_anew
+from duetvl.core.ranks import Ranks
+from duetvl.training.agreement import check_data, check_model, check_one_disk, check_program
+from duetvl.training.checkpoints.run_directory import Start, find_start, locked, start_anew
+from duetvl.training.failures import ending_alone, leaving_together, set_failures_aside
 from duetvl.training.feed import DataSets
 from duetvl.training.job import Job
 from duetvl.training.loop import Run, TrainResult
-from duetvl.training.recipe.reading import check_world, load_recipe, make_recipe
+from duetvl.training.recipe.reading import for_world, load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.trackers import check_trackers
@@ -39,18 +43,36 @@ def train(
     as the run goes along. However it ends, no file is left half-written.
     """
     given = read_recipe(recipe, overrides)
-    check_trackers(given.log)
     if restart and resume is not None:
         raise ConfigError("--restart starts from step 0 and --resume from a checkpoint; give one of them")
     backend = backend or load_backend(given.backend.name, given.backend.device)
-    check_world(given, backend.collectives.launched())
     backend.collectives.start()
+    ranks = Ranks(backend.collectives)
     run_dir = Path(given.train.output_dir)
-    with locked(run_dir) as notes:  # before looking for checkpoints: while this loads, another may train and end
-        start = start_anew(given) if restart else find_start(given, resume)
-        sets = DataSets(given.data)
-        job = (prepare or _sft)(given, backend)
-        return Run(given, job, backend, replace(start, notes=(*notes, *start.notes)), sets, callbacks).run()
+    with ending_alone(ranks, run_dir), leaving_together(ranks):
+        check_program(ranks, given, backend)
+        given = ranks.together(lambda: for_world(given, ranks.count))
+        ranks.first(lambda: check_trackers(given.log))
+        with ExitStack() as held:  # before looking for checkpoints: while this loads, another may train and end
+            notes = ranks.first(lambda: held.enter_context(locked(run_dir)))
+            check_one_disk(ranks, run_dir)
+            start = ranks.first(lambda: _start(given, resume, restart=restart))
+            sets = ranks.together(lambda: DataSets(given.data))
+            check_data(ranks, sets)
+            job = _job(prepare, given, backend, ranks)
+            return Run(given, job, backend, replace(start, notes=(*notes, *start.notes)), sets, callbacks).run()
+
+
+def _start(recipe: Recipe, resume: str | None, *, restart: bool) -> Start:
+    set_failures_aside(Path(recipe.train.output_dir))
+    return start_anew(recipe) if restart else find_start(recipe, resume)
+
+
+def _job(prepare: Callable[[Recipe, Backend], Job] | None, recipe: Recipe, backend: Backend, ranks: Ranks) -> Job:
+    """What is trained. The model is compared before any rank loads it, which may take minutes."""
+    if prepare is None:
+        check_model(ranks, recipe)
+    return ranks.together(lambda: (prepare or _sft)(recipe, backend))
 
 
 def _sft(recipe: Recipe, backend: Backend) -> Job:

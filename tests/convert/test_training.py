@@ -14,10 +14,16 @@ from duetvl.convert.plans import Options
 from duetvl.convert.verify import Difference, verify
 from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.sharding import Heads
+from duetvl.parallel.division import Division
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.training.checkpoints.checkpoint import take_snapshot, write_snapshot
+from duetvl.training.checkpoints.checkpoint import take_snapshot
+from duetvl.training.checkpoints.export import export_run
+from duetvl.training.checkpoints.writing import begin_save, commit, make_manifest, write_share, write_snapshot
 from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny_config, write_hf
 
 TWO = Layout(((1, 3),), ((4, 0),), 2)
@@ -42,6 +48,60 @@ def test_training_checkpoints_are_read(tmp_path: Path, be: Backend, tied: bool) 
         mm_to_hf(tmp_path / f"mm-{source.name}", tmp_path / "hf", tmp_path / f"back-{source.name}", TWO, Options())
         assert same(read_hf(tmp_path / f"back-{source.name}"), bits)
         assert not [f for f in verify(source, tmp_path / "hf") if isinstance(f, Difference)]
+
+
+MANY = {
+    "dp 3": Mesh(dp=3),
+    "tp 2": Mesh(tp=2),
+    "dp 2 x tp 4": Mesh(dp=2, tp=4),
+}
+
+
+def save_on_ranks(run: Path, be: Backend, bits: dict[str, np.ndarray], config: ModelConfig, mesh: Mesh) -> Path:
+    """As a run over ranks saves a frozen model: each number by one of those that hold it."""
+    heads = Heads(config.text.num_heads, config.text.num_kv_heads, config.vision.num_heads)
+    staging, written = begin_save(run, 7, 0), []
+    for rank in range(mesh.size):
+        division = Division(mesh, heads, rank, vision="shard")
+        parameters = []
+        for name, array in bits.items():
+            part = division.part(name, array.shape)
+            mine = np.concatenate([array[box.slices] for box in part.slices.boxes], part.slices.axis)
+            tensor = be.checkpoint_io.load(np.ascontiguousarray(mine), "bfloat16", "bfloat16")
+            parameters.append(Parameter(name, tensor, trainable=False, part=part))
+        taken = take_snapshot(
+            step=7,
+            parameters=parameters,
+            optimizer_state=None,
+            meta=Meta(model_config=config.to_dict()),
+            backend=be,
+            division=division,
+        )
+        written.append(write_share(staging, taken, rank, mesh.size))
+    return commit(staging, make_manifest(taken, written))
+
+
+@pytest.mark.parametrize("mesh", MANY.values(), ids=MANY)
+def test_checkpoints_of_many_writers_are_read(tmp_path: Path, be: Backend, mesh: Mesh) -> None:
+    config = tiny_config(heads=8, kv_heads=2)
+    bits = write_hf(tmp_path / "hf", config)
+    path = save_on_ranks(tmp_path / "run", be, bits, config, mesh)
+    assert len(list(path.glob("weights-*.safetensors"))) == mesh.size
+    layout = Layout.one_stage(config)
+    hf_to_mm(tmp_path / "run", tmp_path / "mm", layout, Options(), family="qwen2_5_vl")
+    hf_to_mm(tmp_path / "hf", tmp_path / "direct", layout, Options(), family="qwen2_5_vl")
+    assert_files_equal(mm_files(tmp_path / "mm"), mm_files(tmp_path / "direct"))
+    export_run(str(tmp_path / "run"), tmp_path / "back")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
+
+    missing = path / f"weights-00001-of-{mesh.size:05}.safetensors"
+    missing.unlink()
+    for read in (
+        lambda: export_run(str(tmp_path / "run"), tmp_path / "no"),
+        lambda: hf_to_mm(tmp_path / "run", tmp_path / "no", layout, Options(), family="qwen2_5_vl"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{missing.name} cannot be read: No such file"):
+            read()
 
 
 def test_damaged_training_checkpoints(tmp_path: Path, be: Backend) -> None:

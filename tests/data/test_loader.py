@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
+from functools import partial
 
 import pytest
 from counting import CountingEncoder, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from meeting import together
 
 from duetvl.core.errors import DataError
-from duetvl.data.loading.loader import BatchMaker, Findings, Packing, Step, StepLoader, passes
+from duetvl.core.mesh import Mesh
+from duetvl.data.loading.ahead import StepLoader
+from duetvl.data.loading.loader import BatchMaker, Findings, Packing, Step, passes
 from duetvl.data.loading.order import Mixture, RecordCursor
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.stream import StreamCursor, StreamSource
@@ -42,9 +46,9 @@ class Data:
         mixture = Mixture(self.stream.counts, [1.0, 2.0], seed=2)
         return StreamCursor(self.stream, mixture, buffer=7, position=position)
 
-    def maker(self, pool, rank=0, dp=1, **options) -> BatchMaker:
+    def maker(self, pool, **options) -> BatchMaker:
         options = {"packing": Packing(20, 24), "skip_bad": True, **options}
-        return BatchMaker(pool, CountingEncoder(), rank=rank, dp=dp, **options)
+        return BatchMaker(pool, CountingEncoder(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +110,34 @@ def test_kills_at_any_step_change_nothing(data, pool, straight, breaks):
     assert [step.counts for step in found] == [step.counts for step in expected]
 
 
+def one_rank(data, pool, kind, position, count, peers) -> list[Step]:
+    return steps_from(data.maker(pool, peers=peers), data.cursor(kind, position), count)
+
+
 def test_more_ranks_in_mid_epoch_change_nothing(data, pool, straight):
     kind, expected = straight
     position, at = None, 0
     for dp, count in ((1, 3), (2, 4), (4, 5)):
-        ranks = [steps_from(data.maker(pool, r, dp), data.cursor(kind, position), count) for r in range(dp)]
+        ranks = together(Mesh(dp=dp), partial(one_rank, data, pool, kind, position, count))
         for number in range(count):
             own = [rank[number] for rank in ranks]
             assert len({json.dumps(step.end) for step in own}) == 1
-            together = sorted(pack for step in own for pack in packs(step))
-            assert together == sorted(packs(expected[at + number]))
+            all_packs = sorted(pack for step in own for pack in packs(step))
+            assert all_packs == sorted(packs(expected[at + number]))
             rows = sum(batch.pixel_rows.shape[0] for step in own for batch in step.batches)
             assert rows == sum(batch.pixel_rows.shape[0] for batch in expected[at + number].batches)
         position, at = ranks[0][-1].end, at + count
+
+
+def test_ranks_that_come_to_different_records_are_told_so(data, pool):
+    def run(peers) -> str:
+        position = {"epoch": 0, "index": peers.rank, "records": len(data.records)}
+        with pytest.raises(DataError) as found:
+            data.maker(pool, peers=peers).begin(data.cursor("map", position), GROUP)
+        return str(found.value)
+
+    words = together(Mesh(dp=2), run)
+    assert words[0] == words[1] and words[0].startswith("ranks 0 and 1 have come to different records: a data file is")
 
 
 def test_an_epoch_holds_every_good_record(data, straight):
@@ -216,7 +235,7 @@ def test_an_evaluation_sees_every_record_once(tmp_path):
     maker, cursor = simple(tmp_path, 7, skip=True, what={3: "drop", 5: "bad pixels"})
     findings = Findings(skip_bad=True)
     refs = [cursor.records.ref(i) for i in range(7)]
-    batches = list(passes(maker, refs, 3, findings))
+    batches = [batch for group in passes(maker, refs, 3, findings) for batch in group]
     names = [name for batch in batches for name in batch.sample_ids]
     assert names == [f"a.jsonl:{i}" for i in (1, 2, 4, 6, 7)]
     assert findings.counts == {"dropped": 1, "bad": 1}

@@ -236,6 +236,10 @@ def test_bytes_and_rows_make_one_batch(processor_dir: Path, tmp_path: Path) -> N
     assert compact.video_grid_thw.tolist()[1:] == [[1, 4, 6]]
     one, other = encoder.pack([compact, plain]), processor.pack([plain, compact])
     assert np.array_equal(one.pixel_rows, other.pixel_rows) and one.pixel_rows.dtype == np.float32
+    alone, floats = encoder.pack([compact, compact]).pixel_rows, processor.pack([plain, plain]).pixel_rows
+    assert isinstance(alone, PatchBytes) and np.array_equal(alone, floats)  # a picture has one frame, the clip two
+    order = np.random.default_rng(0).permutation(len(floats))
+    assert np.array_equal(alone[order], floats[order])
     again = pickle.loads(pickle.dumps(compact))
     assert np.array_equal(encoder.pack([again, plain]).pixel_rows, one.pixel_rows)
 

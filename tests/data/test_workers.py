@@ -153,7 +153,8 @@ for step in steps(sys.argv[1], streaming, workers, begin, count):
 
 def steps(file: str, streaming: bool, workers: int, position, count: int):
     """Steps of four samples, made ahead by workers."""
-    from duetvl.data.loading.loader import BatchMaker, Packing, StepLoader
+    from duetvl.data.loading.ahead import StepLoader
+    from duetvl.data.loading.loader import BatchMaker, Packing
     from duetvl.data.loading.order import Mixture, RecordCursor
     from duetvl.data.loading.stream import StreamCursor, StreamSource
     from duetvl.data.sources.catalog import open_source

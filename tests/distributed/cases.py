@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from duetvl.core.collectives import Receive, Send
 from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.ranks import Ranks
+from duetvl.data.loading.peers import Peers
 from duetvl.parallel import differentiable as par
 from duetvl.parallel.differentiable import Team
 
@@ -58,34 +61,145 @@ def ranks_decide_together(be: Backend) -> None:
     assert ranks.agree(f"the clock of {ranks.index}") == "the clock of 0"
 
 
+@case
+def the_data_threads_talk_while_the_main_thread_does(be: Backend) -> None:
+    """By channels of their own, whose addresses went over the framework's once."""
+    engine = be.collectives
+    peers = Peers.meet(Mesh(dp=2, tp=2), engine.rank, engine.meeting_host(), engine.gather_objects)
+    assert peers.team == ([0, 1], [2, 3])[engine.rank // 2]
+    parcels = [(engine.rank, np.full(1 << 16, to)) for to in range(engine.size)]
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(lambda: [peers.pixels.route(parcels) for _ in range(5)])
+        for _ in range(5):
+            assert engine.gather_objects(engine.rank) == list(range(engine.size))
+        for received in told.result():
+            assert [rank for rank, _ in received] == list(range(engine.size))
+            assert all((array == engine.rank).all() for _, array in received)
+    peers.close()
+
+
+# -- a checkpoint of many ranks ---------------------------------------------------------------------------------------
+
+
+@case
+def a_checkpoint_that_four_ranks_write_is_read_by_any_layout(be: Backend) -> None:
+    import divided_checkpoint
+
+    divided_checkpoint.check(be)
+
+
+@case
+def an_error_of_one_rank_is_raised_on_all(be: Backend) -> None:
+    import starting  # as below
+
+    starting.errors_are_shared(be)
+
+
+@case
+def a_start_that_one_rank_makes_otherwise_is_refused(be: Backend) -> None:
+    import starting
+
+    starting.a_start_is_refused(be)
+
+
 # -- a model divided over ranks ----------------------------------------------------------------------------------------
 
 
-def check_divided(be: Backend, family: str, heads: tuple[int, int], team: Team, *, lora: bool = False) -> None:
-    import divided_models  # where the cases run; pytest, which reads their names, knows this directory as a package
-
-    divided_models.check_divided(be, family, heads, team, lora=lora)
-
-
-@case
-def a_model_over_four_ranks_with_copies_of_key_heads(be: Backend) -> None:
-    check_divided(be, "qwen2_vl", (8, 2), Team.of(be))
+def team_of(be: Backend, ranks: int) -> Team:
+    """This rank's team of so many; of three, the fourth rank is alone."""
+    return Team.of(be, [[0, 1, 2], [3]] if ranks == 3 else None if ranks == WORLD else MESH.groups("tp"))
 
 
-@case
-def a_model_over_four_ranks_with_uneven_heads(be: Backend) -> None:
-    check_divided(be, "qwen2_5_vl", (6, 2), Team.of(be))
+def divided(be: Backend, ranks: int, family: str, heads: tuple[int, int], *of: Any, **how: Any) -> None:
+    import divided_models as models  # where the cases run; pytest, which reads their names, knows a package
+
+    models.check(be, models.Whole(family, *heads, *of), team_of(be, ranks), **how)
 
 
 @case
 def a_model_over_two_ranks(be: Backend) -> None:
-    check_divided(be, "qwen2_5_vl", (4, 2), Team.of(be, MESH.groups("tp")))
+    divided(be, 2, "qwen2_5_vl", (4, 2), recompute="full")
+    divided(be, 2, "qwen2_vl", (4, 2), vision="shard")
 
 
 @case
-def adapters_of_a_model_over_two_and_four_ranks(be: Backend) -> None:
-    check_divided(be, "qwen2_vl", (4, 2), Team.of(be, MESH.groups("tp")), lora=True)
-    check_divided(be, "qwen2_5_vl", (8, 2), Team.of(be), lora=True)
+def a_model_over_two_ranks_with_sequence_parallel(be: Backend) -> None:
+    divided(be, 2, "qwen2_5_vl", (4, 2), sequence=True, vision="shard", recompute="selective")
+    divided(be, 2, "qwen2_vl", (4, 2), sequence=True)
+
+
+@case
+def a_model_over_four_ranks_with_copies_of_key_heads(be: Backend) -> None:
+    divided(be, 4, "qwen2_vl", (8, 2), recompute="language")
+    divided(be, 4, "qwen2_5_vl", (8, 2), sequence=True, vision="shard", recompute="full")
+
+
+@case
+def a_model_over_three_ranks_with_uneven_heads(be: Backend) -> None:
+    divided(be, 3, "qwen2_5_vl", (14, 2), sequence=True)
+    divided(be, 3, "qwen2_vl", (8, 2), vision="shard", recompute="vision")
+
+
+@case
+def adapters_of_every_kind_of_layer(be: Backend) -> None:
+    """With dropout, whose masks are those of one process; DoRA's row norms are of whole rows."""
+    divided(be, 2, "qwen2_5_vl", (4, 2), "dora", sequence=True, recompute="selective", chosen=(0, 3))
+    divided(be, 2, "qwen2_vl", (4, 2), "dora", sequence=True, vision="shard", chosen=(0,))
+    divided(be, 4, "qwen2_5_vl", (8, 2), "lora", vision="shard", chosen=(0,))
+
+
+@case
+def adapters_start_and_are_read_as_on_one_process(be: Backend) -> None:
+    import divided_models as models
+
+    models.check_adapters(be, models.Whole("qwen2_vl", 4, 2), team_of(be, 2), sequence=True)
+    models.check_adapters(be, models.Whole("qwen2_5_vl", 8, 2), team_of(be, 4), vision="shard")
+
+
+@case
+def what_a_recipe_prepares_is_divided(be: Backend) -> None:
+    import prepared
+
+    prepared.check_prepared(be)
+
+
+@case
+def a_tower_alone_is_trained_on_fewer_frames_than_ranks(be: Backend) -> None:
+    """A rank without a frame takes part in the backward pass of the others."""
+    divided(be, 4, "qwen2_vl", (8, 2), "full", ("language",), chosen=(2, 3))
+    divided(be, 2, "qwen2_5_vl", (4, 2), "lora", ("language", "vision"), sequence=True, chosen=(2,))
+
+
+@case
+def answers_of_a_divided_model(be: Backend) -> None:
+    import divided_models as models
+
+    for ranks, heads, how in (
+        (2, (4, 2), {"sequence": True}),
+        (3, (8, 2), {"vision": "shard"}),
+        (4, (8, 2), {"sequence": True, "vision": "shard"}),
+    ):
+        models.check_cache(be, models.Whole("qwen2_5_vl", *heads), team_of(be, ranks), **how)
+
+
+# -- training over ranks (steps.py) ------------------------------------------------------------------------------------
+
+
+def in_steps(name: str) -> None:
+    """A check of steps.py, which the ranks import alone: pytest knows this directory as a package."""
+
+    def check(be: Backend) -> None:
+        getattr(import_module("steps"), name)(be)
+
+    check.__name__ = name.replace("check_", "steps_")
+    case(check)
+
+
+for each in (
+    "check_rows", "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided",
+    "check_adapters", "check_half", "check_overflow", "check_not_finite", "check_edges",
+):  # fmt: skip
+    in_steps(each)
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------
@@ -134,6 +248,22 @@ def reduce_scatter_keeps_a_piece_of_the_sum(be: Backend) -> None:
             cuts = np.cumsum(sizes or [2] * WORLD)[:-1]
             found = c.reduce_scatter(be.ops.from_numpy(parts[c.rank], dtype), sizes=sizes)
             same(be, found, np.split(sum(parts), cuts)[c.rank], dtype)
+
+
+@case
+def sums_that_are_begun_go_on_beside_others(be: Backend) -> None:
+    c, tp = be.collectives, be.collectives.groups(MESH.groups("tp"))
+    c.traffic.clear()
+    sizes = (None, UNEVEN, [0, 0, 0, 5])
+    wholes = [[values(r, 8 if s is None else sum(s), 2, low=n) for r in range(WORLD)] for n, s in enumerate(sizes)]
+    begun = [c.reduce_scatter_later(be.ops.from_numpy(w[c.rank]), None, s) for w, s in zip(wholes, sizes, strict=True)]
+    ours = c.reduce_scatter_later(be.ops.from_numpy(wholes[0][c.rank]), tp)
+    same(be, c.all_reduce(be.ops.from_numpy(wholes[0][c.rank])), sum(wholes[0]))
+    for pending, whole, s in reversed(list(zip(begun, wholes, sizes, strict=True))):
+        same(be, pending.wait(), np.split(sum(whole), np.cumsum(s or [2] * WORLD)[:-1])[c.rank])
+    pair = c.group_ranks(tp)
+    same(be, ours.wait(), np.split(sum(wholes[0][r] for r in pair), 2)[pair.index(c.rank)])
+    assert c.traffic["reduce_scatter"] == 3 * 4 * 2 * (2 + 3 + 5) + 4 * 2 * 4, c.traffic
 
 
 @case

@@ -1,139 +1,279 @@
-"""A tiny model whole and divided over ranks, with the same weights and batch."""
+"""A tiny model whole and divided over ranks, with the same weights and batches."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.batch import Batch, Sample
-from duetvl.core.boxes import Slices
+from duetvl.core.batch import IGNORE, Batch, Sample
 from duetvl.core.kv_cache import Append
+from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.random import philox
-from duetvl.models.lora import Adapters, Size
+from duetvl.models.layout import UNDIVIDED, Layout
+from duetvl.models.lora import MAGNITUDE, Adapters, Size, is_adapter
+from duetvl.models.qwen_vl.adapters import add_adapters, layers, load_adapter, open_adapter_for, save_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.models.qwen_vl.sharding import Heads, slices_of
+from duetvl.models.recompute import RecomputeMode
 from duetvl.parallel.differentiable import Team
-from duetvl.parallel.tensor import TensorLayout, sum_partial_gradients
+from duetvl.parallel.division import Division
+from duetvl.parallel.tensor import TensorLayout
 from duetvl.training.objective import TokenLoss
 
 VOCABULARY = 99  # no number of ranks divides it
-IMAGE, START, END = 91, 92, 93
+VIDEO, IMAGE, START, END = 90, 91, 92, 93
+HEAD = 8
 VISION = {
-    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2, "num_heads": 4},
+    "qwen2_vl": {"depth": 2, "embed_dim": 32, "mlp_ratio": 2, "num_heads": 4},
     "qwen2_5_vl": {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 42, "out_hidden_size": 48, "num_heads": 4,
-        "tokens_per_second": 2, "fullatt_block_indexes": [1], "window_size": 112,
+        "depth": 2, "hidden_size": 32, "intermediate_size": 42, "num_heads": 4, "tokens_per_second": 2,
+        "fullatt_block_indexes": [1], "window_size": 112,
     },
 }  # fmt: skip
-ADAPTED = (
-    "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.0.mlp.down_proj",
-    "model.layers.1.self_attn.o_proj", "visual.blocks.0.attn.qkv", "visual.merger.mlp.2",
-)  # fmt: skip
+KEY = (3, 1, 4)
+DORA = Adapters({}, dropout=0.3, dora=True)
+Kind = Literal["full", "lora", "dora"]
 
 
-def config(family: str, heads: int, kv_heads: int) -> ModelConfig:
-    return ModelConfig.from_dict(
-        {
-            "model_type": family, "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 50,
-            "num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "rms_norm_eps": 1e-6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 48 // heads // 2 - 2]},
-            "tie_word_embeddings": family == "qwen2_5_vl", "vision_start_token_id": START,
-            "vision_end_token_id": END, "image_token_id": IMAGE, "video_token_id": 90,
-            "vision_config": VISION[family],
-        }
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Whole:
+    """A model on one rank: its family, heads of queries and of keys, what is trained, and what is frozen."""
+
+    family: str
+    heads: int
+    kv_heads: int
+    kind: Kind = "full"
+    freeze: tuple[str, ...] = ()
+
+    def config(self) -> ModelConfig:
+        width = self.heads * HEAD
+        wide = {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size"}[self.family]
+        return ModelConfig.from_dict(
+            {
+                "model_type": self.family, "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 50,
+                "num_hidden_layers": 2, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+                "rms_norm_eps": 1e-6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, HEAD // 2 - 2]},
+                "tie_word_embeddings": self.family == "qwen2_5_vl", "vision_start_token_id": START,
+                "vision_end_token_id": END, "image_token_id": IMAGE, "video_token_id": VIDEO,
+                "vision_config": VISION[self.family] | {wide: width},
+            }
+        )  # fmt: skip
+
+    def adapters(self) -> Adapters | None:
+        """On linear layers of every kind: all of the first block of each tower, and the merger's."""
+        if self.kind == "full":
+            return None
+        sizes = {module: Size(3, 0.6) for module in layers(self.config()).modules if ".1." not in module}
+        return replace(DORA, sizes=sizes, dora=self.kind == "dora")
 
 
-def heads_of(given: ModelConfig) -> Heads:
-    return Heads(given.text.num_heads, given.text.num_kv_heads, given.vision.num_heads)
+def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = philox(3, path).standard_normal(shape, dtype=np.float32)
+    if path.endswith(MAGNITUDE):
+        return 1 + 0.1 * np.abs(array)
+    return array / np.float32(np.sqrt(np.prod(shape[1:]))) if len(shape) > 1 else 1 + array * np.float32(0.1)
 
 
-def cut(array: np.ndarray, part: Slices) -> np.ndarray:
-    return np.concatenate([array[box.slices] for box in part.boxes], part.axis)
-
-
-def model_of(be: Backend, given: ModelConfig, team: Team | None, lora: bool) -> QwenVL:
-    """The model, or the part of it that this rank of the team has."""
+def model_of(be: Backend, of: Whole, layout: Layout = UNDIVIDED) -> QwenVL:
+    """The model, or the part of it that this rank has."""
+    given, own = of.config(), of.adapters()
     shapes = dict(parameter_shapes(given))
-    adapters = Adapters({module: Size(3, 6.0) for module in ADAPTED}) if lora else None
-    own = {} if adapters is None else adapters.shapes(shapes)
 
-    def tensor(path: str, shape: tuple[int, ...]) -> Any:
-        array = philox(3, path).standard_normal(shape, dtype=np.float32)
-        array = array / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 1 + array * 0.1
-        if team is not None:
-            array = cut(array, slices_of(path, shape, heads_of(given), team.index, team.size))
-        return be.ops.from_numpy(np.ascontiguousarray(array, np.float32))
+    def parameter(path: str, shape: tuple[int, ...]) -> Parameter:
+        part = layout.part(path, shape)
+        return Parameter.of(path, be.ops.from_numpy(np.array(part.of(values(path, shape)), np.float32)), part)
 
-    model = QwenVL(given, be, {path: Parameter(path, tensor(path, shape)) for path, shape in shapes.items()})
-    if adapters is not None:
-        model.put_adapters(adapters, {path: tensor(path, shape) for path, shape in own.items()})
-    if team is not None:
-        model.layout = TensorLayout(team, heads_of(given), VOCABULARY)
+    model = QwenVL(given, be, {path: parameter(path, shape) for path, shape in shapes.items()})
+    model.layout = layout
+    if own is not None:
+        model.put_adapters(own, {path: parameter(path, shape) for path, shape in own.shapes(shapes).items()})
+    model.freeze(of.freeze)
     return model
 
 
-def samples() -> list[Sample]:
-    """One with a picture and one without, of different lengths."""
-    rng = np.random.default_rng(1)
-    grid = np.array([[1, 8, 12]])
-    found = []
-    for number, head in enumerate(([START, *[IMAGE] * 24, END], [])):
-        ids = np.array([*head, *rng.integers(0, 90, 9 + number)])
-        labels = np.where(np.arange(len(ids)) >= len(head) + 2, ids, -100)
-        media = {"pixel_values": rng.standard_normal((96, 1176)).astype(np.float32), "image_grid_thw": grid}
-        found.append(Sample(ids, labels, id=f"s{number}", **(media if head else {})))
-    return found
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def run(be: Backend, model: QwenVL) -> tuple[float, dict[str, np.ndarray]]:
-    """The loss, and the complete gradient of every trainable parameter as this model holds it."""
-    batch = model.pack(samples())
-    objective = TokenLoss(be.ops, "sample")  # with weights
-    last = partial(objective.loss, prepared=objective.prepare(batch))
-    (loss,), tape = model.forward(batch, last)
-    be.autograd.backward(tape, [be.ops.from_numpy(np.array(1, np.float32))])
+def sample(seed: int, text: int, image: tuple[int, ...] | None = None, video: tuple[int, ...] | None = None) -> Sample:
+    """A picture, a video, and so many tokens of text, of which all but the first two are trained."""
+    rng = np.random.default_rng(seed)
+    ids, media = [], {}
+    for token, grid, rows, grids in (
+        (IMAGE, image, "pixel_values", "image_grid_thw"),
+        (VIDEO, video, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if grid:
+            ids += [START, *[token] * (np.prod(grid) // 4), END]
+            media |= {rows: rng.standard_normal((np.prod(grid), 1176)).astype(np.float32), grids: np.array([grid])}
+    tokens = np.array([*ids, *rng.integers(0, 90, text)])
+    labels = np.where(np.arange(len(tokens)) >= len(ids) + 2, tokens, IGNORE)
+    return Sample(tokens, labels, id=f"s{seed}", **media)
+
+
+@cache
+def packs() -> list[list[Sample]]:
+    """Pictures of different sizes, a video and text; no picture; one frame for all ranks, and fewer rows than ranks."""
+    mixed = [sample(1, 9, (1, 8, 12), (3, 4, 4)), sample(2, 7), sample(3, 5, (1, 4, 6)), sample(4, 6, (1, 10, 4))]
+    return [mixed, [sample(5, 11)], [sample(6, 4, (1, 4, 4))], [sample(7, 3)]]
+
+
+# -- what a model gives ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """The packs' losses and the gradients of all of them together; in evaluation, the loss and logits of the first pack
+    and the log-probabilities of the last."""
+
+    losses: list[float]
+    evaluated: float
+    logits: np.ndarray
+    logprobs: np.ndarray
+    gradients: dict[str, np.ndarray | None]
+
+
+def run(be: Backend, model: QwenVL, chosen: list[list[Sample]]) -> Given:
+    """Forward and backward of the packs as micro-batches of a step, with dropout."""
+    objective, losses = TokenLoss(be.ops, "sample"), []  # with weights
+    batches = [model.pack(samples) for samples in chosen]
+    lasts = [partial(objective.loss, prepared=objective.prepare(batch)) for batch in batches]
+    for number, batch in enumerate(batches):
+        (loss,), tape = model.forward(batch, lasts[number], key=(*KEY, number))
+        one = be.ops.from_numpy(np.array(1, np.float32))
+        be.autograd.backward(tape, [one], last=number == len(batches) - 1)
+        losses.append(float(be.to_numpy(loss)))
     trained = [p for p in model.parameters.values() if p.trainable]
-    if isinstance(model.layout, TensorLayout):
-        sum_partial_gradients(model.layout.team, model.layout.heads, trained)
-    (evaluated,) = model.evaluate(batch, last)
-    assert abs(float(be.to_numpy(evaluated)) - float(be.to_numpy(loss))) < 1e-5
-    return float(be.to_numpy(loss)), {p.path: np.array(be.to_numpy(p.main_grad)) for p in trained}
+    return Given(
+        losses,
+        float(be.to_numpy(model.evaluate(batches[0], lasts[0])[0])),
+        array(be, model.logits(batches[0])),
+        array(be, model.logprobs(batches[-1])),
+        {p.path: None if p.main_grad is None else array(be, p.main_grad) for p in trained},
+    )
 
 
-def check_divided(be: Backend, family: str, heads: tuple[int, int], team: Team, *, lora: bool = False) -> None:
-    """Loss, gradients and logits of the parts are those of the whole."""
-    given = config(family, *heads)
-    whole, part = model_of(be, given, None, lora), model_of(be, given, team, lora)
-    loss, expected = run(be, whole)
-    part.recompute = "full"
-    found_loss, found = run(be, part)
-    assert abs(found_loss - loss) < 1e-5 * abs(loss), (found_loss, loss)
-    total = float(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in expected.values())))
-    assert found.keys() == expected.keys()
-    for path, gradient in expected.items():
-        mine = cut(gradient, slices_of(path, gradient.shape, heads_of(given), team.index, team.size))
-        allowed = 1e-5 * max(float(np.linalg.norm(mine)), 1e-3 * total)
-        assert found[path].shape == mine.shape, (path, found[path].shape, mine.shape)
-        assert float(np.linalg.norm(found[path] - mine)) < allowed, (path, float(np.abs(found[path] - mine).max()))
-    batch = whole.pack(samples())
-    logits = np.array(be.to_numpy(part.logits(batch)))
-    np.testing.assert_allclose(logits, be.to_numpy(whole.logits(batch)), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(extended(part), extended(whole), rtol=0, atol=2e-5)
+def array(be: Backend, x: Any) -> np.ndarray:
+    return np.array(be.to_numpy(x))
 
 
-def extended(model: QwenVL) -> np.ndarray:
-    """Logits after the samples and two tokens more, from a cache of the heads that this model has."""
-    be, batch = model.backend, model.pack(samples())
-    cache, held = model.create_cache(blocks=3), np.diff(batch.cu_seqlens)
-    tables = np.array([[0], [2]], np.int32)
-    model.extend(batch, model.features(batch), cache, Append(tables, np.zeros_like(held), held))
-    one = np.ones_like(held)
-    more = Batch.of_tokens(np.array([5, 7], np.int32), np.broadcast_to(held.astype(np.int32), (3, 2)), one)
-    return np.array(be.to_numpy(model.extend(more, None, cache, Append(tables, held, one))))
+@cache
+def expected(be: Backend, of: Whole, chosen: tuple[int, ...]) -> Given:
+    """What the whole model gives of these packs."""
+    return run(be, model_of(be, of), [packs()[number] for number in chosen])
+
+
+def complete(be: Backend, layout: Layout, path: str, whole: tuple[int, ...], own: np.ndarray | None) -> Any:
+    """The unit that the ranks hold of a parameter, and its gradient: their parts summed as `Division.sharing` says."""
+    part = layout.part(path, whole)
+    if own is None:
+        own = np.zeros(part.shape, np.float32)
+    assert own.shape == part.shape, (path, own.shape, part.shape)
+    sharing = layout.division.sharing(path, whole) if isinstance(layout, TensorLayout) else None
+    if sharing is None or "tp" not in sharing.axes:
+        return part, own
+    rows = np.zeros(sharing.unit.shape, np.float32)
+    rows[sharing.first : sharing.first + len(own)] = own
+    total = be.collectives.all_reduce(be.ops.from_numpy(rows), layout.team.group)
+    return sharing.unit, array(be, total) / sharing.copies
+
+
+def close(found: float, wanted: float) -> bool:
+    return abs(found - wanted) <= 1e-5 * abs(wanted)
+
+
+def check(
+    be: Backend, of: Whole, team: Team, *, sequence: bool = False, vision: Literal["divide", "shard"] = "divide",
+    recompute: RecomputeMode = "none", chosen: tuple[int, ...] = (0, 1, 2, 3),
+) -> None:  # fmt: skip
+    """Losses, gradients, log-probabilities and logits of the parts are those of the whole."""
+    layout = layout_over(of, team, sequence=sequence, vision=vision)
+    part, wanted = model_of(be, of, layout), expected(be, of, chosen)
+    part.recompute = recompute
+    found = run(be, part, [packs()[number] for number in chosen])
+    assert all(map(close, found.losses, wanted.losses)), (found.losses, wanted.losses)
+    assert close(found.evaluated, wanted.evaluated), (found.evaluated, wanted.evaluated)
+    np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=3e-5)
+    check_gradients(be, layout, found, wanted)
+
+
+def layout_over(of: Whole, team: Team, **how: Any) -> Layout:
+    """This rank's; a team of one has nothing to divide."""
+    division = Division.of(of.config(), Mesh(tp=team.size), team.index, **how)
+    return UNDIVIDED if team.size == 1 else TensorLayout(division, team)
+
+
+def check_gradients(be: Backend, layout: Layout, found: Given, wanted: Given) -> None:
+    assert list(found.gradients) == list(wanted.gradients)
+    total = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in wanted.gradients.values()))
+    for path, gradient in wanted.gradients.items():
+        unit, mine = complete(be, layout, path, gradient.shape, found.gradients[path])
+        theirs = unit.of(gradient)
+        allowed = 1e-5 * max(float(np.linalg.norm(theirs)), 1e-3 * total)
+        off = float(np.linalg.norm(mine - theirs))
+        assert off < allowed, (path, off, allowed, float(np.linalg.norm(theirs)), float(np.linalg.norm(mine)))
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def check_adapters(be: Backend, of: Whole, team: Team, **how: Any) -> None:
+    """They start and are read from PEFT's files as the cut of those of one process; without them the model is plain."""
+    whole, part = model_of(be, of), model_of(be, of, layout_over(of, team, **how))
+    plain = part.logprobs(part.pack(packs()[0]))
+    for model in (whole, part):
+        add_adapters(model, replace(DORA, sizes={module: Size(3, 0.6) for module in layers(of.config()).modules}), 5)
+    for path, mine, theirs in cut_alike(be, part, whole):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6 if path.endswith(MAGNITUDE) else 0, err_msg=path)
+    for path, parameter in whole.parameters.items():
+        if is_adapter(path):
+            be.ops.assign(parameter.tensor, be.ops.from_numpy(values(path, parameter.shape)))
+    with TemporaryDirectory() as place:
+        save_adapter(whole, Path(place) / "adapter")
+        load_adapter(part, open_adapter_for(of.config(), Path(place) / "adapter"))
+    for path, mine, theirs in cut_alike(be, part, whole):
+        np.testing.assert_array_equal(mine, theirs, err_msg=path)
+    reference = array(be, part.without_adapters().logprobs(part.pack(packs()[0])))
+    np.testing.assert_allclose(reference, array(be, plain), rtol=1e-6)
+    assert len(set(be.collectives.gather_objects(reference.tobytes(), team.group))) == 1  # the same on all ranks
+
+
+def cut_alike(be: Backend, part: QwenVL, whole: QwenVL) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Path, what the rank has and what it should have, of each tensor of the adapters."""
+    for path, parameter in part.parameters.items():
+        if is_adapter(path):
+            shape = whole.parameters[path].shape
+            assert parameter.place == part.layout.part(path, shape), path
+            yield path, array(be, parameter.tensor), parameter.place.of(array(be, whole.parameters[path].tensor))
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def check_cache(be: Backend, of: Whole, team: Team, **how: Any) -> None:
+    """A prompt with pictures and one without, then one more token of each, give the logits of the whole model."""
+    whole = model_of(be, of)
+    part = model_of(be, of, layout_over(of, team, **how))
+    for mine, theirs in zip(grown(be, part), grown(be, whole), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=3e-5)
+
+
+def grown(be: Backend, model: QwenVL) -> list[np.ndarray]:
+    prompts = model.pack(packs()[0][:2])
+    lengths = np.diff(prompts.cu_seqlens)
+    slots = np.arange(2, dtype=np.int32)
+    features = model.features(prompts)
+    with_cache = model.create_cache(2, int(lengths.max()) + 1)
+    first = model.extend(prompts, features, with_cache, Append(slots, np.zeros_like(slots), lengths))
+    new = Batch.of_tokens(np.array([5, 7]), np.tile(lengths, (3, 1)).astype(np.int32), np.ones(2, np.int32))
+    second = model.extend(new, None, with_cache, Append(slots, lengths, np.ones_like(slots)))
+    return [array(be, x) for x in (features, first, second)]

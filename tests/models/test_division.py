@@ -8,7 +8,7 @@ import pytest
 from duetvl.core.boxes import Part
 from duetvl.core.mesh import Mesh
 from duetvl.models.qwen_vl.sharding import Heads
-from duetvl.parallel.division import Division, owned_rows
+from duetvl.parallel.division import Division, dealt, owned_rows
 
 HEAD = 4
 LAYER = "model.layers.0.self_attn"
@@ -68,6 +68,20 @@ def test_every_number_is_held_and_updated_by_one_rank(heads: Heads, mesh: Mesh, 
             np.testing.assert_array_equal(owned, unit[rows.start : rows.stop])
             np.add.at(updated, owned.reshape(-1), 1)
         assert (updated == 1).all(), path
+
+
+def test_frames_are_dealt_evenly() -> None:
+    """The largest first, each to the rank that has least, ascending; some ranks may get none."""
+    assert dealt([96, 60, 24, 16, 16, 4], 2) == [[0, 3], [1, 2, 4, 5]]
+    assert dealt([16], 3) == [[0], [], []]
+    assert dealt([], 2) == [[], []]
+    rng = np.random.default_rng(0)
+    for ranks in (2, 3, 8):
+        sizes = [int(size) for size in rng.integers(4, 400, 50)]
+        pieces = dealt(sizes, ranks)
+        assert sorted(piece for own in pieces for piece in own) == list(range(50))
+        loads = [sum(sizes[piece] for piece in own) for own in pieces]
+        assert max(loads) - min(loads) <= max(sizes)
 
 
 def test_owned_rows_are_even_and_begin_elsewhere_for_each_parameter() -> None:

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from duetvl.core.backend import load_backend
-from duetvl.core.boxes import Box
-from duetvl.core.errors import CheckpointError
+from duetvl.core.boxes import Box, Part, Slices
+from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.mesh import Mesh
+from duetvl.models.qwen_vl.config import load_config
+from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.names import canonical_names
+from duetvl.parallel.division import Division
 from duetvl.storage.files import staged_directory
 from duetvl.storage.tensor_files import TensorFile, TensorSpec, write_tensor_file
 from duetvl.storage.weights_dir import load_parameters, open_weights, plan_shards, write_shards, write_weights
@@ -121,19 +125,53 @@ def test_tied_head_and_buffers_are_left_out(tmp_path):
     open_weights(tmp_path, NAMES).check(SHAPES)
 
 
-def test_boxes(tmp_path, be):
+def test_parts(tmp_path, be):
+    """Of boxes in the middle of a tensor, of columns, and of several boxes; counted as what was read."""
     put(tmp_path / "model.safetensors", {name: bf16(x) for name, x in VALUES.items()})
-    boxes = {
-        "visual.blocks.0.attn.qkv.weight": Box((8, 0), (8, 8)),
-        "model.layers.0.self_attn.q_proj.weight": Box((0, 2), (6, 3)),
-        "model.norm.weight": Box((5,), (1,)),
+    slices = {
+        "visual.blocks.0.attn.qkv.weight": Slices((Box((4, 0), (4, 8)), Box((12, 0), (4, 8)), Box((20, 0), (4, 8)))),
+        "model.layers.0.self_attn.q_proj.weight": Slices((Box((0, 2), (6, 3)),), 1),
+        "model.norm.weight": Slices((Box((5,), (1,)),)),
     }
-    loaded = load_parameters(SHAPES, open_weights(tmp_path), be, "float32", boxes=boxes)
+
+    def part_of(name, shape):
+        return Part(shape, slices.get(name, Slices.whole(shape)))
+
+    seen = []
+    loaded = load_parameters(SHAPES, open_weights(tmp_path), be, "float32", part_of=part_of, progress=seen.append)
     for name, x in VALUES.items():
-        part = x[boxes[name].slices] if name in boxes else x
-        assert np.array_equal(be.to_numpy(loaded[name]), wide(bf16(part)))
+        wanted = np.concatenate([x[box.slices] for box in part_of(name, x.shape).slices.boxes])
+        assert np.array_equal(be.to_numpy(loaded[name]), wide(bf16(wanted)))
+    assert sum(seen) == 2 * sum(x.size for x in map(be.to_numpy, loaded.values()))
+    slices["model.norm.weight"] = Slices((Box((5,), (2,)),))
     with pytest.raises(ValueError, match="does not contain"):
-        load_parameters(SHAPES, open_weights(tmp_path), be, "float32", boxes={"model.norm.weight": Box((5,), (2,))})
+        load_parameters(SHAPES, open_weights(tmp_path), be, "float32", part_of=part_of)
+
+
+@pytest.mark.parametrize("vision", ["divide", "shard"])
+@pytest.mark.parametrize("name", ["qwen2-untied", "qwen2.5-tied"])
+def test_a_rank_loads_the_cut_of_the_whole(tiny, be, name, vision):
+    """To the bit, whatever the degree; of a model on one rank, no parameter is a part."""
+    whole = load_model(tiny.directory(name), backend=be, dtype="bfloat16")
+    assert all(parameter.part is None for parameter in whole.parameters.values())
+    for tp in (2, 3) if vision == "divide" else (2,):
+        for rank in range(tp):
+            division = Division.of(whole.config, Mesh(tp=tp), rank, vision=vision)
+            part = load_model(tiny.directory(name), backend=be, dtype="bfloat16", division=division)
+            for path, parameter in part.parameters.items():
+                expected = parameter.place.of(be.to_numpy(whole.parameters[path].tensor))
+                assert be.to_numpy(parameter.tensor).tobytes() == np.ascontiguousarray(expected).tobytes(), path
+                assert parameter.place == division.part(path, whole.parameters[path].shape)
+            assert part.parameters["model.embed_tokens.weight"].part is not None
+
+
+def test_degrees_that_a_model_cannot_have(tiny):
+    config = load_config(tiny.directory("qwen2-tied"))
+    heads, vision = config.text.num_heads, config.vision.num_heads
+    with pytest.raises(ConfigError, match=f"parallel.tp 99: the model has {heads} query heads.* give 1 to {heads}$"):
+        Division.of(config, Mesh(tp=99), 0)
+    with pytest.raises(ConfigError, match=f"give 1 to {vision}, or divide frames instead: parallel.vision=divide"):
+        Division.of(config, Mesh(tp=vision + 1), 0, vision="shard")
 
 
 def test_patch_embedding_as_a_matrix(tmp_path, be):

@@ -110,7 +110,7 @@ def encode(record: Record) -> Sample:
 
 def prepare(recipe, backend) -> Job:
     model = BagModel(backend, recipe.model.dtype)
-    return Job(model, TokenLoss(backend.ops), BagEncoder(), export=lambda target: target.mkdir())
+    return Job(model, TokenLoss(backend.ops), BagEncoder(), export=lambda ref, target: target.mkdir())
 
 
 def write_records(path: Path, count: int, seed: int = 0) -> Path:

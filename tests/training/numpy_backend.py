@@ -8,7 +8,9 @@ import numpy as np
 
 from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
-from duetvl.training.checkpoints.checkpoint import take_snapshot, write_snapshot
+from duetvl.core.ranks import Ranks
+from duetvl.training.checkpoints.checkpoint import take_snapshot
+from duetvl.training.checkpoints.writing import write_snapshot
 
 
 class NumpyFiles:
@@ -42,6 +44,8 @@ def numpy_backend():
         capabilities=SimpleNamespace(framework="numpy"),
     )
 
+
+ALONE = Ranks(SimpleNamespace(rank=0, size=1, gather_objects=lambda value: [value]))
 
 SHAPES = {"visual.patch_embed.proj.weight": (6, 3, 2, 2, 2), "model.norm.weight": (7,), "lm_head.weight": (5, 7)}
 

@@ -14,7 +14,7 @@ import pytest
 from numpy_backend import SHAPES, numpy_backend, optimizer_state, parameters, save_checkpoint
 
 import duetvl
-from duetvl.core.boxes import Box
+from duetvl.core.boxes import Box, Part, Slices
 from duetvl.core.errors import CheckpointError
 from duetvl.core.optimizer import ParameterGroup
 from duetvl.core.params import Parameter
@@ -22,6 +22,8 @@ from duetvl.storage.checkpoint_format import Manifest, Meta
 from duetvl.storage.finding import checkpoints_dir, find_checkpoint, has_checkpoint
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
+from duetvl.training.checkpoints import writing
+from duetvl.training.checkpoints.pieces import Piece, on_host
 
 META = Meta(
     recipe={"optim": {"lr": 1e-5}},
@@ -248,6 +250,7 @@ def test_another_model_is_refused_before_anything_is_written(tmp_path):
     assert all(np.array_equal(other[path].tensor, before[path]) for path in other)
 
     params = parameters(1)
+    params["model.norm.weight"].trainable = params["visual.patch_embed.proj.weight"].trainable = False
     trained = optimizer_state({"lm_head.weight": params["lm_head.weight"]}, 1)
     with pytest.raises(CheckpointError, match=r"trained other parameters: 2 unknown here"):
         load(ref, params, trained)
@@ -323,7 +326,7 @@ def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint(tmp_path, step, keep
         load(ref, params, optimizer_state(params, 0))
         assert np.array_equal(params["lm_head.weight"].tensor, parameters(ref.step)["lm_head.weight"].tensor)
 
-        ck.remove_leftovers(run_dir)
+        writing.remove_leftovers(run_dir)
         assert find_checkpoint(run_dir).step == ref.step
         assert not [name for name in steps(run_dir) if name.startswith(".")]
         save(run_dir, 30, keep_last=1)
@@ -345,7 +348,7 @@ def test_a_kill_in_the_middle_of_writing(tmp_path):
         assert ref.rejected == ()
         assert ref.step >= seen[-1]
         for path in checkpoints_dir(tmp_path).glob("step-*"):
-            ck.remove_directory(path)
+            writing.remove_directory(path)
         (checkpoints_dir(tmp_path) / "latest").unlink()
 
 
@@ -356,17 +359,21 @@ def test_several_writers_and_any_reader(tmp_path):
     """Two processes write their halves, split along different axes for each kind; a third layout reads."""
     random = np.random.default_rng(0)
     weight, moment = (random.standard_normal((6, 8)).astype(np.float32) for _ in range(2))
-    staging = tmp_path / "checkpoints/.step-0000003.saving"
-    staging.mkdir(parents=True)
+    staging = writing.begin_save(tmp_path, 3, 0)
     written = []
     for rank in (0, 1):
         boxes = {"weights": Box((3 * rank, 0), (3, 8)), "exp_avg": Box((0, 5 * rank), (6, 5 if rank == 0 else 3))}
         pieces = [
-            ck.Piece(kind, "w", (6, 8), box, {"weights": weight, "exp_avg": moment}[kind][box.slices].copy())
+            Piece(kind, "w", Part((6, 8), Slices((box,))), {"weights": weight, "exp_avg": moment}[kind][box.slices])
             for kind, box in boxes.items()
         ]
-        written.append(ck.write_pieces(staging, list(ck.on_host(pieces, numpy_backend())), rank=rank, ranks=2))
-    ck.commit(staging, ck.make_manifest(3, META, {"w": 3}, written, ck.writer_names(numpy_backend())))
+        mine = writing.Snapshot(3, META, {"w": 3}, tuple(on_host(pieces, numpy_backend())), {})
+        written.append(writing.write_share(staging, mine, rank, 2))
+    with pytest.raises(ValueError, match="do not make up"):
+        writing.make_manifest(mine, written[:1])
+    with pytest.raises(ValueError, match="do not make up"):
+        writing.make_manifest(mine, [*written, written[1]])
+    writing.commit(staging, writing.make_manifest(mine, written))
 
     ref = find_checkpoint(tmp_path)
     stored = ref.stored
@@ -374,12 +381,10 @@ def test_several_writers_and_any_reader(tmp_path):
         assert np.array_equal(stored.read(kind, "w")[0], whole)
         for box in (Box((1, 2), (4, 5)), Box((5, 7), (1, 1)), Box((0, 0), (3, 8)), Box((2, 0), (0, 8))):
             assert np.array_equal(stored.read(kind, "w", box)[0], whole[box.slices])
-    part = ck.Piece("weights", "w", (6, 8), Box((2, 1), (2, 3)), np.zeros((2, 3), np.float32))
+    parts = Slices((Box((4, 1), (2, 3)), Box((0, 1), (1, 3))))
+    part = Piece("weights", "w", Part((6, 8), parts), np.zeros((3, 3), np.float32))
     ck.load_pieces(ref, [part], numpy_backend())
-    assert np.array_equal(part.tensor, weight[2:4, 1:4])
-
-    with pytest.raises(ValueError, match="do not make up"):
-        ck.make_manifest(3, META, {}, written[:1], {})
+    assert np.array_equal(part.tensor, weight[[4, 5, 0], 1:4])
 
 
 def test_manifest_with_missing_boxes_is_damaged(tmp_path):

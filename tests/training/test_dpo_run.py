@@ -178,7 +178,7 @@ def cut_short(self):
         yield batch
 
 Feed.everything = cut_short
-options = ["data.pack=false", "data.val=null", f"train.output_dir={run}", f"dpo.cache={cache}"]
+options = ["train.global_batch=1", "data.val=null", f"train.output_dir={run}", f"dpo.cache={cache}"]
 train(recipe, options, backend=load_backend("torch_npu", device="cpu"))
 """
 

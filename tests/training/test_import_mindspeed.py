@@ -815,7 +815,6 @@ def test_an_import_is_checked_on_one_machine(tmp_path, capsys):
     assert main(["check", made, *place, f"train.output_dir={tmp_path / 'out'}", "train.steps=2"]) == 0
     told = capsys.readouterr().out
     assert "layout: pp 1 x dp 8 x cp 1 x tp 1 needs 8 processes\n" in told
-    assert "this release trains on one process: parallel.dp=1 takes the same steps there\n" in told
 
 
 def test_a_script_is_never_run(tmp_path):

@@ -226,6 +226,24 @@ def test_the_mindspeed_mm_export_is_merged_too(be, recipe, straight, tmp_path):
     assert all(np.array_equal(back.view(name), merged.view(name)) for name in merged.specs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_export_is_bit_for_bit_the_model_in_memory_merged(be, recipe, straight, tmp_path, dtype):
+    """Written from files alone: the base's float32 weights are rounded to the run's dtype before they are merged."""
+    options = [f"train.output_dir={tmp_path}/run", "checkpoint.export=merged", f"model.dtype={dtype}"]
+    values = json.loads(recipe.read_text())
+    values["lora"] = {"adapter": str(straight / "export")}
+    train(values, [*options, "train.steps=1"], backend=be)
+    export_run(str(tmp_path / "run"), tmp_path / "adapter")
+    adapter = tmp_path / "adapter"
+    model = duetvl.load_model(values["model"]["path"], backend=be, dtype=dtype, adapter=adapter)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    ours, theirs = (sorted(path.iterdir()) for path in (tmp_path / "run" / "export", tmp_path / "merged"))
+    assert [file.name for file in ours] == [file.name for file in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
 def test_a_run_directory_is_no_adapter_and_no_model(straight, be, recipe, tmp_path):
     model_dir = json.loads(recipe.read_text())["model"]["path"]
     with pytest.raises(CheckpointError, match="write a run's adapter with `duetvl export`"):

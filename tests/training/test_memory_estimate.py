@@ -15,11 +15,13 @@ from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.adapters import add_adapters, layers
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.memory import Load
+from duetvl.models.qwen_vl.parameters import parameter_shapes
+from duetvl.models.qwen_vl.sharding import shard_of
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 from duetvl.training.checkpoints.space import Space
 from duetvl.training.lora import stored_parameters
-from duetvl.training.memory import Memory, disk_of, estimate, host_memory, largest_load
+from duetvl.training.memory import Memory, disk_of, division_of, estimate, host_memory, largest_load
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.step import Trainer
@@ -119,6 +121,30 @@ def test_options_that_save_memory_save_it(tiny):
     )
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_ranks_hold_their_parts(tiny, sequence):
+    """All ranks together: the weights once for each that holds them, the moments once in all."""
+    config, load = load_config(tiny.directory("qwen2.5-tied")), Load(400, 200, 96)
+    layout = {"dp": 2, "tp": 2, "sequence": sequence}
+    recipe = recipe_of(parallel=layout)
+    whole = estimate(config, recipe_of(), load)
+    ranks = [estimate(config, recipe, load, division=division_of(recipe, config, rank)) for rank in range(4)]
+    assert sum(rank.optimizer for rank in ranks) == whole.optimizer
+    numbers = {path: math.prod(shape) for path, shape in parameter_shapes(config).items()}
+    everywhere = sum(n for path, n in numbers.items() if path.startswith("visual.") or shard_of(path).axis is None)
+    divided = sum(numbers.values()) - everywhere
+    owned = sum(numbers.values()) * 4  # rows of their own, which ranks that share a parameter update
+    assert sum(rank.gradients for rank in ranks) == 4 * (2 * divided + 4 * everywhere)
+    assert sum(rank.weights for rank in ranks) == 4 * (2 * divided + 4 * everywhere) + owned
+    assert all(rank.activations < whole.activations for rank in ranks)
+
+
+def test_a_sequence_divided_keeps_less(tiny):
+    config, load = load_config(tiny.directory("qwen2.5-tied")), Load(4096, 200)
+    kept = [estimate(config, recipe_of(parallel={"tp": 2, "sequence": on}), load).activations for on in (False, True)]
+    assert kept[1] < kept[0]
+
+
 def test_packs_of_a_recipe():
     sizes = [(100, 40, 0), (300, 60, 80)]
     assert largest_load(recipe_of(data={"train": "d", "pack_tokens": 1000}), sizes) == (Load(1000, 250, 200), 2)
@@ -156,7 +182,8 @@ def test_a_checkpoint_takes_what_is_told_before_it(tiny, dtype, targets):
     assert checkpoint == sum(piece.spec.nbytes for piece in taken.pieces)
     assert weights == sum(p.tensor.nbytes for p in stored)
     assert whole == plain
-    assert Space.of(taken, model.parameters, recipe, be) == Space.with_export(checkpoint, weights, whole, recipe)
+    found = Space.of(stored, model.parameters, trainer.state, recipe, be)
+    assert found == Space.with_export(checkpoint, weights, whole, recipe)
 
 
 def test_what_is_beyond_the_memory_is_said():

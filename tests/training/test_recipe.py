@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from duetvl.core.errors import ConfigError
+from duetvl.core.mesh import Mesh
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.training.recipe import text
-from duetvl.training.recipe.reading import check_layers, check_world, load_recipe, make_recipe
+from duetvl.training.recipe.reading import check_degrees, check_layers, check_world, for_world, load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import recipe_reference
 from duetvl.training.recipe.yaml_values import parse_yaml, write_yaml
@@ -206,12 +207,30 @@ def test_files_without_the_sections(values, expected):
     assert expected in str(caught.value)
 
 
-def test_more_than_one_process_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"pp 1 x dp 2 x cp 1 x tp 2 needs 4 processes; this release trains on one"):
-        check_world(make("parallel.dp=2", "parallel.tp=2"), 4)
-    with pytest.raises(ConfigError, match="is 1 process, but 2 were started"):
+def test_another_number_of_processes_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"pp 1 x dp 2 x cp 1 x tp 2 needs 4 processes, and 3 were started; start 4"):
+        check_world(make("parallel.dp=2", "parallel.tp=2"), 3)
+    with pytest.raises(ConfigError, match=r"needs 1 process, and 2 were started; .* parallel.dp=auto"):
         check_world(make(), 2)
+    with pytest.raises(ConfigError, match=r"pp above 1 cannot be run by this release; parallel.pp=1 takes the same"):
+        check_world(make("parallel.pp=2"), 2)
     check_world(make(), 1)
+    check_world(make("parallel.dp=2", "parallel.tp=2"), 4)
+
+
+def test_dp_auto_takes_the_rest_of_the_processes():
+    assert for_world(make("parallel.dp=auto"), 1) == make()
+    assert for_world(make("parallel.dp=auto", "parallel.tp=2"), 6).parallel.mesh == Mesh(dp=3, tp=2)
+    assert make("parallel.dp=auto", "parallel.tp=2").parallel.mesh == Mesh(tp=2)
+    with pytest.raises(ConfigError, match="3 processes were started, which 2 does not divide; start a multiple of 2"):
+        for_world(make("parallel.dp=auto", "parallel.tp=2"), 3)
+
+
+def test_degrees_that_a_model_cannot_have_are_refused_with_the_possible_ones():
+    model = published_config("Qwen2.5-VL-3B")
+    check_degrees(make("parallel.tp=16").parallel, model)
+    with pytest.raises(ConfigError, match=r"tp 17: .* has 16 query heads.*possible are 1 to 16, .* 1, 2, 4, 8, 16"):
+        check_degrees(make("parallel.tp=17").parallel, model)
 
 
 def test_layers_of_stages_are_flat_or_a_row_for_each_virtual_stage():

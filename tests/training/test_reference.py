@@ -43,7 +43,7 @@ class Pairs:
     count: int = 3
 
     def everything(self):
-        yield from batches(self.model)[: self.available]
+        yield from ((batch,) for batch in batches(self.model)[: self.available])
         if self.available < 2:
             raise KeyboardInterrupt
 

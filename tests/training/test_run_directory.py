@@ -59,7 +59,7 @@ def recipe(tmp_path):
 def prepare(recipe, backend):
     """As bag_model's, with an export of one file."""
 
-    def export(target):
+    def export(ref, target):
         target.mkdir(exist_ok=True)
         (target / "config.json").touch()
         (target / "model").write_text(f"lr {recipe.optim.lr}")

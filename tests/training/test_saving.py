@@ -18,7 +18,7 @@ import bag_model
 import numpy as np
 import pytest
 from bag_model import write_records
-from numpy_backend import numpy_backend, optimizer_state, parameters
+from numpy_backend import ALONE, numpy_backend, optimizer_state, parameters
 
 import duetvl
 from duetvl.core.backend import load_backend
@@ -29,6 +29,8 @@ from duetvl.storage.files import staged_directory
 from duetvl.storage.finding import find_checkpoint, has_checkpoint, step_name
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
+from duetvl.training.checkpoints import writing
+from duetvl.training.checkpoints.pieces import HostPiece
 from duetvl.training.checkpoints.saving import SaveGivenUp, Saver
 from duetvl.training.checkpoints.space import Space
 from duetvl.training.recipe.sections import CheckpointSection
@@ -107,7 +109,7 @@ def test_a_snapshot_is_not_changed_by_what_comes_after(tmp_path):
     for x in [p.tensor for p in params.values()] + [x for slot in state.slots().values() for x in slot.values()]:
         x += 1
     state.step.update(dict.fromkeys(state.step, 5))
-    ck.write_snapshot(tmp_path, taken)
+    writing.write_snapshot(tmp_path, taken)
     fresh = parameters(2)
     ref = find_checkpoint(tmp_path)
     ck.load_checkpoint(ref, parameters=fresh.values(), optimizer_state=None, backend=numpy_backend())
@@ -118,7 +120,9 @@ def test_a_snapshot_is_not_changed_by_what_comes_after(tmp_path):
 
 def test_one_save_is_under_way_at_most_and_all_are_told(tmp_path):
     said = []
-    saver = Saver(tmp_path, on_saved=lambda path, step: said.append(step), warn=said.append, background=True)
+    saver = Saver(
+        tmp_path, ranks=ALONE, on_saved=lambda path, step: said.append(step), warn=said.append, background=True
+    )
     params = parameters(1)
 
     def take(step):
@@ -150,7 +154,7 @@ def test_a_program_that_ends_at_once_leaves_nothing_half_written(tmp_path):
             step=7, parameters=params.values(), optimizer_state=None, meta=Meta(), backend=numpy_backend(), copy=copy
         )
 
-    saver = Saver(tmp_path, on_saved=lambda *_: None, warn=print, background=True)
+    saver = Saver(tmp_path, ranks=ALONE, on_saved=lambda *_: None, warn=print, background=True)
     saver._given_up.set()
     with saver:
         saver.save(take)
@@ -274,7 +278,7 @@ def test_a_disk_with_room_for_two(recipe, tmp_path, background):
 @pytest.mark.parametrize(("keep_last", "meanwhile"), [(None, (2, 4, 6)), (3, (2, 6)), (2, (2,)), (1, (2,))])
 def test_the_latest_is_never_removed_to_make_room(tmp_path, monkeypatch, keep_last, meanwhile):
     """Here it is the oldest: the run has gone back to it."""
-    monkeypatch.setattr(ck, "free_space", lambda _: 0)
+    monkeypatch.setattr(writing, "free_space", lambda _: 0)
     folder, seen = tmp_path / "checkpoints", []
     for moment, step in enumerate((2, 4, 6)):
         (folder / step_name(step)).mkdir(parents=True)
@@ -286,8 +290,8 @@ def test_the_latest_is_never_removed_to_make_room(tmp_path, monkeypatch, keep_la
         seen.extend(sorted(path.name for path in folder.glob("step-*")))
         return np.zeros(3, np.float32)
 
-    piece = ck.HostPiece("weights", "w", (3,), Box.whole((3,)), "float32", fetch)
-    ck.write_snapshot(tmp_path, ck.Snapshot(3, Meta(), {}, (piece,), {}), keep_last)
+    piece = HostPiece("weights", "w", (3,), Box.whole((3,)), "float32", fetch)
+    writing.write_snapshot(tmp_path, writing.Snapshot(3, Meta(), {}, (piece,), {}), keep_last)
     assert seen == [step_name(step) for step in meanwhile]
     assert find_checkpoint(tmp_path).step == 3
 
@@ -599,7 +603,7 @@ def exporting(what=lambda: None):
     def prepare(given, backend):
         job = bag_model.prepare(given, backend)
 
-        def export(target):
+        def export(ref, target):
             what()
             with staged_directory(target, overwrite=True) as staging:
                 (staging / "loss").write_text(f"{time.time_ns()}")

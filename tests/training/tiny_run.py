@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -45,13 +46,17 @@ QWEN2 = {
 FAMILIES = {"qwen2_vl": QWEN2, "qwen2_5_vl": QWEN2_5}
 
 
-def config(family: str = "qwen2_5_vl") -> ModelConfig:
+def config(family: str = "qwen2_5_vl", **sizes: Any) -> ModelConfig:
+    """`sizes` replace those of the language model; the vision tower's features follow its width."""
     letters = tokenizer()
     names = ("vision_start", "vision_end", "image_pad", "video_pad")
     ids = {name: letters.token_to_id(f"<|{name}|>") for name in names}
+    vision = FAMILIES[family]["vision_config"]
+    out = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
     return ModelConfig.from_dict(
         {
             **FAMILIES[family],
+            "vision_config": {**vision, out: sizes.get("hidden_size", vision[out])},
             "vocab_size": letters.get_vocab_size(),
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -63,17 +68,18 @@ def config(family: str = "qwen2_5_vl") -> ModelConfig:
             "vision_end_token_id": ids["vision_end"],
             "image_token_id": ids["image_pad"],
             "video_token_id": ids["video_pad"],
+            **sizes,
         }
     )
 
 
-def write_model(target: Path, std: float = 0.02, family: str = "qwen2_5_vl") -> Path:
+def write_model(target: Path, std: float = 0.02, family: str = "qwen2_5_vl", **sizes: Any) -> Path:
     def settings(directory: Path) -> None:
         tokenizer().save(str(directory / "tokenizer.json"))
         sizes = {"min_pixels": 28 * 28, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
         (directory / "preprocessor_config.json").write_text(json.dumps(sizes))
 
-    write_random_model(replace(config(family), initializer_range=std), target, seed=1, settings=settings)
+    write_random_model(replace(config(family, **sizes), initializer_range=std), target, seed=1, settings=settings)
     return target
 
 

@@ -1,9 +1,11 @@
-"""Communication by mindspore.communication, started by msrun: hccl on Ascend, mccl and our own transport on CPU."""
+"""Communication by mindspore.communication, started by msrun: hccl on Ascend, our own transport on CPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import mindspore as ms
@@ -12,12 +14,13 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore.mint import distributed as dist
 
-from duetvl.backends.mindspore.host_transport import Address, HostTransport, Incoming, Outgoing
+from duetvl.backends.mindspore.meeting import Meeting, meet, schedule
 from duetvl.backends.mindspore.ops import DTYPES
 from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.composed import ComposedCollectives
 from duetvl.core.composed.collectives import time_limit
 from duetvl.core.errors import BackendError
+from duetvl.core.host_transport import HostTransport, Incoming, Outgoing
 
 NEEDED = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT")
 
@@ -28,8 +31,6 @@ class MindSporeCollectives(ComposedCollectives):
     The scheduler process that msrun adds runs the same program and stays in `start` until the workers have ended.
     """
 
-    engine_name = "hccl"
-
     def launched(self) -> int:
         count = _worker_count()
         if count == 1 and os.environ.get("MS_ROLE") == "MS_SCHED":
@@ -39,7 +40,9 @@ class MindSporeCollectives(ComposedCollectives):
     def start(self) -> None:
         if self.size > 1 or self.launched() == 1:
             return
-        _join(self.engine_name)
+        with _joining() as limit:
+            os.environ["MS_TOPO_TIMEOUT"] = str(max(1, round(limit)))  # how long scheduler and workers wait
+            comm.init("hccl")
         self.rank, self.size = comm.get_rank(), comm.get_group_size()
 
     def stop(self) -> None:
@@ -47,6 +50,9 @@ class MindSporeCollectives(ComposedCollectives):
             comm.release()
         self.rank, self.size = 0, 1
         self._made.clear()
+
+    def meeting_host(self) -> str:
+        return os.environ.get("MS_SCHED_HOST", "localhost")
 
     def raw_group(self, members: tuple[int, ...]) -> str | None:
         if self.rank not in members:
@@ -98,50 +104,68 @@ class MindSporeCollectives(ComposedCollectives):
 
 
 class MindSporeCpuCollectives(MindSporeCollectives):
-    """See core/collectives.py. On CPU: mccl sums, gathers and broadcasts; the host transport does the rest.
+    """See core/collectives.py. On CPU, all of it over the host transport.
 
-    mccl gives up on a rank that comes 30 seconds late, and then the whole run is killed, so the ranks meet on the
-    transport first, which waits longer and says who is missing.
+    mccl, MindSpore's own, lacks half of the functions, gives up on a rank that comes 30 seconds late, and its scheduler
+    ends ranks without a word. Sums are made in the order of the ranks: the same bits on all of them.
     """
 
-    engine_name = "mccl"
     transport: HostTransport
+    meeting: Meeting
 
     def start(self) -> None:
-        super().start()
-        if self.size > 1:
-            limit = time_limit("DUETVL_PEER_TIMEOUT")
-            self.transport = HostTransport(self.rank, self.size, os.environ["MS_SCHED_HOST"], limit)
-            mine = Tensor(np.frombuffer(self.transport.address.packed(), np.uint8)[None])
-            self.transport.connect([Address.unpack(row.tobytes()) for row in self._gather(mine, None).asnumpy()])
+        if self.size > 1 or (count := self.launched()) == 1:
+            return
+        scheduler = os.environ["MS_SCHED_HOST"], int(os.environ["MS_SCHED_PORT"])
+        with _joining() as limit:
+            if os.environ["MS_ROLE"] == "MS_SCHED":
+                schedule(scheduler, count, limit)
+                raise SystemExit(0)
+            self.transport = HostTransport(-1, count, scheduler[0], time_limit("DUETVL_PEER_TIMEOUT"))
+            number = int(os.environ.get("MS_NODE_ID") or -1)
+            self.meeting = meet(scheduler, number, self.transport.address, count, limit)
+        self.rank, self.size = self.meeting.rank, count
+        self.transport.rank = self.rank
+        self.transport.connect(self.meeting.addresses)
 
     def stop(self) -> None:
         if self.size > 1:
             self.transport.close()
-        super().stop()
+            self.meeting.close()
+        self.rank, self.size = 0, 1
+        self._made.clear()
+
+    def raw_group(self, members: tuple[int, ...]) -> None:
+        return None  # the transport knows ranks alone
 
     def raw_all_reduce(self, x: Tensor, group: Group, op: str) -> Tensor:
-        self.raw_barrier(group)
-        return super().raw_all_reduce(x, group, op)
+        """Each rank reduces a part, and gives it to all."""
+        ranks, flat = self.group_ranks(group), x.asnumpy().reshape(-1)
+        parts = np.array_split(flat, len(ranks))
+        mine = self._reduced(parts, ranks, op)
+        result = np.empty_like(flat)
+        self._gathered(mine, np.array_split(result, len(ranks)), ranks)
+        return Tensor.from_numpy(result.reshape(x.shape))
 
     def raw_all_gather(self, x: Tensor, group: Group) -> Tensor:
-        self.raw_barrier(group)
-        return _without_bool(lambda y: self._gather(y, group), x)
+        ranks, piece = self.group_ranks(group), np.ascontiguousarray(x.asnumpy())
+        result = np.empty((len(ranks), *piece.shape), piece.dtype)
+        self._gathered(piece, list(result), ranks)
+        return Tensor.from_numpy(result.reshape(-1, *piece.shape[1:]))
 
     def raw_broadcast(self, x: Tensor, source: int, group: Group) -> Tensor:
-        self.raw_barrier(group)
-        return _without_bool(lambda y: super(MindSporeCpuCollectives, self).raw_broadcast(y, source, group), x)
+        others = [rank for rank in self.group_ranks(group) if rank != source]
+        result = np.array(x.asnumpy())
+        if self.rank == source:
+            self.transport.swap([Outgoing(rank, result) for rank in others], [])
+        else:
+            self.transport.swap([], [Incoming(source, result)])
+        return Tensor.from_numpy(result)
 
     def raw_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
         ranks = self.group_ranks(group)
-        pieces = x.asnumpy().reshape(len(ranks), -1, *x.shape[1:])
-        got = np.empty_like(pieces)
-        got[ranks.index(self.rank)] = pieces[ranks.index(self.rank)]
-        self.transport.swap(
-            [Outgoing(r, pieces[i]) for i, r in enumerate(ranks) if r != self.rank],
-            [Incoming(r, got[i]) for i, r in enumerate(ranks) if r != self.rank],
-        )
-        return Tensor.from_numpy(got.sum(0, dtype=got.dtype))
+        pieces = np.ascontiguousarray(x.asnumpy()).reshape(len(ranks), -1, *x.shape[1:])
+        return Tensor.from_numpy(self._reduced(list(pieces), ranks, "sum"))
 
     def raw_all_to_all(self, x: Tensor, group: Group, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         ranks, rows = self.group_ranks(group), x.asnumpy()
@@ -172,10 +196,24 @@ class MindSporeCpuCollectives(MindSporeCollectives):
         nothing = np.empty(0, np.uint8)
         self.transport.swap([Outgoing(r, nothing) for r in others], [Incoming(r, nothing) for r in others])
 
-    def _gather(self, x: Tensor, group: Group) -> Tensor:
-        pieces = [mint.zeros(x.shape, dtype=x.dtype) for _ in self.group_ranks(group)]
-        dist.all_gather(pieces, x.contiguous(), _engine(group))
-        return ops.cat(tuple(pieces), 0)
+    def _reduced(self, pieces: Sequence[np.ndarray], ranks: Sequence[int], op: str) -> np.ndarray:
+        """Piece i of every rank goes to rank i, and is there reduced in the order of the ranks."""
+        own = ranks.index(self.rank)
+        got = [pieces[own] if i == own else np.empty_like(pieces[own]) for i in range(len(ranks))]
+        self.transport.swap(
+            [Outgoing(r, pieces[i]) for i, r in enumerate(ranks) if i != own and pieces[i].size],
+            [Incoming(r, got[i]) for i, r in enumerate(ranks) if i != own and pieces[own].size],
+        )
+        return reduce(np.add if op == "sum" else np.maximum, got)
+
+    def _gathered(self, piece: np.ndarray, places: Sequence[np.ndarray], ranks: Sequence[int]) -> None:
+        """Fill place i with the piece of rank i."""
+        own = ranks.index(self.rank)
+        places[own][...] = piece
+        self.transport.swap(
+            [Outgoing(r, piece) for i, r in enumerate(ranks) if i != own and piece.size],
+            [Incoming(r, places[i]) for i, r in enumerate(ranks) if i != own and places[i].size],
+        )
 
 
 def _engine(group: Group) -> str | None:
@@ -184,11 +222,6 @@ def _engine(group: Group) -> str | None:
 
 def _copy(x: Tensor) -> Tensor:
     return ops.stop_gradient(x).copy()
-
-
-def _without_bool(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """mccl moves every dtype but bool, which goes as int8."""
-    return move(x) if x.dtype != ms.bool_ else ops.cast(move(ops.cast(x, ms.int8)), ms.bool_)
 
 
 def _worker_count() -> int:
@@ -210,12 +243,13 @@ def _worker_count() -> int:
     return int(count)
 
 
-def _join(engine: str) -> None:
+@contextmanager
+def _joining() -> Iterator[float]:
+    """The seconds that meeting may take; BackendError where it fails."""
     limit = time_limit("DUETVL_START_TIMEOUT")
-    os.environ["MS_TOPO_TIMEOUT"] = str(max(1, round(limit)))  # how long scheduler and workers wait for each other
     try:
-        comm.init(engine)
-    except RuntimeError as error:
+        yield limit
+    except (OSError, RuntimeError) as error:
         address = f"{os.environ['MS_SCHED_HOST']}:{os.environ['MS_SCHED_PORT']}"
         raise BackendError(
             f"{os.environ['MS_ROLE']} {os.environ.get('MS_NODE_ID', '')} did not meet {os.environ['MS_WORKER_NUM']} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +48,9 @@ class TorchCollectives(ComposedCollectives):
         self.rank, self.size = 0, 1
         self._made.clear()
 
+    def meeting_host(self) -> str:
+        return os.environ.get("MASTER_ADDR", "localhost")
+
     def raw_group(self, members: tuple[int, ...]) -> Any:
         # Every rank must make every group, in one order; only its members get a usable handle.
         return dist.new_group(list(members), timeout=timedelta(seconds=time_limit("DUETVL_PEER_TIMEOUT")))
@@ -63,9 +66,18 @@ class TorchCollectives(ComposedCollectives):
         return result
 
     def raw_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
-        result = x.new_empty((x.shape[0] // len(self.group_ranks(group)), *x.shape[1:]))
-        dist.reduce_scatter_tensor(result, x.detach().contiguous(), group=_engine(group))
-        return result
+        return self.raw_reduce_scatter_later(x, group)()
+
+    def raw_reduce_scatter_later(self, x: Tensor, group: Group) -> Callable[[], Tensor]:
+        given = x.detach().contiguous()
+        result = given.new_empty((x.shape[0] // len(self.group_ranks(group)), *x.shape[1:]))
+        work = dist.reduce_scatter_tensor(result, given, group=_engine(group), async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return result
+
+        return wait
 
     def raw_all_to_all(self, x: Tensor, group: Group, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         result = x.new_empty((sum(receive), *x.shape[1:]))

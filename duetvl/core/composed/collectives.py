@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from duetvl.core.collectives import Collectives, Group, Receive, Send
+from duetvl.core.collectives import Collectives, Group, Pending, Receive, Send
 from duetvl.core.errors import BackendError
 from duetvl.core.ops import Ops
 
@@ -38,6 +38,7 @@ class ComposedCollectives(Collectives):
         self.ops = ops
         self.rank, self.size = 0, 1
         self.traffic: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
         self._made: dict[tuple[tuple[int, ...], ...], Group] = {}
 
     # -- what a backend supplies -----------------------------------------------------------------------------------
@@ -57,6 +58,11 @@ class ComposedCollectives(Collectives):
     def raw_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
         """float32, int32 or int64; x's rows divide by the group's size."""
         raise NotImplementedError
+
+    def raw_reduce_scatter_later(self, x: Tensor, group: Group) -> Callable[[], Tensor]:
+        """The same, begun; what is returned waits for it. Where a backend has nothing better it is done at once."""
+        piece = self.raw_reduce_scatter(x, group)
+        return lambda: piece
 
     def raw_all_to_all(self, x: Tensor, group: Group, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Rows for each rank and rows from each rank; some of them may be 0, and so may be x's."""
@@ -124,23 +130,32 @@ class ComposedCollectives(Collectives):
         return self.ops.concat([whole[i * longest : i * longest + n] for i, n in enumerate(sizes)], 0)
 
     def reduce_scatter(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
+        return self.reduce_scatter_later(x, group, sizes).wait()
+
+    def reduce_scatter_later(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Pending:
         ranks = self.group_ranks(group)
         if len(ranks) == 1:
-            return x
+            return Pending(lambda: x)
         sizes = even(x.shape[0], len(ranks), "reduce_scatter") if sizes is None else list(sizes)
         _expect(x.shape[0], sum(sizes), "reduce_scatter: rows")
         mine, longest = sizes[ranks.index(self.rank)], max(sizes)
         dtype = self.ops.dtype_of(x)
         if _empty(x.shape):
-            return self.ops.zeros((mine, *x.shape[1:]), dtype)
+            return Pending(lambda: self.ops.zeros((mine, *x.shape[1:]), dtype))
         wide = self.ops.cast(x, "float32") if dtype in HALF else x
         if min(sizes) != longest:
             pieces = self.ops.split(wide, sizes, 0)
             wide = self.ops.concat([self._pad(piece, longest) for piece in pieces], 0)
         self._count("reduce_scatter", self._bytes(wide) * (len(ranks) - 1) // len(ranks))
         with self._failing("reduce_scatter"):
-            piece = self.raw_reduce_scatter(wide, group)
-        return self.ops.cast(piece if mine == longest else piece[:mine], dtype)
+            wait = self.raw_reduce_scatter_later(wide, group)
+
+        def finish() -> Tensor:
+            with self._failing("reduce_scatter"):
+                piece = wait()
+            return self.ops.cast(piece if mine == longest else piece[:mine], dtype)
+
+        return Pending(finish)
 
     def all_to_all(
         self, x: Tensor, group: Group = None, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
@@ -186,11 +201,13 @@ class ComposedCollectives(Collectives):
     def gather_objects(self, value: Any, group: Group = None) -> list[Any]:
         if len(self.group_ranks(group)) == 1:
             return [value]
+        self._called("gather_objects")
         with self._failing("gather_objects"):
             return self.raw_gather_objects(value, group)
 
     def barrier(self, group: Group = None) -> None:
         if len(self.group_ranks(group)) > 1:
+            self._called("barrier")
             with self._failing("barrier"):
                 self.raw_barrier(group)
 
@@ -198,6 +215,10 @@ class ComposedCollectives(Collectives):
 
     def _count(self, name: str, count: int) -> None:
         self.traffic[name] = self.traffic.get(name, 0) + count
+        self._called(name)
+
+    def _called(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
 
     def _bytes(self, x: Tensor) -> int:
         return math.prod(x.shape) * BYTES[self.ops.dtype_of(x)]

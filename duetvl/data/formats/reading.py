@@ -50,17 +50,18 @@ def read_record(
     tags: Mapping[str, str] | None = None,
     media_dirs: Sequence[Path] = (),
     boxes: str = "as_written",
+    answered: bool = True,
 ) -> Conversation | Preference:
     """A record of any layout; `form` names it, or it is recognised by its keys.
 
     `columns` and `tags` rename keys and roles as in LLaMA-Factory's dataset_info.json. Relative paths of media are
     looked for in `media_dirs`. `boxes` says what coordinates written in texts are, see `DataSource.boxes`. A
-    conversation ends with the assistant's turn. Raises DataError that says what was expected and found; the caller adds
-    the place.
+    conversation ends with the assistant's turn, unless not `answered`: then it may. Raises DataError that says what was
+    expected and found; the caller adds the place.
     """
     if not isinstance(values, Mapping):
         raise DataError(f"expected a record (an object), found {type(values).__name__}")
-    record = _Record(values, columns or {}, Dialect.from_tags(tags), media_dirs)
+    record = _Record(values, columns or {}, Dialect.from_tags(tags), media_dirs, answered)
     if form == "auto":
         form = _recognised(record)
     if form not in _READERS:
@@ -73,12 +74,18 @@ class _Record:
     """A record's values under the names of LLaMA-Factory's columns, and how to read its messages."""
 
     def __init__(
-        self, values: Mapping[str, Any], columns: Mapping[str, str], dialect: Dialect, media_dirs: Sequence[Path]
+        self,
+        values: Mapping[str, Any],
+        columns: Mapping[str, str],
+        dialect: Dialect,
+        media_dirs: Sequence[Path],
+        answered: bool,
     ) -> None:
         for name in columns:
             if name not in _KEYS:
                 raise DataError(f"columns has no {shown(name)}{did_you_mean(name, _KEYS)}")
         self.values, self.dialect, self.media_dirs = values, dialect, media_dirs
+        self.answered = answered  # whether it must be
         self._columns = columns
 
     def keys(self, column: str) -> tuple[str, ...]:
@@ -185,7 +192,7 @@ def _wrapped(values: Mapping[str, Any]) -> str:
 
 
 def _read_messages(record: _Record) -> Conversation:
-    return _finished(record.conversation(record.messages()))
+    return _finished(record, record.conversation(record.messages()))
 
 
 def _read_swift(record: _Record) -> Conversation | Preference:
@@ -193,10 +200,10 @@ def _read_swift(record: _Record) -> Conversation | Preference:
 
 
 def _read_alpaca(record: _Record) -> Conversation:
-    if not record.has("response"):
+    answer = _as_messages(record, "response", record.get("response")) if record.has("response") else []
+    if record.answered and not answer:
         raise DataError(f"the record has no {record.wanted('response')}; found {record.found()}")
-    messages = [*_alpaca_prompt(record), *_as_messages(record, "response", record.get("response"))]
-    return _finished(record.conversation(messages))
+    return _finished(record, record.conversation([*_alpaca_prompt(record), *answer]))
 
 
 def _alpaca_prompt(record: _Record) -> list[Any]:
@@ -227,7 +234,7 @@ def _read_preference(record: _Record) -> Preference:
         worse = read_answer(rejected, record.dialect, literal=literal, grounded=grounded)
     except DataError as error:
         raise DataError(f"rejected: {error}") from None
-    *asked, better = _finished(answered).turns
+    *asked, better = _finished(record, answered).turns
     for name, turn in (("chosen", better), ("rejected", worse)):
         if turn.trained is False:
             raise DataError(
@@ -285,10 +292,10 @@ _READERS: Final[dict[str, Callable[[_Record], Conversation | Preference]]] = {
 }
 
 
-def _finished(conversation: Conversation) -> Conversation:
+def _finished(record: _Record, conversation: Conversation) -> Conversation:
     """A record to train on ends with an answer."""
     last = conversation.turns[-1].role
-    if last != "assistant":
+    if last != "assistant" and record.answered:
         raise DataError(
             f"the conversation ends with the {last}'s message, so there is no answer to train; pairs of answers are "
             f"format preference"

@@ -2,29 +2,32 @@
 
 A step is the next `global_batch` usable records. They are drafted first, which tells their sizes; one that is left
 out is replaced by the record after it. The drafts are packed into micro-batches by a planner that knows neither ranks
-nor workers; then the pixels of a rank's own micro-batches are made. So a step is a function of the cursor's position,
-and the position after it is all that a checkpoint needs of the data.
+nor workers; then pixels are made. So a step is a function of the cursor's position, and the position after it is all
+that a checkpoint needs of the data.
 
-Steps are made ahead in a thread. It runs numpy, Pillow and the tokenizer, never a framework: MindSpore's engine must
-be touched by one thread only.
+Of many ranks each drafts a share of the records and makes the pixels of a share of the packs (`Peers`). What goes wrong
+there is a value that all are told of, so that they leave out the same records, or raise the same error.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from duetvl.core.batch import Batch, Pair, Sample
 from duetvl.core.errors import DataError
-from duetvl.data.draft import Draft, Dropped, Encoder, MediaTally, NotItsFault, Unread
+from duetvl.data.draft import Draft, Dropped, Encoder, MediaTally, NotItsFault, Outline, Unread
 from duetvl.data.loading.order import Cursor
-from duetvl.data.loading.packing import assign, pack
+from duetvl.data.loading.packing import pack
+from duetvl.data.loading.peers import Deal, Peers
 from duetvl.data.loading.workers import Pool
 from duetvl.data.sources.records import Ref, with_line
 
@@ -32,14 +35,23 @@ FEW_MEDIA = 3  # records whose media are missing that say something of a whole e
 _SOME_MEDIA = 16  # and that say something of the rest of it
 
 
+class Totals(NamedTuple):
+    """Sums over the micro-batches of all ranks: real tokens, those that the loss is summed over, how many there are."""
+
+    tokens: int
+    trained_tokens: int
+    packs: int
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one optimizer step sees.
+    """What one optimizer step sees, the same on all ranks but for `batches` and `numbers`.
 
-    `batches` are the micro-batches of this rank and `numbers` their numbers among those of all ranks (by default: there
-    are no others), `sample_ids` the samples of all ranks. `end` is the data position after the step. `counts` says how
-    many records were "dropped" by a rule, "bad" and left out, or kept with a note ("truncated", "shrunk"); `left_out`
-    is what was said about the first two, `unread` about keys that are not read.
+    `batches` are the micro-batches of this rank and `numbers` their numbers among those of all ranks; ranks of one
+    place of data parallelism have the same ones. `totals` are of all ranks (by default: there are no others), and so
+    are `sample_ids`. `end` is the data position after the step. `counts` says how many records were "dropped" by a
+    rule, "bad" and left out, or kept with a note ("truncated", "shrunk"); `left_out` is what was said about the first
+    two, `unread` about keys that are not read.
     """
 
     batches: tuple[Batch, ...]
@@ -49,20 +61,27 @@ class Step:
     left_out: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     unread: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    of_all: Totals | None = None
 
     def packs(self) -> Iterator[tuple[int, Batch]]:
         """The micro-batches of this rank with their numbers."""
         return zip(self.numbers or range(len(self.batches)), self.batches, strict=True)
 
     @property
+    def totals(self) -> Totals:
+        """Sums over the micro-batches of all ranks."""
+        own = self.batches
+        return self.of_all or Totals(sum(b.tokens for b in own), sum(b.trained_tokens for b in own), len(own))
+
+    @property
     def tokens(self) -> int:
-        """Real tokens of all micro-batches."""
-        return sum(batch.tokens for batch in self.batches)
+        """Real tokens of all ranks' micro-batches."""
+        return self.totals.tokens
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that the loss is summed over."""
-        return sum(batch.trained_tokens for batch in self.batches)
+        """Tokens of all ranks' micro-batches that the loss is summed over."""
+        return self.totals.trained_tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +92,7 @@ class Packing:
     patches: int | None = None
     several: bool = True
 
-    def packs(self, drafts: Sequence[Draft]) -> list[list[int]]:
+    def packs(self, drafts: Sequence[Draft | Outline]) -> list[list[int]]:
         """The samples of each micro-batch."""
         if not self.several:
             return [[i] for i in range(len(drafts))]
@@ -96,183 +115,240 @@ class Findings:
         for (file, key), words in step.unread.items():
             self.unread.name(file, key, words)
 
+    def ends_run(self, error: DataError) -> bool:
+        """Whether a record with this error cannot be left out."""
+        return isinstance(error, NotItsFault) or not (self.skip_bad or isinstance(error, Dropped))
+
     def leave_out(self, error: DataError) -> None:
         """Count a record that gives no sample. Raises the error of a bad one, unless those are skipped."""
-        kind = "dropped" if isinstance(error, Dropped) else "bad"
-        if isinstance(error, NotItsFault) or (kind == "bad" and not self.skip_bad):
+        if self.ends_run(error):
             raise DataError(with_line(str(error)))
+        kind = "dropped" if isinstance(error, Dropped) else "bad"
         self.counts[kind] += 1
         self.left_out.append(f"{kind}: {error}")
+
+    def to_tell(self, error: DataError) -> DataError:
+        """The error as other ranks are told it: one that ends the run in its last words, which it takes a file for."""
+        return NotItsFault(with_line(str(error))) if self.ends_run(error) else error
+
+
+class _Share(NamedTuple):
+    """What a rank tells of some records: which they are, what became of its share of them, why it has to give up."""
+
+    records: int
+    outcomes: Sequence[Outline | DataError]
+    failure: DataError | None
+
+
+class _Known(NamedTuple):
+    """A draft as all ranks know it, and itself where this rank made it."""
+
+    outline: Outline
+    draft: Draft | None
 
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes micro-batches of records, for one rank of `dp`."""
+    """Makes micro-batches of records, together with the `peers`, which all make the same calls."""
 
     pool: Pool
     encoder: Encoder
     packing: Packing
     skip_bad: bool = False
-    rank: int = 0
-    dp: int = 1
+    peers: Peers = field(default_factory=Peers)
     tally: MediaTally = field(default_factory=MediaTally)
 
     def begin(self, cursor: Cursor, count: int) -> Planned:
         """Plan the step that starts at the cursor, and have its pixels made. The cursor moves behind it."""
         findings = Findings(self.skip_bad)
-        drafts: list[Draft] = []
+        known: list[_Known] = []
         begun = epoch = cursor.epoch
-        while len(drafts) < count:
-            refs = cursor.take(count - len(drafts))
-            drafts += self._usable(refs, findings)
+        while len(known) < count:
+            known += self._usable(partial(cursor.take, count - len(known)), findings)
             self.tally.check(FEW_MEDIA if cursor.epoch > begun else _SOME_MEDIA)
-            if drafts:
+            if known:
                 epoch = cursor.epoch
             elif cursor.epoch > epoch + 1:
                 raise DataError(f"a whole epoch has no usable record; the last one: {findings.left_out[-1]}")
-        return self._planned(drafts, findings, cursor.position())
+        return self._planned(known, findings, cursor.position())
 
-    def begin_all(self, refs: Sequence[Ref]) -> Planned:
-        """Plan just these records."""
-        findings = Findings(self.skip_bad)
-        return self._planned(self._usable(refs, findings), findings, {})
+    def begin_some(self, refs: Iterator[Ref], count: int) -> Planned | None:
+        """Plan just the next `count` of these records; None at their end."""
+        findings, taken = Findings(self.skip_bad), list[Ref]()
 
-    def _usable(self, refs: Sequence[Ref], findings: Findings) -> list[Draft]:
-        drafts = []
-        for draft in self.pool.drafts(refs):
-            self.tally.add(draft)
-            if isinstance(draft, DataError):
-                findings.leave_out(draft)
+        def take() -> Sequence[Ref]:
+            taken.extend(islice(refs, count))
+            return taken
+
+        known = self._usable(take, findings)
+        return self._planned(known, findings, {}) if taken else None
+
+    def _usable(self, take: Callable[[], Sequence[Ref]], findings: Findings) -> list[_Known]:
+        """Those of some records that give a sample. Raises what any rank has found that ends the run."""
+        own, told = self._drafted(take, findings)
+        channel = self.peers.plans
+        shares = channel.gather(told)
+        _check(shares)
+        outcomes = channel.whole([share.outcomes for share in shares])
+        mine = dict(zip(channel.share(range(len(outcomes))), own, strict=True))
+        known = []
+        for number, outcome in enumerate(outcomes):
+            self.tally.add(outcome)
+            if isinstance(outcome, DataError):
+                findings.leave_out(outcome)
             else:
-                findings.counts.update(draft.notes)
-                findings.unread.add(draft)
-                drafts.append(draft)
-        return drafts
+                findings.counts.update(outcome.notes)
+                findings.unread.add(outcome)
+                known.append(_Known(outcome, mine.get(number)))
+        return known
 
-    def _planned(self, drafts: list[Draft], findings: Findings, end: Mapping[str, Any]) -> Planned:
-        packs = self.packing.packs(drafts)
-        costs = [(sum(drafts[i].tokens for i in p), sum(drafts[i].patches for i in p)) for p in packs]
-        own = {number: packs[number] for number in assign(costs, self.dp)[self.rank]}
-        loads = [[self.pool.load(drafts[i]) for i in members] for members in own.values()]
-        return Planned(self.encoder, drafts, own, loads, findings, end)
+    def _drafted(self, take: Callable[[], Sequence[Ref]], findings: Findings) -> tuple[list[Draft | None], _Share]:
+        """The drafts of this rank's share of some records, and what it tells of them."""
+        try:
+            refs = take()
+            outcomes = self.pool.drafts(self.peers.plans.share(refs))
+        except DataError as error:
+            return [], _Share(0, (), error)
+        told = [findings.to_tell(o) if isinstance(o, DataError) else Outline.of(o) for o in outcomes]
+        own = [None if isinstance(o, DataError) else o for o in outcomes]
+        return own, _Share(zlib.crc32(np.array(refs, np.int64).tobytes()), told, None)
+
+    def _planned(self, known: Sequence[_Known], findings: Findings, end: Mapping[str, Any]) -> Planned:
+        packs = self.packing.packs([outline for outline, _ in known])
+        costs = [(sum(known[i].outline.tokens for i in p), sum(known[i].outline.patches for i in p)) for p in packs]
+        deal = self.peers.deal(costs)
+        drafts = self._sent(known, packs, deal)
+        loads = {
+            number: [self.pool.load(drafts[i]) for i in packs[number]]
+            for number, maker in enumerate(deal.makers)
+            if maker == self.peers.rank
+        }
+        return Planned(self, [outline.id for outline, _ in known], packs, deal, loads, findings, end)
+
+    def _sent(self, known: Sequence[_Known], packs: Sequence[Sequence[int]], deal: Deal) -> dict[int, Draft]:
+        """The drafts that this rank makes pixels of, from the ranks that made them."""
+        parcels: list[dict[int, Draft]] = [{} for _ in range(self.peers.plans.size)]
+        for number, members in enumerate(packs):
+            for i in members:
+                if (draft := known[i].draft) is not None:
+                    parcels[deal.makers[number]][i] = draft
+        return {i: draft for parcel in self.peers.plans.route(parcels) for i, draft in parcel.items()}
+
+
+def _check(shares: Sequence[_Share]) -> None:
+    """Raise DataError where a rank has to give up, or where the ranks have not taken the same records."""
+    for share in shares:
+        if share.failure is not None:
+            raise DataError(str(share.failure))
+    other = next((rank for rank, share in enumerate(shares) if share.records != shares[0].records), None)
+    if other is not None:
+        raise DataError(
+            f"ranks 0 and {other} have come to different records: a data file is not the same for both; give every "
+            f"node the same files, and start again"
+        )
+
+
+class _Verdict(NamedTuple):
+    """What a pack holds in the end, nothing if it has no tokens, and which of its samples were lost, and why."""
+
+    tokens: int
+    trained_tokens: int
+    lost: Sequence[tuple[int, DataError]]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A step whose pixels are being made."""
+    """A step whose pixels are being made. `loads` are the samples of the packs that this rank makes."""
 
-    encoder: Encoder
-    drafts: list[Draft]
-    own: Mapping[int, list[int]]  # number of a pack -> its samples
-    loads: list[list[Future[Sample | Pair | DataError]]]
+    maker: BatchMaker
+    names: Sequence[str]
+    packs: Sequence[Sequence[int]]
+    deal: Deal
+    loads: Mapping[int, list[Future[Sample | Pair | DataError]]]
     findings: Findings
     end: Mapping[str, Any]
 
     def finish(self) -> Step:
         """Wait for the pixels. A sample whose media are bad leaves its micro-batch, where that is allowed."""
+        verdicts, batches = self._told()
         lost: set[int] = set()
-        batches: dict[int, Batch] = {}
-        for (number, members), loads in zip(self.own.items(), self.loads, strict=True):
-            samples: list[Sample | Pair] = []
-            for i, load in zip(members, loads, strict=True):
-                made = load.result()
-                if isinstance(made, DataError):
-                    self.findings.leave_out(made)
-                    lost.add(i)
-                else:
-                    samples.append(made)
-            if samples:
-                batches[number] = self.encoder.pack(samples)
-            loads.clear()
-        names = tuple(draft.id for i, draft in enumerate(self.drafts) if i not in lost)
-        found = self.findings
+        for number in sorted(verdicts):
+            for i, error in verdicts[number].lost:
+                self.findings.leave_out(error)
+                lost.add(i)
+        numbers = tuple(number for number in self.deal.own if number in batches)
+        left = [verdict for verdict in verdicts.values() if verdict.tokens]
         return Step(
-            batches=tuple(batches.values()),
-            sample_ids=names,
+            batches=tuple(batches[number] for number in numbers),
+            sample_ids=tuple(name for i, name in enumerate(self.names) if i not in lost),
             end=self.end,
-            counts=dict(found.counts),
-            left_out=tuple(found.left_out),
-            numbers=tuple(batches),
-            unread=dict(found.unread),
+            counts=dict(self.findings.counts),
+            left_out=tuple(self.findings.left_out),
+            numbers=numbers,
+            unread=dict(self.findings.unread),
+            of_all=Totals(sum(v.tokens for v in left), sum(v.trained_tokens for v in left), len(left)),
         )
 
+    def _told(self) -> tuple[dict[int, _Verdict], dict[int, Batch]]:
+        """What has become of every pack, and the batches of those that this rank trains on."""
+        peers = self.maker.peers
+        verdicts, batches = self._made()
+        for_team, for_others = (verdicts, batches), (verdicts, dict[int, Batch]())
+        parcels = [for_team if rank in peers.team else for_others for rank in range(peers.pixels.size)]
+        verdicts, batches = {}, {}
+        for some_verdicts, some_batches in peers.pixels.route(parcels):
+            verdicts |= some_verdicts
+            batches |= some_batches
+        return verdicts, batches
 
-class StepLoader:
-    """The steps of a run from the cursor on, made ahead in a thread."""
+    def _made(self) -> tuple[dict[int, _Verdict], dict[int, Batch]]:
+        """The packs that this rank makes, up to one with an error that ends the run."""
+        verdicts, batches = dict[int, _Verdict](), dict[int, Batch]()
+        for number, loads in self.loads.items():
+            samples, lost = self._samples(number, loads)
+            loads.clear()
+            verdicts[number] = _Verdict(0, 0, lost)
+            if samples:
+                batch = batches[number] = self.maker.encoder.pack(samples)
+                verdicts[number] = _Verdict(batch.tokens, batch.trained_tokens, lost)
+            if any(self.findings.ends_run(error) for _, error in lost):
+                break
+        return verdicts, batches
 
-    def __init__(
-        self, maker: BatchMaker, cursor: Cursor, global_batch: int, *, steps: int | None = None, prefetch: int = 1
-    ):
-        """Start making steps: `steps` of them, by default without end; at most `prefetch` lie ready or in work."""
-        self._maker, self._cursor, self._global_batch = maker, cursor, global_batch
-        self._steps = steps
-        self._ready: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
-        self._room = threading.Semaphore(prefetch)
-        self._closed = False
-        self._first: Step | None = None
-        self._thread = threading.Thread(target=self._work, name="duetvl-data", daemon=True)
-        self._thread.start()
-
-    def next_step(self) -> Step:
-        """The next step. What is wrong with its records is raised here."""
-        self.wait()
-        step, self._first = self._first, None
-        assert step is not None
-        self._room.release()
-        return step
-
-    def wait(self) -> None:
-        """Wait until the next step is made; what is wrong with its records is raised here."""
-        if self._first is None:
-            made = self._ready.get()
-            if isinstance(made, BaseException):
-                self._ready.put(made)  # raised again to the next one who asks
-                raise made
-            self._first = made
-
-    def close(self) -> None:
-        """Stop the thread, after what it is at."""
-        self._closed = True
-        self._room.release()
-        self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            for step in self._made():
-                self._ready.put(step)
-        except BaseException as error:  # raised where the step is asked for
-            self._ready.put(error)
-
-    def _made(self) -> Iterator[Step]:
-        """Steps in order: the next ones are planned, and their pixels begun, before the first is waited for."""
-        planned: deque[Planned] = deque()
-        error: BaseException | None = None
-        left = self._steps
-        while not self._closed:
-            while left != 0 and error is None and self._room.acquire(blocking=not planned):
-                if self._closed:
-                    return
-                try:
-                    planned.append(self._maker.begin(self._cursor, self._global_batch))
-                except DataError as problem:  # the steps before it come first
-                    error = problem
-                left = None if left is None else left - 1
-            if not planned:
-                if error is not None:
-                    raise error
-                return
-            yield planned.popleft().finish()
+    def _samples(
+        self, number: int, loads: Sequence[Future[Sample | Pair | DataError]]
+    ) -> tuple[list[Sample | Pair], list[tuple[int, DataError]]]:
+        """The samples of a pack, and the errors of those that are lost."""
+        samples, lost = list[Sample | Pair](), list[tuple[int, DataError]]()
+        for i, load in zip(self.packs[number], loads, strict=True):
+            made = _result(load)
+            if not isinstance(made, DataError):
+                samples.append(made)
+                continue
+            lost.append((i, self.findings.to_tell(made)))
+            if self.findings.ends_run(made):
+                return [], lost
+        return samples, lost
 
 
-def passes(maker: BatchMaker, refs: Iterable[Ref], group: int, findings: Findings | None = None) -> Iterator[Batch]:
-    """These records once in their order, planned `group` at a time: what an evaluation sees.
+def _result(load: Future[Sample | Pair | DataError]) -> Sample | Pair | DataError:
+    try:
+        return load.result()
+    except DataError as error:  # no worker can be started
+        return NotItsFault(str(error))
 
-    What was left out is added to `findings`.
+
+def passes(
+    maker: BatchMaker, refs: Iterable[Ref], group: int, findings: Findings | None = None
+) -> Iterator[tuple[Batch, ...]]:
+    """These records once in their order, planned `group` at a time: for each group the micro-batches of this rank.
+
+    All ranks ask for as many groups, where there may be nothing for one. What was left out is added to `findings`.
     """
     rest = iter(refs)
-    while some := list(islice(rest, group)):
-        step = maker.begin_all(some).finish()
+    while (planned := maker.begin_some(rest, group)) is not None:
+        step = planned.finish()
         if findings is not None:
             findings.take_in(step)
-        yield from step.batches
+        yield step.batches
     maker.tally.check(FEW_MEDIA)

@@ -9,12 +9,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from duetvl.core.boxes import Shape
+from duetvl.core.boxes import Part, Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.half import narrowed, widened
+from duetvl.core.params import Parameter
 from duetvl.models.hub import MODELSCOPE
+from duetvl.models.linear import row_norms
 from duetvl.models.lora import MAGNITUDE, A, Adapters, B, Layers, initial_values, is_adapter, merged_weight
-from duetvl.models.model_directory import AdapterTensors, open_model
+from duetvl.models.model_directory import AdapterTensors, ModelDirectory, open_model
 from duetvl.models.peft_files import StoredAdapter, open_adapter, write_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
@@ -23,7 +25,7 @@ from duetvl.models.qwen_vl.names import canonical_name, module_name
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.storage.weights_dir import write_shards
+from duetvl.storage.weights_dir import load_part, write_shards
 
 Tensor = Any
 Fetch = Callable[[str], np.ndarray]
@@ -51,14 +53,22 @@ def layers(config: ModelConfig) -> Layers:
 
 
 def add_adapters(model: QwenVL, adapters: Adapters, seed: int) -> None:
-    """Lay new adapters on a model, which then does what it did before: B is zero."""
+    """Lay new adapters on a model, which then does what it did before: B is zero.
+
+    The ranks of a model that is divided call it together.
+    """
     ops, shapes = model.backend.ops, linear_shapes(model.config)
-    tensors = {path: ops.from_numpy(values) for path, values in initial_values(adapters, shapes, seed)}
+    parts = _parts(model, adapters)
+    tensors = {
+        path: ops.from_numpy(np.ascontiguousarray(parts[path].of(values)))
+        for path, values in initial_values(adapters, shapes, seed)
+    }
+    leaves = model.layout.records(model.parameters)
     for module in adapters.sizes if adapters.dora else ():
-        weight = model.parameters[f"{module}.weight"].tensor
+        weight, leave = model.parameters[f"{module}.weight"].tensor, leaves.get(f"{module}.leave")
         a, b = (tensors[f"{module}.{letter}"] for letter in (A, B))
-        tensors[f"{module}.{MAGNITUDE}"] = ops.low_rank_row_norms(weight, a, b, adapters.scale(module))
-    model.put_adapters(adapters, tensors)
+        tensors[f"{module}.{MAGNITUDE}"] = row_norms(ops, weight, a, b, adapters.scale(module), leave)
+    model.put_adapters(adapters, _parameters(tensors, parts))
 
 
 def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapter:
@@ -73,8 +83,19 @@ def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapte
 
 def load_adapter(model: QwenVL, stored: AdapterTensors) -> None:
     """Lay an adapter from disk on a model, in float32 and in the place of any that it has."""
-    load = model.backend.checkpoint_io.load
-    model.put_adapters(stored.adapters, {path: load(*stored.read(path), "float32") for path in stored.tensors})
+    parts = _parts(model, stored.adapters)
+    tensors = {path: load_part(model.backend, *stored.read(path), "float32", parts[path]) for path in stored.tensors}
+    model.put_adapters(stored.adapters, _parameters(tensors, parts))
+
+
+def _parts(model: QwenVL, adapters: Adapters) -> dict[str, Part]:
+    """What this rank has of each of their tensors."""
+    shapes = adapters.shapes(linear_shapes(model.config))
+    return {path: model.layout.part(path, shape) for path, shape in shapes.items()}
+
+
+def _parameters(tensors: Mapping[str, Tensor], parts: Mapping[str, Part]) -> dict[str, Parameter]:
+    return {path: Parameter.of(path, tensor, parts[path]) for path, tensor in tensors.items()}
 
 
 def save_adapter(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -120,54 +141,46 @@ def merge_adapter(model: QwenVL) -> None:
     model.put_adapters(None, {})
 
 
-def merged_tensors(model: QwenVL) -> tuple[dict[str, TensorSpec], Fetch]:
-    """The tensors that `merge_adapter` would leave, made when they are asked for: the model stays as it is."""
-    ops = model.backend.ops
-    weights = {path: p.tensor for path, p in model.parameters.items() if not is_adapter(path)}
-    specs = {path: TensorSpec(ops.dtype_of(x), tuple(x.shape)) for path, x in weights.items()}
-    if model.adapters is None:
-        return specs, lambda path: model.backend.checkpoint_io.save(weights[path])[0].reshape(specs[path].shape)
-    fetch = _merging(model.adapters, lambda path: _values(model, path), lambda path: _values(model, path))
-    return specs, lambda path: narrowed(fetch(path), specs[path].dtype)
+def merged_tensors(
+    source: ModelDirectory, adapters: Adapters, leaf: Fetch, dtype: str | None = None
+) -> tuple[dict[str, TensorSpec], Fetch]:
+    """The tensors of a model on disk, merged with an adapter whose float32 tensors `leaf` gives: made one by one, when
+    they are asked for, without a framework.
+
+    Each keeps its dtype; with `dtype` they are rounded to that before they are merged, as a model is that is loaded so.
+    """
+    shapes, weights = parameter_shapes(source.config), source.weights
+    specs = {path: TensorSpec(dtype or weights.spec(path).dtype, shape) for path, shape in shapes.items()}
+    touched = {f"{module}.weight" for module in adapters.sizes}
+
+    def bits(path: str) -> np.ndarray:
+        stored, wanted = weights.spec(path).dtype, specs[path].dtype
+        found = np.require(weights.view(path, shapes[path]), requirements="A")
+        return found if stored == wanted else narrowed(widened(found, stored), wanted)
+
+    merged = _merging(adapters, lambda path: widened(bits(path), specs[path].dtype), leaf)
+
+    def fetch(path: str) -> np.ndarray:
+        made = narrowed(merged(path), specs[path].dtype) if path in touched else bits(path)
+        weights.release(path)
+        return made
+
+    return specs, fetch
 
 
-def save_merged(model: QwenVL, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write the merged model as transformers loads it; the model itself keeps its adapter."""
-    specs, fetch = merged_tensors(model)
-    with staged_directory(directory, overwrite=overwrite) as staging:
-        if model.source is not None:
-            model.source.copy_settings(staging)
-        write_shards(staging, specs, fetch)
-        write_config(model.config, staging, model.dtype)
-
-
-def merge_directories(model: str | Path, adapter: str | Path, target: str | Path) -> int:
+def merge_directories(model: str | Path | ModelDirectory, adapter: str | Path, target: str | Path) -> int:
     """Write the model of a directory merged with an adapter, tensor by tensor and without a framework.
 
     Every tensor keeps its dtype. A target that exists is refused; it appears whole or not at all. Returns the number
     of layers that were merged.
     """
     source = open_model(model)
-    config, weights = source.config, source.weights
-    shapes = parameter_shapes(config)
-    stored = open_adapter_for(config, adapter)
-    specs = {path: TensorSpec(weights.spec(path).dtype, shape) for path, shape in shapes.items()}
-
-    def weight(path: str) -> np.ndarray:
-        return widened(np.require(weights.view(path, shapes[path]), requirements="A"), specs[path].dtype)
-
-    merged = _merging(stored.adapters, weight, lambda path: widened(*stored.read(path)))
-    touched = {f"{module}.weight" for module in stored.adapters.sizes}
-
-    def fetch(path: str) -> np.ndarray:
-        bits = narrowed(merged(path), specs[path].dtype) if path in touched else weights.view(path, shapes[path])
-        weights.release(path)
-        return bits
-
+    stored = open_adapter_for(source.config, adapter)
+    specs, fetch = merged_tensors(source, stored.adapters, lambda path: widened(*stored.read(path)))
     with staged_directory(target) as staging:
         source.copy_settings(staging)
         write_shards(staging, specs, fetch)
-        write_config(config, staging, specs["model.embed_tokens.weight"].dtype)
+        write_config(source.config, staging, specs["model.embed_tokens.weight"].dtype)
     return len(stored.adapters.sizes)
 
 

@@ -354,8 +354,11 @@ def _targets(sample: Sample) -> np.ndarray:
     return targets
 
 
-def _stack_rows(media: Sequence[Rows], width: int) -> np.ndarray:
-    """All patch rows in one float32 array; each is written once."""
+def _stack_rows(media: Sequence[Rows], width: int) -> Rows:
+    """All patch rows in one: bytes where all are bytes, which are widened where they are used, or float32."""
+    alike = [part for part in media if isinstance(part, PatchBytes)]
+    if alike and len(alike) == len(media) and (joined := PatchBytes.joined(alike)) is not None:
+        return joined
     rows = np.empty((sum(len(part) for part in media), width), np.float32)
     at = 0
     for part in media:

@@ -42,56 +42,80 @@ class ModelInput:
         visual = None if self.visual is None else replace(self.visual, recompute=vision)
         return replace(self, visual=visual, tokens=replace(self.tokens, recompute=language))
 
-    def divided(self, layout: Layout) -> ModelInput:
-        """The same input of a model that is divided over ranks."""
-        visual = None if self.visual is None else replace(self.visual, enter=layout.enter)
-        tokens = replace(self.tokens, enter=layout.enter, attend=layout.attend(self.tokens.attend))
-        return replace(self, visual=visual, tokens=tokens)
+    def rows_of(self, module: str) -> np.ndarray | None:
+        """The numbers of the rows that a module sees among those of the whole batch; None: it sees all."""
+        if self.visual is None or not module.startswith("visual."):
+            return None
+        return self.visual.merged_rows if module.startswith("visual.merger.") else self.visual.rows
 
 
-def model_input(ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str) -> ModelInput:
+def model_input(ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str, layout: Layout) -> ModelInput:
     """A whole batch, its media included, in the vision tower's order. `dtype`: that of the weights."""
     tables = batch_tables(family.config, batch)
     spans = tables.language.spans
-    tokens = _tokens(ops, (tables.language.cos, tables.language.sin), attend_within(ops, lambda layer: spans))
-    ids = ops.from_numpy(batch.input_ids)
+    angles = tables.language.cos, tables.language.sin
+    tokens = _tokens(ops, batch, angles, attend_within(ops, lambda layer: spans), layout)
+    ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst))
     if not len(batch.grids):
         return ModelInput(ids, tokens)
-    routes = _routes(ops, batch, tables.vision.inverse)
-    return ModelInput(ids, tokens, vision_input(ops, family, batch, tables.vision, dtype), routes)
+    visual, at_hand = vision_input(ops, family, batch, tables.vision, dtype, layout)
+    return ModelInput(ids, tokens, visual, _routes_from(ops, batch, tables.vision.inverse, at_hand))
 
 
-def text_input(ops: Ops, family: QwenVLFamily, batch: Batch, attend: Attend) -> ModelInput:
+def text_input(ops: Ops, family: QwenVLFamily, batch: Batch, attend: Attend, layout: Layout) -> ModelInput:
     """A batch whose merged features are at hand, in the order of `batch.visual_src`; `attend` keeps a cache."""
-    tokens = _tokens(ops, rope_tables(family.config.text, batch.position_ids), attend)
-    routes = _routes(ops, batch, None) if len(batch.visual_dst) else None
-    return ModelInput(ops.from_numpy(batch.input_ids), tokens, routes=routes)
+    tokens = _tokens(ops, batch, rope_tables(family.config.text, batch.position_ids), attend, layout)
+    ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst))
+    if not len(batch.visual_dst):
+        return ModelInput(ids, tokens)
+    own, count = layout.share(len(batch.visual_dst)), 1 + max(map(int, batch.visual_src))
+    dst, src = (rows[own.start : own.stop] for rows in (batch.visual_dst, batch.visual_src))
+    return ModelInput(ids, tokens, routes=_routes(ops, dst, src, count))
 
 
-def vision_input(ops: Ops, family: QwenVLFamily, batch: Batch, tables: VisionTables, dtype: str) -> VisionInput:
-    """A batch's patches, in window order."""
+def vision_input(
+    ops: Ops, family: QwenVLFamily, batch: Batch, whole: VisionTables, dtype: str, layout: Layout
+) -> tuple[VisionInput, np.ndarray]:
+    """The patches of a batch that this rank's tower runs, in window order; and which merged rows of all come out."""
+    vision = family.config.vision
+    tables = whole.of_frames(layout.frames([int(length) for length in whole.frame_spans.lengths]))
     rows = batch.pixel_rows if tables.order is None else batch.pixel_rows[tables.order]
+    merged = tables.merged_rows(vision.merge)
 
     def spans_of(block: int) -> Any:
-        return tables.frame_spans if family.config.vision.sees_frame(block) else tables.window_spans
+        return tables.frame_spans if vision.sees_frame(block) else tables.window_spans
 
-    return VisionInput(
-        pixels=ops.from_numpy(rows, dtype),
+    given = VisionInput(
+        pixels=ops.from_numpy(np.asarray(rows), dtype),
         cos=ops.from_numpy(tables.cos),
         sin=ops.from_numpy(tables.sin),
         attend=attend_within(ops, spans_of),
+        rows=tables.rows,
+        merged_rows=None if tables.rows is None else merged,
+        enter=layout.enter_vision,
     )
+    out = layout.features(len(merged))
+    return given, merged[out.start : out.stop]
 
 
-def _tokens(ops: Ops, tables: tuple[np.ndarray, np.ndarray], attend: Attend) -> Tokens:
+def _tokens(ops: Ops, batch: Batch, tables: tuple[np.ndarray, np.ndarray], attend: Attend, layout: Layout) -> Tokens:
     cos, sin = tables
-    return Tokens(ops.from_numpy(cos), ops.from_numpy(sin), attend)
+    rows = layout.rows(batch.tokens)
+    return Tokens(ops.from_numpy(cos), ops.from_numpy(sin), layout.attend(attend), rows=rows)
 
 
-def _routes(ops: Ops, batch: Batch, inverse: np.ndarray | None) -> Routes:
-    """`inverse` says where each feature lies in the tower's output; None: in order."""
+def _routes_from(ops: Ops, batch: Batch, inverse: np.ndarray | None, at_hand: np.ndarray) -> Routes:
+    """`inverse` says where each feature lies in the output of the whole tower, None: in order; `at_hand` which rows of
+    that are here, ascending."""
     src = batch.visual_src if inverse is None else inverse[batch.visual_src]
+    place = np.searchsorted(at_hand, src)
+    here = np.append(at_hand, -1)[place] == src
+    return _routes(ops, batch.visual_dst[here], place[here], len(at_hand))
+
+
+def _routes(ops: Ops, dst: np.ndarray, src: np.ndarray, count: int) -> Routes:
+    """From `count` features."""
     by_row = np.argsort(src, kind="stable")
-    if np.array_equal(src[by_row], np.arange(len(src))):  # each feature is used once: no gather is needed
-        return Routes(ops.from_numpy(batch.visual_dst[by_row]), None)
-    return Routes(ops.from_numpy(batch.visual_dst), ops.from_numpy(src.astype(np.int32)))
+    if np.array_equal(src[by_row], np.arange(count)):  # each feature is used once: no gather is needed
+        return Routes(ops.from_numpy(dst[by_row]), None)
+    return Routes(ops.from_numpy(dst), ops.from_numpy(src.astype(np.int32)))

@@ -5,7 +5,6 @@ T tokens, D width, H heads, G key-value groups, K head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models.attention import Attend
-from duetvl.models.layout import stay
+from duetvl.models.layout import ALL_HERE, Rows
 from duetvl.models.linear import linear
 from duetvl.models.qwen_vl.config import TextConfig
 from duetvl.models.recompute import KEEP, Recompute
@@ -25,15 +24,15 @@ Tensor = Any
 class Tokens:
     """What the tokens of a pass bring to every layer: rotary tables (T, K / 2), and who sees whom.
 
-    `attend` may keep a cache; `recompute` says what is run again in the backward pass; `enter` is where layers divided
-    over ranks begin.
+    `attend` may keep a cache; `recompute` says what is run again in the backward pass; `rows` is how their rows lie on
+    ranks that divide the layers.
     """
 
     cos: Tensor
     sin: Tensor
     attend: Attend
     recompute: Recompute = KEEP
-    enter: Callable[[Tensor], Tensor] = stay
+    rows: Rows = ALL_HERE
 
 
 def place_features(ops: Ops, x_TD: Tensor, dst: Tensor, features: Tensor) -> Tensor:
@@ -51,14 +50,14 @@ def decoder_layers(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, lay
 
 def decoder_layer(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, layer: int, x_TD: Tensor) -> Tensor:
     """Pre-norm attention and SwiGLU."""
-    h = tokens.enter(ops.rms_norm(x_TD, w.input_layernorm.weight, eps=config.norm_eps))
+    h = tokens.rows.enter(ops.rms_norm(x_TD, w.input_layernorm.weight, eps=config.norm_eps))
     x_TD = x_TD + self_attention(ops, config, w.self_attn, tokens, layer, h)
     return x_TD + tokens.recompute.mlp(partial(mlp, ops, config, w, tokens), x_TD)
 
 
 def mlp(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, x_TD: Tensor) -> Tensor:
     """SwiGLU of a layer, with the norm before it."""
-    h = tokens.enter(ops.rms_norm(x_TD, w.post_attention_layernorm.weight, eps=config.norm_eps))
+    h = tokens.rows.enter(ops.rms_norm(x_TD, w.post_attention_layernorm.weight, eps=config.norm_eps))
     gate, up = linear(ops, w.mlp.gate_proj, h), linear(ops, w.mlp.up_proj, h)
     return linear(ops, w.mlp.down_proj, ops.swiglu(gate, up))
 

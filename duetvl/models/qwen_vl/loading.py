@@ -12,6 +12,7 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
 from duetvl.core.params import Parameter
+from duetvl.models.layout import UNDIVIDED, Divided
 from duetvl.models.model_directory import ModelDirectory, open_model
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.init import initial_weights
@@ -33,18 +34,24 @@ def load_model(
     dtype: str = "float32",
     make: Callable[[ModelConfig, Backend, Mapping[str, Parameter]], AnyModel] = QwenVL,  # type: ignore[assignment]
     progress: Callable[[int], None] | None = None,
+    division: Divided = UNDIVIDED,
 ) -> AnyModel:
     """Read a model, given by directory or id, slice by slice straight to the device.
 
-    `dtype` is the one the weights are held in; `progress` is called with the bytes of each tensor read. Raises
-    CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
+    `dtype` is the one the weights are held in; `progress` is called with the bytes of each tensor read. Of a model
+    that is divided over ranks the `division`'s part of each tensor is read; such a model needs its `layout` too before
+    it runs (`parallel.tensor.layout_of`). Raises CheckpointError for what is missing or damaged, ConfigError for what
+    duetvl does not implement.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     source = open_model(model)
     shapes = parameter_shapes(source.config)
-    tensors = load_parameters(shapes, source.weights, backend, dtype, progress=progress)
-    loaded = make(source.config, backend, {name: Parameter(name, tensor) for name, tensor in tensors.items()})
+    tensors = load_parameters(shapes, source.weights, backend, dtype, part_of=division.part, progress=progress)
+    parameters = {
+        name: Parameter.of(name, tensor, division.part(name, shapes[name])) for name, tensor in tensors.items()
+    }
+    loaded = make(source.config, backend, parameters)
     loaded.source = source
     return loaded
 

@@ -2,14 +2,14 @@
 
 Counted is what the torch backend keeps and makes: tensors by their shapes, and of the passing ones the largest. A
 part with nothing trainable in or before it keeps nothing; a linear layer keeps its input where its weight is trained or
-has an adapter. All sizes are bytes of the whole model on one rank.
+has an adapter. All sizes are bytes on one rank, which may hold a part of the model (`Held`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from duetvl.core.boxes import Shape
@@ -52,6 +52,10 @@ class Trained:
         chosen = (path for path in shapes if path not in frozen and (adapters is None or is_adapter(path)))
         return cls(shapes, frozenset(chosen), BYTES[dtype])
 
+    def cut(self, part: Callable[[str, Shape], Shape]) -> Trained:
+        """The same parameters where a rank holds parts of them, of the shapes that `part` says."""
+        return replace(self, shapes={path: part(path, shape) for path, shape in self.shapes.items()})
+
     def under(self, *prefixes: str) -> bool:
         """Whether anything below these paths is trained."""
         return any(path.startswith(prefixes) for path in self.paths)
@@ -77,6 +81,31 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What one rank has of the sizes inside a model's blocks. The width of the residual stream is never cut.
+
+    heads, kv_heads, inner, vocabulary: of the language model; vision_heads, vision_inner: of the vision tower. rows:
+    its share of the rows of norms and residuals in the language model; patches: of the patches.
+    """
+
+    heads: int
+    kv_heads: int
+    inner: int
+    vocabulary: int
+    vision_heads: int
+    vision_inner: int
+    rows: float = 1.0
+    patches: float = 1.0
+
+    @classmethod
+    def all_of(cls, config: ModelConfig) -> Held:
+        """Of a model that one rank has whole."""
+        text, vision = config.text, config.vision
+        inner = (text.intermediate_size, text.vocab_size)
+        return cls(text.num_heads, text.num_kv_heads, *inner, vision.num_heads, vision.intermediate_size)
+
+
+@dataclass(frozen=True)
 class Activations:
     """Bytes of a pass: what the tape holds, and the most that is made on top of it.
 
@@ -90,10 +119,14 @@ class Activations:
     end: int
 
 
-def activations(config: ModelConfig, trained: Trained, load: Load, recompute: RecomputeMode = "none") -> Activations:
-    """What a pass forward and backward over a load keeps and makes."""
-    tape = _tape(config, load, trained, recompute)
-    forward, backward, end = _passing(config, load, trained)
+def activations(
+    config: ModelConfig, trained: Trained, load: Load, recompute: RecomputeMode = "none", held: Held | None = None
+) -> Activations:
+    """What a pass forward and backward over a load keeps and makes; `held` of a model that is divided over ranks."""
+    held = held or Held.all_of(config)
+    load = replace(load, patches=math.ceil(load.patches * held.patches))
+    tape = _tape(config, held, load, trained, recompute)
+    forward, backward, end = _passing(config, held, load, trained)
     return Activations(tape.bytes, forward, backward + tape.again, end)
 
 
@@ -131,24 +164,25 @@ class _Tape:
             self.bytes += whole
 
 
-def _tape(config: ModelConfig, load: Load, trained: Trained, recompute: RecomputeMode) -> _Tape:
+def _tape(config: ModelConfig, held: Held, load: Load, trained: Trained, recompute: RecomputeMode) -> _Tape:
     narrow, tape, text = trained.narrow, _Tape(), config.text
     vision_mode, language_mode = RUNS_AGAIN[recompute]
     if load.patches:
-        _keep_vision(tape, config.vision, load.patches, trained, vision_mode)
+        _keep_vision(tape, config.vision, held, load.patches, trained, vision_mode)
     tape.flows = tape.flows or trained.under("model.embed_tokens.")
     for layer in range(text.num_layers):
         prefix = f"model.layers.{layer}."
         tape.flows = tape.flows or trained.under(prefix)
         if tape.flows:
-            whole, mlp = _language_layer(text, load.tokens, _inputs(trained, prefix), narrow)
-            tape.add_block(whole, mlp, narrow * load.tokens * text.hidden_size, language_mode)
-    tape.bytes += 2 * narrow * load.trained * text.hidden_size  # before and after the norm
+            whole, mlp = _language_layer(text, held, load.tokens, _inputs(trained, prefix), narrow)
+            entry = round(held.rows * load.tokens) * narrow * text.hidden_size
+            tape.add_block(whole, mlp, entry, language_mode)
+    tape.bytes += round((held.rows + 1) * load.trained) * narrow * text.hidden_size  # before and after the norm
     tape.bytes += 4 * load.tokens * text.head_dim  # rotary tables
     return tape
 
 
-def _keep_vision(tape: _Tape, config: VisionConfig, patches: int, trained: Trained, mode: Again) -> None:
+def _keep_vision(tape: _Tape, config: VisionConfig, held: Held, patches: int, trained: Trained, mode: Again) -> None:
     width, narrow = config.hidden_size, trained.narrow
     tape.bytes += (narrow if narrow < 4 else 0) * patches * config.patch_row + 4 * patches * config.patch_row
     tape.bytes += 4 * patches * config.head_dim
@@ -157,7 +191,7 @@ def _keep_vision(tape: _Tape, config: VisionConfig, patches: int, trained: Train
         prefix = f"visual.blocks.{layer}."
         tape.flows = tape.flows or trained.under(prefix)
         if tape.flows:
-            whole, mlp = _vision_block(config, patches, _inputs(trained, prefix), narrow)
+            whole, mlp = _vision_block(config, held, patches, _inputs(trained, prefix), narrow)
             tape.add_block(whole, mlp, narrow * patches * width, mode)
     if tape.flows or trained.under("visual.merger."):
         tape.flows = True
@@ -169,45 +203,49 @@ def _inputs(trained: Trained, prefix: str) -> Callable[..., bool]:
     return lambda *names: trained.under(*(f"{prefix}{name}." for name in names))
 
 
-def _language_layer(config: TextConfig, tokens: int, needs: Callable[..., bool], narrow: int) -> tuple[int, int]:
+def _language_layer(
+    config: TextConfig, held: Held, tokens: int, needs: Callable[..., bool], narrow: int
+) -> tuple[int, int]:
     """Bytes that a layer keeps, and those of its MLP among them."""
-    width, inner = config.hidden_size, config.intermediate_size
-    heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = 2 * width + 2 * heads + 2 * groups  # the residual stream before and after; q, out; k, v
+    width, inner = config.hidden_size, held.inner
+    attention = 2 * round(held.rows * width)  # the residual stream before and after
+    attention += 2 * (held.heads + held.kv_heads) * config.head_dim  # q, out; k, v
     attention += width * needs("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     mlp = 2 * inner + width * needs("mlp.gate_proj", "mlp.up_proj") + inner * needs("mlp.down_proj")
-    return tokens * (narrow * (attention + mlp) + 4 * (config.num_heads + 2)), tokens * narrow * mlp
+    return tokens * (narrow * (attention + mlp) + 4 * (held.heads + 2)), tokens * narrow * mlp
 
 
-def _vision_block(config: VisionConfig, patches: int, needs: Callable[..., bool], narrow: int) -> tuple[int, int]:
+def _vision_block(
+    config: VisionConfig, held: Held, patches: int, needs: Callable[..., bool], narrow: int
+) -> tuple[int, int]:
     """The same of a block of the vision tower; v is a part of qkv, which is kept whole."""
-    width, inner = config.hidden_size, config.intermediate_size
-    attention = (2 + 3 + 2 + 1 + needs("attn.qkv")) * width
+    width, inner = config.hidden_size, held.vision_inner
+    attention = 2 * width + (3 + 2 + 1) * held.vision_heads * config.head_dim + width * needs("attn.qkv")
     first, second = ("gate_proj", "up_proj"), "down_proj"
     if config.mlp == "plain":
         first, second = ("fc1", "fc1"), "fc2"
     mlp = (2 if config.mlp == "gated" else 1) * inner + width * needs(*(f"mlp.{name}" for name in first))
     mlp += inner * needs(f"mlp.{second}")
-    return patches * (narrow * (attention + mlp) + 4 * (config.num_heads + 4)), patches * narrow * mlp
+    return patches * (narrow * (attention + mlp) + 4 * (held.vision_heads + 4)), patches * narrow * mlp
 
 
 # -- what passes ------------------------------------------------------------------------------------------------------
 
 
-def _passing(config: ModelConfig, load: Load, trained: Trained) -> tuple[int, int, int]:
+def _passing(config: ModelConfig, held: Held, load: Load, trained: Trained) -> tuple[int, int, int]:
     """The most on top of what is kept: at the vocabulary, at the start of the backward pass, and at its end."""
     text, narrow = config.text, trained.narrow
-    vocabulary = text.vocab_size * text.hidden_size
+    vocabulary = held.vocabulary * text.hidden_size
     head = trained.under("model.embed_tokens." if config.tie_word_embeddings else "lm_head.")
-    rows = min(load.trained, max(LEAST_ROWS, LOGIT_BUDGET // text.vocab_size))
+    rows = min(load.trained, max(LEAST_ROWS, LOGIT_BUDGET // held.vocabulary))
     half = narrow if narrow < 4 else 0
-    logits = rows * text.vocab_size * (3 * 4 + half)  # logits, softmax, its gradient, and that in the weight's dtype
+    logits = rows * held.vocabulary * (3 * 4 + half)  # logits, softmax, its gradient, and that in the weight's dtype
     sums = 4 * vocabulary * (1 if rows == load.trained else 3) + half * vocabulary  # the weight's gradient, added up
     hidden = 4 * load.trained * text.hidden_size
-    widest = max(load.tokens * text.intermediate_size, load.patches * config.vision.intermediate_size)
+    widest = max(load.tokens * held.inner, load.patches * held.vision_inner)
     block = 6 * narrow * widest  # SwiGLU's gradient
     forward = logits + hidden + head * sums
     backward = hidden + head * (2 * 4 + half) * vocabulary
-    held = head * narrow * vocabulary  # of a tied weight, until the embedding's gradient comes
+    waiting = head * narrow * vocabulary  # of a tied weight, until the embedding's gradient comes
     end = (2 if config.tie_word_embeddings else 1) * trained.under("model.embed_tokens.") * narrow * vocabulary
-    return forward, max(backward, (held if config.tie_word_embeddings else 0) + block), end
+    return forward, max(backward, (waiting if config.tie_word_embeddings else 0) + block), end

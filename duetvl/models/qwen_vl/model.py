@@ -6,8 +6,7 @@ T tokens, N rows whose next token is trained, D width, M merged features, S sequ
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -68,11 +67,11 @@ class QwenVL:
             may = self.adapters is None or is_adapter(path)
             parameter.trainable = may and path not in frozen
 
-    def put_adapters(self, adapters: Adapters | None, tensors: Mapping[str, Tensor]) -> None:
-        """Lay adapters (their tensors by path, float32) beside the weights in the place of any before, and train them
-        alone. None and no tensors: the model without adapters, all of it trained."""
+    def put_adapters(self, adapters: Adapters | None, parameters: Mapping[str, Parameter]) -> None:
+        """Lay adapters (their parameters by path, float32) beside the weights in the place of any before, and train
+        them alone. None and no parameters: the model without adapters, all of it trained."""
         kept = {path: parameter for path, parameter in self.parameters.items() if not is_adapter(path)}
-        self.parameters = kept | {path: Parameter(path, tensor) for path, tensor in tensors.items()}
+        self.parameters = kept | dict(parameters)
         self.adapters = adapters
         self.__dict__.pop("_weights", None)
         self._mark_conditional()
@@ -81,7 +80,9 @@ class QwenVL:
     def without_adapters(self) -> QwenVL:
         """The model that the adapters were laid beside, sharing its weights: a reference for preference training."""
         base = {path: parameter for path, parameter in self.parameters.items() if not is_adapter(path)}
-        return QwenVL(self.config, self.backend, base)
+        plain = QwenVL(self.config, self.backend, base)
+        plain.layout = self.layout
+        return plain
 
     def _mark_conditional(self) -> None:
         for path, parameter in self.parameters.items():
@@ -101,10 +102,10 @@ class QwenVL:
         """
         backend = self.backend
         vision, language = towers(self.recompute, backend.autograd.checkpoint)
-        given, rows = self._input(batch).recomputing(vision, language), self._trained(batch)
+        given, rows = self._input(batch).recomputing(vision, language), trained_rows(batch)
 
         def stage(leaves: Mapping[str, Tensor]) -> Any:
-            w = self._tree(leaves, key)
+            w = self._tree(leaves, key, given.rows_of)
             return last(self._rows(w, given, rows), self._vocabulary(w))
 
         return backend.autograd.run_stage(stage, (), tuple(self.parameters.values()))
@@ -112,7 +113,7 @@ class QwenVL:
     def evaluate(self, batch: Batch, last: LastStage) -> tuple[Tensor, ...]:
         """The same without a tape and without dropout."""
         with self.backend.autograd.no_grad():
-            hidden = self._rows(self._weights, self._input(batch), self._trained(batch))
+            hidden = self._rows(self._weights, self._input(batch), trained_rows(batch))
             return last(hidden, self._vocabulary(self._weights))
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -124,15 +125,16 @@ class QwenVL:
     def logits(self, batch: Batch) -> Tensor:
         """Logits (T, vocabulary) of every token, in the weights' dtype."""
         with self.backend.autograd.no_grad():
-            return self._logits(self._hidden(self._weights, self._input(batch)))
+            return self._logits(self._input(batch), np.arange(batch.tokens))
 
     def features(self, batch: Batch) -> Tensor:
         """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
         ops = self.backend.ops
         tables = vision_tables(self.config.vision, batch.grids)
-        given = replace(vision_input(ops, self.family, batch, tables, self.dtype), enter=self.layout.enter)
+        given, here = vision_input(ops, self.family, batch, tables, self.dtype, self.layout)
         with self.backend.autograd.no_grad():
-            merged = vision_tower(ops, self.config.vision, self._weights.visual, given)
+            out = vision_tower(ops, self.config.vision, self._weights.visual, given)
+            merged = self.layout.all_features(out, here, len(batch.pixel_rows) // self.config.vision.merge**2)
             return merged if tables.inverse is None else ops.take_rows(merged, ops.from_numpy(tables.inverse))
 
     # -- sequences that grow ----------------------------------------------------------------------------------------
@@ -175,11 +177,10 @@ class QwenVL:
         the logits (S, vocabulary) after the last row of each sequence. Raises ConfigError where a sequence does not
         fit into its blocks.
         """
-        ops = self.backend.ops
+        attend = self._attend_cached(cache, append)
         with self.backend.autograd.no_grad():
-            given = text_input(ops, self.family, batch, self._attend_cached(cache, append)).divided(self.layout)
-            hidden = self._language(self._weights, given, features)
-            return self._logits(ops.take_rows(hidden, ops.from_numpy(batch.cu_seqlens[1:] - 1)))
+            given = text_input(self.backend.ops, self.family, batch, attend, self.layout)
+            return self._logits(given, batch.cu_seqlens[1:] - 1, features)
 
     def _attend_cached(self, cache: Cache, append: Append) -> Attend:
         store = self.backend.kv_cache
@@ -193,37 +194,36 @@ class QwenVL:
 
     # -- the model as a function of its weights ---------------------------------------------------------------------
 
-    def _hidden(self, w: Weights, given: ModelInput) -> Tensor:
-        """Hidden states (T, D) before the final norm."""
-        if given.visual is None:
-            return self._language(w, given, None)
-        return self._language(w, given, vision_tower(self.backend.ops, self.config.vision, w.visual, given.visual))
-
-    def _language(self, w: Weights, given: ModelInput, features: Tensor | None) -> Tensor:
-        """Hidden states (T, D) before the final norm, of tokens some of which take features (M, D)."""
+    def _hidden(self, w: Weights, given: ModelInput, features: Tensor | None = None) -> Tensor:
+        """Hidden states (T, D) before the final norm, of tokens some of which take features (M, D): those that are
+        given, or the vision tower's."""
         ops, text = self.backend.ops, self.config.text
+        if given.visual is not None:
+            features = vision_tower(ops, self.config.vision, w.visual, given.visual)
         x_TD = vocabulary.embed(ops, w.model.embed_tokens, given.ids)
         if given.routes is not None:
             assert features is not None, "the batch has tokens of pictures and no features for them"
             chosen = features if given.routes.src is None else ops.take_rows(features, given.routes.src)
             x_TD = place_features(ops, x_TD, given.routes.dst, chosen)
+        x_TD = given.tokens.rows.join(x_TD)
         return decoder_layers(ops, text, w.model, given.tokens, range(text.num_layers), x_TD)
 
-    def _rows(self, w: Weights, given: ModelInput, rows: Tensor) -> Tensor:
-        """Hidden states (N, D) behind the final norm, of some rows: the others meet neither it nor the vocabulary."""
-        return self._norm(w, self.backend.ops.take_rows(self._hidden(w, given), rows))
-
-    def _norm(self, w: Weights, x: Tensor) -> Tensor:
-        return self.backend.ops.rms_norm(x, w.model.norm.weight, eps=self.config.text.norm_eps)
+    def _rows(self, w: Weights, given: ModelInput, rows: np.ndarray, features: Tensor | None = None) -> Tensor:
+        """Hidden states (N, D) behind the final norm, of some ascending rows: the others meet neither it nor the
+        vocabulary."""
+        ops, lie = self.backend.ops, given.tokens.rows
+        here = ops.from_numpy(lie.here(rows).astype(np.int32))
+        x_ND = ops.take_rows(self._hidden(w, given, features), here)
+        return lie.collect(ops.rms_norm(x_ND, w.model.norm.weight, eps=self.config.text.norm_eps), rows)
 
     def _vocabulary(self, w: Weights) -> Weights:
         """The leaf record of the last product's matrix."""
         head: Weights = w.model.embed_tokens if self.config.tie_word_embeddings else w.lm_head
         return head
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, given: ModelInput, rows: np.ndarray, features: Tensor | None = None) -> Tensor:
         w = self._weights
-        return vocabulary.logits(self.backend.ops, self._vocabulary(w), self._norm(w, hidden))
+        return vocabulary.logits(self.backend.ops, self._vocabulary(w), self._rows(w, given, rows, features))
 
     @property
     def dtype(self) -> str:
@@ -234,14 +234,21 @@ class QwenVL:
     def _weights(self) -> Weights:
         return self._tree({path: parameter.tensor for path, parameter in self.parameters.items()})
 
-    def _tree(self, leaves: Mapping[str, Tensor], key: Sequence[int] = ()) -> Weights:
+    def _tree(
+        self,
+        leaves: Mapping[str, Tensor],
+        key: Sequence[int] = (),
+        rows_of: Callable[[str], np.ndarray | None] = lambda module: None,
+    ) -> Weights:
         """The tensors, and what `linear` must know of adapters in the pass that `key` names, and of other ranks."""
-        records = {**(self.adapters.leaves(key) if self.adapters else {}), **self.layout.records(leaves)}
+        adapters = self.adapters.leaves(key, rows_of) if self.adapters else {}
+        records = {**adapters, **self.layout.records(self.parameters)}
         return Weights(ChainMap(dict[str, Any](records), leaves))  # type: ignore[arg-type]  # it is never written to
 
     def _input(self, batch: Batch) -> ModelInput:
-        return model_input(self.backend.ops, self.family, batch, self.dtype).divided(self.layout)
+        return model_input(self.backend.ops, self.family, batch, self.dtype, self.layout)
 
-    def _trained(self, batch: Batch) -> Tensor:
-        """The rows (N,) of the batch whose next token is trained."""
-        return self.backend.ops.from_numpy(np.flatnonzero(batch.targets != IGNORE).astype(np.int32))
+
+def trained_rows(batch: Batch) -> np.ndarray:
+    """The rows (N,) of a batch whose next token is trained."""
+    return np.flatnonzero(batch.targets != IGNORE)

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from duetvl.core.boxes import Box, Shape, Slices
 from duetvl.core.stages import even_range
+from duetvl.models.qwen_vl.config import ModelConfig
 
 Unit = Literal["number", "head", "kv_head", "vision_head"]
 Tower = Literal["vision", "language"]
@@ -34,6 +35,7 @@ class Shard:
 
 
 WHOLE: Final = Shard()
+FEATURES: Final = "visual.merger.mlp.2"  # the layer that features come out of
 _COLUMN, _ROW = 0, 1
 
 # Path, `*` being the number of a layer, without its leaf -> how weight and bias of a column-parallel layer are cut.
@@ -104,6 +106,11 @@ class Heads:
     query: int
     kv: int
     vision: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Heads:
+        """Those of a model."""
+        return cls(config.text.num_heads, config.text.num_kv_heads, config.vision.num_heads)
 
     def held(self, unit: Unit, rank: int, ranks: int) -> tuple[range, int] | None:
         """(the units that a rank has, how many there are); None where numbers are divided one by one.

@@ -27,6 +27,7 @@ class VisionTables:
     frame_spans, window_spans: who attends to whom, over the P rows in that order; the same without
     windows.
     cos, sin (P, head_dim / 2) float32, in that order.
+    rows (P,): of tables of some frames, the numbers of their rows among those of all; None: they are of all frames.
     """
 
     order: np.ndarray | None
@@ -35,6 +36,30 @@ class VisionTables:
     window_spans: Spans
     cos: np.ndarray
     sin: np.ndarray
+    rows: np.ndarray | None = None
+
+    def of_frames(self, frames: Sequence[int] | None) -> VisionTables:
+        """The same of some of the frames, ascending, `inverse` apart, which stays that of all; None: of all."""
+        if frames is None:
+            return self
+        starts = self.frame_spans.cu_seqlens
+        rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(starts[f], starts[f + 1]) for f in frames)])
+        windows = self.window_spans
+        owners = np.searchsorted(starts, windows.cu_seqlens[:-1], side="right") - 1  # no window crosses a frame
+        return VisionTables(
+            order=rows if self.order is None else self.order[rows],
+            inverse=self.inverse,
+            frame_spans=Spans.of_lengths(self.frame_spans.lengths[list(frames)], causal=False),
+            window_spans=Spans.of_lengths(windows.lengths[np.isin(owners, frames)], causal=False),
+            cos=self.cos[rows],
+            sin=self.sin[rows],
+            rows=rows,
+        )
+
+    def merged_rows(self, merge: int) -> np.ndarray:
+        """(M,) the numbers of the merged rows of these tables among those of all frames."""
+        unit = merge**2
+        return np.arange(len(self.cos) // unit) if self.rows is None else self.rows[::unit] // unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
+
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models.attention import Attend
@@ -31,13 +33,16 @@ ACTIVATIONS: Final[Mapping[str, Callable[[Ops, Tensor], Tensor]]] = {
 class VisionInput:
     """Patch rows (P, C) in the tower's order, rotary tables (P, K / 2), and who sees whom.
 
-    `recompute` says what is run again in the backward pass; `enter` is where layers divided over ranks begin.
+    `recompute` says what is run again in the backward pass; `enter` is where layers divided over ranks begin. Of some
+    frames of a batch, `rows` (P,) and `merged_rows` (M,) are the numbers of their rows among those of all.
     """
 
     pixels: Tensor
     cos: Tensor
     sin: Tensor
     attend: Attend
+    rows: np.ndarray | None = None
+    merged_rows: np.ndarray | None = None
     recompute: Recompute = KEEP
     enter: Callable[[Tensor], Tensor] = stay
 
@@ -83,11 +88,12 @@ def vision_block(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput,
 def self_attention(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, block: int, x_PD: Tensor) -> Tensor:
     """Attention with rotary positions of height and width."""
     qkv = linear(ops, w.qkv, x_PD)
-    parts = ops.split(qkv, [qkv.shape[1] // 3] * 3, 1)
-    q, k, v = (ops.reshape(part, (x_PD.shape[0], -1, config.head_dim)) for part in parts)
+    patches, width = qkv.shape[0], qkv.shape[1] // 3
+    parts = ops.split(qkv, [width] * 3, 1)
+    q, k, v = (ops.reshape(part, (patches, width // config.head_dim, config.head_dim)) for part in parts)
     q, k = ops.rope(q, given.cos, given.sin), ops.rope(k, given.cos, given.sin)
     out = given.attend(block, q, k, v)
-    return linear(ops, w.proj, ops.reshape(out, (x_PD.shape[0], -1)))
+    return linear(ops, w.proj, ops.reshape(out, (patches, width)))
 
 
 def norm(ops: Ops, config: VisionConfig, w: Weights, x: Tensor) -> Tensor:

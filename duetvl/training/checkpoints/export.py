@@ -1,4 +1,4 @@
-"""A checkpoint as a model directory for others, at any time and without a framework."""
+"""A checkpoint as a model directory for others, at any time and without a framework: of any run, whatever its ranks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from duetvl.convert.commands import export_mindspeed_mm
+from duetvl.convert.layouts import Layout
 from duetvl.convert.opening import open_model
 from duetvl.core.errors import CheckpointError, ConfigError, DuetvlError
+from duetvl.core.half import widened
 from duetvl.models.lora import Adapters
-from duetvl.models.qwen_vl.adapters import linear_shapes, write_adapter_files
+from duetvl.models.model_directory import ModelDirectory
+from duetvl.models.qwen_vl.adapters import linear_shapes, merged_tensors, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.parameters import parameter_shapes
@@ -19,8 +23,10 @@ from duetvl.storage.files import staged_directory
 from duetvl.storage.finding import CheckpointRef, find_checkpoint, parse_run
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import Shape, count_and_name, write_shards
+from duetvl.training.checkpoints.run_directory import ExportKind
 
 Say = Callable[[str], None]
+Fetch = Callable[[str], np.ndarray]
 
 
 def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
@@ -33,47 +39,98 @@ def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
     """
     directory, step = parse_run(run)
     ref = find_checkpoint(directory, step, kinds=("weights",))
-    kind = "adapter" if ref.meta.recipe.get("lora") is not None else "model"
-    with staged_directory(target) as staging:
-        EXPORTERS[kind](ref, staging, say)
+    export_checkpoint(ref, target, kind="adapter" if _has_adapters(ref) else "model", say=say)
     say(f"exported step {ref.step} of {directory} to {target}")
     return Path(target)
 
 
-def _export_model(ref: CheckpointRef, staging: Path, say: Say) -> None:
-    """A checkpoint that has all weights of its model."""
+def export_checkpoint(
+    ref: CheckpointRef,
+    target: str | Path,
+    *,
+    kind: ExportKind,
+    source: ModelDirectory | None = None,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+) -> None:
+    """Write a checkpoint, whose weights are verified, as a model for transformers, an adapter for PEFT, or a
+    MindSpeed-MM release of one stage and rank; see `staged_directory` for `overwrite`.
+
+    One tensor is held at a time. `source` is the model that the run started from. Where the checkpoint has adapters
+    alone, a model or a release is that one merged with them, and is of the dtype that it was trained in; else its
+    tokenizer and settings are taken, and without it those of the recipe's model.
+    """
+    if kind == "adapter":
+        with staged_directory(target, overwrite=overwrite) as staging:
+            _write_adapter(ref, source, staging)
+        return
+    config = _config_of(ref)
+    specs, fetch = _merged(ref, config, source) if _has_adapters(ref) else _whole(ref, config)
+    if kind == "mindspeed_mm":
+        export_mindspeed_mm(Path(target), config, specs, fetch, Layout.one_stage(config), overwrite=overwrite)
+        return
+    with staged_directory(target, overwrite=overwrite) as staging:
+        write_shards(staging, specs, fetch)
+        write_config(config, staging, next(iter(specs.values())).dtype)
+        if source is not None:
+            source.copy_settings(staging)
+        else:
+            _copy_settings_of(ref.meta.recipe, parameter_shapes(config), staging, say)
+
+
+def _has_adapters(ref: CheckpointRef) -> bool:
+    return ref.meta.recipe.get("lora") is not None
+
+
+def _config_of(ref: CheckpointRef) -> ModelConfig:
     if not ref.meta.model_config:
         raise ConfigError(f"{ref.path}: says nothing of its model, so it cannot be exported")
-    config = ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
+    return ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
+
+
+def _whole(ref: CheckpointRef, config: ModelConfig) -> tuple[dict[str, TensorSpec], Fetch]:
+    """The tensors of a checkpoint that has all weights of its model."""
     stored = ref.manifest.tensors["weights"]
     shapes = parameter_shapes(config)
     absent = [name for name, shape in shapes.items() if name not in stored or stored[name].shape != shape]
     if absent or len(stored) != len(shapes):
         what = count_and_name("tensor(s) absent or of another shape", absent) or "it has tensors of another model"
         raise CheckpointError(f"{ref.path}: its weights are not those of its model_config: {what}")
-    specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
-    write_shards(staging, specs, _reader(ref))
-    write_config(config, staging, next(iter(specs.values())).dtype)
-    _copy_settings_of(ref.meta.recipe, shapes, staging, say)
+    return {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}, _reader(ref)
 
 
-def _export_adapter(ref: CheckpointRef, staging: Path, say: Say) -> None:
-    """A checkpoint that has the adapters of a model alone."""
+def _merged(
+    ref: CheckpointRef, config: ModelConfig, source: ModelDirectory | None
+) -> tuple[dict[str, TensorSpec], Fetch]:
+    """The tensors of the model that a checkpoint's adapters belong to, with these merged."""
+    assert source is not None, "adapters are merged with the model that they belong to"
+    adapters, specs = _adapters_of(ref, config)
+    read = _reader(ref)
+    dtype = ref.meta.recipe["model"]["dtype"]
+    return merged_tensors(source, adapters, lambda path: widened(read(path), specs[path].dtype), dtype)
+
+
+def _write_adapter(ref: CheckpointRef, source: ModelDirectory | None, staging: Path) -> None:
+    config = _config_of(ref)
+    adapters, specs = _adapters_of(ref, config)
+    named = ref.meta.recipe.get("model", {}).get("path") or ref.meta.extra["base_model"].get("path")
+    write_adapter_files(staging, config, adapters, specs, _reader(ref), source.name if source else named)
+
+
+def _adapters_of(ref: CheckpointRef, config: ModelConfig) -> tuple[Adapters, dict[str, TensorSpec]]:
+    """What a checkpoint that has the adapters of a model alone says of them, and their tensors."""
     base, stored = ref.meta.extra.get("base_model") or {}, ref.manifest.tensors["weights"]
     try:
-        config = ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
         adapters = Adapters.from_json(base["adapters"])
         shapes = adapters.shapes(linear_shapes(config))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{ref.path}: says nothing usable of its adapters ({error!r})") from None
     if {name: tensor.shape for name, tensor in stored.items()} != shapes:
         raise CheckpointError(f"{ref.path}: its weights are not those of the adapters that it names")
-    specs = {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
-    named = ref.meta.recipe.get("model", {}).get("path") or base.get("path")
-    write_adapter_files(staging, config, adapters, specs, _reader(ref), named)
+    return adapters, {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}
 
 
-def _reader(ref: CheckpointRef) -> Callable[[str], np.ndarray]:
+def _reader(ref: CheckpointRef) -> Fetch:
     """Reads one tensor at a time, and gives the memory of the one before back."""
     checkpoint, before = ref.stored, [""]
 
@@ -98,10 +155,3 @@ def _copy_settings_of(recipe: Any, shapes: Mapping[str, Shape], staging: Path, s
         source.copy_settings(staging)
     else:
         say(f"warning: the run's model {path!r} {found}: copy its tokenizer and settings yourself")
-
-
-# What a checkpoint holds -> how it is written to a staging directory.
-EXPORTERS: dict[str, Callable[[CheckpointRef, Path, Say], None]] = {
-    "model": _export_model,
-    "adapter": _export_adapter,
-}

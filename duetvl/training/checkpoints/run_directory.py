@@ -12,17 +12,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from duetvl.core.errors import ConfigError
 from duetvl.storage.files import remove_temporaries, write_text
 from duetvl.storage.finding import (
     CheckpointRef,
+    Verify,
     checkpoints_dir,
     find_checkpoint,
     has_checkpoint,
     is_checkpoint,
     parse_run,
+    verify_files,
 )
 from duetvl.storage.locks import file_lock, made_directory
 from duetvl.training.recipe.data_section import DataSource
@@ -67,8 +69,13 @@ UNSAVED = ".unsaved"  # is there until the first checkpoint is
 RESULTS = ("metrics.jsonl", "samples.jsonl", "export", "loss.png")
 # What a restart sets aside. Checkpoints first: what is left after a kill in between is not taken for a run to resume.
 _OURS = ("checkpoints", *RESULTS, "tensorboard", "profile", TRACKERS, RECIPE, UNSAVED)
+ExportKind = Literal["model", "adapter", "mindspeed_mm"]
 # By which of its files an export is known.
-_KINDS = {"latest_checkpointed_iteration.txt": "mindspeed_mm", "adapter_config.json": "adapter", "config.json": "model"}
+_KINDS: Mapping[str, ExportKind] = {
+    "latest_checkpointed_iteration.txt": "mindspeed_mm",
+    "adapter_config.json": "adapter",
+    "config.json": "model",
+}
 _ADVICE = "give a new directory (train.output_dir=...), or set all that aside and start over with --restart"
 
 
@@ -87,12 +94,13 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def find_start(recipe: Recipe, resume: str | None = None) -> Start:
+def find_start(recipe: Recipe, resume: str | None = None, verify: Verify = verify_files) -> Start:
     """Decide where to start.
 
     resume None: go on from the newest checkpoint of `train.output_dir` where it has one, else start at the
     beginning. "": the same, but a checkpoint must be there. "DIR" or "DIR@STEP": go on from a checkpoint of that
     run, in this recipe's own directory; "@STEP": from that step of its own run. A checkpoint's own directory will do.
+    `verify` reads the files of a checkpoint (see `find_checkpoint`).
     To decide for a run that is then started, hold `locked`. Raises ConfigError where the recipe is not the one that
     the checkpoint was trained with and where results without a checkpoint would be overwritten, CheckpointError where
     there is no checkpoint.
@@ -108,7 +116,7 @@ def find_start(recipe: Recipe, resume: str | None = None) -> Start:
             f"train.output_dir {own} has checkpoints of its own; leave --resume {source} out to go on from these, or "
             f"give a new directory: train.output_dir=..."
         )
-    ref = find_checkpoint(source, step, pass_over=True)
+    ref = find_checkpoint(source, step, pass_over=True, verify=verify)
     harmless, grave = _differences(recipe, ref.meta.recipe)
     if grave:
         raise ConfigError(
@@ -199,12 +207,12 @@ def _set_aside(run_dir: Path) -> tuple[str, ...]:
     return (f"starting over; what {run_dir} held is in {place}",)
 
 
-def export_kind(directory: Path) -> str | None:
+def export_kind(directory: Path) -> ExportKind | None:
     """What an `export/` holds: "model", "adapter", "mindspeed_mm"; None where it holds none of them."""
     return next((kind for name, kind in _KINDS.items() if (directory / name).is_file()), None)
 
 
-def wanted_kind(recipe: Recipe) -> str:
+def wanted_kind(recipe: Recipe) -> ExportKind:
     """What a recipe's run exports, as `export_kind` says it."""
     if recipe.checkpoint.export == "mindspeed_mm":
         return "mindspeed_mm"

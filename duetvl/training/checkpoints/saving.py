@@ -1,7 +1,8 @@
-"""When and how a run saves: at once, or in a thread while it trains on."""
+"""When and how a run saves: at once, or in a thread while it trains on; on many ranks together."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -9,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from duetvl.core.errors import CheckpointError
-from duetvl.training.checkpoints.checkpoint import HostPiece, Snapshot, write_snapshot
+from duetvl.core.ranks import Ranks
+from duetvl.training.checkpoints.pieces import HostPiece
+from duetvl.training.checkpoints.writing import Snapshot, begin_save, write_first, write_other
 from duetvl.training.watching.callbacks import told
 
 
@@ -29,41 +32,61 @@ class SaveGivenUp(Exception):
     """The program is ending at once: a checkpoint under way in the background is not finished."""
 
 
+Outcome = Path | CheckpointError | None
+
+
+class _UnderWay(NamedTuple):
+    """A checkpoint that is being written, or has been. On rank 0 the outcome is that of all, on others None."""
+
+    step: int
+    staging: Path
+    outcome: Future[Outcome]
+
+
 class Saver:
-    """Writes a run's checkpoints.
+    """Writes a run's checkpoints. All ranks call the same functions at the same steps.
 
     In the background, tensors are copied to host memory between two steps, by the calling thread; the thread that
-    writes them touches numpy and files alone, never a framework. One checkpoint is under way at most: saving again
-    and leaving wait for it. So the peak of host memory grows by one checkpoint's size, which is given back tensor by
-    tensor while it is written. `on_saved` and `warn` are called by the thread that calls `save` and `poll`.
+    writes them touches numpy and files alone, never a framework and no other rank but by files. One checkpoint is under
+    way at most: saving again and leaving wait for it. So the peak of host memory grows by one checkpoint's size, which
+    is given back tensor by tensor while it is written. `on_saved` and `warn` are called by the thread that calls `save`
+    and `poll`, on all ranks at the same step and with the same words.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
+        ranks: Ranks,
         on_saved: Callable[[Path, int], None],
         warn: Callable[[str], None],
         background: bool = False,
         keep_last: int | None = None,
     ):
         """Nothing is written yet."""
-        self.run_dir, self.keep_last = run_dir, keep_last
+        self.run_dir, self.keep_last, self.ranks = run_dir, keep_last, ranks
         self.on_saved, self.warn = on_saved, warn
         self._given_up = Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duetvl-save") if background else None
-        self._pending: tuple[int, Future[Path]] | None = None
+        self._pending: _UnderWay | None = None
 
     def save(self, take: TakeSnapshot) -> None:
         """A periodic checkpoint: where it cannot be written, there is a warning and training continues."""
         self.wait()
-        taken = self._copy(take) if self._thread else None
-        if self._thread is None or taken is None:
-            now = take(copy=False)
-            self._tell(now.step, partial(self._write, now))
+        copied = self._copy(take) if self._thread else None
+        taken = copied or take(copy=False)
+        try:
+            staging = self._begun(taken, self.keep_last)
+        except CheckpointError as error:
+            self.warn(f"warning: {error}")
             return
-        pieces = tuple(self._stoppable(piece) for piece in taken.pieces)
-        self._pending = taken.step, self._thread.submit(self._write, replace(taken, pieces=pieces))
+        write = partial(self._outcome, staging, taken, self.keep_last)
+        if self._thread is None or copied is None:
+            self._pending = _UnderWay(taken.step, staging, _done(write()))
+        else:
+            self._pending = _UnderWay(taken.step, staging, self._thread.submit(write))
+        if self._thread is None:
+            self.wait()
 
     def save_last(self, take: TakeSnapshot, *, rotate: bool = True) -> None:
         """The checkpoint at the end, which is waited for; CheckpointError where it cannot be written.
@@ -71,20 +94,27 @@ class Saver:
         Without `rotate` no older one is removed.
         """
         self.wait()
-        taken = take(copy=False)
-        self.on_saved(write_snapshot(self.run_dir, taken, self.keep_last if rotate else None), taken.step)
+        taken, keep_last = take(copy=False), self.keep_last if rotate else None
+        staging = self._begun(taken, keep_last)
+        written = _done(self._outcome(staging, taken, keep_last))
+        self.on_saved(self._agreed(_UnderWay(taken.step, staging, written)), taken.step)
 
     def poll(self) -> None:
         """Tell what has become of the checkpoint in the background, once it has ended."""
-        if self._pending is not None and self._pending[1].done():
+        if self._pending is not None and self.ranks.agree(self._pending.outcome.done()):
             self.wait()
 
     def wait(self) -> None:
         """Wait for the checkpoint in the background, and tell what has become of it."""
         if self._pending is None:
             return
-        (step, future), self._pending = self._pending, None
-        self._tell(step, future.result)
+        under_way, self._pending = self._pending, None
+        try:
+            path = self._agreed(under_way)
+        except CheckpointError as error:
+            self.warn(f"warning: {error}")
+        else:
+            self.on_saved(path, under_way.step)
 
     def __enter__(self) -> Saver:
         """Nothing to do."""
@@ -115,23 +145,57 @@ class Saver:
             self.warn("warning: there is no memory for a copy of the checkpoint: training waits until it is written")
             return None
 
-    def _tell(self, step: int, written: Callable[[], Path]) -> None:
-        try:
-            path = written()
-        except CheckpointError as error:
-            self.warn(f"warning: {error}")
-        except MemoryError:
-            self.warn(f"warning: the checkpoint of step {step} could not be written: there is no memory for it")
-        else:
-            self.on_saved(path, step)
+    # -- what ranks do together, at a step's edge ---------------------------------------------------------------------
 
-    def _write(self, taken: Snapshot) -> Path:
-        return write_snapshot(self.run_dir, taken, self.keep_last)
+    def _begun(self, taken: Snapshot, keep_last: int | None) -> Path:
+        """The directory that rank 0 has made for the files of all; its CheckpointError on all ranks."""
+        (needed,) = self.ranks.sum([taken.nbytes])
+        return self.ranks.first(lambda: begin_save(self.run_dir, taken.step, round(needed), keep_last))
+
+    def _agreed(self, under_way: _UnderWay) -> Path:
+        """The checkpoint's directory as rank 0 knows it, or its CheckpointError, once every rank has ended its part."""
+        own = under_way.outcome.result()
+        try:
+            return self.ranks.first(lambda: _path(own))
+        except CheckpointError:
+            if self.ranks.writes:  # others may have been writing there when it was removed
+                shutil.rmtree(under_way.staging, ignore_errors=True)
+            raise
+
+    # -- what each does on its own, here or in the thread -------------------------------------------------------------
+
+    def _outcome(self, staging: Path, taken: Snapshot, keep_last: int | None) -> Outcome:
+        """Write this rank's part. Rank 0 waits for the others and finds out; the others do not know."""
+        pieces = tuple(self._stoppable(piece) for piece in taken.pieces)
+        taken, index, count = replace(taken, pieces=pieces), self.ranks.index, self.ranks.count
+        try:
+            if index == 0:
+                return write_first(staging, taken, ranks=count, keep_last=keep_last, look=self._look)
+            write_other(staging, taken, index, count)
+        except CheckpointError as error:
+            return error
+        return None
 
     def _stoppable(self, piece: HostPiece) -> HostPiece:
         def fetch() -> np.ndarray:
-            if self._given_up.is_set():
-                raise SaveGivenUp
+            self._look()
             return piece.fetch()
 
         return replace(piece, fetch=fetch)
+
+    def _look(self) -> None:
+        if self._given_up.is_set():
+            raise SaveGivenUp
+
+
+def _done(outcome: Outcome) -> Future[Outcome]:
+    future: Future[Outcome] = Future()
+    future.set_result(outcome)
+    return future
+
+
+def _path(outcome: Outcome) -> Path:
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    assert outcome is not None, "rank 0 knows"
+    return outcome

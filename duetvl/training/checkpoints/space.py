@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
+from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
 from duetvl.models.lora import is_adapter
 from duetvl.storage.files import free_space
 from duetvl.storage.finding import STEP, checkpoints_dir
 from duetvl.storage.tensor_files import TensorSpec
-from duetvl.training.checkpoints.checkpoint import Snapshot
 from duetvl.training.recipe.sections import CheckpointSection, Recipe
 
 _HEADERS: Final = 1 << 14  # of the files of tensors and the manifest, roughly
@@ -29,12 +29,25 @@ class Space:
     export: int = 0
 
     @classmethod
-    def of(cls, taken: Snapshot, parameters: Mapping[str, Parameter], recipe: Recipe, backend: Backend) -> Space:
-        """Of a run whose snapshots are like this one, and whose model has these parameters, adapters included."""
-        specs = {name: TensorSpec(backend.ops.dtype_of(p.tensor), p.shape) for name, p in parameters.items()}
-        weights = sum(piece.spec.nbytes for piece in taken.pieces if piece.kind == "weights")
-        model = sum(spec.nbytes for name, spec in specs.items() if not is_adapter(name))
-        return cls.with_export(sum(piece.spec.nbytes for piece in taken.pieces), weights, model, recipe)
+    def of(
+        cls,
+        stored: Iterable[Parameter],
+        parameters: Mapping[str, Parameter],
+        state: AdamWState,
+        recipe: Recipe,
+        backend: Backend,
+    ) -> Space:
+        """Of a run whose checkpoints keep the stored parameters, and whose model has all of these, adapters included.
+
+        What all ranks write, since it goes to one file system; any rank knows it.
+        """
+        stored = tuple(stored)
+        weights = sum(_whole(p, backend.ops.dtype_of(p.tensor)) for p in stored)
+        model = sum(_whole(p, backend.ops.dtype_of(p.tensor)) for path, p in parameters.items() if not is_adapter(path))
+        updated = [p for p in stored if p.trainable]
+        moments = sum(2 * _whole(p, state.dtype) for p in updated)
+        masters = sum(_whole(p, "float32") for p in updated if backend.ops.dtype_of(p.tensor) != "float32")
+        return cls.with_export(weights + moments + masters, weights, model, recipe)
 
     @classmethod
     def with_export(cls, checkpoint: int, weights: int, model: int, recipe: Recipe) -> Space:
@@ -67,6 +80,11 @@ class Space:
         if self.checkpoint > free and refuse:
             raise ConfigError(f"{found}, {have}")
         return f"warning: {found}, all at one time {in_words(needed)}, {have}"
+
+
+def _whole(parameter: Parameter, dtype: str) -> int:
+    """Bytes of all of a parameter, whatever part of it is here, in this dtype."""
+    return TensorSpec(dtype, parameter.place.whole).nbytes
 
 
 def in_words(count: float) -> str:

@@ -8,7 +8,8 @@ before the first step and is not held after that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,11 +19,14 @@ from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.ranks import Ranks
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.parallel.division import ALONE, Division
+from duetvl.parallel.tensor import layout_of
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
 from duetvl.training.preference.reference_cache import ReferenceCache, reference_name, short_hash
@@ -50,31 +54,33 @@ class PairData(Protocol):
         """Where they are read."""
         ...
 
-    def everything(self) -> Iterator[Batch]:
-        """Micro-batches of all of them, with digests."""
+    def everything(self) -> Iterator[Sequence[Batch]]:
+        """Micro-batches of all of them, with digests, in groups."""
         ...
 
 
-def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend) -> Reference:
+def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division = ALONE) -> Reference:
     """The reference of a recipe with a section `dpo`; with `dpo.cache`, a `CachedReference` that is yet to be filled.
 
-    `policy` has the weights of `model.path` here, before any checkpoint is read.
+    `policy` has the weights of `model.path` here, before any checkpoint is read; the reference is divided over ranks
+    in the same way.
     """
     assert recipe.dpo is not None
     if recipe.dpo.cache is not None:
-        return CachedReference(recipe, policy, backend)
-    return reference_of(_held(recipe, policy, backend), backend.ops)
+        return CachedReference(recipe, policy, backend, division)
+    return reference_of(_held(recipe, policy, backend, division), backend.ops)
 
 
 class CachedReference:
     """A reference that runs once, before the first step, and is looked up from then on."""
 
-    def __init__(self, recipe: Recipe, policy: QwenVL, backend: Backend):
+    def __init__(self, recipe: Recipe, policy: QwenVL, backend: Backend, division: Division):
         """Open the cache; what it holds may be incomplete until `prepare`."""
         assert recipe.dpo is not None and recipe.dpo.cache is not None
-        self.recipe, self.policy, self.backend = recipe, policy, backend
-        name = reference_name(reference_model(recipe), recipe.model.dtype)
-        self.cache = ReferenceCache(recipe.dpo.cache, name)
+        self.recipe, self.policy, self.backend, self.division = recipe, policy, backend, division
+        self.ranks, directory = Ranks(backend.collectives), recipe.dpo.cache
+        name = reference_name(reference_model(recipe), recipe.model.dtype, self.ranks)
+        self.cache = self.ranks.first(lambda: ReferenceCache(directory, name))
 
     def __call__(self, batch: Batch) -> Tensor:
         """The log-probabilities (S,) of the batch's answers. Raises DataError naming a pair that is not known."""
@@ -82,26 +88,43 @@ class CachedReference:
 
     def prepare(self, data: PairData) -> None:
         """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
-        name = data_name(self.recipe, data.files)
-        if not self.cache.is_complete(name):
-            fill(self.cache, data, _at_start(self.recipe, self.policy, self.backend), self.backend)
-            self.cache.set_complete(name)
+        name = self.ranks.first(lambda: data_name(self.recipe, data.files))
+        if not self.ranks.first(lambda: self.cache.is_complete(name)):
+            model = _at_start(self.recipe, self.policy, self.backend, self.division)
+            fill(self.cache, data, model, self.backend)
+            self.ranks.first(lambda: self.cache.set_complete(name))
 
 
 def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend) -> None:
-    """Run the model on every pair that the cache lacks. What is done is kept if this is interrupted."""
-    reference = reference_of(model, backend.ops)
-    seen = 0
-    progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
-    try:
-        with cache.filling() as add:
-            for batch in data.everything():
-                if cache.lacks(batch.digests):
-                    add(batch.digests, _checked(batch, backend.to_numpy(reference(batch))))
-                seen += len(batch.digests)
-                progress.step({"step": seen})
-    finally:
-        progress.close()
+    """Run the model on every pair that the cache lacks, each rank on its share; rank 0 writes.
+
+    What is done is kept if this is interrupted.
+    """
+    reference, ranks = reference_of(model, backend.ops), Ranks(backend.collectives)
+    with ExitStack() as open_things:
+        add: Callable[[Sequence[bytes], np.ndarray], Any] = cache.learn
+        if ranks.writes:
+            progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
+            open_things.callback(progress.close)
+            add = open_things.enter_context(cache.filling())
+        cache.learn_from(ranks.agree(cache))
+        seen: set[bytes] = set()
+        for batches in data.everything():
+            for digests, missing, sums in ranks.each(_answers(cache, batches, reference, backend)):
+                seen.update(digests)
+                add(missing, sums)
+            if ranks.writes:
+                progress.step({"step": len(seen)})
+
+
+def _answers(
+    cache: ReferenceCache, batches: Sequence[Batch], reference: Reference, backend: Backend
+) -> tuple[list[bytes], list[bytes], np.ndarray]:
+    """The pairs of some micro-batches; those of micro-batches that hold one which the cache lacks, and their sums."""
+    lacking = [batch for batch in batches if cache.lacks(batch.digests)]
+    sums = [_checked(batch, backend.to_numpy(reference(batch))) for batch in lacking]
+    every, missing = ([digest for batch in some for digest in batch.digests] for some in (batches, lacking))
+    return every, missing, np.concatenate([np.zeros(0, np.float32), *sums])
 
 
 def _checked(batch: Batch, sums: np.ndarray) -> np.ndarray:
@@ -131,21 +154,23 @@ def _identity(file: Path) -> list[Any]:
     return [str(file.absolute()), found.st_size, found.st_mtime_ns]
 
 
-def _at_start(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
+def _at_start(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division) -> QwenVL:
     """The reference for use before the first step, when the policy itself still has the weights of `model.path`."""
     assert recipe.dpo is not None
     own = recipe.dpo.reference is None and recipe.lora is None
-    return policy if own else _held(recipe, policy, backend)
+    return policy if own else _held(recipe, policy, backend, division)
 
 
-def _held(recipe: Recipe, policy: QwenVL, backend: Backend) -> QwenVL:
+def _held(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division) -> QwenVL:
     """The reference for use at any time."""
     assert recipe.dpo is not None
     if recipe.dpo.reference is None and recipe.lora is not None:
         return policy.without_adapters()
     source = reference_model(recipe)
     check_same_inputs(policy.config, source.config, source.name)
-    model: QwenVL = load_model(source, backend=backend, dtype=recipe.model.dtype)
+    own = division.for_model(source.config)
+    model: QwenVL = load_model(source, backend=backend, dtype=recipe.model.dtype, division=own)
+    model.layout = layout_of(own, backend)
     return model
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from duetvl.core.batch import Batch
 from duetvl.core.errors import CheckpointError, DataError
+from duetvl.core.ranks import Ranks
 from duetvl.data.pairs import DIGEST_BYTES
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.storage.files import write_text
@@ -33,18 +34,18 @@ _HEAD = b"duetvl answers' logps v1\n".ljust(_ENTRY.itemsize, b"\0")
 Add = Callable[[Sequence[bytes], np.ndarray], None]
 
 
-def reference_name(model: ModelDirectory, dtype: str) -> str:
+def reference_name(model: ModelDirectory, dtype: str, ranks: Ranks) -> str:
     """32 letters that name the weights of a model, held in `dtype`, by their content.
 
-    Reads all of them once. How they are divided into files does not matter.
+    Reads all of them once, each rank a share. How they are divided into files does not matter.
     """
-    stored = model.weights
-    sums = {}
-    for name in sorted(stored.names):
+    stored, sums = model.weights, {}
+    for name in sorted(stored.names)[ranks.index :: ranks.count]:
         spec, bits = stored.spec(name), np.ascontiguousarray(stored.view(name)).reshape(-1)
         sums[name] = [spec.dtype, list(spec.shape), zlib.crc32(bits.view(np.uint8).data)]
         stored.release(name)
-    return short_hash([model.config.to_dict(), dtype, sums])
+    everything = {name: found for share in ranks.each(sums) for name, found in share.items()}
+    return short_hash([model.config.to_dict(), dtype, everything])
 
 
 def short_hash(values: Any) -> str:
@@ -53,7 +54,8 @@ def short_hash(values: Any) -> str:
 
 
 class ReferenceCache:
-    """The log-probabilities of one reference, by pair."""
+    """The log-probabilities of one reference, by pair. One process of a run opens and writes the file; others have a
+    copy of this, and learn what it adds."""
 
     def __init__(self, directory: str | Path, reference: str):
         """Read what there is. Raises CheckpointError where the directory or the file cannot be used."""
@@ -101,14 +103,22 @@ class ReferenceCache:
                 file.write(_HEAD)
 
             def add(digests: Sequence[bytes], sums: np.ndarray) -> None:
-                new = [i for i, digest in enumerate(digests) if digest not in self._known]
-                entries = _entries([digests[i] for i in new], sums.reshape(-1, 2)[new])
-                file.write(entries.tobytes())
+                file.write(self.learn(digests, sums))
                 file.flush()
                 os.fsync(file.fileno())
-                self._known |= _index(entries)
 
             yield add
+
+    def learn(self, digests: Sequence[bytes], sums: np.ndarray) -> bytes:
+        """Know these pairs from here on; the entries of those that are new, for the file."""
+        new = {digest: i for i, digest in enumerate(digests) if digest not in self._known}
+        entries = _entries(list(new), sums.reshape(-1, 2)[list(new.values())])
+        self._known |= _index(entries)
+        return entries.tobytes()
+
+    def learn_from(self, other: ReferenceCache) -> None:
+        """Know all that another copy knows."""
+        self._known |= other._known
 
     def is_complete(self, data: str) -> bool:
         """Whether a pass over the data of this name has come to its end."""

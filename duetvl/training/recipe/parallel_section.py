@@ -26,7 +26,7 @@ StageLayers = Annotated[
 
 
 class ParallelSection(Section):
-    """Degrees of parallelism; their product is the number of processes.
+    """Degrees of parallelism; their product is the number of processes, see [many_ranks.md](many_ranks.md).
 
     Layers are placed as in MindSpeed-MM's notation: a number for each pipeline stage, `[1, 10, 10, 7]`, or with
     virtual stages a row of them for each, `[[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]]`. Stages follow each other along
@@ -35,13 +35,22 @@ class ParallelSection(Section):
     """
 
     pp: int = Field(default=1, ge=1, description="Pipeline stages.")
-    dp: int = Field(default=1, ge=1, description="Data-parallel replicas.")
+    dp: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=1,
+        description="Data-parallel replicas; auto: as many as the processes that are started allow. No result depends "
+        "on it.",
+    )
     cp: int = Field(default=1, ge=1, description="Context parallelism: pieces of a sequence.")
     tp: int = Field(default=1, ge=1, description="Tensor parallelism: pieces of a layer.")
     sequence: bool = Field(
         default=False,
         description="Divide norms and residuals along the sequence over the tensor-parallel ranks; with `tp: 1` it has "
         "no effect.",
+    )
+    vision: Literal["divide", "shard"] = Field(
+        default="divide",
+        description="What the tensor-parallel ranks do with the vision tower: `divide` the pictures and frames, each "
+        "rank with all of the tower's weights, or `shard` its layers.",
     )
     cp_algorithm: Literal["ulysses", "ring"] = Field(
         default="ulysses",
@@ -91,5 +100,6 @@ class ParallelSection(Section):
 
     @property
     def mesh(self) -> Mesh:
-        """The grid of ranks."""
-        return Mesh(**{axis: getattr(self, axis) for axis in AXES})
+        """The grid of ranks; with `dp: auto`, before the number of processes is known, of one replica."""
+        degrees = {axis: getattr(self, axis) for axis in AXES}
+        return Mesh(**{axis: 1 if degree == "auto" else degree for axis, degree in degrees.items()})

@@ -48,25 +48,67 @@ def make_recipe(
     return recipe.model_copy(update={"train": train})
 
 
+def for_world(recipe: Recipe, processes: int) -> Recipe:
+    """The recipe for so many processes, `parallel.dp: auto` resolved. Raises ConfigError as `check_world` does."""
+    parallel = recipe.parallel
+    if parallel.dp == "auto":
+        rest, left = divmod(processes, parallel.mesh.size)
+        if left or not rest:
+            others = _degrees(parallel, [axis for axis in AXES if axis != "dp"])
+            raise ConfigError(
+                f"parallel: dp auto x {others}: {processes} processes were started, which {parallel.mesh.size} does "
+                f"not divide; start a multiple of {parallel.mesh.size}"
+            )
+        parallel = parallel.model_copy(update={"dp": rest})
+        recipe = recipe.model_copy(update={"parallel": parallel})
+    check_world(recipe, processes)
+    return recipe
+
+
 def check_world(recipe: Recipe, processes: int) -> None:
     """Raise ConfigError unless the recipe's degrees fit the number of processes, and this release can run them."""
-    mesh = recipe.parallel.mesh
-    degrees = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
-    if mesh.size > 1:
-        raise ConfigError(f"parallel: {degrees} needs {mesh.size} processes; {on_one_process(recipe)}")
+    parallel, mesh = recipe.parallel, recipe.parallel.mesh
+    if unbuilt := not_built(parallel):
+        raise ConfigError(f"parallel: {_degrees(parallel, AXES)}: {unbuilt}")
     if processes != mesh.size:
+        one = processes == 1
+        fields = " ".join(f"parallel.{axis}=1" for axis in AXES if getattr(mesh, axis) > 1)
+        way = f"{fields} takes the same steps on one" if one else "change the degrees: parallel.dp=auto takes the rest"
         raise ConfigError(
-            f"parallel: {degrees} is {mesh.size} process, but {processes} were started; "
-            f"this release trains on one process"
+            f"parallel: {_degrees(parallel, AXES)} needs {mesh.size} process{'es' * (mesh.size > 1)}, and {processes} "
+            f"{'was' if one else 'were'} started; start {mesh.size} (duetvl launch --nproc {mesh.size} -- train ...), "
+            f"or {way}"
         )
 
 
-def on_one_process(recipe: Recipe) -> str:
-    """What this release can do with a recipe for several processes: the fields with which it trains on one."""
-    parallel = recipe.parallel
-    alone = [f"parallel.{axis}=1" for axis in AXES if getattr(parallel, axis) > 1]
-    alone += [f"parallel.{name}=null" for name in ("vision_layers", "language_layers") if getattr(parallel, name)]
-    return f"this release trains on one process: {' '.join(alone)} takes the same steps there"
+def _degrees(parallel: ParallelSection, axes: Sequence[str]) -> str:
+    return " x ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
+
+
+def not_built(parallel: ParallelSection) -> str:
+    """What of a layout this release cannot run, and the fields with which it trains; empty where it can."""
+    asked = [f"{axis} above 1" for axis in ("pp", "cp") if getattr(parallel, axis) > 1]
+    placed = [name for name in ("vision_layers", "language_layers") if getattr(parallel, name)]
+    if not asked and not placed:
+        return ""
+    fields = [f"parallel.{axis}=1" for axis in ("pp", "cp") if getattr(parallel, axis) > 1]
+    fields += [f"parallel.{name}=null" for name in placed]
+    what = " and ".join(asked) if asked else f"parallel.{placed[0]}"
+    return f"{what} cannot be run by this release; {' '.join(fields)} takes the same steps with tp and dp alone"
+
+
+def check_degrees(parallel: ParallelSection, config: ModelConfig) -> None:
+    """Raise ConfigError where the model cannot be divided so."""
+    heads = config.text.num_heads
+    if parallel.tp > heads:
+        raise ConfigError(
+            f"parallel.tp {parallel.tp}: the language model has {heads} query heads, and each rank needs one; possible "
+            f"are 1 to {heads}, and with the same number of heads on every rank {_divisors(heads)}"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(one) for one in range(1, number + 1) if number % one == 0)
 
 
 def check_layers(parallel: ParallelSection, config: ModelConfig) -> None:

@@ -38,7 +38,10 @@ class Running(Protocol):
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal asks to stop: give up what takes long, the run wants to save."""
+        """Whether a signal asks any rank to stop: give up what takes long, the run wants to save.
+
+        Every rank has to ask.
+        """
         ...
 
     def say(self, text: str) -> None:
@@ -65,7 +68,9 @@ class Running(Protocol):
 class Callback:
     """Does nothing; override what you need. All are called by the training thread, between two steps.
 
-    An exception ends the run, which saves what it has done and leaves no file half-written.
+    Every rank of a run calls them in the same order: a model that is divided answers when all ranks ask it. What is
+    said and logged is that of rank 0. An exception ends the run, which saves what it has done and leaves no file
+    half-written; on many ranks it goes on from its last checkpoint.
     """
 
     def on_start(self, run: Running) -> None:

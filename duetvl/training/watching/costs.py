@@ -58,7 +58,7 @@ class Meter:
         found = {
             "tokens": work.tokens,
             "trained_tokens": work.trained_tokens,
-            "micro_batches": len(work.batches),
+            "micro_batches": work.totals.packs,
             "tokens_per_s": work.tokens / seconds,
             "tokens_per_sample": work.tokens / max(1, len(work.sample_ids)),
             "step_s": seconds,

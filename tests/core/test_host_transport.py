@@ -1,8 +1,9 @@
-"""The transport of MindSpore on CPU, its ranks being threads of this process."""
+"""Messages between ranks over TCP, the ranks being threads of this process."""
 
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from duetvl.backends.mindspore.host_transport import Address, HostTransport, Incoming, Outgoing
 from duetvl.core.errors import BackendError
+from duetvl.core.host_transport import Address, HostTransport, Incoming, Outgoing
 
 SIZE = 3
 
@@ -69,6 +70,21 @@ def test_objects(ranks: list[HostTransport]) -> None:
     assert found == [[{"rank": rank} for rank in range(SIZE)]] * SIZE
 
 
+def test_values_with_arrays_of_every_kind_to_each_rank_another(ranks: list[HostTransport]) -> None:
+    arrays = [np.zeros((0, 3)), np.arange(6).reshape(2, 3).T, np.arange(8)[::2], np.full(1 << 20, 7, np.uint8)]
+
+    def swap(t: HostTransport) -> dict[int, Any]:
+        return t.swap_values({rank: (t.rank, rank, arrays) for rank in others(t)})
+
+    for rank, found in enumerate(together(swap, ranks)):
+        assert sorted(found) == others(ranks[rank])
+        for source, (sender, receiver, values) in found.items():
+            assert (sender, receiver) == (source, rank)
+            for value, expected in zip(values, arrays, strict=True):
+                np.testing.assert_array_equal(value, expected)
+                value += 1  # it may be written to
+
+
 def test_another_length_than_expected_is_named(ranks: list[HostTransport]) -> None:
     ranks[0].swap([Outgoing(1, np.zeros(3, np.float32))], [])
     with pytest.raises(BackendError, match="rank 0 sent 12 bytes where 16 were expected"):
@@ -88,6 +104,34 @@ def test_a_rank_that_leaves_is_noticed_at_once_by_all(ranks: list[HostTransport]
 def test_a_rank_that_says_nothing_is_named_after_the_limit(ranks: list[HostTransport]) -> None:
     with pytest.raises(BackendError, match=r"rank 0 has waited 2 s for ranks \[1\].*DUETVL_PEER_TIMEOUT"):
         ranks[0].swap([], [Incoming(1, np.zeros(4))])
+
+
+def test_a_patient_rank_waits_until_another_thread_finds_it_too_long(patient: list[HostTransport]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(patient[0].swap, [], [Incoming(1, np.zeros(4))])
+        begun = time.monotonic()
+        with pytest.raises(BackendError, match=r"rank 0 has waited 0 s for ranks \[1\]"):
+            look(patient[0], begun)
+        patient[1].check_heard(begun)  # which waits for nobody
+        assert not waiting.done()
+        patient[0].abandon()
+        with pytest.raises(BackendError, match="rank 1 has gone"):
+            waiting.result()
+
+
+def look(transport: HostTransport, begun: float) -> None:
+    while time.monotonic() - begun < 30:
+        transport.check_heard(begun)
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def patient() -> Iterator[list[HostTransport]]:
+    made = [HostTransport(rank, 2, "127.0.0.1", limit=0.3, patient=True) for rank in range(2)]
+    together(lambda t: t.connect([other.address for other in made]), made)
+    yield made
+    for transport in made:
+        transport.close()
 
 
 def test_missing_ranks_are_named_after_the_limit() -> None:

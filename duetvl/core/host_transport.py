@@ -1,9 +1,11 @@
-"""Messages between the ranks of a MindSpore run on CPU, over TCP: what MindSpore's own CPU collectives lack.
+"""Messages between the ranks of a run over TCP, for what must not or cannot go through a framework's collectives.
 
-Tensors lie in host memory there, so numpy views of them are sent and received without a copy. Every rank has one
-connection to every other. A message is its length in eight bytes and then its bytes; receiver and sender must agree
-on the length. Waiting for a rank that is alive ends after `limit` seconds without progress, waiting for one that has
-left ends at once; either way with a BackendError, and this rank's connections close, so that others notice too.
+They carry what the data threads tell each other, as a framework belongs to the main thread, and what MindSpore's own
+collectives lack on a CPU: tensors lie in host memory there, so numpy views of them are sent and received without a
+copy. Every rank has one connection to every other. A message is its length in eight bytes and then its bytes; receiver
+and sender must agree on the length. Waiting for a rank that is alive ends after `limit` seconds without progress,
+waiting for one that has left ends at once; either way with a BackendError, and this rank's connections close, so that
+others notice too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,10 +66,14 @@ class Incoming(NamedTuple):
 class HostTransport:
     """The connections of one rank. Open, tell the others `address`, then `connect` with everybody's."""
 
-    def __init__(self, rank: int, size: int, reach: str, limit: float):
-        """`reach` is a host that all ranks can reach (the scheduler's): the interface towards it is the one used."""
-        self.rank, self.size, self.limit = rank, size, limit
+    def __init__(self, rank: int, size: int, reach: str, limit: float, *, patient: bool = False):
+        """`reach` is a host that all ranks can reach (the scheduler's): the interface towards it is the one used.
+
+        A patient one waits for as long as it takes once it is connected; another thread may `check_heard` meanwhile.
+        """
+        self.rank, self.size, self.limit, self.patient = rank, size, limit, patient
         self._peers: dict[int, _Peer] = {}
+        self._waiting: _Waiting | None = None
         family, host = _interface_towards(reach)
         self._listener = socket.socket(family, socket.SOCK_STREAM)
         self._listener.bind((host, 0))
@@ -111,17 +118,51 @@ class HostTransport:
         except BackendError:
             self.close()
             raise
+        finally:
+            self._waiting = None
 
     def swap_objects(self, value: Any, ranks: Sequence[int]) -> list[Any]:
         """Every rank's picklable value, in the order of `ranks`, this one among them."""
-        mine = np.frombuffer(pickle.dumps(value), np.uint8)
         others = [rank for rank in ranks if rank != self.rank]
-        sizes = {rank: np.empty(1, np.int64) for rank in others}
-        size = np.array([mine.size])
-        self.swap([Outgoing(r, size) for r in others], [Incoming(r, sizes[r]) for r in others])
-        pickles = {rank: np.empty(int(sizes[rank][0]), np.uint8) for rank in others}
-        self.swap([Outgoing(r, mine) for r in others], [Incoming(r, pickles[r]) for r in others])
-        return [value if rank == self.rank else pickle.loads(pickles[rank].tobytes()) for rank in ranks]
+        found = self.swap_values(dict.fromkeys(others, value)) | {self.rank: value}
+        return [found[rank] for rank in ranks]
+
+    def swap_values(self, values: Mapping[int, Any]) -> dict[int, Any]:
+        """A picklable value for each of some ranks, for one from each of them. Arrays are not copied into a pickle.
+
+        A value that goes to several ranks is pickled once.
+        """
+        pickled = {id(value): _pickled(value) for value in values.values()}
+        parts = {rank: pickled[id(value)] for rank, value in values.items()}
+        counts = {rank: np.empty(1, np.int64) for rank in values}
+        self._swap_each({r: [np.array([len(p)])] for r, p in parts.items()}, {r: [c] for r, c in counts.items()})
+        sizes = {rank: np.empty(int(count[0]), np.int64) for rank, count in counts.items()}
+        lengths = {r: [np.array([part.size for part in p])] for r, p in parts.items()}
+        self._swap_each(lengths, {r: [s] for r, s in sizes.items()})
+        pieces = {rank: [np.empty(size, np.uint8) for size in found.tolist()] for rank, found in sizes.items()}
+        self._swap_each(parts, pieces)
+        return {rank: pickle.loads(head.data, buffers=rest) for rank, (head, *rest) in pieces.items()}
+
+    def _swap_each(self, sends: Mapping[int, Sequence[np.ndarray]], into: Mapping[int, Sequence[np.ndarray]]) -> None:
+        self.swap(
+            [Outgoing(rank, array) for rank, arrays in sends.items() for array in arrays],
+            [Incoming(rank, array) for rank, arrays in into.items() for array in arrays],
+        )
+
+    def check_heard(self, since: float) -> None:
+        """Raise BackendError where nothing has come for `limit` seconds from ranks that this one waits for.
+
+        Counted from `since` (of time.monotonic) at the earliest. For another thread than the one that waits.
+        """
+        waiting = self._waiting
+        if waiting is not None and time.monotonic() - max(since, waiting.since) >= self.limit:
+            raise self._unheard(waiting.ranks)
+
+    def abandon(self) -> None:
+        """End what is sent and received, here and at the others. For another thread than the one that waits."""
+        for peer in list(self._peers.values()):
+            with suppress(OSError):  # it has ended already
+                peer.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Leave. Ranks that wait for this one notice it on their connection."""
@@ -140,13 +181,10 @@ class HostTransport:
             for peer in busy:
                 selector.register(peer.socket, peer.wants, peer)
             while busy:
-                ready = selector.select(self.limit)
+                self._waiting = _Waiting(time.monotonic(), sorted(peer.rank for peer in busy))
+                ready = selector.select(None if self.patient else self.limit)
                 if not ready:
-                    slow = sorted(peer.rank for peer in busy)
-                    raise BackendError(
-                        f"rank {self.rank} has waited {self.limit:.0f} s for ranks {slow}; see their logs, "
-                        "or allow more with DUETVL_PEER_TIMEOUT"
-                    )
+                    raise self._unheard(self._waiting.ranks)
                 for key, _ in ready:
                     peer = key.data
                     if peer.advance():
@@ -154,6 +192,12 @@ class HostTransport:
                         busy.discard(peer)
                     elif key.events != peer.wants:
                         selector.modify(peer.socket, peer.wants, peer)
+
+    def _unheard(self, ranks: Sequence[int]) -> BackendError:
+        return BackendError(
+            f"rank {self.rank} has waited {self.limit:.0f} s for ranks {list(ranks)}; see their logs, or allow more "
+            "with DUETVL_PEER_TIMEOUT"
+        )
 
     def _call(self, address: Address) -> socket.socket:
         connection = socket.create_connection((address.host, address.port), timeout=self.limit)
@@ -172,6 +216,13 @@ class HostTransport:
             self._peers[rank] = _Peer(rank, connection)
         else:
             connection.close()
+
+
+class _Waiting(NamedTuple):
+    """Since when nothing has come, and from whom it is to come."""
+
+    since: float
+    ranks: Sequence[int]
 
 
 class _Peer:
@@ -247,6 +298,13 @@ class _Peer:
                 f"rank {self.rank} sent {found} bytes where {len(self.into[0])} were expected: "
                 "the ranks are not making the same calls with the same shapes and dtypes"
             )
+
+
+def _pickled(value: Any) -> list[np.ndarray]:
+    """The pickle of a value without the bytes of its arrays, and these."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return [np.frombuffer(head, np.uint8), *(np.asarray(buffer.raw()) for buffer in buffers)]
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

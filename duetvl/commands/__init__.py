@@ -1,0 +1,1 @@
+"""The commands that answer: `duetvl infer`, `duetvl chat`, `duetvl bench infer`."""

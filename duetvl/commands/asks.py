@@ -1,0 +1,150 @@
+"""What is asked: one prompt with its media, records of a file, or the pictures of a directory."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from duetvl.core.batch import Pair, Sample
+from duetvl.core.errors import ConfigError, DataError
+from duetvl.data.conversation import Conversation, ImagePart, Preference, Turn, VideoPart
+from duetvl.data.encode import Processor
+from duetvl.data.formats.reading import read_record
+from duetvl.data.sources.catalog import Records
+from duetvl.data.sources.records import Record
+
+PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEOS: Final = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One thing to be answered. `read` gives the conversation, whose last turn is not the assistant's."""
+
+    id: str
+    read: Callable[[], Conversation]
+
+    def sample(self, processor: Processor) -> Sample:
+        """The prompt with its pixels. Raises DataError naming it."""
+        try:
+            made = processor.load(processor.draft(self.read(), id=self.id, add_generation_prompt=True))
+        except DataError as error:
+            raise DataError(str(error) if self.id in str(error) else f"{self.id}: {error}") from None
+        assert not isinstance(made, Pair)
+        return made
+
+    def key(self, way: str) -> str:
+        """32 digits that change when what is asked does, or how (`way`); of media in files their size and time."""
+        content: list[Any]
+        try:
+            found = self.read()
+            parts = [_told(part) for turn in found.turns for part in (turn.role, *turn.parts)]
+            content = [parts, list(found.tools)]
+        except DataError as error:
+            content = [self.id, str(error)]
+        return hashlib.sha256(json.dumps([way, content], default=str).encode()).hexdigest()[:32]
+
+
+def _told(part: Any) -> Any:
+    """A part of a turn by its content: text as it is, of a file its name, size and time."""
+    if isinstance(part, ImagePart | VideoPart):
+        sources = part.source if isinstance(part.source, list | tuple) else [part.source]
+        rest = [
+            type(part).__name__,
+            *(str(value) for name, value in vars(part).items() if name not in ("source", "root")),
+        ]
+        return [rest, *map(_source, sources)]
+    return part if isinstance(part, str) else repr(part)
+
+
+def _source(source: Any) -> Any:
+    if isinstance(source, str | Path):
+        try:
+            found = os.stat(str(source).removeprefix("file://"))
+        except (OSError, ValueError):
+            return hashlib.sha256(str(source).encode()).hexdigest()
+        return [str(source), found.st_size, found.st_mtime_ns]
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else repr(source)
+
+
+def asks_of(args: argparse.Namespace) -> Sequence[Ask]:
+    """Everything that the options ask. Raises ConfigError or DataError; records themselves are read later."""
+    if args.input is None:
+        if args.prompt is None and not args.media:
+            raise ConfigError("nothing is asked: give --prompt TEXT, or --input FILE or DIR")
+        return [Ask("prompt", lambda: _conversation(args, args.media or []))]
+    if args.media:
+        raise ConfigError("--image and --video belong to --prompt alone; records and directories have their own")
+    if args.prompt is not None:
+        return _pictures(args)
+    if args.system is not None:
+        raise ConfigError("--system: records say themselves whether they have a system message")
+    return _RecordAsks(Records([args.input]))
+
+
+def _conversation(args: argparse.Namespace, media: Sequence[tuple[str, str]]) -> Conversation:
+    """Media first and then the text, as the model was taught to read them."""
+    kinds: dict[str, type[ImagePart | VideoPart]] = {"image": ImagePart, "video": VideoPart}
+    parts = [kinds[kind](path) for kind, path in media]
+    system = () if args.system is None else (Turn("system", (args.system,)),)
+    return Conversation((*system, Turn("user", (*parts, *([args.prompt] if args.prompt else [])))))
+
+
+def _pictures(args: argparse.Namespace) -> Sequence[Ask]:
+    """Every picture and video of a directory, in the order of their names."""
+    if not args.input.is_dir():
+        raise ConfigError(f"--prompt is asked of the pictures of a directory; {args.input} is none: leave out --prompt")
+    files = sorted(path for path in args.input.iterdir() if path.suffix.lower() in PICTURES + VIDEOS and path.is_file())
+    if not files:
+        found = f"expected {', '.join(PICTURES + VIDEOS)}"
+        raise ConfigError(f"{args.input}: a directory without pictures and videos ({found})")
+
+    def ask(path: Path) -> Ask:
+        kind = "video" if path.suffix.lower() in VIDEOS else "image"
+        return Ask(path.name, lambda: _conversation(args, [(kind, str(path))]))
+
+    return [ask(path) for path in files]
+
+
+class _RecordAsks(Sequence[Ask]):
+    """The records of data sets; one is read when it is asked for."""
+
+    def __init__(self, records: Records):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: Any) -> Any:
+        file, _, place = self._records.ref(number)
+        name = f"{self._records.files[file].path.name}:{place}"
+        return Ask(name, lambda: prompt_of(self._records[number]))
+
+
+def prompt_of(record: Record) -> Conversation:
+    """A record without its last answer, if it has one; of a pair of answers what both answer. Raises DataError."""
+    reading = record.reading
+    try:
+        found = read_record(
+            record.values,
+            form=reading.format,
+            columns=reading.columns,
+            tags=reading.tags,
+            media_dirs=record.media_dirs,
+            boxes=reading.boxes,
+            answered=False,
+        )
+        conversation = found.prompt if isinstance(found, Preference) else found
+        turns = conversation.turns
+        turns = turns[:-1] if turns[-1].role == "assistant" else turns
+        if not turns or turns[-1].role == "system":
+            raise DataError("asks nothing: it has no turn of the user's")
+        return replace(conversation, turns=turns)
+    except DataError as error:
+        raise type(error)(f"{record.where}: {error}") from None

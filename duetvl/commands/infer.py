@@ -1,0 +1,192 @@
+"""`duetvl infer`: answers to a prompt, to records, to the pictures of a directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any, Final
+
+from duetvl.commands.answers_file import AnswersFile, Row, alone
+from duetvl.commands.asks import Ask, asks_of
+from duetvl.commands.session import Opened, Say, Way, check_way, guides_of, load, make_engine, open_for_answers, way_of
+from duetvl.core.batch import Sample
+from duetvl.core.errors import ConfigError, DuetvlError
+from duetvl.data.tokenizer import TextTokenizer
+from duetvl.inference.engine import Engine
+from duetvl.inference.guided import Guides
+from duetvl.inference.output import spelt
+from duetvl.inference.request import Completion
+from duetvl.models.model_directory import ModelDirectory
+from duetvl.models.qwen_vl.adapters import open_adapter_for
+from duetvl.training.watching.metrics import Progress
+
+AHEAD: Final = 4  # prompts whose pixels are made while others are answered
+FAILED: Final = 1
+
+
+def infer(args: argparse.Namespace, out: Say, say: Say) -> int:
+    """Answer what the options ask; 1 where some of it failed. `out` hears of the answer, `say` of all else."""
+    if args.from_mindspeed is not None:
+        from duetvl.commands.mindspeed import apply
+
+        for line in apply(args):
+            say(line)
+    if args.model is None:
+        raise ConfigError("no model is given: duetvl infer MODEL --prompt TEXT")
+    check_way(args)
+    asks = asks_of(args)
+    if args.output is None and (args.input is not None or args.logprobs is not None):
+        raise ConfigError("-o OUT.jsonl is missing: answers to --input, and --logprobs, are written to a file")
+    opened = open_for_answers(args, say)
+    way = way_of(args, opened.defaults)
+    guides = guides_of(args, opened, way)
+    if args.output is None:
+        _answer_one(args, opened, way, guides, asks[0], out, say)
+        return 0
+    with alone(args.output):
+        return _answer_all(args, opened, way, guides, asks, say)
+
+
+def _answer_one(
+    args: argparse.Namespace, opened: Opened, way: Way, guides: Guides | None, ask: Ask, out: Say, say: Say
+) -> None:
+    """One answer, shown as it grows."""
+    request = way.request(ask.sample(opened.processor), guide=guides)  # a bad picture is told before weights are read
+    engine = make_engine(load(args, opened, say), args)
+    engine.submit(request)
+    while engine.busy:
+        for delta in engine.step():
+            out(delta.text or "")
+            if delta.completion is not None and delta.completion.error is not None:
+                raise delta.completion.error
+    out("\n")
+
+
+def _answer_all(args: argparse.Namespace, opened: Opened, way: Way, guides: Guides | None, asks: Any, say: Say) -> int:
+    """All answers into a file."""
+    name = way_name(args, opened.source, way)
+    file = AnswersFile(args.output, [ask.key(name) for ask in asks])
+    missing = list(file.missing())
+    distinct = len(set(file.keys))
+    if len(missing) < distinct:
+        say(f"-o {args.output}: {distinct - len(missing)} of {distinct} answers are there already")
+    if missing:
+        engine = make_engine(load(args, opened, say), args)
+        done = distinct - len(missing)
+        progress = Progress(distinct, done=done, unit="answer", stream=sys.stderr, every=max(1, distinct // 20))
+        with closing(progress), file.adding() as add:
+            prepared = ahead(missing, lambda number: asks[number].sample(opened.processor))
+            for number, row in answers(engine, prepared, way, guides, opened.processor.tokenizer):
+                add(file.keys[number], row)
+                done += 1
+                progress.step({"step": done})
+    file.finish(ask.id for ask in asks)
+    failed = sum("error" in file.known[key] for key in file.keys)
+    tokens = sum(file.known[key].get("completion_tokens", 0) for key in file.keys)
+    say(
+        f"{args.output}: {len(asks)} answers, {tokens} tokens"
+        + (f"; {failed} failed, see their error" if failed else "")
+    )
+    return FAILED if failed else 0
+
+
+def way_name(args: argparse.Namespace, source: ModelDirectory, way: Way) -> str:
+    """What an answer depends on besides what is asked, as a text."""
+    adapter = source.adapter if args.adapter is None else open_adapter_for(source.config, args.adapter)
+    paths = [] if adapter is None else sorted(adapter.tensors)
+    parts = {
+        "weights": source.identity()["fingerprint"],
+        "adapter": [zlib.crc32(adapter.read(path)[0].tobytes()) for path in paths] if adapter else None,
+        "way": {**asdict(way), "stop_ids": sorted(way.stop_ids)},
+        "guided": [str(args.json_schema), args.regex, args.choice],
+        "media": [args.min_pixels, args.max_pixels, args.video_preset, args.fps, args.max_frames],
+        "dtype": args.dtype,
+    }
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def ahead(numbers: Iterable[int], make: Callable[[int], Sample]) -> Iterator[tuple[int, Sample | DuetvlError]]:
+    """Samples that a thread makes before they are asked for; what is wrong with one is a value."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[int, Future[Sample]]] = deque()
+        try:
+            for number in numbers:
+                waiting.append((number, pool.submit(make, number)))
+                if len(waiting) > AHEAD:
+                    yield _taken(*waiting.popleft())
+            while waiting:
+                yield _taken(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _taken(number: int, made: Future[Sample]) -> tuple[int, Sample | DuetvlError]:
+    try:
+        return number, made.result()
+    except DuetvlError as error:
+        return number, error
+
+
+def answers(
+    engine: Engine,
+    prepared: Iterator[tuple[int, Sample | DuetvlError]],
+    way: Way,
+    guides: Guides | None,
+    tokenizer: TextTokenizer,
+) -> Iterator[tuple[int, Row]]:
+    """Number and row of every answer, as they are finished. As many wait as the engine has room for, and no more."""
+    most, waiting, more = 2 * engine.limits.max_sequences, 0, True
+    while more or waiting:
+        while more and waiting < most:
+            found = next(prepared, None)
+            if found is None:
+                more = False
+                break
+            number, sample = found
+            try:
+                if isinstance(sample, DuetvlError):
+                    raise sample
+                engine.submit(way.request(sample, str(number), guide=guides))
+                waiting += 1
+            except DuetvlError as error:
+                yield number, failure(error)
+        for delta in engine.step():
+            if delta.completion is not None:
+                waiting -= 1
+                yield int(delta.id), row_of(delta.completion, tokenizer)
+
+
+def failure(error: Exception) -> Row:
+    """The row of what could not be answered."""
+    return {"text": None, "finish_reason": "error", "error": str(error)}
+
+
+def row_of(done: Completion, tokenizer: TextTokenizer) -> Row:
+    """The row of an answer. Seconds: from its arrival in the engine."""
+    if done.error is not None:
+        return failure(done.error)
+    times = done.timings
+    seconds = {
+        "queue": None if times.started is None else round(times.started - times.arrived, 6),
+        "first_token": None if times.first_token is None else round(times.first_token - times.arrived, 6),
+        "total": round(times.finished - times.arrived, 6),
+    }
+    row: dict[str, Any] = {
+        "text": done.text,
+        "token_ids": done.token_ids,
+        "finish_reason": done.finish_reason,
+        "prompt_tokens": done.prompt_tokens,
+        "cached_tokens": done.cached_tokens,
+        "completion_tokens": len(done.token_ids),
+        "seconds": seconds,
+    }
+    if done.logprobs is not None:
+        row["logprobs"] = [spelt(tokenizer, one) for one in done.logprobs]
+    return row

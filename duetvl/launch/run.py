@@ -1,0 +1,272 @@
+"""A start of a run, watched: signals are handed on, what has become of each rank is found out and told once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from duetvl.launch.plan import Plan
+from duetvl.training.failures import read_failures
+
+USER_ERROR: Final = 2
+AFTER_FAILURE: Final = 10.0  # seconds that the other ranks of this node have to end by themselves
+AFTER_END: Final = 30.0  # that torchrun or msrun has to end after its last rank
+_PERIOD: Final = 0.05
+_TAIL: Final = 20  # lines of a log
+
+
+def launch(plan: Plan, run_dir: Path, logs: Path) -> int:
+    """Start the run, up to `plan.restarts` times again where it fails; the exit status.
+
+    0, 2 for an error that the user can act on, 128 + n after signal n, 1 for a failure. A restart goes on from the last
+    checkpoint, as every start does.
+    """
+    tell(f"launch: {plan.nproc} rank{'s' * (plan.nproc > 1)} by {plan.engine}; logs: {logs}")
+    with _Signals() as signals, _written_on():
+        for attempt in range(1 + plan.restarts):
+            place = logs if attempt == 0 else logs / f"restart-{attempt}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "words.json").write_text(json.dumps(plan.words))
+            start = _Start(plan, place, run_dir, signals)
+            status = start.run()
+            if not start.failed or attempt == plan.restarts:
+                return status
+            tell(f"launch: starting again ({attempt + 1} of {plan.restarts})")
+    raise AssertionError("the last attempt returns")
+
+
+class _Signals:
+    """While entered, signals are noted, to be handed to the ranks."""
+
+    _TAKEN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.caught: list[int] = []
+
+    def __enter__(self) -> _Signals:
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        self._before = {n: signal.signal(n, self._note) for n in self._TAKEN if signal.getsignal(n) in usual}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.caught.append(number)
+
+
+@dataclass
+class _Rank:
+    """A process of this node, `rank-00003` or `scheduler`."""
+
+    name: str
+    pid: int
+    signalled: int = 0  # how many signals it has been handed
+    status: int | None = None
+    ended: bool = False
+    lost: bool = False  # it was seen to have ended without a status, before any other was
+    stuck: bool = False  # it did not end by itself
+
+    @property
+    def number(self) -> int:
+        return int(self.name.removeprefix("rank-"))
+
+
+@dataclass
+class _Start:
+    plan: Plan
+    place: Path
+    run_dir: Path
+    signals: _Signals
+    ranks: dict[str, _Rank] = field(default_factory=dict)
+    failed: bool = False
+
+    def run(self) -> int:
+        """Watch it to its end, and tell what went wrong; the exit status."""
+        self._began = time.time()
+        with open(self.place / "launcher.log", "wb") as log:
+            self._engine = subprocess.Popen(
+                self.plan.command(self.place), env=self.plan.environment(self.place), stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        with self._nothing_left():
+            self._watch()
+        self._look()
+        return self._outcome()
+
+    def _watch(self) -> None:
+        kill_at = float("inf")
+        while self._engine.poll() is None:
+            self._look()
+            self._hand_on()
+            over = [rank for rank in self.ranks.values() if rank.ended]
+            if any(rank.status != 0 for rank in over):
+                kill_at = min(kill_at, time.monotonic() + AFTER_FAILURE)
+            elif len(over) >= self.plan.nproc:
+                kill_at = min(kill_at, time.monotonic() + AFTER_END)
+            if time.monotonic() > kill_at or len(self.signals.caught) > 2:
+                return
+            time.sleep(_PERIOD)
+
+    @contextmanager
+    def _nothing_left(self) -> Iterator[None]:
+        """However this ends, no process of this start stays."""
+        try:
+            yield
+        finally:
+            self._look()
+            for rank in self.ranks.values():
+                if not rank.ended:
+                    rank.stuck = True
+                    self._send(rank, signal.SIGKILL)
+            if self._engine.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    self._engine.wait(3.0)
+                with suppress(ProcessLookupError):
+                    os.killpg(self._engine.pid, signal.SIGKILL)
+            self._engine.wait()
+
+    def _look(self) -> None:
+        """Who is there, and who has ended."""
+        for file in self.place.glob("*.pid"):
+            if file.stem not in self.ranks:
+                self.ranks[file.stem] = _Rank(file.stem, int(file.read_text()))
+        first = not any(rank.ended for rank in self.ranks.values())
+        for rank in self.ranks.values():
+            if not rank.ended and not self._alive(rank):
+                rank.ended = True
+                with suppress(FileNotFoundError):
+                    rank.status = int((self.place / f"{rank.name}.status").read_text())
+                rank.lost = first and rank.status is None
+
+    def _alive(self, rank: _Rank) -> bool:
+        """Whether it is there, is no zombie, and is ours: a number may have been given to another process since."""
+        with suppress(OSError):
+            state = Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state != "Z" and str(self.place).encode() in Path(f"/proc/{rank.pid}/cmdline").read_bytes()
+        return False
+
+    def _hand_on(self) -> None:
+        """Each signal once to every rank; they have the time to save that the run grants them."""
+        for rank in self.ranks.values():
+            if not rank.ended and rank.name != "scheduler":
+                for number in self.signals.caught[rank.signalled : 2]:
+                    self._send(rank, number)
+                rank.signalled = len(self.signals.caught)
+        if self.signals.caught and not self.ranks:
+            self._engine.terminate()
+
+    def _send(self, rank: _Rank, number: int) -> None:
+        if self._alive(rank):
+            with suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _outcome(self) -> int:
+        workers = self._workers()
+        statuses = [rank.status for rank in workers]
+        if len(workers) == self.plan.nproc and all(status == 0 for status in statuses):
+            return 0
+        if self.signals.caught:
+            return 128 + self.signals.caught[0]
+        if USER_ERROR in statuses:
+            self._tell_user_error(workers)
+            return USER_ERROR
+        if stopped := [status for status in statuses if status is not None and status > 128]:
+            return stopped[0]
+        self.failed = True
+        self._tell_failure()
+        return 1
+
+    def _workers(self) -> list[_Rank]:
+        return [rank for rank in self.ranks.values() if rank.name != "scheduler"]
+
+    def _tell_user_error(self, workers: list[_Rank]) -> None:
+        """Rank 0 has told it, if it was its error too."""
+        wrong = [rank for rank in workers if rank.status == USER_ERROR]
+        if all(rank.number for rank in wrong):
+            self._show_log(f"rank {wrong[0].number} ended", wrong[0])
+
+    def _tell_failure(self) -> None:
+        mine = {rank.pid for rank in self.ranks.values()}
+        records = [one for one in read_failures(self.run_dir) if self._is_of_this_start(one, mine)]
+        causes = [one for one in records if not one["consequence"]]
+        told = {one["pid"] for one in records}
+        silent = [rank for rank in self._workers() if rank.pid not in told]
+        lost = [rank for rank in silent if rank.lost] or [rank for rank in silent if rank.status is None]
+        if causes:
+            self._show_record(causes[0])
+        elif stuck := [rank for rank in silent if rank.stuck]:
+            self._show_log(f"{_names(stuck)} did not answer, and did not end by itself", stuck[0])
+        elif lost:
+            self._show_log(f"{_names(lost)} was killed", lost[0])
+        elif records:
+            self._show_record(records[0])
+        elif bad := [rank for rank in self.ranks.values() if rank.status]:
+            self._show_log(f"{bad[0].name} ended with status {bad[0].status}", bad[0])
+        else:
+            self._show_tail(f"{self.plan.engine} failed", self.place / "launcher.log")
+
+    def _is_of_this_start(self, record: dict[str, Any], mine: set[int]) -> bool:
+        """One of our processes, or of another node's."""
+        return record["pid"] in mine or Path(record["file"]).stat().st_mtime >= self._began
+
+    def _show_record(self, record: dict[str, Any]) -> None:
+        step = "" if record["step"] is None else f" at step {record['step']}"
+        tell(f"launch: rank {record['rank']} ({record['host']}) failed{step}: {record['message']}")
+        for line in record["traceback"].splitlines()[-_TAIL:]:
+            tell(f"  {line}")
+        tell(f"  all of it: {record['file']}; logs: {self.place}")
+
+    def _show_log(self, what: str, rank: _Rank) -> None:
+        log = self.place / f"{rank.name}.log"
+        if log.exists() and log.stat().st_size:
+            self._show_tail(what, log)
+        else:
+            tell(f"launch: {what}; logs: {self.place}")
+
+    def _show_tail(self, what: str, log: Path) -> None:
+        lines = log.read_text(errors="replace").splitlines()[-_TAIL:]
+        tell(f"launch: {what}; the end of {log}:")
+        for line in lines:
+            tell(f"  {line}")
+
+
+def _names(ranks: list[_Rank]) -> str:
+    return " and ".join(f"rank {rank.number} (process {rank.pid})" for rank in ranks[:3])
+
+
+def tell(text: str) -> None:
+    """A line on standard error."""
+    _go_to_end()
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def _go_to_end() -> None:
+    """Where output goes to a file, behind what rank 0 has appended to it: this process has a place of its own there."""
+    for number in (1, 2):
+        with suppress(OSError):  # a terminal or a pipe
+            os.lseek(number, 0, os.SEEK_END)
+
+
+@contextmanager
+def _written_on() -> Iterator[None]:
+    """Whoever writes after this process, as the next command of a script, does not write over rank 0's output."""
+    try:
+        yield
+    finally:
+        _go_to_end()

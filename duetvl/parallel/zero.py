@@ -1,0 +1,284 @@
+"""ZeRO-1 (arXiv:1910.02054): the ranks that hold a parameter together divide its update among themselves.
+
+Of every trained parameter a rank owns some rows: it sums their gradients, keeps their moments and master weights, and
+updates them, as tensors of their own. The new rows of all ranks are then gathered and written into the whole tensors.
+A parameter that one rank alone holds is owned by it as it is, so that in a run of one process nothing of this happens.
+
+What travels are buckets of parameters, in an order that follows from the list of parameters alone: in the reverse of
+their use, so that the backward pass fills them one after the other and each can go while it still runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any, Final
+
+import numpy as np
+
+from duetvl.core.backend import Backend
+from duetvl.core.collectives import Pending
+from duetvl.core.errors import ConfigError
+from duetvl.core.ops import Ops
+from duetvl.core.params import Parameter
+from duetvl.parallel.differentiable import Team
+from duetvl.parallel.division import Division, Sharing, owned_rows
+
+Tensor = Any
+
+BUCKET: Final = 2**25  # numbers in a bucket, unless a single parameter has more: 128 MB of gradients
+
+
+class Zero:
+    """Gradients and updates of the trained parameters over the ranks of a division.
+
+    A step is `begin`, `ready` for each parameter of the last micro-batch, `reduce`, an update of `owned`, `publish`.
+    All ranks do the same, those without a micro-batch too. `owned`: path -> the rows that this rank updates, a
+    Parameter of the storage dtype whose `part` says where they lie; the model's own Parameter where no other rank
+    holds it. A parameter of which this rank owns no row is absent.
+    """
+
+    def __init__(self, backend: Backend, division: Division, parameters: Iterable[Parameter], *, bucket: int = BUCKET):
+        """`parameters`: those that are trained, in the order of their use; every rank gives the same list.
+
+        Raises ConfigError where the division is one over another number of ranks than the run has.
+        """
+        size = backend.collectives.size
+        if division.mesh.size != size:
+            raise ConfigError(
+                f"the model is divided over {division.mesh.size} ranks and the run has {size}; give the division of "
+                f"this run, whose degrees multiply to {size}"
+            )
+        shared = [_share(backend, division, p, number) for number, p in enumerate(parameters)]
+        self.owned: Mapping[str, Parameter] = {s.owned.path: s.owned for s in shared if s.owned is not None}
+        travelling = [s for s in reversed(shared) if s.team.size > 1]
+        self._buckets = _buckets(backend.ops, travelling, bucket * size)
+        self._bucket_of = {s.parameter.path: b for b in self._buckets for s in b.members}
+        self._arrived: Counter[Bucket] = Counter()
+        self._due: deque[Bucket] = deque()
+        self._sent: deque[tuple[Bucket, Pending]] = deque()
+        self._updated: Sequence[Bucket] = ()
+
+    def begin(self, conditional: bool) -> None:
+        """A step begins, in which some rank has a gradient of the conditional parameters, or none has.
+
+        Without any they are not sent: their main_grad stays None, and an update leaves them alone.
+        """
+        self._arrived.clear()
+        self._sent.clear()
+        self._due = deque(b for b in self._buckets if conditional or not b.conditional)
+        self._updated = tuple(self._due)
+
+    def ready(self, parameter: Parameter) -> None:
+        """The parameter's main_grad is complete on this rank. It is None from here on, where other ranks need it."""
+        bucket = self._bucket_of.get(parameter.path)
+        if bucket is None:
+            return
+        self._arrived.update([bucket])
+        while self._due and self._arrived[self._due[0]] == len(self._due[0].members):
+            self._send()
+
+    def reduce(self) -> None:
+        """Send what is left, with zeros for what this rank has no gradient of, and wait for all: from here on the
+        main_grad of owned rows is that of the whole step."""
+        while self._due:
+            self._send()
+        while self._sent:
+            bucket, pending = self._sent.popleft()
+            bucket.receive(pending.wait())
+
+    def publish(self) -> None:
+        """The owned rows have new values: gather those of all ranks, and write them into the whole tensors."""
+        for bucket in self._updated:
+            bucket.publish()
+
+    def _send(self) -> None:
+        bucket = self._due.popleft()
+        self._sent.append((bucket, bucket.send()))
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A parameter, and the rows of its unit that each rank of the team that shares it updates; `owned` are this
+    rank's, None where it has none."""
+
+    parameter: Parameter
+    sharing: Sharing
+    team: Team
+    rows: Sequence[range]
+    owned: Parameter | None
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Numbers of each rank."""
+        width = math.prod(self.sharing.unit.shape[1:])
+        return [len(rows) * width for rows in self.rows]
+
+    @cached_property
+    def _held(self) -> tuple[int, int, int]:
+        """Numbers of the unit before, in and behind what this rank holds."""
+        shape = self.parameter.shape
+        before, size = self.sharing.first * math.prod(shape[1:]), math.prod(shape)
+        return before, size, sum(self.sizes) - before - size
+
+    def take_gradient(self) -> Tensor:
+        """The flat gradient of the unit, zeros where this rank has none; the parameter's own is given up."""
+        ops, gradient = self.team.ops, self.parameter.main_grad
+        self.parameter.main_grad = None
+        if gradient is None:
+            return ops.zeros((sum(self.sizes),))
+        before, _, behind = self._held
+        flat = ops.reshape(gradient, (-1,))
+        return _joined(ops, [*_zeros(ops, before), flat, *_zeros(ops, behind)])
+
+    def receive(self, gradient: Tensor) -> None:
+        """The flat gradient of the owned rows, summed over the ranks."""
+        assert self.owned is not None
+        copies = self.sharing.copies
+        complete = gradient if copies == 1 else gradient * (1.0 / copies)
+        self.owned.main_grad = self.team.ops.reshape(complete, self.owned.shape)
+
+    def write(self, unit: Tensor) -> None:
+        """Overwrite the parameter from the flat unit."""
+        ops, held = self.team.ops, self._held
+        (own,) = _cut(ops, unit, held)[1]
+        ops.assign(self.parameter.tensor, ops.reshape(own, self.parameter.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Parameters of one team that travel together. A flat tensor of it is, for each rank, the rows of each member."""
+
+    members: Sequence[Shared]
+
+    @property
+    def conditional(self) -> bool:
+        """Whether its parameters are."""
+        return self.members[0].parameter.conditional
+
+    @property
+    def team(self) -> Team:
+        """Who shares it."""
+        return self.members[0].team
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Numbers of each rank."""
+        return [sum(column) for column in zip(*(m.sizes for m in self.members), strict=True)]
+
+    def send(self) -> Pending:
+        """Begin to sum the members' gradients over the ranks."""
+        team, ops = self.team, self.team.ops
+        units = [m.take_gradient() for m in self.members]
+        if len(units) > 1:  # those of one member lie by rank as they are
+            pieces = [_cut(ops, unit, m.sizes) for unit, m in zip(units, self.members, strict=True)]
+            units = list(chain.from_iterable(chain.from_iterable(zip(*pieces, strict=True))))
+        return team.collectives.reduce_scatter_later(_joined(ops, units), team.group, self.sizes)
+
+    def receive(self, gradient: Tensor) -> None:
+        """The flat gradient of what this rank owns."""
+        place = self.team.index
+        pieces = _cut(self.team.ops, gradient, [m.sizes[place] for m in self.members])
+        for member, piece in zip(self.members, pieces, strict=True):
+            if piece:
+                member.receive(piece[0])
+
+    def publish(self) -> None:
+        """Gather the owned rows of all ranks, and write them into the whole tensors."""
+        team, ops = self.team, self.team.ops
+        own = [ops.reshape(m.owned.tensor, (-1,)) for m in self.members if m.owned is not None]
+        dtype = ops.dtype_of(self.members[0].parameter.tensor)
+        flat = _joined(ops, own) if own else ops.zeros((0,), dtype)
+        whole = team.collectives.all_gather(flat, team.group, self.sizes)
+        if len(self.members) == 1:
+            self.members[0].write(whole)
+            return
+        pieces = _cut(ops, whole, [m.sizes[rank] for rank in range(team.size) for m in self.members])
+        for place, member in enumerate(self.members):
+            unit = list(chain.from_iterable(pieces[place :: len(self.members)]))
+            member.write(_joined(ops, unit))
+
+
+def _buckets(ops: Ops, shared: Sequence[Shared], size: int) -> list[Bucket]:
+    """In the order in which the backward pass fills them, given the parameters in that order.
+
+    They are the same on all ranks, whatever these hold of a parameter: else two of them could wait for each other in
+    different buckets. So its whole numbers are counted, once for each rank that shares it, up to `size` in a bucket.
+    """
+    filling: dict[tuple[Any, ...], list[int]] = {}
+    counts: Counter[tuple[Any, ...]] = Counter()
+    full: list[list[int]] = []
+    for number, each in enumerate(shared):
+        p = each.parameter
+        kind = (each.sharing.axes, p.conditional, ops.dtype_of(p.tensor))
+        count = math.prod(p.place.whole) * each.team.size
+        if kind in filling and counts[kind] + count > size:
+            full.append(filling.pop(kind))
+            counts[kind] = 0
+        filling.setdefault(kind, []).append(number)
+        counts.update({kind: count})
+    full.extend(filling.values())
+    full.sort(key=lambda numbers: numbers[-1])
+    return [Bucket([shared[number] for number in numbers]) for numbers in full]
+
+
+def _share(backend: Backend, division: Division, p: Parameter, number: int) -> Shared:
+    sharing = division.sharing(p.path, p.place.whole)
+    team = Team.of(backend, division.mesh.groups(*sharing.axes))
+    if team.size == 1:
+        return Shared(p, sharing, team, [range(p.shape[0])], p)
+    rows = owned_rows(sharing.unit.shape[0], team.size, number)
+    return Shared(p, sharing, team, rows, _owned(backend, division, p, sharing, rows[team.index]))
+
+
+def _owned(backend: Backend, division: Division, p: Parameter, sharing: Sharing, rows: range) -> Parameter | None:
+    """A parameter of its own with these rows of the unit. All ranks call it."""
+    ops = backend.ops
+    unit = _whole_unit(backend, division, p) if _overlaps(division, p, sharing) else p.tensor
+    if not rows:
+        return None
+    part = sharing.unit.rows(rows.start, rows.stop)
+    tensor = ops.zeros(part.shape, ops.dtype_of(p.tensor))
+    (own,) = _cut(ops, unit, [rows.start, len(rows), unit.shape[0] - rows.stop])[1]
+    ops.assign(tensor, own)
+    return Parameter(p.path, tensor, conditional=p.conditional, part=part)
+
+
+def _overlaps(division: Division, p: Parameter, sharing: Sharing) -> bool:
+    """Whether any of the ranks that share a parameter holds but some rows of it; the same on all of them."""
+    team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+    return any(division.of_rank(rank).part(p.path, p.place.whole).shape != sharing.unit.shape for rank in team)
+
+
+def _whole_unit(backend: Backend, division: Division, p: Parameter) -> Tensor:
+    """All rows of what the ranks of tensor parallelism hold overlapping rows of."""
+    mesh, whole = division.mesh, p.place.whole
+    team = Team.of(backend, mesh.groups("tp"))
+    views = [division.of_rank(rank) for rank in mesh.ranks_along("tp", rank=division.rank)]
+    firsts = [view.sharing(p.path, whole).first for view in views]
+    counts = [view.part(p.path, whole).shape[0] for view in views]
+    held = team.collectives.all_gather(p.tensor, team.group, counts)
+    numbers = np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)])
+    places = np.unique(numbers, return_index=True)[1]  # of each row of the unit, where it was gathered to first
+    return backend.ops.take_rows(held, backend.ops.from_numpy(places.astype(np.int32)))
+
+
+def _cut(ops: Ops, x: Tensor, sizes: Sequence[int]) -> list[list[Tensor]]:
+    """The pieces of a tensor along its first axis, each in a list, which is empty for an empty piece."""
+    if not any(sizes):
+        return [[] for _ in sizes]
+    pieces = iter(ops.split(x, [size for size in sizes if size], 0))
+    return [[next(pieces)] if size else [] for size in sizes]
+
+
+def _joined(ops: Ops, pieces: Sequence[Tensor]) -> Tensor:
+    """Flat tensors as one; a single one as it is, without a copy."""
+    return pieces[0] if len(pieces) == 1 else ops.concat(pieces, 0)
+
+
+def _zeros(ops: Ops, count: int) -> list[Tensor]:
+    return [ops.zeros((count,))] if count else []

@@ -1,0 +1,106 @@
+"""What is told of a run, and by whom: rank 0 has the terminal, the logs, trackers and plots, the others keep quiet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from duetvl.core.ranks import Ranks
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
+from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.trackers import open_trackers
+
+Row = Mapping[str, Any]
+
+
+class Quiet:
+    """What the other ranks have. Nothing is told but what one of them alone may see, under its number."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def say(self, text: str) -> None:
+        """Show a line on the terminal."""
+
+    def warn(self, text: str) -> None:
+        """Show a line about something of this rank."""
+        with suppress(OSError):
+            sys.stderr.write(f"rank {self.rank}: {text}\n")
+            sys.stderr.flush()
+
+    def write(self, row: Row) -> None:
+        """Add a row to metrics.jsonl and every tracker."""
+
+    def write_answers(self, step: int, rows: Sequence[Row]) -> None:
+        """Add texts to samples.jsonl and every tracker."""
+
+    def show(self, row: Row) -> None:
+        """Show one step."""
+
+    def plot(self) -> None:
+        """Draw the curves, where the recipe asks for it."""
+
+
+class Watch(Quiet):
+    """What rank 0 has, as has a run of one process."""
+
+    def __init__(self, run_dir: Path, progress: Progress, log: MetricsLog, *, plots: bool):
+        """All of it is open."""
+        super().__init__(0)
+        self.run_dir, self.plots, self._progress, self._log = run_dir, plots, progress, log
+
+    def say(self, text: str) -> None:
+        """See Quiet."""
+        self._progress.say(text)
+
+    def warn(self, text: str) -> None:
+        """See Quiet."""
+        self._progress.say(text)
+
+    def write(self, row: Row) -> None:
+        """See Quiet."""
+        self._log.write(row)
+
+    def write_answers(self, step: int, rows: Sequence[Row]) -> None:
+        """See Quiet."""
+        self._log.write_answers(step, rows)
+
+    def show(self, row: Row) -> None:
+        """See Quiet."""
+        self._progress.step(dict(row))
+
+    def plot(self) -> None:
+        """See Quiet."""
+        if self.plots:
+            try:
+                plot_runs([self.run_dir], self.run_dir / "loss.png")
+            except OSError as error:
+                self.say(f"warning: {self.run_dir / 'loss.png'} cannot be drawn: {error.strerror or error}")
+
+
+@contextmanager
+def watched(
+    recipe: Recipe, run_dir: Path, ranks: Ranks, *, done: int, total: int, history: Path | None
+) -> Iterator[tuple[Quiet, int]]:
+    """What this rank tells by, of a run with `done` of `total` steps behind it; and the step last evaluated, or -1.
+
+    `history` is another run's directory whose rows are taken over. Raises what the logs and trackers raise, on all.
+    """
+    found: list[Quiet] = [Quiet(ranks.index)]
+    with ExitStack() as open_things:
+
+        def opened() -> int:
+            progress = Progress(total, done=done, every=recipe.log.every)
+            open_things.callback(progress.close)
+            trackers = open_trackers(recipe, run_dir, done)
+            log = MetricsLog(run_dir, after=done, history=history, trackers=trackers, say=progress.say)
+            open_things.callback(log.close)
+            found.append(Watch(run_dir, progress, log, plots=recipe.log.plot))
+            return max((row["step"] for row in read_metrics(run_dir) if "eval_loss" in row), default=-1)
+
+        evaluated = ranks.first(opened)
+        yield found[-1], evaluated
