@@ -86,7 +86,11 @@ class Collectives(Protocol):
         ...
 
     def all_reduce(self, x: Tensor, group: Group = None, op: str = "sum") -> Tensor:
-        """Sum or max over the group, the same on every rank. Half precision is summed in float32."""
+        """Sum or max over the group, the same on every rank.
+
+        Half precision is summed in float32 on a CPU, and in its own dtype by nccl and hccl, over which activations
+        then travel in half the bytes. Gradients of parameters are float32.
+        """
         ...
 
     def all_gather(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:

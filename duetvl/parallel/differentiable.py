@@ -15,7 +15,7 @@ the cotangent, each function below states its map and the adjoint:
 
 gather_from and gather_reduce differ in what follows: after gather_from every rank computes the same, so that each
 cotangent is already complete; after gather_reduce every rank computes something else, so that they are summed.
-Half precision is summed in float32. On a team of one rank each function returns its argument.
+How half precision is summed says core/collectives.py. On a team of one rank each function returns its argument.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ class MindSporeCollectives(ComposedCollectives):
     The scheduler process that msrun adds runs the same program and stays in `start` until the workers have ended.
     """
 
+    sums_halves = True
+
     def launched(self) -> int:
         count = _worker_count()
         if count == 1 and os.environ.get("MS_ROLE") == "MS_SCHED":
@@ -110,6 +112,7 @@ class MindSporeCpuCollectives(MindSporeCollectives):
     ends ranks without a word. Sums are made in the order of the ranks: the same bits on all of them.
     """
 
+    sums_halves = False
     transport: HostTransport
     meeting: Meeting
 

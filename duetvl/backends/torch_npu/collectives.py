@@ -29,6 +29,7 @@ class TorchCollectives(ComposedCollectives):
     def __init__(self, ops: Ops, place: torch.device):
         super().__init__(ops)
         self.place = place
+        self.sums_halves = place.type != "cpu"
 
     def launched(self) -> int:
         return _world_size()

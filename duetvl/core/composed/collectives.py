@@ -34,6 +34,8 @@ class ComposedCollectives(Collectives):
     report failure by RuntimeError or BackendError.
     """
 
+    sums_halves = False  # whether the engine sums half precision as it is
+
     def __init__(self, ops: Ops):
         self.ops = ops
         self.rank, self.size = 0, 1
@@ -107,7 +109,7 @@ class ComposedCollectives(Collectives):
         if count == 1 or _empty(x.shape):
             return x
         dtype = self.ops.dtype_of(x)
-        wide = self.ops.cast(x, "float32") if dtype in HALF else x
+        wide = self._summable(x, dtype)
         self._count("all_reduce", self._bytes(wide) * 2 * (count - 1) // count)
         with self._failing("all_reduce"):
             return self.ops.cast(self.raw_all_reduce(wide, group, op), dtype)
@@ -142,7 +144,7 @@ class ComposedCollectives(Collectives):
         dtype = self.ops.dtype_of(x)
         if _empty(x.shape):
             return Pending(lambda: self.ops.zeros((mine, *x.shape[1:]), dtype))
-        wide = self.ops.cast(x, "float32") if dtype in HALF else x
+        wide = self._summable(x, dtype)
         if min(sizes) != longest:
             pieces = self.ops.split(wide, sizes, 0)
             wide = self.ops.concat([self._pad(piece, longest) for piece in pieces], 0)
@@ -212,6 +214,9 @@ class ComposedCollectives(Collectives):
                 self.raw_barrier(group)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _summable(self, x: Tensor, dtype: str) -> Tensor:
+        return self.ops.cast(x, "float32") if dtype in HALF and not self.sums_halves else x
 
     def _count(self, name: str, count: int) -> None:
         self.traffic[name] = self.traffic.get(name, 0) + count
