@@ -171,8 +171,8 @@ def table(found: dict[tuple[str, str], dict[str, dict[str, float]]], chosen: arg
     wall, busy = (sum(case[key] for cases in found.values() for case in cases.values()) for key in ("wall", "seconds"))
     lines += [
         "",
-        "Tokens a processor second, prompts included in the time (share of transformers' in brackets). Every prompt has",
-        f"a picture of 64 tokens and up to 300 of text; {chosen.new} new tokens, or an eighth of that and more.",
+        "Tokens a processor second, prompts included in the time (share of transformers' in brackets). Every prompt",
+        f"has a picture of 64 tokens and up to 300 of text; {chosen.new} new tokens, or an eighth of that and more.",
         f"The machine was busy: {wall:.0f} s went by on the clock for {busy:.0f} of the processor.",
         f"{platform.machine()}, {os.cpu_count()} cores, {chosen.threads} threads, Python {platform.python_version()}.",
         f"Command: `python benchmarks/generate.py {' '.join(sys.argv[1:])}`",

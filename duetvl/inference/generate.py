@@ -26,8 +26,8 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, the stop token included where one ended it.
 
-    A sequence's tokens do not depend on its neighbours, but for the last bits of logits. `on_token(prompt number, token)` hears of each token. Raises
-    DataError or ConfigError for a prompt that cannot be answered, before any is.
+    A sequence's tokens do not depend on its neighbours, but for the last bits of logits. `on_token(prompt number,
+    token)` hears of each token. Raises DataError or ConfigError for a prompt that cannot be answered, before any is.
     """
     if not prompts:
         raise DataError("there is nothing to generate from: no prompts were given")

@@ -270,10 +270,11 @@ def check_cache(be: Backend, of: Whole, team: Team, **how: Any) -> None:
 def grown(be: Backend, model: QwenVL) -> list[np.ndarray]:
     prompts = model.pack(packs()[0][:2])
     lengths = np.diff(prompts.cu_seqlens)
-    slots = np.arange(2, dtype=np.int32)
+    each = int(lengths.max()) // be.kv_cache.block_size + 1
+    tables = np.arange(2 * each, dtype=np.int32).reshape(2, each)
     features = model.features(prompts)
-    with_cache = model.create_cache(2, int(lengths.max()) + 1)
-    first = model.extend(prompts, features, with_cache, Append(slots, np.zeros_like(slots), lengths))
+    with_cache = model.create_cache(2 * each)
+    first = model.extend(prompts, features, with_cache, Append(tables, np.zeros_like(lengths), lengths))
     new = Batch.of_tokens(np.array([5, 7]), np.tile(lengths, (3, 1)).astype(np.int32), np.ones(2, np.int32))
-    second = model.extend(new, None, with_cache, Append(slots, lengths, np.ones_like(slots)))
+    second = model.extend(new, None, with_cache, Append(tables, lengths, np.ones_like(lengths)))
     return [array(be, x) for x in (features, first, second)]
