@@ -210,6 +210,18 @@ def test_recipes_start_from_all_of_them(trained: Path, be: Backend, tmp_path: Pa
     assert any("model: " in line for line in check(recipe, [f"model.path={trained}/lora"]))
 
 
+def test_adapters_on_a_model_that_has_one(trained: Path, be: Backend, tmp_path: Path) -> None:
+    """The run started from the first one merged, and its own adapter belongs on that."""
+    words = [f"train.output_dir={tmp_path}/second", "train.steps=1", "optim.lr=0.02", "optim.warmup=0"]
+    train(trained / "tiny.json", [*words, f"model.path={trained}/lora", "lora.rank=2", "lora.alpha=64"], backend=be)
+    export_run(f"{trained}/lora", tmp_path / "first")
+    merge_directories(trained / "model", tmp_path / "first", tmp_path / "merged")
+    export_run(f"{tmp_path}/second", tmp_path / "adapter")
+    expected = answer(duetvl.load_model(tmp_path / "merged", backend=be, adapter=tmp_path / "adapter"))
+    for place in (tmp_path / "second", tmp_path / "adapter"):
+        assert answer(duetvl.load_model(place, backend=be)) == expected
+
+
 # -- what is none -----------------------------------------------------------------------------------------------------
 
 
