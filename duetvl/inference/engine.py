@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
+
 from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.blocks import BlockPool
@@ -23,7 +25,7 @@ from duetvl.inference.padding import find_padding
 from duetvl.inference.request import Completion, Delta, Finish, Request
 from duetvl.inference.room import Room, pool_blocks
 from duetvl.inference.runner import Generator, Runner
-from duetvl.inference.sampling import choose_rows
+from duetvl.inference.sampling import Chosen, choose_rows
 from duetvl.inference.scheduler import Limits, Plan, Scheduler
 from duetvl.inference.vision_cache import VisionCache
 
@@ -193,9 +195,9 @@ class Engine:
         for job in jobs:
             job.begin()
         sampled = [job for job, piece in zip(jobs, plan.pieces, strict=True) if piece.samples]
+        masks, errors = _masks(sampled)
         try:
             logits = self.runner.run(plan)
-            masks = [job.allowed() for job in sampled]
             chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
         except Exception as error:  # of whatever kind: it ends the requests of this pass, not the others
             self.scheduler.restart()
@@ -204,15 +206,22 @@ class Engine:
             return
         self.scheduler.ran(plan)
         for job, one in zip(sampled, chosen, strict=True):
+            self._take(job, one, errors.get(job.sequence.number))
+
+    def _take(self, job: Job, chosen: Chosen | None, error: Exception | None) -> None:
+        """Give a choice its next token, unless there is an error with it; whatever that is, it is the choice's own."""
+        reason: Finish | None = None
+        if error is None:
             try:
-                reason = job.add(one)
-            except Exception as error:
-                self._end(job, "error", error)
-                continue
-            if reason is not None:
-                self._end(job, reason)
-            else:
-                self._tell(job.delta())
+                reason = job.add(chosen)
+            except Exception as own:
+                error = own
+        if error is not None:
+            self._end(job, "error", error)
+        elif reason is not None:
+            self._end(job, reason)
+        else:
+            self._tell(job.delta())
 
     def _end(self, job: Job, reason: Finish, error: Exception | None = None) -> None:
         """Finish a choice: its blocks and features are given back."""
@@ -332,3 +341,16 @@ class Engine:
         failed = error if isinstance(error, Exception) else DuetvlError(f"the engine's thread ended: {error!r}")
         for job in list(self._jobs.values()):
             self._end(job, "error", failed)
+
+
+def _masks(jobs: Sequence[Job]) -> tuple[list[np.ndarray | None], dict[int, Exception]]:
+    """Which tokens may come next in each choice, and by the number of its sequence what went wrong with that."""
+    masks: list[np.ndarray | None] = []
+    errors: dict[int, Exception] = {}
+    for job in jobs:
+        try:
+            masks.append(job.allowed())
+        except Exception as error:
+            masks.append(None)
+            errors[job.sequence.number] = error
+    return masks, errors
