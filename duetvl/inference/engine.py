@@ -76,13 +76,15 @@ class Engine:
         self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
         self.runner = Runner(self.models, blocks, vision, padding)
         self._ops, self._vocabulary = backend.ops, model.family.vocabulary
-        self._changed = threading.Condition()  # holds for the five below
+        self._changed = threading.Condition()  # holds for the six below
         self._arrivals: list[list[Job]] = []
         self._cancelled: set[str] = set()
         self._known: dict[str, Tell | None] = {}  # requests that are not finished, and who hears of them
+        self._left: dict[str, int] = {}  # choices of them that are not finished
         self._numbers = 0
         self._stopping = False
         self._jobs: dict[int, Job] = {}  # by the number of their sequence
+        self._timed: dict[int, Job] = {}  # those with a deadline
         self._kept: list[Delta] = []  # that nobody has been told yet
         self._thread: threading.Thread | None = None
 
@@ -108,6 +110,7 @@ class Engine:
             if request.id in self._known:
                 raise ConfigError(f"{request.id}: a request of this id is under way; give each its own")
             self._known[request.id] = tell
+            self._left[request.id] = request.n
             self._arrivals.append(jobs)
             self._changed.notify_all()
         return request.id
@@ -181,13 +184,15 @@ class Engine:
         for jobs in arrivals:
             for job in jobs:
                 self._jobs[job.sequence.number] = job
+                if job.deadline is not None:
+                    self._timed[job.sequence.number] = job
                 self.scheduler.add(job.sequence)
-        for job in [job for job in self._jobs.values() if job.request.id in cancelled]:
+        for job in [job for job in self._jobs.values() if job.request.id in cancelled] if cancelled else []:
             self._end(job, "cancelled")
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for job in [job for job in self._jobs.values() if job.deadline is not None and job.deadline <= now]:
+        for job in [job for job in self._timed.values() if job.deadline is not None and job.deadline <= now]:
             self._end(job, "deadline")
 
     def _run(self, plan: Plan) -> None:
@@ -227,12 +232,12 @@ class Engine:
         """Finish a choice: its blocks and features are given back."""
         self.scheduler.drop(job.sequence)
         del self._jobs[job.sequence.number]
-        last = not any(other.request.id == job.request.id for other in self._jobs.values())
-        delta = job.finish(reason, error)
-        self._tell(delta)
-        if last:
+        self._timed.pop(job.sequence.number, None)
+        self._tell(job.finish(reason, error))
+        self._left[job.request.id] -= 1
+        if not self._left[job.request.id]:
             with self._changed:
-                del self._known[job.request.id]
+                del self._known[job.request.id], self._left[job.request.id]
 
     def _tell(self, delta: Delta) -> None:
         tell = self._known[delta.id]
