@@ -18,8 +18,10 @@ from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import ConfigError
 from duetvl.core.params import Parameter, split_trainable
 from duetvl.data.encode import Processor
+from duetvl.inference.defaults import Defaults, read_defaults
 from duetvl.inference.engine import Engine
 from duetvl.inference.generate import generate
+from duetvl.inference.output import TextStream
 from duetvl.inference.request import Completion, Delta, Request
 from duetvl.inference.sampling import Sampling
 from duetvl.models.lora import is_adapter
@@ -73,6 +75,16 @@ class Model(QwenVL):
         if self.source is None:
             raise ConfigError("this model was not read from a directory, so it has no tokenizer; pass a Sample")
         return Processor.from_directory(self.source.path, self.family)
+
+    @cached_property
+    def defaults(self) -> Defaults:
+        """Sampling and the tokens that end an answer as the model's own generation_config.json has them.
+
+        Greedy, and the tokenizer's ends, where it has none. `generate` and the engine use what they are given.
+        """
+        processor = self.processor
+        assert self.source is not None
+        return read_defaults(self.source.path, processor)
 
     def forward_loss(self, batch: Batch, *, key: tuple[int, ...] = ()) -> tuple[Any, Any]:
         """Sum of the trained tokens' cross-entropies, float32 and 0-d, and the tape that leads back from it.
@@ -198,24 +210,18 @@ class _Teller:
     """Hands on the new part of a growing text; a character whose bytes are not all there yet is held back."""
 
     def __init__(self, processor: Processor, on_text: Callable[[str], None]):
-        self.processor, self.on_text = processor, on_text
-        self.tokens: list[int] = []
-        self.told = 0
+        self.stream, self.on_text = TextStream(processor.tokenizer.bytes_of), on_text
 
     def __call__(self, prompt: int, token: int) -> None:
-        self.tokens.append(token)
-        text = self.processor.decode(self.tokens)
-        if not text.endswith("�"):
-            self._tell(text)
+        self._tell(self.stream.add(token))
 
     def finish(self) -> None:
         """Hand on what is still held back: nothing more will complete it."""
-        self._tell(self.processor.decode(self.tokens))
+        self._tell(self.stream.finish())
 
     def _tell(self, text: str) -> None:
-        if len(text) > self.told:
-            self.on_text(text[self.told :])
-            self.told = len(text)
+        if text:
+            self.on_text(text)
 
 
 def load_model(

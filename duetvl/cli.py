@@ -338,6 +338,8 @@ def _plot(args: argparse.Namespace) -> int:
 def _infer(args: argparse.Namespace) -> int:
     from duetvl.commands.infer import infer
 
+    if args.output is not None:
+        _check_target(args.output)
     return infer(args, _show, _tell)
 
 

@@ -179,11 +179,15 @@ def _first_special(processor: Processor) -> int:
 def measure(model: Model, args: argparse.Namespace, case: Case, prompts: Sequence[Sample]) -> Figures:
     """The fastest of the repeated runs."""
     most = max(len(prompt) for prompt in prompts) + case.output_tokens + 1
-    more = {"max_sequences": max(case.batch, args.max_sequences or 0), "reuse": False, "context": most}
     size = model.backend.kv_cache.block_size
-    if args.cache_tokens is None:
-        more["cache_tokens"] = case.batch * -(-most // size) * size
-    engine = make_engine(model, args, **more)
+    engine = make_engine(
+        model,
+        args,
+        cache_tokens=case.batch * -(-most // size) * size,
+        max_sequences=case.batch,
+        media_tokens=max(16384, case.batch * most),
+        reuse=False,
+    )
     _run(model, engine, case._replace(output_tokens=min(case.output_tokens, 2)), prompts)
     return min((_run(model, engine, case, prompts) for _ in range(args.repeat)), key=lambda one: one.seconds)
 

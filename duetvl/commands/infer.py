@@ -13,6 +13,8 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Final
 
+import numpy as np
+
 from duetvl.commands.answers_file import AnswersFile, Row, alone
 from duetvl.commands.asks import Ask, asks_of
 from duetvl.commands.session import Opened, Say, Way, check_way, guides_of, load, make_engine, open_for_answers, way_of
@@ -59,7 +61,11 @@ def _answer_one(
 ) -> None:
     """One answer, shown as it grows."""
     request = way.request(ask.sample(opened.processor), guide=guides)  # a bad picture is told before weights are read
-    engine = make_engine(load(args, opened, say), args)
+    model = load(args, opened, say)
+    special = opened.source.family.special
+    media = int(np.isin(request.prompt.input_ids, (special.image, special.video)).sum())
+    rows = len(request.prompt) + way.max_new_tokens + model.backend.kv_cache.block_size
+    engine = make_engine(model, args, cache_tokens=rows, media_tokens=max(media, 1), max_sequences=1, reuse=False)
     engine.submit(request)
     while engine.busy:
         for delta in engine.step():

@@ -94,6 +94,9 @@ def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
         "--dtype", choices=DTYPES, help="of the weights; default: as they are stored, where the device has that"
     )
     parser.add_argument("--cache-tokens", type=int, metavar="N", help="room for keys and values; default: free memory")
+    parser.add_argument(
+        "--media-tokens", type=int, metavar="N", help="room for features of pictures and videos; default: 16384"
+    )
     parser.add_argument("--max-sequences", type=int, metavar="N", help="answers that grow at once; default: 64")
 
 

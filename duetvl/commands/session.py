@@ -99,11 +99,12 @@ def _dtype(args: argparse.Namespace, source: ModelDirectory, backend: Backend) -
     return stored if stored in ("bfloat16", "float16") and backend.device.supports(stored) else "float32"
 
 
-def make_engine(model: Model, args: argparse.Namespace, **more: Any) -> Engine:
-    """The engine of a model, with what the options say of its size."""
-    sizes = {"cache_tokens": args.cache_tokens, "max_sequences": args.max_sequences}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    return Engine(model, tokenizer=model.processor.tokenizer, **{**given, **more})
+def make_engine(model: Model, args: argparse.Namespace, **usual: Any) -> Engine:
+    """The engine of a model; what the options say of its size comes before what is `usual`."""
+    given = {
+        name: value for name in ("cache_tokens", "max_sequences", "media_tokens") if (value := getattr(args, name))
+    }
+    return Engine(model, tokenizer=model.processor.tokenizer, **{**usual, **given})
 
 
 def guides_of(args: argparse.Namespace, opened: Opened, way: Way) -> Guides | None:

@@ -22,7 +22,7 @@ Tensor = Any
 
 MOST_ALTERNATIVES: Final = 20  # top log-probabilities of a token, as OpenAI's interface bounds them
 _LARGEST_SEED: Final = 2**64 - 1
-_FIRST_PART: Final = 256  # candidates for top-p that are sorted before more are
+_FIRST_PART: Final = 256  # candidates for top-p that are looked at before more are; no more than these are sorted
 
 # Field -> (least, most, whether the least itself is allowed).
 _BOUNDS: Final[Mapping[str, tuple[float, float, bool]]] = {
@@ -259,15 +259,25 @@ def best(scores: np.ndarray, count: int) -> np.ndarray:
 def _nucleus(ids: np.ndarray, scores: np.ndarray, top_p: float) -> np.ndarray:
     """Of tokens with rising ids the smallest set of the most likely that holds `top_p` of the probability."""
     chances = np.exp(scores - scores.max())
-    wanted, count = top_p * chances.sum(), _FIRST_PART
-    while True:
-        part = best(scores, count)
-        order = part[np.argsort(-scores[part], kind="stable")]
-        upto = np.cumsum(chances[order])
-        if upto[-1] >= wanted or len(part) == len(scores):
-            keep = max(1, int(np.count_nonzero(upto - chances[order] < wanted)))
-            return np.sort(ids[order[:keep]])
-        count *= 16
+    return ids[best(scores, _needed(chances, top_p * chances.sum()))]
+
+
+def _needed(chances: np.ndarray, wanted: float) -> int:
+    """How many of the largest chances hold the sum `wanted`; at least one. What is sorted is a small part of them."""
+    rest, count, held = chances, 0, 0.0
+    size = _FIRST_PART
+    while len(rest) > size:
+        parted = np.partition(rest, len(rest) - size)
+        lower, upper = parted[:-size], parted[-size:]
+        together = held + float(upper.sum())
+        if together >= wanted:
+            rest = upper
+        else:
+            rest, count, held = lower, count + size, together
+        size = max(_FIRST_PART, len(rest) // 2)
+    rest = np.sort(rest)[::-1]
+    before = held + np.cumsum(rest) - rest
+    return max(1, count + int(np.count_nonzero(before < wanted)))
 
 
 def logprob_of(logits: np.ndarray, token: int, alternatives: int) -> TokenLogprob:

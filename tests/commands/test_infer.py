@@ -111,7 +111,7 @@ def test_every_picture_of_a_directory(run: Any, be: Backend, here: Path, tmp_pat
         assert (row["id"], row["text"]) == (name, model.generate(asked, max_new_tokens=5).text)
 
 
-def test_how_tokens_are_chosen(run: Any, here: Path, tmp_path: Path) -> None:
+def test_how_tokens_are_chosen(run: Any, be: Backend, here: Path, tmp_path: Path) -> None:
     """The model's generation_config.json, replaced by options; what was taken over is said."""
     model = shutil.copytree(here / "model", tmp_path / "model")
     values = {"do_sample": True, "temperature": 5.0, "top_k": 0, "eos_token_id": [300], "num_beams": 4}
@@ -119,6 +119,8 @@ def test_how_tokens_are_chosen(run: Any, here: Path, tmp_path: Path) -> None:
     asked = [str(model), "--prompt", "which?", "--max-new-tokens", "12"]
     _, first, told = run(*asked)
     assert "generation_config.json: sampling: temperature 5.0; not done: num_beams 4\n" in told
+    found = duetvl.load_model(model, backend=be).defaults
+    assert (found.sampling.temperature, found.stop_ids) == (5.0, {300})
     assert run(*asked)[1] == first  # the same seed, the same answer
     assert run(*asked, "--seed", "1")[1] != first
     greedy = run("model", "--prompt", "which?", "--max-new-tokens", "12", "--ignore-eos")[1]
