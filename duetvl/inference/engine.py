@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
+
 from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.blocks import BlockPool
@@ -23,7 +25,7 @@ from duetvl.inference.padding import find_padding
 from duetvl.inference.request import Completion, Delta, Finish, Request
 from duetvl.inference.room import Room, pool_blocks
 from duetvl.inference.runner import Generator, Runner
-from duetvl.inference.sampling import choose_rows
+from duetvl.inference.sampling import Chosen, choose_rows
 from duetvl.inference.scheduler import Limits, Plan, Scheduler
 from duetvl.inference.vision_cache import VisionCache
 
@@ -74,13 +76,15 @@ class Engine:
         self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
         self.runner = Runner(self.models, blocks, vision, padding)
         self._ops, self._vocabulary = backend.ops, model.family.vocabulary
-        self._changed = threading.Condition()  # holds for the five below
+        self._changed = threading.Condition()  # holds for the six below
         self._arrivals: list[list[Job]] = []
         self._cancelled: set[str] = set()
         self._known: dict[str, Tell | None] = {}  # requests that are not finished, and who hears of them
+        self._left: dict[str, int] = {}  # choices of them that are not finished
         self._numbers = 0
         self._stopping = False
         self._jobs: dict[int, Job] = {}  # by the number of their sequence
+        self._timed: dict[int, Job] = {}  # those with a deadline
         self._kept: list[Delta] = []  # that nobody has been told yet
         self._thread: threading.Thread | None = None
 
@@ -106,6 +110,7 @@ class Engine:
             if request.id in self._known:
                 raise ConfigError(f"{request.id}: a request of this id is under way; give each its own")
             self._known[request.id] = tell
+            self._left[request.id] = request.n
             self._arrivals.append(jobs)
             self._changed.notify_all()
         return request.id
@@ -179,13 +184,15 @@ class Engine:
         for jobs in arrivals:
             for job in jobs:
                 self._jobs[job.sequence.number] = job
+                if job.deadline is not None:
+                    self._timed[job.sequence.number] = job
                 self.scheduler.add(job.sequence)
-        for job in [job for job in self._jobs.values() if job.request.id in cancelled]:
+        for job in [job for job in self._jobs.values() if job.request.id in cancelled] if cancelled else []:
             self._end(job, "cancelled")
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for job in [job for job in self._jobs.values() if job.deadline is not None and job.deadline <= now]:
+        for job in [job for job in self._timed.values() if job.deadline is not None and job.deadline <= now]:
             self._end(job, "deadline")
 
     def _run(self, plan: Plan) -> None:
@@ -193,9 +200,9 @@ class Engine:
         for job in jobs:
             job.begin()
         sampled = [job for job, piece in zip(jobs, plan.pieces, strict=True) if piece.samples]
+        masks, errors = _masks(sampled)
         try:
             logits = self.runner.run(plan)
-            masks = [job.allowed() for job in sampled]
             chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
         except Exception as error:  # of whatever kind: it ends the requests of this pass, not the others
             self.scheduler.restart()
@@ -204,26 +211,33 @@ class Engine:
             return
         self.scheduler.ran(plan)
         for job, one in zip(sampled, chosen, strict=True):
+            self._take(job, one, errors.get(job.sequence.number))
+
+    def _take(self, job: Job, chosen: Chosen | None, error: Exception | None) -> None:
+        """Give a choice its next token, unless there is an error with it; whatever that is, it is the choice's own."""
+        reason: Finish | None = None
+        if error is None:
             try:
-                reason = job.add(one)
-            except Exception as error:
-                self._end(job, "error", error)
-                continue
-            if reason is not None:
-                self._end(job, reason)
-            else:
-                self._tell(job.delta())
+                reason = job.add(chosen)
+            except Exception as own:
+                error = own
+        if error is not None:
+            self._end(job, "error", error)
+        elif reason is not None:
+            self._end(job, reason)
+        else:
+            self._tell(job.delta())
 
     def _end(self, job: Job, reason: Finish, error: Exception | None = None) -> None:
         """Finish a choice: its blocks and features are given back."""
         self.scheduler.drop(job.sequence)
         del self._jobs[job.sequence.number]
-        last = not any(other.request.id == job.request.id for other in self._jobs.values())
-        delta = job.finish(reason, error)
-        self._tell(delta)
-        if last:
+        self._timed.pop(job.sequence.number, None)
+        self._tell(job.finish(reason, error))
+        self._left[job.request.id] -= 1
+        if not self._left[job.request.id]:
             with self._changed:
-                del self._known[job.request.id]
+                del self._known[job.request.id], self._left[job.request.id]
 
     def _tell(self, delta: Delta) -> None:
         tell = self._known[delta.id]
@@ -332,3 +346,16 @@ class Engine:
         failed = error if isinstance(error, Exception) else DuetvlError(f"the engine's thread ended: {error!r}")
         for job in list(self._jobs.values()):
             self._end(job, "error", failed)
+
+
+def _masks(jobs: Sequence[Job]) -> tuple[list[np.ndarray | None], dict[int, Exception]]:
+    """Which tokens may come next in each choice, and by the number of its sequence what went wrong with that."""
+    masks: list[np.ndarray | None] = []
+    errors: dict[int, Exception] = {}
+    for job in jobs:
+        try:
+            masks.append(job.allowed())
+        except Exception as error:
+            masks.append(None)
+            errors[job.sequence.number] = error
+    return masks, errors

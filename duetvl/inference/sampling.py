@@ -173,7 +173,7 @@ def choose_rows(
     Where the largest logit is the choice it is found on the device; the rows of the others alone are copied out.
     `allowed` has a mask (V,) for each sequence that may not have every token.
     """
-    finite = np.isfinite(ops.to_numpy(ops.sum(logits, axis=1)))
+    finite = np.isfinite(ops.to_numpy(ops.sum(ops.cast(logits, "float32"), axis=1)))  # a float16's sum may overflow
     masks = allowed or [None] * len(choosers)
     largest = [chooser.takes_the_largest and mask is None for chooser, mask in zip(choosers, masks, strict=True)]
     tokens = ops.to_numpy(ops.argmax(logits, axis=1)) if any(largest) else _NO_IDS

@@ -8,7 +8,7 @@ one that came last gives up its own: its tokens are kept, its rows are computed 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -135,6 +135,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # those that came first, first
         self.preemptions = 0
+        self._of_adapter: Counter[str] = Counter()  # sequences, waiting or running
         self._copies: list[Copy] = []  # decided on, and not yet in a plan
         self._last_adapter = ""
 
@@ -149,9 +150,11 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait for its turn."""
         self.waiting.append(sequence)
+        self._of_adapter[sequence.request.adapter] += 1
 
     def drop(self, sequence: Sequence) -> None:
         """End a sequence, wherever it is; its blocks and features are given back."""
+        self._of_adapter[sequence.request.adapter] -= 1
         if sequence.held is None:
             self.waiting.remove(sequence)
         else:
@@ -201,7 +204,7 @@ class Scheduler:
 
     def _turns(self) -> list[str]:
         """Adapters with something to do, the one after the last one's first."""
-        names = sorted({s.request.adapter for s in (*self.running, *self.waiting)})
+        names = sorted(name for name, count in self._of_adapter.items() if count)
         later = [name for name in names if name > self._last_adapter]
         return later + [name for name in names if name <= self._last_adapter]
 
@@ -271,8 +274,9 @@ class Scheduler:
     def _admit(self, made: _Pass) -> None:
         """Let waiting sequences of the pass's adapter run, in order, as far as there are rows and blocks."""
         coming = self._coming()
-        for sequence in [s for s in self.waiting if s.request.adapter == made.adapter]:
-            if not made.rows or len(self.running) >= self.limits.max_sequences:
+        while made.rows and len(self.running) < self.limits.max_sequences:
+            sequence = next((s for s in self.waiting if s.request.adapter == made.adapter), None)
+            if sequence is None:
                 return
             keys = sequence.keys.first((sequence.length - 1) // self.block_size) if self.reuse else []
             found = self.pool.find(keys)

@@ -15,6 +15,7 @@ def test_device_answers(be: Backend) -> None:
     device = be.device
     assert device.name == "cpu"
     assert 0 < device.peak_memory() < device.total_memory()
+    assert 0 < device.free_memory() < device.total_memory()
     device.synchronize()
     assert all(device.supports(dtype) for dtype in ("float32", "bfloat16", "float16"))
     assert not device.supports("float64")

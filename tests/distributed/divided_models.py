@@ -270,11 +270,11 @@ def check_cache(be: Backend, of: Whole, team: Team, **how: Any) -> None:
 def grown(be: Backend, model: QwenVL) -> list[np.ndarray]:
     prompts = model.pack(packs()[0][:2])
     lengths = np.diff(prompts.cu_seqlens)
-    each = int(lengths.max()) // be.kv_cache.block_size + 1
-    tables = np.arange(2 * each, dtype=np.int32).reshape(2, each)
+    blocks = -(-int(lengths.max() + 1) // be.kv_cache.block_size)
+    tables = np.arange(2 * blocks, dtype=np.int32).reshape(2, blocks)
     features = model.features(prompts)
-    with_cache = model.create_cache(2 * each)
+    with_cache, one = model.create_cache(2 * blocks), np.ones_like(lengths)
     first = model.extend(prompts, features, with_cache, Append(tables, np.zeros_like(lengths), lengths))
-    new = Batch.of_tokens(np.array([5, 7]), np.tile(lengths, (3, 1)).astype(np.int32), np.ones(2, np.int32))
-    second = model.extend(new, None, with_cache, Append(tables, lengths, np.ones_like(lengths)))
+    new = Batch.of_tokens(np.array([5, 7]), np.tile(lengths, (3, 1)).astype(np.int32), one)
+    second = model.extend(new, None, with_cache, Append(tables, lengths, one))
     return [array(be, x) for x in (features, first, second)]

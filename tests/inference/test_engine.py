@@ -423,6 +423,28 @@ def test_one_bad_request_does_not_end_the_others(be, models, theirs):
     assert [found[id, 0].token_ids for id in good] == [theirs(name, PROMPTS[kind]) for kind in ("text", "image")]
 
 
+def test_a_guide_that_fails_ends_its_request_alone(be, models, theirs):
+    class Breaks:
+        asked = 0
+
+        def mask(self) -> None:
+            self.asked += 1
+            if self.asked == 3:
+                raise ValueError("no token is left")
+
+        def take(self, token: int) -> None:
+            pass
+
+    engine = Engine(models("qwen2-tied", be), cache_tokens=400)
+    bad = engine.submit(ask(PROMPTS["text"], guide=Breaks))
+    good = engine.submit(ask(PROMPTS["image"]))
+    found = run(engine)
+    assert (found[bad, 0].finish_reason, len(found[bad, 0].token_ids), str(found[bad, 0].error)) == (
+        "error", 2, "no token is left"
+    )  # fmt: skip
+    assert found[good, 0].token_ids == theirs("qwen2-tied", PROMPTS["image"])
+
+
 def test_a_pass_that_fails_ends_its_requests_alone(be, models, theirs):
     name = "qwen2-tied"
     model = Failing(models(name, be))

@@ -20,6 +20,9 @@ from duetvl.core.ops import Ops
 Tensor = torch.Tensor
 ENGINES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+# Their names before torch 2.13, which warns of them.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -63,7 +66,7 @@ class TorchCollectives(ComposedCollectives):
 
     def raw_all_gather(self, x: Tensor, group: Group) -> Tensor:
         result = x.new_empty((x.shape[0] * len(self.group_ranks(group)), *x.shape[1:]))
-        dist.all_gather_into_tensor(result, x.detach().contiguous(), _engine(group))
+        ALL_GATHER(result, x.detach().contiguous(), _engine(group))
         return result
 
     def raw_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
@@ -72,7 +75,7 @@ class TorchCollectives(ComposedCollectives):
     def raw_reduce_scatter_later(self, x: Tensor, group: Group) -> Callable[[], Tensor]:
         given = x.detach().contiguous()
         result = given.new_empty((x.shape[0] // len(self.group_ranks(group)), *x.shape[1:]))
-        work = dist.reduce_scatter_tensor(result, given, group=_engine(group), async_op=True)
+        work = REDUCE_SCATTER(result, given, group=_engine(group), async_op=True)
 
         def wait() -> Tensor:
             work.wait()
