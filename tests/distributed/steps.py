@@ -88,6 +88,8 @@ class Some:
 
 def first_ranks(be: Backend, count: int) -> Backend | None:
     """The backend of a run of the first `count` ranks of the world; None on the others. All ranks call it."""
+    if count == be.collectives.size:
+        return be
     some = Some(be.collectives, count)
     return replace(be, collectives=some) if be.collectives.rank < count else None
 
@@ -131,7 +133,7 @@ class Tiny:
             array = array / np.float32(np.sqrt(np.prod(shape[1:]))) if len(shape) > 1 else 1 + array * np.float32(0.1)
             part = division.part(path, shape)
             tensor = be.ops.from_numpy(np.ascontiguousarray(cut(array, part.slices), np.float32), dtype)
-            return Parameter(path, tensor, part=part)
+            return Parameter(path, tensor, part=None if part.shape == shape else part)
 
         model = QwenVL(given, be, {path: parameter(path, shape, self.dtype) for path, shape in shapes.items()})
         if self.dropout is not None:
