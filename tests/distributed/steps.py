@@ -280,11 +280,11 @@ class Compared:
 
 def compared(
     be: Backend, tiny: Tiny, mesh: Mesh, schedule: Sequence[Dealt], optim: OptimSection = PLAIN,
-    weights: float = 1e-6, gradients: float = 1e-5, **how: Any,
+    weights: float = 1e-6, **how: Any,
 ) -> Compared | None:  # fmt: skip
     """Losses, first gradients, last weights and numbers of updates are those of one process, which is rank 0.
 
-    None on ranks that take no part. `weights` and `gradients`: how much each may differ, as a share of its norm.
+    None on ranks that take no part. `weights`: how much each may differ, as a share of its norm.
     """
     run = first_ranks(be, mesh.size)
     if run is None:
@@ -298,7 +298,7 @@ def compared(
         if a is not None and b is not None:
             assert a.skipped == b.skipped, (a.skipped, b.skipped)
             np.testing.assert_allclose([b.loss, b.grad_norm], [a.loss, a.grad_norm], rtol=1e-5)
-    check_gradients(found, gradients)
+    check_gradients(found)
     for path, p in trainer.model.parameters.items():
         mine = cut(whole.weights[path], p.place.slices)
         assert off(part.weights[path], mine) <= weights * np.linalg.norm(mine), (path, off(part.weights[path], mine))
@@ -311,14 +311,16 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted))
 
 
-def check_gradients(found: Compared, tolerance: float) -> None:
+def check_gradients(found: Compared) -> None:
     """The rows that this rank owns have their rows of one process's gradient."""
     expected = found.whole.gradients
     total = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in expected.values()))
     assert found.part.gradients.keys() == expected.keys() & found.trainer.owned.keys()
     for path, gradient in found.part.gradients.items():
         mine = found.mine(path, expected[path])
-        allowed = tolerance * max(float(np.linalg.norm(mine)), 1e-3 * total)
+        allowed = 1e-5 * max(float(np.linalg.norm(mine)), 1e-3 * total)
+        if path.endswith("k_proj.bias"):
+            allowed *= 4  # it adds the same to all scores of a query: its gradient is 0 but for rounding
         assert off(gradient, mine) <= allowed, (path, off(gradient, mine), allowed)
 
 
@@ -386,9 +388,7 @@ def check_preferences(be: Backend) -> None:
     packs = [[pair(1, picture=True), pair(2)], [pair(3)], [pair(4, picture=True)]]
     dpo = lambda be: PreferenceObjective(DpoSection(beta=0.3), be)  # noqa: E731
     schedule = [deal(packs, 2), [[], packs[1:2]], *[deal(packs, 2)] * 3]
-    # The gradient of a key's bias is 0 but for rounding, and MindSpore's exp does not round the same way twice.
-    gradients = 1e-5 if be.capabilities.bitwise_repeatable else 3e-5
-    found = compared(be, Tiny("qwen2_5_vl"), Mesh(dp=2, tp=2), schedule, objective=dpo, gradients=gradients)
+    found = compared(be, Tiny("qwen2_5_vl"), Mesh(dp=2, tp=2), schedule, objective=dpo)
     assert found is not None
     for a, b in zip(found.whole.results, found.part.results, strict=True):
         assert a is not None and b is not None
