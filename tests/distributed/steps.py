@@ -24,7 +24,7 @@ from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.differentiable import Team
-from duetvl.parallel.division import Division
+from duetvl.parallel.division import Division, VisionMode
 from duetvl.parallel.tensor import TensorLayout
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import Objective, TokenLoss
@@ -99,13 +99,16 @@ def first_ranks(be: Backend, count: int) -> Backend | None:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny model: its family, heads of queries and of keys, the dtype of its weights, the dropout of its adapters."""
+    """A tiny model: its family, heads of queries and of keys, the dtype of its weights, the dropout of its adapters;
+    how it is divided over ranks of tensor parallelism."""
 
     family: str = "qwen2_vl"
     heads: int = 4
     kv_heads: int = 2
     dtype: str = "float32"
     dropout: float | None = None  # None: without adapters
+    sequence: bool = False
+    vision: VisionMode = "shard"
 
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(
@@ -120,9 +123,7 @@ class Tiny:
         )  # fmt: skip
 
     def division(self, mesh: Mesh, rank: int) -> Division:
-        config = self.config()
-        heads = Heads(config.text.num_heads, config.text.num_kv_heads, config.vision.num_heads)
-        return Division(mesh, heads, rank, vision="shard")
+        return Division.of(self.config(), mesh, rank, sequence=self.sequence, vision=self.vision)
 
     def model(self, be: Backend, division: Division) -> QwenVL:
         """What this rank has of it."""
@@ -139,12 +140,9 @@ class Tiny:
         if self.dropout is not None:
             adapters = Adapters({module: Size(3, 6.0) for module in ADAPTED}, dropout=self.dropout)
             own = {path: parameter(path, shape, "float32") for path, shape in adapters.shapes(shapes).items()}
-            model.put_adapters(adapters, {path: p.tensor for path, p in own.items()})
-            for path, p in own.items():
-                model.parameters[path].part = p.part
+            model.put_adapters(adapters, own)
         if division.mesh.tp > 1:
-            team = Team.of(be, division.mesh.groups("tp"))
-            model.layout = TensorLayout(team, division.heads, VOCABULARY)
+            model.layout = TensorLayout(division, Team.of(be, division.mesh.groups("tp")))
         return model
 
 
@@ -368,9 +366,9 @@ def check_uneven(be: Backend) -> None:
 
 
 def check_divided(be: Backend) -> None:
-    """Two by two ranks: with copies of a key head, and without."""
+    """Two by two ranks: copies of a key head, a divided sequence and a tower of divided frames; and none of these."""
     schedule = [deal(mixed(), 2), [mixed(), []], deal(text(), 2), *[deal(mixed(), 2)] * 2]
-    for tiny in (Tiny("qwen2_vl", 4, 1), Tiny("qwen2_5_vl", 4, 2)):
+    for tiny in (Tiny("qwen2_vl", 4, 1, sequence=True, vision="divide"), Tiny("qwen2_5_vl", 4, 2)):
         compared(be, tiny, Mesh(dp=2, tp=2), schedule)
 
 
@@ -380,7 +378,8 @@ def check_adapters(be: Backend) -> None:
     assert found is not None
     owned = be.collectives.gather_objects(len(found.trainer.owned))
     assert 0 < min(owned) < len(found.trainer.trained), owned
-    compared(be, Tiny("qwen2_5_vl", dropout=0.0), Mesh(dp=2, tp=2), [deal(mixed(), 2)] * 5)
+    tiny = Tiny("qwen2_5_vl", dropout=0.2, sequence=True)
+    compared(be, tiny, Mesh(dp=2, tp=2), [deal(mixed(), 2)] * 5)
 
 
 def check_preferences(be: Backend) -> None:
@@ -448,9 +447,7 @@ def check_edges(be: Backend) -> None:
     division = tiny.division(mesh, rank)
     model, whole = tiny.model(be, division), tiny.model(alone(be), Division())
     trainer = Trainer(model, TokenLoss(be.ops), be, PLAIN, division=division)
-    expected = Trainer(whole, TokenLoss(be.ops), alone(be), PLAIN).evaluate(
-        work(whole, [mixed()], None).batches,
-    )
+    expected = Trainer(whole, TokenLoss(be.ops), alone(be), PLAIN).evaluate(work(whole, [mixed()], None).batches)
     step = work(model, [mixed(), []], division.place("dp"))
     found = trainer.evaluate(step.batches)
     assert (found.tokens, found.weight) == (expected.tokens, expected.weight)
