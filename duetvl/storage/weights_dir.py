@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -155,10 +156,17 @@ def load_parameters(
 
 def load_part(backend: Backend, view: np.ndarray, stored: str, dtype: str, part: Part) -> Tensor:
     """A part of a mapped tensor, whose dtype is named `stored`, on the device in `dtype`; the rest is not read."""
-    if part.whole != view.shape or not all(box.inside(view.shape) for box in part.slices.boxes):
-        raise ValueError(f"a tensor {view.shape} does not contain {part}")
+    return load_boxes(backend, lambda box: view[box.slices], stored, dtype, part, view.shape)
+
+
+def load_boxes(
+    backend: Backend, read: Callable[[Box], np.ndarray], stored: str, dtype: str, part: Part, shape: Shape
+) -> Tensor:
+    """`load_part` of a tensor of this shape whose boxes `read` gives."""
+    if part.whole != shape or not all(box.inside(shape) for box in part.slices.boxes):
+        raise ValueError(f"a tensor {shape} does not contain {part}")
     # Old files have headers of any length.
-    aligned = (np.require(view[box.slices], requirements="A") for box in part.slices.boxes)
+    aligned = (np.require(read(box), requirements="A") for box in part.slices.boxes)
     pieces = [backend.checkpoint_io.load(raw, stored, dtype) for raw in aligned]
     return backend.ops.concat(pieces, part.slices.axis)
 

@@ -425,10 +425,14 @@ class Run:
     def _evaluate(self) -> None:
         if not self.feed.has_val:
             return
-        groups = takewhile(lambda _: not self.ranks.any(self.signals.caught is not None), self.feed.val_batches())
+        groups = takewhile(lambda _: not self.stopping, self.feed.val_batches())
         found = self.trainer.evaluate(chain.from_iterable(groups))
         self._tell_left_out()
+<<<<<<< HEAD
         if self.ranks.any(self.signals.caught is not None):
+=======
+        if self.stopping:
+>>>>>>> zero
             self.say(f"the evaluation after step {self.step} is given up")
             return
         self.evaluated_step = self.step
