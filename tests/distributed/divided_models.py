@@ -218,7 +218,9 @@ def check_gradients(be: Backend, layout: Layout, found: Given, wanted: Given) ->
     for path, gradient in wanted.gradients.items():
         unit, mine = complete(be, layout, path, gradient.shape, found.gradients[path])
         theirs = unit.of(gradient)
-        allowed = 1e-5 * max(float(np.linalg.norm(theirs)), 1e-3 * total)
+        # In exact arithmetic the softmax does not feel a key's bias: its gradient is rounding, here and in the whole.
+        floor = 2e-3 if path.endswith("k_proj.bias") else 1e-3
+        allowed = 1e-5 * max(float(np.linalg.norm(theirs)), floor * total)
         off = float(np.linalg.norm(mine - theirs))
         assert off < allowed, (path, off, allowed, float(np.linalg.norm(theirs)), float(np.linalg.norm(mine)))
 
