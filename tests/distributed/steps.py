@@ -23,9 +23,8 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
-from duetvl.parallel.differentiable import Team
-from duetvl.parallel.division import Division
-from duetvl.parallel.tensor import TensorLayout
+from duetvl.parallel.division import Division, VisionMode
+from duetvl.parallel.tensor import layout_of
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.sections import OptimSection
@@ -78,6 +77,9 @@ class Some:
     def all_gather(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Any:
         return self.world.all_gather(x, group or self.everyone, sizes)
 
+    def reduce_scatter(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Any:
+        return self.world.reduce_scatter(x, group or self.everyone, sizes)
+
     def reduce_scatter_later(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Pending:
         return self.world.reduce_scatter_later(x, group or self.everyone, sizes)
 
@@ -96,13 +98,16 @@ def first_ranks(be: Backend, count: int) -> Backend | None:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny model: its family, its heads of queries and of keys, the dtype of its weights, whether it has adapters."""
+    """A tiny model: its family, its heads of queries and of keys, the dtype of its weights, whether it has adapters,
+    and how it is divided."""
 
     family: str = "qwen2_vl"
     heads: int = 4
     kv_heads: int = 2
     dtype: str = "float32"
     lora: bool = False
+    sequence: bool = False
+    vision: VisionMode = "shard"
 
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(
@@ -117,9 +122,7 @@ class Tiny:
         )  # fmt: skip
 
     def division(self, mesh: Mesh, rank: int) -> Division:
-        config = self.config()
-        heads = Heads(config.text.num_heads, config.text.num_kv_heads, config.vision.num_heads)
-        return Division(mesh, heads, rank, vision="shard")
+        return Division.of(self.config(), mesh, rank, sequence=self.sequence, vision=self.vision)
 
     def model(self, be: Backend, division: Division) -> QwenVL:
         """What this rank has of it."""
@@ -130,18 +133,14 @@ class Tiny:
             array = array / np.float32(np.sqrt(np.prod(shape[1:]))) if len(shape) > 1 else 1 + array * np.float32(0.1)
             part = division.part(path, shape)
             tensor = be.ops.from_numpy(np.ascontiguousarray(cut(array, part.slices), np.float32), dtype)
-            return Parameter(path, tensor, part=part)
+            return Parameter.of(path, tensor, part)
 
         model = QwenVL(given, be, {path: parameter(path, shape, self.dtype) for path, shape in shapes.items()})
         if self.lora:
-            adapters = Adapters({module: Size(3, 6.0) for module in ADAPTED}, dropout=0.0)
+            adapters = Adapters({module: Size(3, 6.0) for module in ADAPTED}, dropout=0.2)
             own = {path: parameter(path, shape, "float32") for path, shape in adapters.shapes(shapes).items()}
-            model.put_adapters(adapters, {path: p.tensor for path, p in own.items()})
-            for path, p in own.items():
-                model.parameters[path].part = p.part
-        if division.mesh.tp > 1:
-            team = Team.of(be, division.mesh.groups("tp"))
-            model.layout = TensorLayout(team, division.heads, VOCABULARY)
+            model.put_adapters(adapters, own)
+        model.layout = layout_of(division, be)
         return model
 
 
@@ -358,7 +357,7 @@ def check_uneven(be: Backend) -> None:
 def check_divided(be: Backend) -> None:
     """Two by two ranks: with copies of a key head, and without."""
     schedule = [deal(mixed(), 2), [mixed(), []], deal(text(), 2), *[deal(mixed(), 2)] * 2]
-    for tiny in (Tiny("qwen2_vl", 4, 1), Tiny("qwen2_5_vl", 4, 2)):
+    for tiny in (Tiny("qwen2_vl", 4, 1), Tiny("qwen2_5_vl", 4, 2, sequence=True, vision="divide")):
         compared(be, tiny, Mesh(dp=2, tp=2), schedule)
 
 
@@ -369,7 +368,8 @@ def check_adapters(be: Backend) -> None:
     assert found is not None
     owned = be.collectives.gather_objects(len(found.trainer.owned))
     assert 0 < min(owned) < len(found.trainer.trained), owned
-    compared(be, tiny, Mesh(dp=2, tp=2), [deal(mixed(), 2)] * 5)
+    divided = replace(tiny, sequence=True, vision="divide")
+    compared(be, divided, Mesh(dp=2, tp=2), [deal(mixed(), 2)] * 5)
 
 
 def check_half(be: Backend) -> None:
