@@ -428,11 +428,7 @@ class Run:
         groups = takewhile(lambda _: not self.stopping, self.feed.val_batches())
         found = self.trainer.evaluate(chain.from_iterable(groups))
         self._tell_left_out()
-<<<<<<< HEAD
-        if self.ranks.any(self.signals.caught is not None):
-=======
         if self.stopping:
->>>>>>> zero
             self.say(f"the evaluation after step {self.step} is given up")
             return
         self.evaluated_step = self.step

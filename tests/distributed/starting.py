@@ -89,4 +89,6 @@ def a_start_is_refused(be: Backend) -> None:
 
 
 def write(target: Path, seed: int) -> None:
-    write_random_model(divided_models.config("qwen2_vl", 8, 2), target, seed=seed, settings=lambda directory: None)
+    write_random_model(
+        divided_models.Whole("qwen2_vl", 8, 2).config(), target, seed=seed, settings=lambda directory: None
+    )
