@@ -223,7 +223,7 @@ class _Start:
         elif stuck := [rank for rank in silent if rank.stuck]:
             self._show_log(f"{_names(stuck)} did not answer, and did not end by itself", stuck[0])
         elif lost:
-            self._show_log(f"{_names(lost)} was killed", lost[0])
+            self._show_log(f"{_names(lost)} {'was' if len(lost) == 1 else 'were'} killed", lost[0])
         elif records:
             self._show_record(records[0])
         elif bad := [rank for rank in self.ranks.values() if rank.status]:
