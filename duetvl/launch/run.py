@@ -122,8 +122,9 @@ class _Start:
     def _patience(self) -> float | None:
         """Seconds that what still runs has to end by itself; None while it need not."""
         over = [rank for rank in self.ranks.values() if rank.ended]
-        if any(rank.status != 0 for rank in over):
+        if any(rank.status is None or 0 < rank.status <= 128 for rank in over):
             return None if self.plan.elastic else AFTER_FAILURE  # there torchrun starts them again
+        # One that was stopped by a signal has ended well, and rank 0 may have more to write than the others.
         return AFTER_END if len(over) >= self.plan.nproc else None
 
     @contextmanager

@@ -152,7 +152,7 @@ class Run:
                 with self._kept(), ending_alone(self.ranks, self.run_dir, lambda: self.step + 1):
                     self._steps()
                     self._finish()
-        return self.ranks.first(self._result)
+        return self._result()
 
     def _begin(self) -> tuple[str, ...]:
         """Make the directory that of this start. Gives notes for the user."""

@@ -36,10 +36,10 @@ if os.environ.get("RANK", os.environ.get("MS_NODE_ID")) == "1" and os.environ.ge
                 sys.meta_path.remove(self)
                 import duetvl.training.step as step
                 took = step.Trainer.step
-                def failing(self, work, lr, number=0):
+                def failing(self, work, lr, number=0, *more):
                     if number == 3:
                         raise ZeroDivisionError("an accident on this rank")
-                    return took(self, work, lr, number)
+                    return took(self, work, lr, number, *more)
                 step.Trainer.step = failing
     sys.meta_path.insert(0, Finder())
 """
