@@ -8,14 +8,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Part, Shape
+from duetvl.core.boxes import Box, Part, Shape
 from duetvl.core.errors import CheckpointError
 from duetvl.core.half import widened
 from duetvl.storage.files import WEIGHT_FILES, read_object, write_text
