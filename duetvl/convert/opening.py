@@ -64,7 +64,7 @@ def open_model(
     run, step = (path, None) if path.is_dir() else parse_run(name)
     if step is not None or has_checkpoint(run):
         return _open_run(name, run, step, base, weights)
-    if is_mindspeed(path):
+    if is_mindspeed(path) and not any(path.glob("*.safetensors")):  # a model may have a directory called `release`
         return _open_mindspeed(name, path, base, weights)
     if (path / _ADAPTER).is_file() and not (path / _CONFIG).is_file():
         return _open_adapter(name, path, base, weights)

@@ -115,6 +115,8 @@ def test_a_base_that_is_another_model(tmp_path: Path) -> None:
     hf_to_mm(tmp_path / "hf", tmp_path / "mm", LAYOUTS["one"], Options())
     with pytest.raises(CheckpointError, match="its tensors are not those of the model and layout"):
         _ = open_model(tmp_path / "mm", base=tmp_path / "other").weights
+    (tmp_path / "hf" / "release").mkdir()
+    assert open_model(tmp_path / "hf").weights.names == open_plain(tmp_path / "hf").weights.names
     with pytest.raises(ConfigError, match="is a model in the Hugging Face layout, which needs no base"):
         open_model(tmp_path / "hf", base=tmp_path / "other")
 
