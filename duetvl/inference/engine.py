@@ -291,7 +291,7 @@ class Engine:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(deltas.put_nowait, delta)
 
-        id = await asyncio.to_thread(self.submit, request, tell)
+        id = await self._submitted(request, tell)
         left = request.n
         try:
             while left:
@@ -300,6 +300,15 @@ class Engine:
                 yield delta
         finally:
             self.cancel(id)
+
+    async def _submitted(self, request: Request, tell: Tell) -> str:
+        """`submit` beside the loop; who is cancelled meanwhile leaves no request behind."""
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, request, tell))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(lambda done: None if done.exception() else self.cancel(done.result()))
+            raise
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 

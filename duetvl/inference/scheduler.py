@@ -138,6 +138,7 @@ class Scheduler:
         self._of_adapter: Counter[str] = Counter()  # sequences, waiting or running
         self._copies: list[Copy] = []  # decided on, and not yet in a plan
         self._last_adapter = ""
+        self._short: Sequence | None = None  # waits for blocks, and no later one may take them
 
     def blocks_for(self, rows: int) -> int:
         """Blocks that so many rows take."""
@@ -155,6 +156,8 @@ class Scheduler:
     def drop(self, sequence: Sequence) -> None:
         """End a sequence, wherever it is; its blocks and features are given back."""
         self._of_adapter[sequence.request.adapter] -= 1
+        if sequence is self._short:
+            self._short = None
         if sequence.held is None:
             self.waiting.remove(sequence)
         else:
@@ -276,13 +279,14 @@ class Scheduler:
         coming = self._coming()
         while made.rows and len(self.running) < self.limits.max_sequences:
             sequence = next((s for s in self.waiting if s.request.adapter == made.adapter), None)
-            if sequence is None:
+            if sequence is None or (self._short is not None and sequence.number > self._short.number):
                 return
             keys = sequence.keys.first((sequence.length - 1) // self.block_size) if self.reuse else []
             found = self.pool.find(keys)
             if coming and not coming.isdisjoint(keys[len(found) : len(found) + 1]):
                 return  # what it needs is being computed for another: once it is there, it need not be computed again
             if not self._hold(sequence, found):
+                self._short = sequence
                 return
             coming.update(keys[len(found) :])
             self._add_piece(made, sequence)
@@ -306,6 +310,8 @@ class Scheduler:
         sequence.held, copies = got
         self._copies += copies
         sequence.done = sequence.found = len(found) * self.block_size
+        if sequence is self._short:
+            self._short = None
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.number)
         return True

@@ -173,5 +173,23 @@ class Life(RuleBasedStateMachine):
         assert self.scheduler.pool.used == self.scheduler.vision.held == 0
 
 
+def test_a_large_request_is_not_passed_over_for_ever() -> None:
+    """Small ones of another adapter come again and again; the large one gets the blocks that they give back."""
+    scheduler = Scheduler(BlockPool(8, consecutive=True), VisionCache(10), BLOCK, Limits(16, 8, 24))
+    cache = Cache(8)
+    for number in range(3):
+        scheduler.add(sequence(number, [number] * 6, new=3, adapter="small"))
+    assert scheduler.next() is not None  # is never run: they hold their blocks
+    large = sequence(3, [9] * 20, new=8)
+    scheduler.add(large)
+    for number in range(4, 40):
+        scheduler.add(sequence(number, [number] * 6, new=3, adapter="small"))
+        plan = scheduler.next()
+        assert plan is not None
+        if any(ended is large for ended in advance(scheduler, cache, plan)):
+            return
+    raise AssertionError("it still waits")
+
+
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
