@@ -282,8 +282,8 @@ def test_launch_scripts(backend, launcher, recipe):
     assert f"name: {backend}" in stored
 
 
-@pytest.mark.parametrize(("backend", "launcher", "status"), [("torch_npu", "torch", 2), ("mindspore", "mindspore", 1)])
-def test_a_mistake_shows_no_traceback_of_the_launcher(backend, launcher, status, tmp_path):
+@pytest.mark.parametrize(("backend", "launcher"), [("torch_npu", "torch"), ("mindspore", "mindspore")])
+def test_a_mistake_shows_no_traceback_of_the_launcher(backend, launcher, tmp_path):
     pytest.importorskip(launcher)
     script = Path(__file__).parents[1] / "launch" / backend / "train.sh"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
@@ -291,6 +291,5 @@ def test_a_mistake_shows_no_traceback_of_the_launcher(backend, launcher, status,
         ["bash", str(script), "none.yaml", "--device", "cpu"],
         env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == status
-    assert "error: none.yaml: no such file\n" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == 2
+    assert done.stdout + done.stderr == "error: none.yaml: no such file\n"

@@ -116,6 +116,9 @@ def complaints(words: list[str]) -> list[str]:
         return [] if (ROOT / words[1]).is_file() else [f"{words[1]}: no such script"]
     if words[0] != "duetvl":
         return []
+    if "--" in words:  # what `duetvl launch` runs
+        at = words.index("--")
+        return complaints(words[:at]) + complaints(["duetvl", *words[at + 1 :]])
     parser = _parser()
     for word in (word for word in words[1:] if not word.startswith("-")):
         inner = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
@@ -138,6 +141,7 @@ def test_commands_and_options_exist(path: Path) -> None:
     "line",
     [
         "duetvl trian run.yaml",
+        "duetvl launch --nproc 2 -- trian run.yaml",
         "duetvl train run.yaml --bakend ms",
         "duetvl data convert llava --anotations x",
         "duetvl data convert lava",

@@ -27,6 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "convert": {"core", "storage", "models"},
     "data": {"core", "storage"},
     "training": {"core", "storage", "models", "parallel", "convert", "data"},
+    "launch": {"core", "training", "cli"},
     "migrate": {"core", "storage", "models", "data", "training"},
     "inference": {"core", "storage", "models", "parallel", "data"},
     "serving": {"core", "storage", "models", "data", "inference"},

@@ -133,26 +133,23 @@ def fills(shape: Shape, boxes: Sequence[Box]) -> bool:
     """Whether boxes make up a tensor of this shape: each of its numbers is in exactly one of them."""
     if not all(box.inside(shape) for box in boxes) or sum(box.volume for box in boxes) != math.prod(shape):
         return False
-    return len(boxes) == 1 or not _overlapping(boxes)
+    return len(boxes) < 2 or not shape or not _overlapping(boxes)
 
 
 def _overlapping(boxes: Sequence[Box]) -> bool:
     """Whether two boxes have a number in common, looked for on the grid that all their ends make."""
-    ends = (
-        [
-            sorted({end for box in boxes for end in (box.slices[axis].start, box.slices[axis].stop)})
-            for axis in range(len(boxes[0].shape))
-        ]
-        if boxes
-        else []
-    )
-    cells = [max(len(cuts) - 1, 0) for cuts in ends]
+    starts = np.array([box.offset for box in boxes])
+    ends = np.stack([starts, starts + np.array([box.shape for box in boxes])])
+    places, cells = [], []
+    for axis in range(starts.shape[1]):
+        cuts, at = np.unique(ends[:, :, axis], return_inverse=True)
+        places.append(at.reshape(2, -1).T.tolist())
+        cells.append(len(cuts) - 1)
     if math.prod(cells) > _MOST_CELLS:
         return True
-    places = [{end: place for place, end in enumerate(cuts)} for cuts in ends]
     taken = np.zeros(cells, bool)
-    for box in boxes:
-        where = tuple(slice(at[one.start], at[one.stop]) for at, one in zip(places, box.slices, strict=True))
+    for spans in zip(*places, strict=True):
+        where = tuple(slice(start, stop) for start, stop in spans)
         if taken[where].any():
             return True
         taken[where] = True

@@ -16,11 +16,12 @@ from duetvl.core.errors import DuetvlError, RankFailed, first_line
 T = TypeVar("T")
 
 
-class _Outcome(NamedTuple):
-    """What a function came to, as it is sent: its value, or the class and the words of its error."""
+class _Failed(NamedTuple):
+    """Sent instead of a value: what has gone wrong on a rank, and which it is, where that says something."""
 
-    value: Any = None
-    error: tuple[type[DuetvlError], str] | None = None
+    kind: type[DuetvlError]
+    words: str
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,14 @@ class Ranks:
         return self.index == 0
 
     def each(self, value: T) -> list[T]:
-        """The values of all ranks, in their order; small and picklable."""
-        return self.collectives.gather_objects(value)
+        """The values of all ranks, in their order; small and picklable.
+
+        A rank that fails in `together` meanwhile raises its error here on the others.
+        """
+        values = self.collectives.gather_objects(value)
+        if failed := [one for one in values if isinstance(one, _Failed)]:
+            self._raise(failed)
+        return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number summed over the ranks, in the order of the ranks: the same bits on all of them."""
@@ -64,56 +71,55 @@ class Ranks:
         """What `work` gives on rank 0, which alone runs it; small and picklable. Its DuetvlError is raised on all."""
         if self.count == 1:
             return work()
-        outcome, error = _attempt(work) if self.writes else (_Outcome(), None)
-        outcome = self.agree(outcome)
-        self._raise(outcome, error, 0)
-        result: T = outcome.value
+        value: Any = self._told(work, "") if self.writes else None
+        result: T = self.each(value)[0]
         return result
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` gives on this rank; all run it. The first rank's DuetvlError, which it names, is raised on all.
 
-        What fails on every rank in the same words is told in these. `work` may not wait for other ranks.
+        What fails on every rank in the same words is told in these. Where `work` asks other ranks, by these functions
+        here, they get the error of one that fails before it came so far.
         """
         if self.count == 1:
             return work()
-        outcome, error = _attempt(work)
-        told = self.each((outcome.error, socket.gethostname()))
-        failed = [(rank, found, host) for rank, (found, host) in enumerate(told) if found is not None]
-        if failed:
-            rank, (kind, words), host = failed[0]
-            everywhere = len(failed) == self.count and all(found == (kind, words) for _, found, _ in failed)
-            named = words if everywhere else f"rank {rank} ({host}): {words}"
-            self._raise(_Outcome(error=(kind, named)), error, rank)
-        result: T = outcome.value
-        return result
+        result: list[T] = []
+        self._told(lambda: result.append(work()), f"rank {self.index} ({socket.gethostname()}): ")
+        self.each(None)
+        return result[0]
 
-    def _raise(self, outcome: _Outcome, own: BaseException | None, failed: int) -> None:
-        """Raise the error of rank `failed` that all ranks know of; `own` is what happened on this one.
+    def _told(self, work: Callable[[], T], place: str) -> T:
+        """What it gives. Whatever its error is, the others are told of it, who would wait for this rank."""
+        try:
+            return work()
+        except Exception as error:
+            if isinstance(error, RankFailed) or (isinstance(error, DuetvlError) and error.agreed):
+                raise  # of another rank, which has told it
+            failed = _Failed(*_kind_and_words(error), place)
+            try:
+                self.each(failed)
+            except RankFailed:
+                if failed.kind is RankFailed:
+                    raise error from None  # what no user can do anything about stays what it is where it happened
+                raise
+            raise AssertionError("a failure is raised on all ranks") from error
 
-        What no user can do anything about stays what it is on the rank where it happened.
-        """
-        if outcome.error is None:
-            return
-        kind, words = outcome.error
-        if kind is RankFailed and self.index == failed and own is not None:
-            raise own
-        raised = _with_words(kind, words)
+    def _raise(self, failed: Sequence[_Failed]) -> None:
+        kind, words, place = failed[0]
+        everywhere = len(failed) == self.count and all(one[:2] == (kind, words) for one in failed)
+        raised = _with_words(kind, words if everywhere else f"{place}{words}")
         raised.agreed = kind is not RankFailed
-        raise raised from own
+        raise raised
 
 
-def _attempt(work: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
-    """What it comes to. Whatever the error is, the others are told of it: they would wait for this rank."""
-    try:
-        return _Outcome(work()), None
-    except DuetvlError as error:
-        return _Outcome(error=(type(error), str(error))), error
-    except OSError as error:
+def _kind_and_words(error: Exception) -> tuple[type[DuetvlError], str]:
+    """An error as it is told: as what the user can do something about, if so."""
+    if isinstance(error, DuetvlError):
+        return type(error), str(error)
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return _Outcome(error=(DuetvlError, f"{place}{error.strerror or first_line(error)}")), error
-    except Exception as error:
-        return _Outcome(error=(RankFailed, f"{type(error).__name__}: {first_line(error)}")), error
+        return DuetvlError, f"{place}{error.strerror or first_line(error)}"
+    return RankFailed, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _with_words(kind: type[DuetvlError], words: str) -> DuetvlError:

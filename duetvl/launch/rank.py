@@ -44,9 +44,10 @@ def leave(file: Path, text: str) -> None:
 
 
 def main() -> int:
-    """Run the command, and return its exit status."""
+    """Run the command, and return the exit status that its launcher is to see."""
     place, name = Path(sys.argv[1]), own_name()
     redirect(name, place)
+    (place / f"{name}.status").unlink(missing_ok=True)  # of a start before this one, by torchrun
     leave(place / f"{name}.pid", str(os.getpid()))
     from duetvl.cli import main as command
 
@@ -57,7 +58,13 @@ def main() -> int:
         status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     finally:
         leave(place / f"{name}.status", str(status))
-    return status
+    return 0 if is_meant(status) else status
+
+
+def is_meant(status: int) -> bool:
+    """Whether torchrun or msrun must not take this for a failure, after which they kill the others or start again."""
+    elastic = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return status > 128 or (elastic and status == 2)
 
 
 if __name__ == "__main__":

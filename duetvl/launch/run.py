@@ -29,19 +29,20 @@ def launch(plan: Plan, run_dir: Path, logs: Path) -> int:
     """Start the run, up to `plan.restarts` times again where it fails; the exit status.
 
     0, 2 for an error that the user can act on, 128 + n after signal n, 1 for a failure. A restart goes on from the last
-    checkpoint, as every start does.
+    checkpoint, as every start does. Where nodes may come and go, torchrun starts again by itself.
     """
+    restarts = 0 if plan.elastic else plan.restarts
     tell(f"launch: {plan.nproc} rank{'s' * (plan.nproc > 1)} by {plan.engine}; logs: {logs}")
     with _Signals() as signals, _written_on():
-        for attempt in range(1 + plan.restarts):
+        for attempt in range(1 + restarts):
             place = logs if attempt == 0 else logs / f"restart-{attempt}"
             place.mkdir(parents=True, exist_ok=True)
             (place / "words.json").write_text(json.dumps(plan.words))
             start = _Start(plan, place, run_dir, signals)
             status = start.run()
-            if not start.failed or attempt == plan.restarts:
+            if not start.failed or attempt == restarts:
                 return status
-            tell(f"launch: starting again ({attempt + 1} of {plan.restarts})")
+            tell(f"launch: starting again ({attempt + 1} of {restarts})")
     raise AssertionError("the last attempt returns")
 
 
@@ -106,18 +107,25 @@ class _Start:
         return self._outcome()
 
     def _watch(self) -> None:
-        kill_at = float("inf")
+        """Until torchrun or msrun has ended, or takes too long over it."""
+        since: float | None = None
         while self._engine.poll() is None:
             self._look()
             self._hand_on()
-            over = [rank for rank in self.ranks.values() if rank.ended]
-            if any(rank.status != 0 for rank in over):
-                kill_at = min(kill_at, time.monotonic() + AFTER_FAILURE)
-            elif len(over) >= self.plan.nproc:
-                kill_at = min(kill_at, time.monotonic() + AFTER_END)
-            if time.monotonic() > kill_at or len(self.signals.caught) > 2:
+            patience = self._patience()
+            since = None if patience is None else since or time.monotonic()
+            late = patience is not None and since is not None and time.monotonic() - since > patience
+            if late or len(self.signals.caught) > 2:
                 return
             time.sleep(_PERIOD)
+
+    def _patience(self) -> float | None:
+        """Seconds that what still runs has to end by itself; None while it need not."""
+        over = [rank for rank in self.ranks.values() if rank.ended]
+        if any(rank.status is None or 0 < rank.status <= 128 for rank in over):
+            return None if self.plan.elastic else AFTER_FAILURE  # there torchrun starts them again
+        # One that was stopped by a signal has ended well, and rank 0 may have more to write than the others.
+        return AFTER_END if len(over) >= self.plan.nproc else None
 
     @contextmanager
     def _nothing_left(self) -> Iterator[None]:
@@ -125,23 +133,28 @@ class _Start:
         try:
             yield
         finally:
-            self._look()
-            for rank in self.ranks.values():
-                if not rank.ended:
-                    rank.stuck = True
-                    self._send(rank, signal.SIGKILL)
+            self._kill_ranks()
             if self._engine.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     self._engine.wait(3.0)
                 with suppress(ProcessLookupError):
                     os.killpg(self._engine.pid, signal.SIGKILL)
             self._engine.wait()
+            self._kill_ranks()
+
+    def _kill_ranks(self) -> None:
+        self._look()
+        for rank in self.ranks.values():
+            if not rank.ended:
+                rank.stuck = True
+                self._send(rank, signal.SIGKILL)
 
     def _look(self) -> None:
         """Who is there, and who has ended."""
         for file in self.place.glob("*.pid"):
-            if file.stem not in self.ranks:
-                self.ranks[file.stem] = _Rank(file.stem, int(file.read_text()))
+            pid = int(file.read_text())
+            if file.stem not in self.ranks or self.ranks[file.stem].pid != pid:
+                self.ranks[file.stem] = _Rank(file.stem, pid)
         first = not any(rank.ended for rank in self.ranks.values())
         for rank in self.ranks.values():
             if not rank.ended and not self._alive(rank):
@@ -211,7 +224,7 @@ class _Start:
         elif stuck := [rank for rank in silent if rank.stuck]:
             self._show_log(f"{_names(stuck)} did not answer, and did not end by itself", stuck[0])
         elif lost:
-            self._show_log(f"{_names(lost)} was killed", lost[0])
+            self._show_log(f"{_names(lost)} {'was' if len(lost) == 1 else 'were'} killed", lost[0])
         elif records:
             self._show_record(records[0])
         elif bad := [rank for rank in self.ranks.values() if rank.status]:

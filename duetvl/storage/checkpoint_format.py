@@ -101,7 +101,9 @@ class Manifest:
             **stored_to_json(self.files, self.tensors),
         }
         content = json.loads(json.dumps(content, default=_plain))  # what a reader will see: keys are strings
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+        entries = {**content, "checksum": _checksum(content)}.items()
+        # A line for each entry: an indented text of the tensors of many writers would take seconds.
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries) + "\n}\n"
 
     @classmethod
     def from_text(cls, text: str) -> Manifest:

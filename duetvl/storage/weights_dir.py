@@ -206,8 +206,8 @@ def load_parameters(
 ) -> dict[str, Tensor]:
     """Read parameters straight to the device, one after the other, in the order of `shapes`.
 
-    `shapes` are those of the whole tensors; with `part_of` that part of each is read, and no more of the file than it
-    lies on. At no time is more held than the result and one tensor. `progress` is called with the bytes of each part.
+    `shapes` are those of the whole tensors; `part_of` says which part of each is held, and the rest of it takes no
+    memory. At no time is more held than the result and one part. `progress` is called with the bytes of each part.
     CheckpointError when `weights` are not exactly these tensors, before any is read.
     """
     weights.check(shapes)

@@ -152,7 +152,10 @@ class Run:
                 with self._kept(), ending_alone(self.ranks, self.run_dir, lambda: self.step + 1):
                     self._steps()
                     self._finish()
-        return self.ranks.first(self._result)
+                    result = self.ranks.first(self._result)
+                    if self.complete and self.ranks.writes and self._export_due():
+                        self._export()  # the last of all: the others do not wait for it, however long it takes
+        return result
 
     def _begin(self) -> tuple[str, ...]:
         """Make the directory that of this start. Gives notes for the user."""
@@ -310,7 +313,7 @@ class Run:
         self.watch.write(row)
 
     def _finish(self) -> None:
-        """The last evaluation, checkpoint, plot and export; after a signal the checkpoint alone."""
+        """The last evaluation, checkpoint and plot; after a signal the checkpoint alone."""
         self._agree_on_end()
         if self.caught is None and self.evaluated_step != self.step:  # it may have been killed just before
             self._evaluate()
@@ -330,8 +333,6 @@ class Run:
         if summary:
             self.say(summary)
         self.watch.plot()
-        if self.ranks.writes and self._export_due():
-            self._export()
         self.complete = True
 
     def _agree_on_end(self) -> None:
@@ -341,7 +342,7 @@ class Run:
         self.stop_reason = next((reason for _, reason in told if reason is not None), None)
 
     def _export(self) -> None:
-        """Write `export/` of the last checkpoint. The other ranks do not wait for that, however long it takes."""
+        """Write `export/` of the last checkpoint."""
         for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
             self.say(note)
         assert self.saved is not None, "the last step is saved"
@@ -424,10 +425,10 @@ class Run:
     def _evaluate(self) -> None:
         if not self.feed.has_val:
             return
-        groups = takewhile(lambda _: not self.ranks.any(self.signals.caught is not None), self.feed.val_batches())
+        groups = takewhile(lambda _: not self.stopping, self.feed.val_batches())
         found = self.trainer.evaluate(chain.from_iterable(groups))
         self._tell_left_out()
-        if self.signals.caught is not None:
+        if self.stopping:
             self.say(f"the evaluation after step {self.step} is given up")
             return
         self.evaluated_step = self.step
@@ -466,7 +467,8 @@ class Run:
 
     def _saved(self, path: Path, step: int) -> None:
         self.saved, self.saved_step = path, step
-        note_saved(self.run_dir)
+        if self.ranks.writes:
+            note_saved(self.run_dir)
         self.say(f"saved {path}")
         self.callbacks.call("on_save", path)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from duetvl.core.patterns import Parts
 from duetvl.core.ranks import Ranks
 from duetvl.data.loading.loader import Step
 from duetvl.models.vocabulary import LastStage
-from duetvl.parallel.division import Division
+from duetvl.parallel.division import ALONE, Division
 from duetvl.parallel.zero import Zero
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective, Reference
@@ -28,7 +28,6 @@ from duetvl.training.recipe.sections import OptimSection
 from duetvl.training.scaling import START, WINDOW, LossScale
 
 Tensor = Any
-ONE_PROCESS: Final = Division()
 
 
 class TrainableModel(Protocol):
@@ -130,7 +129,7 @@ class Trainer:
         reference: Reference | None = None,
         seed: int = 0,
         on_nonfinite: Literal["stop", "skip"] = "stop",
-        division: Division = ONE_PROCESS,
+        division: Division = ALONE,
     ):
         """The optimizer starts with zero moments. `seed` is that of the random numbers inside the model; `reference`
         is asked where the objective needs one. `division` says how the model lies on the ranks.

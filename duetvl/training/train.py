@@ -12,8 +12,9 @@ from typing import Any
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import ConfigError
 from duetvl.core.ranks import Ranks
+from duetvl.storage.finding import found_by_all
 from duetvl.training.agreement import check_data, check_model, check_one_disk, check_program
-from duetvl.training.checkpoints.run_directory import Start, find_start, locked, start_anew
+from duetvl.training.checkpoints.run_directory import find_start, locked, start_anew
 from duetvl.training.failures import ending_alone, leaving_together, set_failures_aside
 from duetvl.training.feed import DataSets
 from duetvl.training.job import Job
@@ -56,16 +57,15 @@ def train(
         with ExitStack() as held:  # before looking for checkpoints: while this loads, another may train and end
             notes = ranks.first(lambda: held.enter_context(locked(run_dir)))
             check_one_disk(ranks, run_dir)
-            start = ranks.first(lambda: _start(given, resume, restart=restart))
+            ranks.first(lambda: set_failures_aside(run_dir))
+            if restart:
+                start = ranks.first(lambda: start_anew(given))
+            else:
+                start = found_by_all(ranks, lambda verify: find_start(given, resume, verify))
             sets = ranks.together(lambda: DataSets(given.data))
             check_data(ranks, sets)
             job = _job(prepare, given, backend, ranks)
             return Run(given, job, backend, replace(start, notes=(*notes, *start.notes)), sets, callbacks).run()
-
-
-def _start(recipe: Recipe, resume: str | None, *, restart: bool) -> Start:
-    set_failures_aside(Path(recipe.train.output_dir))
-    return start_anew(recipe) if restart else find_start(recipe, resume)
 
 
 def _job(prepare: Callable[[Recipe, Backend], Job] | None, recipe: Recipe, backend: Backend, ranks: Ranks) -> Job:

@@ -197,7 +197,7 @@ def in_steps(name: str) -> None:
 
 for each in (
     "check_rows", "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided",
-    "check_adapters", "check_half", "check_overflow", "check_not_finite", "check_edges",
+    "check_adapters", "check_preferences", "check_half", "check_overflow", "check_not_finite", "check_edges",
 ):  # fmt: skip
     in_steps(each)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.batch import IGNORE, Batch, Sample
+from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.kv_cache import Append
 from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
@@ -120,10 +120,18 @@ def sample(seed: int, text: int, image: tuple[int, ...] | None = None, video: tu
 
 
 @cache
-def packs() -> list[list[Sample]]:
-    """Pictures of different sizes, a video and text; no picture; one frame for all ranks, and fewer rows than ranks."""
+def packs() -> list[list[Sample | Pair]]:
+    """Pictures of different sizes, a video and text; no picture; one frame for all ranks, which two answers share; and
+    fewer rows than ranks."""
     mixed = [sample(1, 9, (1, 8, 12), (3, 4, 4)), sample(2, 7), sample(3, 5, (1, 4, 6)), sample(4, 6, (1, 10, 4))]
-    return [mixed, [sample(5, 11)], [sample(6, 4, (1, 4, 4))], [sample(7, 3)]]
+    return [mixed, [sample(5, 11)], [pair(sample(6, 4, (1, 4, 4)))], [sample(7, 3)]]
+
+
+def pair(chosen: Sample) -> Pair:
+    """Another answer to the same picture, one token longer."""
+    ids = np.append(chosen.input_ids[:-1], [11, 12])
+    labels = np.append(chosen.labels[:-1], [11, 12])
+    return Pair(chosen, Sample(ids, labels, image_grid_thw=chosen.image_grid_thw, id=chosen.id))
 
 
 # -- what a model gives ------------------------------------------------------------------------------------------------
@@ -141,7 +149,7 @@ class Given:
     gradients: dict[str, np.ndarray | None]
 
 
-def run(be: Backend, model: QwenVL, chosen: list[list[Sample]]) -> Given:
+def run(be: Backend, model: QwenVL, chosen: list[list[Sample | Pair]]) -> Given:
     """Forward and backward of the packs as micro-batches of a step, with dropout."""
     objective, losses = TokenLoss(be.ops, "sample"), []  # with weights
     batches = [model.pack(samples) for samples in chosen]
@@ -218,7 +226,9 @@ def check_gradients(be: Backend, layout: Layout, found: Given, wanted: Given) ->
     for path, gradient in wanted.gradients.items():
         unit, mine = complete(be, layout, path, gradient.shape, found.gradients[path])
         theirs = unit.of(gradient)
-        allowed = 1e-5 * max(float(np.linalg.norm(theirs)), 1e-3 * total)
+        # In exact arithmetic the softmax does not feel a key's bias: its gradient is rounding, here and in the whole.
+        floor = 2e-3 if path.endswith("k_proj.bias") else 1e-3
+        allowed = 1e-5 * max(float(np.linalg.norm(theirs)), floor * total)
         off = float(np.linalg.norm(mine - theirs))
         assert off < allowed, (path, off, allowed, float(np.linalg.norm(theirs)), float(np.linalg.norm(mine)))
 

@@ -67,8 +67,8 @@ class Pairs:
     files: tuple[Path, ...] = ()
     count: int = 1
 
-    def everything(self) -> Iterator[Batch]:
-        yield self.batch
+    def everything(self) -> Iterator[tuple[Batch, ...]]:
+        yield (self.batch,)
 
 
 def answer(count: int) -> Sample:

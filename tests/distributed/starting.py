@@ -49,6 +49,8 @@ def errors_are_shared(be: Backend) -> None:
     with pytest.raises(ValueError if me == 2 else RankFailed, match="of ours") as found:
         ranks.together(lambda: failing(bug) if me == 2 else me)
     assert found.value is bug if me == 2 else not found.value.agreed
+    before = partial(ranks.together, lambda: failing(missing) if me == 1 else ranks.agree(me))
+    refused(before, CheckpointError, r"^rank 1 \(.*\): a file is missing$")
     assert ranks.agree(me) == 0  # they are still in step
 
 
@@ -89,4 +91,6 @@ def a_start_is_refused(be: Backend) -> None:
 
 
 def write(target: Path, seed: int) -> None:
-    write_random_model(divided_models.config("qwen2_vl", 8, 2), target, seed=seed, settings=lambda directory: None)
+    write_random_model(
+        divided_models.Whole("qwen2_vl", 8, 2).config(), target, seed=seed, settings=lambda directory: None
+    )

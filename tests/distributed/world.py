@@ -15,7 +15,7 @@ from pathlib import Path
 SIZE = 4
 STARTS = 3  # a failed case ends its processes; the cases after it get fresh ones, this often
 GRACE = 5.0  # seconds that the other ranks have to report after one has failed
-LIMIT = 240.0
+LIMIT = 600.0  # of one start with all its cases, each of which has a limit of its own in worker.py
 WORKER = Path(__file__).with_name("worker.py")
 
 

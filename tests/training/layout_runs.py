@@ -26,11 +26,11 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "sft": {"optim": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-4, "clip": 1.0}},
     "lora": {
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["vision", "projector", "language"]},
-        "optim": {"lr": 1e-2, "eps": 1e-4},
+        "optim": {"lr": 1e-3, "eps": 1e-4},
     },
     "dora": {
         "lora": {"rank": 4, "alpha": 8, "dora": True, "targets": ["vision", "projector", "language"]},
-        "optim": {"lr": 1e-2, "eps": 1e-4},
+        "optim": {"lr": 1e-3, "eps": 1e-4},
     },
     "dpo": {"dpo": {"beta": 0.1}, "optim": {"lr": 2e-4, "eps": 1e-4}},
     "cached": {"dpo": {"beta": 0.1, "cache": "CACHE"}, "optim": {"lr": 2e-4, "eps": 1e-4}},

@@ -163,6 +163,7 @@ def test_a_cached_reference_gives_the_same_run(recipe, be, tmp_path, capsys):
 
 KILLED = """
 import os, sys
+from itertools import chain
 from duetvl.core.backend import load_backend
 from duetvl.training.feed import Feed
 from duetvl.training.train import train
@@ -172,10 +173,10 @@ recipe, run, cache = sys.argv[1:]
 everything = Feed.everything
 
 def cut_short(self):
-    for number, batch in enumerate(everything(self)):
+    for number, batch in enumerate(chain.from_iterable(everything(self))):
         if number == 5:
             os.kill(os.getpid(), 9)
-        yield batch
+        yield (batch,)
 
 Feed.everything = cut_short
 options = ["train.global_batch=1", "data.val=null", f"train.output_dir={run}", f"dpo.cache={cache}"]

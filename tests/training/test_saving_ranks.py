@@ -68,7 +68,8 @@ def test_a_rank_that_is_silent_is_not_waited_for_without_end(case, tmp_path):
 def test_a_kill_of_one_rank_at_any_instant_leaves_a_loadable_checkpoint(case):
     found = case("killed")
     assert set(found["0"]) == {1, 2}
-    assert set(found["1"]) == {1}
+    *before, last = found["1"]
+    assert set(before) == {1} and last in (1, 2)  # its last call comes after its record: rank 0 may have gone on
     assert len(found["0"]) > 20 and len(found["1"]) > 6
 
 

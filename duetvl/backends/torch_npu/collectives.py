@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -44,6 +45,7 @@ class TorchCollectives(ComposedCollectives):
             if self.place.type != "cpu":
                 torch.get_device_module(self.place).set_device(self.place)  # nccl's barrier and objects go there
             _join(ENGINES[self.place.type])
+            atexit.register(self.stop)  # a thread of gloo that still runs at the end may abort the process
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def stop(self) -> None:
@@ -144,6 +146,8 @@ def _join(engine: str) -> None:
     slow = timedelta(seconds=time_limit("DUETVL_PEER_TIMEOUT"))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
+        # torchrun that starts its workers again keeps the store, with the addresses of those that have gone.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         store.set(f"duetvl/{rank}", "here")
         store.wait([f"duetvl/{other}" for other in range(size)], timedelta(seconds=limit))
         dist.init_process_group(engine, store=store, rank=rank, world_size=size, timeout=slow)

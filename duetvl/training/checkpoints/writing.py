@@ -43,6 +43,7 @@ from duetvl.training.checkpoints.pieces import HostPiece
 
 _MANIFEST: Final = 1 << 20  # bytes of the manifest and of what is logged meanwhile, at most about
 _PATIENCE: Final = 0.02  # seconds between two looks for records
+_RECORDS: Final = "written-*.json"
 _AGAIN: Final = 0.5  # seconds until a record that could not be written is tried again
 
 
@@ -211,7 +212,7 @@ def _joined(path: str, before: StoredTensor | None, more: StoredTensor) -> Store
 
 def commit(staging: Path, manifest: Manifest, keep_last: int | None = None) -> Path:
     """Give a finished directory its name, make it the latest, and rotate."""
-    for record in staging.glob(_record(staging, 0).name.replace("00000", "*")):
+    for record in staging.glob(_RECORDS):
         record.unlink()
     write_text(staging / MANIFEST, manifest.to_text())
     folder = staging.parent
