@@ -111,7 +111,7 @@ def way_name(args: argparse.Namespace, source: ModelDirectory, way: Way) -> str:
         "weights": source.identity()["fingerprint"],
         "adapter": [zlib.crc32(adapter.read(path)[0].tobytes()) for path in paths] if adapter else None,
         "way": {**asdict(way), "stop_ids": sorted(way.stop_ids)},
-        "guided": [str(args.json_schema), args.regex, args.choice],
+        "guided": [args.json_schema and args.json_schema.read_text(), args.regex, args.choice],
         "media": [args.min_pixels, args.max_pixels, args.video_preset, args.fps, args.max_frames],
         "dtype": args.dtype,
     }

@@ -36,7 +36,7 @@ def add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message; by default that of the model's template")
     for kind in ("image", "video"):
         parser.add_argument(
-            f"--{kind}", action=AddMedium, dest="media", metavar="PATH", help=f"a {kind}; repeatable, and mixed"
+            f"--{kind}", action=AddMedium, dest="media", metavar="PATH", help=f"{kind}s go before the text; repeatable"
         )
     parser.add_argument(
         "--input",

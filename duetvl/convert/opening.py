@@ -64,7 +64,7 @@ def open_model(
     run, step = (path, None) if path.is_dir() else parse_run(name)
     if step is not None or has_checkpoint(run):
         return _open_run(name, run, step, base, weights)
-    if is_mindspeed(path):
+    if is_mindspeed(path) and not any(path.glob("*.safetensors")):  # a model may have a directory called `release`
         return _open_mindspeed(name, path, base, weights)
     if (path / _ADAPTER).is_file() and not (path / _CONFIG).is_file():
         return _open_adapter(name, path, base, weights)
@@ -241,7 +241,7 @@ def _started_from(ref: CheckpointRef, config: ModelConfig, base: str | Path | No
     path = base if base is not None else given.get("path", "")
     hint = "name the model that it started from: --base DIR, model.base in a recipe, base= in Python"
     try:
-        below = open_model(path, base=None if base is not None else given.get("base"), weights=weights)
+        below = open_merged(path, base=None if base is not None else given.get("base"), weights=weights)
         same = parameter_shapes(below.config) == parameter_shapes(config)
     except DuetvlError as error:
         raise CheckpointError(
@@ -365,14 +365,10 @@ def _open_adapter(name: str, path: Path, base: str | Path | None, weights: bool)
     if base is None and (not isinstance(named, str) or not named):
         raise CheckpointError(f"{path}: is an adapter that does not say of which model; name it: --base DIR")
     try:
-        below = open_model(str(named) if base is None else base, weights=weights)
+        below = open_merged(str(named) if base is None else base, weights=weights)
         _ = below.config
     except DuetvlError as error:
         raise CheckpointError(
             f"{path}: is an adapter, and the model below cannot be read: {error}; name it: --base DIR"
         ) from None
-    if isinstance(below, AdapterModel):
-        raise CheckpointError(
-            f"{path}: is an adapter on {below.name}, which has an adapter itself; merge that one first"
-        )
     return AdapterModel(name, below.path, below.revision, base=below, place=path)

@@ -115,6 +115,8 @@ def test_a_base_that_is_another_model(tmp_path: Path) -> None:
     hf_to_mm(tmp_path / "hf", tmp_path / "mm", LAYOUTS["one"], Options())
     with pytest.raises(CheckpointError, match="its tensors are not those of the model and layout"):
         _ = open_model(tmp_path / "mm", base=tmp_path / "other").weights
+    (tmp_path / "hf" / "release").mkdir()
+    assert open_model(tmp_path / "hf").weights.names == open_plain(tmp_path / "hf").weights.names
     with pytest.raises(ConfigError, match="is a model in the Hugging Face layout, which needs no base"):
         open_model(tmp_path / "hf", base=tmp_path / "other")
 
@@ -208,6 +210,18 @@ def test_recipes_start_from_all_of_them(trained: Path, be: Backend, tmp_path: Pa
     assert loss(2, *mindspeed, "checkpoint.export=true") == pytest.approx(expected, rel=1e-6)
     assert expected != pytest.approx(loss(3), rel=1e-3)
     assert any("model: " in line for line in check(recipe, [f"model.path={trained}/lora"]))
+
+
+def test_adapters_on_a_model_that_has_one(trained: Path, be: Backend, tmp_path: Path) -> None:
+    """The run started from the first one merged, and its own adapter belongs on that."""
+    words = [f"train.output_dir={tmp_path}/second", "train.steps=1", "optim.lr=0.02", "optim.warmup=0"]
+    train(trained / "tiny.json", [*words, f"model.path={trained}/lora", "lora.rank=2", "lora.alpha=64"], backend=be)
+    export_run(f"{trained}/lora", tmp_path / "first")
+    merge_directories(trained / "model", tmp_path / "first", tmp_path / "merged")
+    export_run(f"{tmp_path}/second", tmp_path / "adapter")
+    expected = answer(duetvl.load_model(tmp_path / "merged", backend=be, adapter=tmp_path / "adapter"))
+    for place in (tmp_path / "second", tmp_path / "adapter"):
+        assert answer(duetvl.load_model(place, backend=be)) == expected
 
 
 # -- what is none -----------------------------------------------------------------------------------------------------

@@ -54,7 +54,9 @@ HARMLESS = frozenset(
         # A run may be gone on with where things lie elsewhere. What they are is known by other means: the model by
         # the checkpoint's own weights or a fingerprint, the data by the number of their records.
         "model.path",
+        "model.base",
         "dpo.reference",
+        "dpo.reference_base",
         "data.image_root",
     }
 )
