@@ -1,25 +1,35 @@
-"""Protocol of the key-value cache used for generation. The cache is opaque: its layout is the backend's."""
+"""Protocol of the key-value cache used for generation: blocks of rows, and tables that say whose they are.
+
+The cache is opaque: its layout is the backend's. Who owns which block, and what is shared, is decided above the seam;
+the host's tables are the only way to name a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
+from duetvl.core.errors import ConfigError
+
 Tensor = Any
 Cache = Any
+Plan = Any
 
 
 @dataclass(frozen=True, eq=False)
 class Append:
-    """Rows that one forward pass adds: for each sequence in the pass its slot, rows cached before, and new rows.
+    """Rows that one forward pass adds to S sequences. The packed rows of the pass are the sequences end to end.
 
-    slots, before, new are integer arrays (S,). The packed rows of the pass are the sequences end to end.
+    tables (S, most blocks) int32: the blocks that hold a sequence's rows, in order; -1, which is never looked at,
+    beyond a sequence's own. Its row r lies in block `tables[s, r // block_size]`. Sequences may share blocks of rows
+    that are there already; a block that a pass writes into belongs to one sequence.
+    before (S,) integers: rows that are there already. new (S,): rows that the pass adds, at least one.
     """
 
-    slots: np.ndarray
+    tables: np.ndarray
     before: np.ndarray
     new: np.ndarray
 
@@ -28,35 +38,89 @@ class Append:
         """Packed rows of the pass."""
         return int(self.new.sum())
 
+    @property
+    def held(self) -> np.ndarray:
+        """(S,) rows of each sequence once the pass is done."""
+        return self.before + self.new
+
 
 class KVCache(Protocol):
-    """Keys and values of sequences in numbered slots. Nothing here is differentiable."""
+    """Keys and values in numbered blocks. A pass is planned once, on the host; nothing here is differentiable.
+
+    block_size: rows of a block that suit the device's kernels.
+    consecutive: whether the blocks of a sequence should be consecutive numbers, in order. Where they are its rows are
+    read in place, else they are gathered for every layer of every pass; the result is the same.
+    """
+
+    block_size: int
+    consecutive: bool
 
     def cache_create(
-        self, *, layers: int, slots: int, capacity: int, kv_heads: int, head_size: int, dtype: str
+        self, *, layers: int, blocks: int, block_size: int, kv_heads: int, head_size: int, dtype: str
     ) -> Cache:
-        """Room for `slots` sequences of at most `capacity` rows each, for every layer."""
+        """`blocks` blocks of `block_size` rows for every layer. kv_heads: those that `cache_append` brings."""
         ...
 
-    def cache_append(self, cache: Cache, layer: int, k: Tensor, v: Tensor, append: Append) -> None:
-        """Store k and v (T, G, K), the packed new rows of the sequences in `append`, after the rows already there.
+    def plan(self, cache: Cache, append: Append) -> Plan:
+        """What the calls of one pass need to know of its tables, for all layers, on the device where it is read there.
 
-        Raises ConfigError, before anything is written, where a sequence would outgrow the capacity.
+        Raises ConfigError where a sequence adds nothing, would outgrow its blocks, or names one that is not there.
         """
         ...
 
-    def attention_cached(self, q: Tensor, cache: Cache, layer: int, append: Append) -> Tensor:
-        """Causal attention of the new rows q (T, H, K) to all rows of their own sequence -> (T, H, K).
+    def cache_append(self, cache: Cache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        """Store k and v (T, G, K), the packed new rows of the planned pass, behind the rows that are there."""
+        ...
 
-        The new rows must be in the cache already (`cache_append` first). Scores are scaled by K ** -0.5.
+    def attention_cached(self, q: Tensor, cache: Cache, layer: int, plan: Plan) -> Tensor:
+        """Causal attention of the new rows q (T, H, K) to all rows of their own sequence -> (T, H, K) in q's dtype.
+
+        The new rows must be in the cache already (`cache_append` first). Scores are scaled by K ** -0.5; the query
+        heads i of H attend to the head i * G // H of G.
         """
         ...
 
+    def cache_copy(self, cache: Cache, source: int, target: int, count: int) -> None:
+        """Copy `count` blocks from block `source` on to block `target` on, in all layers; they must not overlap."""
+        ...
 
-def packed_offsets(append: Append) -> Sequence[tuple[int, int, int, int]]:
-    """(slot, first packed row, rows before, new rows) of each sequence."""
-    starts = np.concatenate([[0], np.cumsum(append.new)[:-1]])
-    return [
-        (int(slot), int(start), int(before), int(new))
-        for slot, start, before, new in zip(append.slots, starts, append.before, append.new, strict=True)
-    ]
+
+def check_append(append: Append, blocks: int, block_size: int) -> None:
+    """Raise ConfigError where a sequence adds nothing, outgrows its blocks, or names one beyond those that there are."""
+    own = np.logical_and.accumulate(append.tables >= 0, 1)
+    room = own.sum(1) * block_size
+    for s in np.flatnonzero((append.new < 1) | (append.held > room) | (append.before < 0)).tolist():
+        raise ConfigError(
+            f"sequence {s} of a pass has {append.before[s]} rows in the key-value cache and room for {room[s]}; it "
+            f"adds {append.new[s]}: a pass adds at least one row to each of its sequences, and no more than fit"
+        )
+    if append.tables.max(initial=-1) >= blocks:
+        raise ConfigError(
+            f"a pass names block {append.tables.max()} of a key-value cache that has {blocks}, counted from 0: "
+            f"create it with more blocks"
+        )
+
+
+def places(append: Append, block_size: int) -> np.ndarray:
+    """(rows,) int32: the row of the cache, its blocks end to end, that each packed row of a pass is written to."""
+    sequence = np.repeat(np.arange(len(append.new)), append.new)
+    first = np.cumsum(append.new) - append.new
+    row = np.arange(append.rows) + (append.before - first)[sequence]
+    return (append.tables[sequence, row // block_size] * block_size + row % block_size).astype(np.int32)
+
+
+def blocks_used(append: Append, block_size: int) -> np.ndarray:
+    """(S,) blocks that the rows of each sequence reach into once the pass is done."""
+    return -(-append.held // block_size)
+
+
+def consecutive(append: Append, block_size: int) -> np.ndarray:
+    """(S,) bool: whether the used blocks of each sequence are consecutive numbers."""
+    beyond = np.arange(1, append.tables.shape[1]) >= blocks_used(append, block_size)[:, None]
+    return ((np.diff(append.tables) == 1) | beyond).all(1)
+
+
+def stretches(rows: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first row, start, stop) of the longest stretches of `rows[start:stop]` that count upwards one by one."""
+    bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return [(int(rows[a]), a, b) for a, b in pairwise(bounds)]

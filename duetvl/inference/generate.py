@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import ConfigError, DataError, DuetvlError
 from duetvl.core.family import Family
@@ -22,9 +23,12 @@ class Generator(Protocol):
     """What generation needs of a model."""
 
     @property
+    def backend(self) -> Backend: ...
+
+    @property
     def family(self) -> Family: ...
 
-    def create_cache(self, slots: int, capacity: int) -> Cache: ...
+    def create_cache(self, blocks: int) -> Cache: ...
 
     def features(self, batch: Batch) -> Tensor: ...
 
@@ -33,10 +37,14 @@ class Generator(Protocol):
 
 @dataclass
 class _Sequence:
-    """One sequence under way. `next_position` is one past the largest position so far, in all three axes."""
+    """One sequence under way. `next_position` is one past the largest position so far, in all three axes.
 
-    slot: int
+    number: that of its prompt; blocks: those of the cache that are its own.
+    """
+
+    number: int
     name: str
+    blocks: np.ndarray
     prompt: np.ndarray
     next_position: int
     tokens: list[int]
@@ -73,35 +81,42 @@ def generate(
     sampling = sampling or Sampling()
     batch = model.family.pack(prompts)
     lengths = np.diff(batch.cu_seqlens)
-    cache = model.create_cache(len(prompts), int(lengths.max()) + max_new_tokens)
-    sequences = [_begin(slot, sample, model.family) for slot, sample in enumerate(prompts)]
-    slots = np.arange(len(prompts))
+    tables = _tables(lengths + max_new_tokens, model.backend.kv_cache.block_size)
+    cache = model.create_cache(int(tables.max()) + 1)
+    sequences = [_begin(n, sample, tables[n], model.family) for n, sample in enumerate(prompts)]
     features = model.features(batch) if len(batch.grids) else None
-    logits = to_numpy(model.extend(batch, features, cache, Append(slots, np.zeros_like(slots), lengths)))
+    logits = to_numpy(model.extend(batch, features, cache, Append(tables, np.zeros_like(lengths), lengths)))
     running = sequences
     while running:
         for sequence, row in zip(running, logits, strict=True):
             token = _next_token(sequence, row, sampling)
             sequence.tokens.append(token)
             if on_token is not None:
-                on_token(sequence.slot, token)
+                on_token(sequence.number, token)
         running = [s for s in running if s.tokens[-1] not in stop and len(s.tokens) < max_new_tokens]
         if running:
             logits = to_numpy(_decode(model, running, cache))
     return [sequence.tokens for sequence in sequences]
 
 
-def _begin(slot: int, sample: Sample, family: Family) -> _Sequence:
+def _tables(rows: np.ndarray, block_size: int) -> np.ndarray:
+    """Consecutive blocks for sequences of so many rows (S,) -> (S, most blocks) int32, -1 beyond a sequence's own."""
+    blocks = -(-rows // block_size)
+    place = np.arange(blocks.max())
+    return np.where(place < blocks[:, None], (np.cumsum(blocks) - blocks)[:, None] + place, -1).astype(np.int32)
+
+
+def _begin(number: int, sample: Sample, blocks: np.ndarray, family: Family) -> _Sequence:
     _, following = family.position_index(
         sample.input_ids, sample.image_grid_thw, sample.video_grid_thw, sample.second_per_grid_ts
     )
-    return _Sequence(slot, f"sequence {slot}", np.asarray(sample.input_ids), following, [])
+    return _Sequence(number, f"sequence {number}", blocks, np.asarray(sample.input_ids), following, [])
 
 
 def _next_token(sequence: _Sequence, logits: np.ndarray, sampling: Sampling) -> int:
     if not np.isfinite(logits).all():  # the argmax of NaN is token 0: "!!!!" for ever
         raise DuetvlError(
-            f"prompt {sequence.slot}: the logits after {len(sequence.tokens)} new tokens are not finite; the weights "
+            f"prompt {sequence.number}: the logits after {len(sequence.tokens)} new tokens are not finite; the weights "
             f"are damaged, or too large for float16: use bfloat16 or float32"
         )
     return choose(logits, sequence.seen, sampling, sequence.name, len(sequence.tokens))
@@ -112,7 +127,7 @@ def _decode(model: Generator, running: Sequence[_Sequence], cache: Cache) -> Ten
     ids = np.array([s.tokens[-1] for s in running], np.int32)
     positions = np.array([s.next_position + len(s.tokens) - 1 for s in running], np.int32)
     append = Append(
-        slots=np.array([s.slot for s in running]),
+        tables=np.stack([s.blocks for s in running]),
         before=np.array([s.cached for s in running]),
         new=np.ones(len(running), np.int64),
     )

@@ -1,9 +1,9 @@
-"""The key-value cache against attention over the whole history."""
+"""The key-value cache against attention in float64 numpy over the rows that the tables name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,41 +17,87 @@ from . import reference
 from .cases import normal
 from .tolerances import HALF, error
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")  # the rounding of the inputs
 
-# One roundings of the result in half precision; in float32 the exponentials (see "exp" and "attention").
+# One rounding of the result in half precision and a few of the probabilities; in float32 the exponentials.
 TOLERANCES = {"float32": 5e-6, "bfloat16": 4 * HALF["bfloat16"], "float16": 4 * HALF["float16"]}
-SLOTS, CAPACITY, LAYERS = 4, 40, 2
-# Each pass: (slot, new rows). Prefill whole and in pieces, decoding of several slots of different lengths, a full slot.
-PASSES = (
-    ((0, 7), (2, 1), (3, 12)),
-    ((2, 5), (1, 3)),
-    ((0, 1), (1, 1), (2, 1), (3, 1)),
-    ((3, 1), (0, 1)),
-    ((1, 4), (0, 1), (2, 9)),
-    ((3, 26), (2, 1)),
-)
+LAYERS, BLOCKS, BLOCK = 2, 24, 16
 
 
-class Sequences:
-    """What the cache should hold, in float64: keys and values of each slot, for one layer."""
+class Part(NamedTuple):
+    """One sequence of a pass: its blocks, the rows it has, those that it gets."""
 
-    def __init__(self, groups: int, size: int):
-        self.rows = {slot: (np.zeros((0, groups, size)), np.zeros((0, groups, size))) for slot in range(SLOTS)}
+    blocks: tuple[int, ...]
+    before: int
+    new: int
 
-    def append(self, passes: tuple[tuple[int, int], ...]) -> Append:
-        slots, new = (np.array(column) for column in zip(*passes, strict=True))
-        return Append(slots, np.array([len(self.rows[int(s)][0]) for s in slots]), new)
 
-    def attend(self, append: Append, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+A, B, C, D = (0, 1, 2, 3), (9, 4, 17), (5, 6, 11), (20, 21)  # two of them broken, one at its second block
+SHARING, COPY = (9, 4, 14), (12, 13)
+PASSES: dict[str, Sequence[Sequence[Part]]] = {
+    "prefill, chunks and decode in one pass": (
+        (Part(A, 0, 7), Part(C, 0, 1), Part(D, 0, 12)),
+        (Part(C, 1, 33), Part(B, 0, 20)),
+        (Part(A, 7, 1), Part(B, 20, 1), Part(C, 34, 1), Part(D, 12, 1)),
+        (Part(D, 13, 1), Part(A, 8, 1)),
+        (Part(B, 21, 14), Part(A, 9, 40), Part(C, 35, 1), Part(D, 14, 4)),
+        (Part(D, 18, 14), Part(A, 49, 15), Part(B, 35, 13)),  # all full
+    ),
+    "equal lengths": (
+        (Part(A, 0, 20), Part(D, 0, 20), Part(COPY, 0, 20)),
+        (Part(A, 20, 1), Part(D, 20, 1), Part(COPY, 20, 1)),
+        (Part(COPY, 21, 1), Part(D, 21, 1), Part(A, 21, 1)),
+    ),
+    "shared blocks": (
+        (Part(B, 0, 32),),
+        (Part(SHARING, 32, 5), Part(B, 32, 3)),
+        (Part(B, 35, 1), Part(SHARING, 37, 1)),
+    ),
+    "used again, and rows behind them that are not seen": (
+        (Part(A, 0, 60),),
+        (Part(A, 0, 3),),
+        (Part(A, 3, 1), Part(D, 0, 2)),
+    ),
+}
+
+
+def append_of(parts: Sequence[Part]) -> Append:
+    most = max(len(part.blocks) for part in parts)
+    tables = np.array([part.blocks + (-1,) * (most - len(part.blocks)) for part in parts], np.int32)
+    return Append(tables, np.array([part.before for part in parts]), np.array([part.new for part in parts]))
+
+
+class Expected:
+    """Keys and values of one layer in float64, by block."""
+
+    def __init__(self, groups: int, size: int, block: int = BLOCK):
+        self.block = block
+        self.keys, self.values = (np.zeros((BLOCKS, block, groups, size)) for _ in range(2))
+
+    def attend(self, parts: Sequence[Part], q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        self.write(parts, k, v)
         outs, start = [], 0
-        for slot, new in zip(append.slots.tolist(), append.new.tolist(), strict=True):
-            rows = slice(start, start + new)
-            start += new
-            keys, values = self.rows[slot]
-            self.rows[slot] = keys, values = np.concatenate([keys, k[rows]]), np.concatenate([values, v[rows]])
-            outs.append(reference.attention_cached(*(torch.tensor(x) for x in (q[rows], keys, values))).numpy())
+        for part in parts:
+            held = part.before + part.new
+            keys, values = (x[list(part.blocks)].reshape(-1, *k.shape[1:])[:held] for x in (self.keys, self.values))
+            outs.append(attention(q[start : start + part.new], keys, values))
+            start += part.new
         return np.concatenate(outs)
+
+    def write(self, parts: Sequence[Part], k: np.ndarray, v: np.ndarray) -> None:
+        places = [(p.blocks[r // self.block], r % self.block) for p in parts for r in range(p.before, p.before + p.new)]
+        for (block, row), key, value in zip(places, k, v, strict=True):
+            self.keys[block, row], self.values[block, row] = key, value
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The last rows of a sequence, q (N, H, K), against all of it, k and v (M, G, K)."""
+    new, held, times = len(q), len(k), q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, times, 1) for x in (k, v))
+    scores = np.einsum("nhk,mhk->hnm", q, k) / np.sqrt(q.shape[-1])
+    scores = np.where(np.arange(held) > np.arange(held - new, held)[:, None], -np.inf, scores)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hnm,mhk->nhk", p / p.sum(-1, keepdims=True), v)
 
 
 def caches(be: Backend) -> Iterator[KVCache]:
@@ -59,40 +105,92 @@ def caches(be: Backend) -> Iterator[KVCache]:
     yield ComposedKVCache(be.ops)
 
 
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (2, 2, 40), (6, 1, 80), (2, 1, 128)])
+def drawn(be: Backend, dtype: str, rows: int, heads: int, groups: int, size: int, seed: int) -> tuple[list, list]:
+    """q, k and v as float64 arrays and as tensors of the same values."""
+    shapes = (heads, groups, groups)
+    arrays = [reference.rounded(normal(rows, n, size, seed=3 * seed + i), dtype) for i, n in enumerate(shapes)]
+    return arrays, [be.ops.from_numpy(x, dtype) for x in arrays]
+
+
+def created(kv: KVCache, dtype: str, groups: int, size: int, layers: int = LAYERS, block: int = BLOCK) -> Any:
+    return kv.cache_create(layers=layers, blocks=BLOCKS, block_size=block, kv_heads=groups, head_size=size, dtype=dtype)
+
+
+def extended(be: Backend, kv: KVCache, cache: Any, layer: int, plan: Any, tensors: Sequence[Any]) -> np.ndarray:
+    q, k, v = tensors
+    kv.cache_append(cache, layer, k, v, plan)
+    out = kv.attention_cached(q, cache, layer, plan)
+    assert be.ops.dtype_of(out) == be.ops.dtype_of(q)
+    return be.to_numpy(out)
+
+
+# The models' own heads, 2B, 7B and 72B; those of a rank that copies a key head for each query head; those of tests.
+HEADS = [(12, 2, 128), (28, 4, 128), (16, 2, 128), (3, 3, 128), (4, 2, 16), (6, 1, 80), (2, 2, 40)]
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), HEADS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cached_attention_equals_full(be: Backend, dtype: str, heads: int, groups: int, size: int) -> None:
     for kv in caches(be):
-        check(be, kv, dtype, heads, groups, size)
+        for passes in PASSES.values():
+            check(be, kv, passes, dtype, heads, groups, size)
 
 
-def check(be: Backend, kv: KVCache, dtype: str, heads: int, groups: int, size: int) -> None:
-    cache = kv.cache_create(layers=LAYERS, slots=SLOTS, capacity=CAPACITY, kv_heads=groups, head_size=size, dtype=dtype)
-    history = [Sequences(groups, size) for _ in range(LAYERS)]
-    for step, passes in enumerate(PASSES):
+@pytest.mark.parametrize("kind", PASSES)
+def test_every_block_size_does(be: Backend, kind: str) -> None:
+    """That of the backend too: the same tables then hold more rows than they are used for."""
+    for kv in caches(be):
+        for block in (kv.block_size, 32):
+            check(be, kv, PASSES[kind], "float32", 4, 2, 16, block)
+
+
+def check(
+    be: Backend, kv: KVCache, passes: Sequence[Sequence[Part]], dtype: str, heads: int, groups: int, size: int,
+    block: int = BLOCK,
+) -> None:  # fmt: skip
+    cache = created(kv, dtype, groups, size, block=block)
+    expected = [Expected(groups, size, block) for _ in range(LAYERS)]
+    for step, parts in enumerate(passes):
+        append = append_of(parts)
+        plan = kv.plan(cache, append)
         for layer in range(LAYERS):
-            append = history[layer].append(passes)
-            q, k, v = (
-                reference.rounded(normal(append.rows, n, size, seed=10 * step + layer + 3 * i), dtype)
-                for i, n in enumerate((heads, groups, groups))
-            )
-            kv.cache_append(cache, layer, be.ops.from_numpy(k, dtype), be.ops.from_numpy(v, dtype), append)
-            out = kv.attention_cached(be.ops.from_numpy(q, dtype), cache, layer, append)
-            assert be.ops.dtype_of(out) == dtype
-            assert error(be.to_numpy(out), history[layer].attend(append, q, k, v)) < TOLERANCES[dtype]
+            arrays, tensors = drawn(be, dtype, append.rows, heads, groups, size, seed=10 * step + layer)
+            found = extended(be, kv, cache, layer, plan, tensors)
+            assert error(found, expected[layer].attend(parts, *arrays)) < TOLERANCES[dtype], (step, layer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copied_blocks_are_those_of_the_source_in_all_layers(be: Backend, dtype: str) -> None:
+    """A second sequence goes on from a copy of the first one's blocks, and leaves these alone."""
+    for kv in caches(be):
+        cache, source, copy = created(kv, dtype, 2, 16), (3, 4, 5, 6), (10, 11, 12, 13)
+        expected = [Expected(2, 16) for _ in range(LAYERS)]
+
+        def run(parts: Sequence[Part], seed: int, kv=kv, cache=cache, expected=expected) -> None:
+            append = append_of(parts)
+            plan = kv.plan(cache, append)
+            for layer in range(LAYERS):
+                arrays, tensors = drawn(be, dtype, append.rows, 4, 2, 16, seed + layer)
+                found = extended(be, kv, cache, layer, plan, tensors)
+                assert error(found, expected[layer].attend(parts, *arrays)) < TOLERANCES[dtype]
+
+        run([Part(source, 0, 40)], seed=0)
+        kv.cache_copy(cache, source=3, target=10, count=3)
+        for layer in expected:
+            layer.keys[10:13], layer.values[10:13] = layer.keys[3:6], layer.values[3:6]
+        run([Part(copy, 40, 2), Part(source, 40, 3)], seed=5)
+        run([Part(source, 43, 1), Part(copy, 42, 18)], seed=10)
 
 
 def test_prefill_in_one_pass_or_several_is_the_same(be: Backend) -> None:
-    q, k, v = (normal(30, n, 16, seed=i) for i, n in enumerate((4, 2, 2)))
+    arrays, _ = drawn(be, "float32", 30, 4, 2, 16, seed=0)
 
     def in_pieces(*lengths: int) -> np.ndarray:
-        cache = be.kv_cache.cache_create(layers=1, slots=2, capacity=30, kv_heads=2, head_size=16, dtype="float32")
-        outs, done = [], 0
+        cache, outs, done = created(be.kv_cache, "float32", 2, 16, layers=1), [], 0
         for new in lengths:
-            append = Append(np.array([1]), np.array([done]), np.array([new]))
-            part = [be.ops.from_numpy(x[done : done + new], "float32") for x in (q, k, v)]
-            be.kv_cache.cache_append(cache, 0, part[1], part[2], append)
-            outs.append(be.to_numpy(be.kv_cache.attention_cached(part[0], cache, 0, append)))
+            plan = be.kv_cache.plan(cache, append_of([Part((2, 3), done, new)]))
+            part = [be.ops.from_numpy(x[done : done + new], "float32") for x in arrays]
+            outs.append(extended(be, be.kv_cache, cache, 0, plan, part))
             done += new
         return np.concatenate(outs)
 
@@ -101,30 +199,46 @@ def test_prefill_in_one_pass_or_several_is_the_same(be: Backend) -> None:
         np.testing.assert_allclose(in_pieces(*lengths), whole, atol=5e-6)
 
 
-def test_a_slot_can_be_used_again(be: Backend) -> None:
-    """Rows beyond what `before` and `new` say are never seen."""
-    cache = be.kv_cache.cache_create(layers=1, slots=1, capacity=8, kv_heads=1, head_size=16, dtype="float32")
+def test_a_pass_writes_its_own_rows_alone(be: Backend) -> None:
+    """Whatever the tables: a copy of the other blocks, read before and after, is the same to the bit."""
+    for kv in caches(be):
+        cache = created(kv, "float32", 2, 16, layers=1)
+        _, tensors = drawn(be, "float32", 64, 4, 2, 16, seed=1)
+        extended(be, kv, cache, 0, kv.plan(cache, append_of([Part((6, 7, 8, 9), 0, 64)])), tensors)
+        parts = [Part((5, 10), 0, 32), Part((4, 11), 0, 17), Part((12,), 0, 16)]
+        _, others = drawn(be, "float32", 65, 4, 2, 16, seed=2)
+        whole = append_of([Part((6, 7, 8, 9), 63, 1)])
+        last = [x[63:] for x in tensors]
+        before = extended(be, kv, cache, 0, kv.plan(cache, whole), last)
+        extended(be, kv, cache, 0, kv.plan(cache, append_of(parts)), others)
+        np.testing.assert_allclose(extended(be, kv, cache, 0, kv.plan(cache, whole), last), before, atol=1e-6)
 
-    def run(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        q, k, v = (normal(rows, 1, 16, seed=seed + i).astype(np.float32) for i in range(3))
-        append = Append(np.array([0]), np.array([0]), np.array([rows]))
-        be.kv_cache.cache_append(cache, 0, be.ops.from_numpy(k), be.ops.from_numpy(v), append)
-        out = be.kv_cache.attention_cached(be.ops.from_numpy(q), cache, 0, append)
-        return be.to_numpy(out), reference.attention_cached(*(torch.tensor(x).double() for x in (q, k, v))).numpy()
 
-    run(8, seed=1)
-    np.testing.assert_allclose(*run(3, seed=5), atol=5e-6)
+# -- what makes no sense ----------------------------------------------------------------------------------------------
 
 
-def test_overflow_is_refused_before_anything_is_written(be: Backend) -> None:
-    cache: Any = be.kv_cache.cache_create(layers=1, slots=2, capacity=4, kv_heads=1, head_size=16, dtype="float32")
-    rows = be.ops.zeros((4, 1, 16))
-    with pytest.raises(ConfigError, match=r"slot 1 .* has 2 rows and room for 4; 3 more do not fit"):
-        be.kv_cache.cache_append(cache, 0, rows, rows, Append(np.array([0, 1]), np.array([0, 2]), np.array([1, 3])))
+def test_a_pass_that_cannot_be_is_refused(be: Backend) -> None:
+    for kv in caches(be):
+        cache = created(kv, "float32", 1, 16)
+        rows = r"sequence 1 of a pass has 10 rows in the key-value cache and room for 16; it adds 7"
+        with pytest.raises(ConfigError, match=rows):
+            kv.plan(cache, append_of([Part((0, 1, 2), 16, 5), Part((7,), 10, 7)]))
+        with pytest.raises(ConfigError, match=r"sequence 0 .* adds 0: a pass adds at least one row"):
+            kv.plan(cache, append_of([Part((0,), 4, 0)]))
+        with pytest.raises(ConfigError, match=f"block {BLOCKS} of a key-value cache that has {BLOCKS}"):
+            kv.plan(cache, append_of([Part((BLOCKS,), 0, 1)]))
+
+
+@pytest.mark.parametrize("copy", [(0, 2, 3), (3, 1, 3), (0, BLOCKS - 1, 2), (-1, 5, 1), (0, 5, 0)])
+def test_a_copy_that_cannot_be_is_refused(be: Backend, copy: tuple[int, int, int]) -> None:
+    for kv in caches(be):
+        with pytest.raises(ConfigError, match=f"a copy of {copy[2]} blocks from {copy[0]} to {copy[1]} in"):
+            kv.cache_copy(created(kv, "float32", 1, 16), *copy)
 
 
 def test_groups_that_do_not_divide_the_heads_are_refused(be: Backend) -> None:
     for kv in caches(be):
-        cache = kv.cache_create(layers=1, slots=1, capacity=4, kv_heads=2, head_size=16, dtype="float32")
+        cache = created(kv, "float32", 2, 16, layers=1)
+        plan = kv.plan(cache, append_of([Part((0,), 0, 1)]))
         with pytest.raises(ConfigError, match="7 query heads with 2 key-value groups"):
-            kv.attention_cached(be.ops.zeros((1, 7, 16)), cache, 0, Append(np.array([0]), np.array([0]), np.array([1])))
+            kv.attention_cached(be.ops.zeros((1, 7, 16)), cache, 0, plan)

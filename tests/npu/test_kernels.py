@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 
 from duetvl.backends.torch_npu.autograd import TorchAutograd  # noqa: E402
 from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer, why_missing  # noqa: E402
-from duetvl.backends.torch_npu.kv_cache import TorchKVCache  # noqa: E402
 from duetvl.backends.torch_npu.ops import TorchOps  # noqa: E402
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer  # noqa: E402
 from duetvl.core.backend import load_backend  # noqa: E402
+from duetvl.core.composed import ComposedKVCache  # noqa: E402
 from duetvl.core.errors import BackendError, ConfigError  # noqa: E402
 from duetvl.core.kv_cache import Append  # noqa: E402
 from duetvl.core.optimizer import ParameterGroup  # noqa: E402
@@ -269,6 +269,8 @@ def check(ops: NpuOps, fn: Callable, wanted: Callable, inputs: list[Tensor], d: 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
 
+# Each pass: (sequence, new rows). The blocks of a sequence are in no order.
+TABLES = np.array([[4, 1], [3, -1], [0, 2]], np.int32)
 STEPS = [
     pytest.param([([2, 0], [5, 3])], id="prefill"),
     pytest.param([([2, 0], [5, 130]), ([0, 2], [1, 1]), ([2], [1])], id="decoding, more than a block"),
@@ -279,32 +281,33 @@ STEPS = [
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("steps", STEPS)
 def test_cache(ops: NpuOps, steps: list[tuple[list[int], list[int]]], dtype: torch.dtype) -> None:
-    caches = [NpuKVCache(ops), TorchKVCache(TorchOps(TorchAutograd(), torch.device("cpu")))]
+    caches = [NpuKVCache(ops), ComposedKVCache(TorchOps(TorchAutograd(), torch.device("cpu")))]
     names = [str(dtype).removeprefix("torch."), "float32"]
     stores = [
-        c.cache_create(layers=2, slots=3, capacity=140, kv_heads=2, head_size=16, dtype=n)
+        c.cache_create(layers=2, blocks=5, block_size=NpuKVCache.block_size, kv_heads=2, head_size=16, dtype=n)
         for c, n in zip(caches, names, strict=True)
     ]
     lengths = np.zeros(3, np.int64)
-    for number, (slots, new) in enumerate(steps):
-        append = Append(np.array(slots), lengths[slots], np.array(new))
+    for number, (sequences, new) in enumerate(steps):
+        append = Append(TABLES[sequences], lengths[sequences], np.array(new))
         q, k, v = (made(sum(new), n, 16, dtype=dtype, seed=10 * number + n) for n in (4, 2, 2))
         outs = []
         for cache, store, name in zip(caches, stores, names, strict=True):
+            plan = cache.plan(store, append)
             tensors = [ops.cast(x, name) for x in (q, k, v)]
-            cache.cache_append(store, 1, tensors[1], tensors[2], append)
-            outs.append(cache.attention_cached(tensors[0], store, 1, append))
+            cache.cache_append(store, 1, tensors[1], tensors[2], plan)
+            outs.append(cache.attention_cached(tensors[0], store, 1, plan))
         assert outs[0].dtype == dtype
         assert_near(outs[0], outs[1], dtype)
-        lengths[slots] += new
+        lengths[sequences] += new
 
 
 def test_the_cache_refuses_groups_that_do_not_divide_the_heads(ops: NpuOps) -> None:
     cache = NpuKVCache(ops)
-    store = cache.cache_create(layers=1, slots=1, capacity=4, kv_heads=2, head_size=16, dtype="float16")
-    append = Append(np.array([0]), np.array([0]), np.array([1]))
+    store = cache.cache_create(layers=1, blocks=1, block_size=128, kv_heads=2, head_size=16, dtype="float16")
+    plan = cache.plan(store, Append(np.array([[0]], np.int32), np.array([0]), np.array([1])))
     with pytest.raises(ConfigError, match="7 query heads with 2 key-value groups"):
-        cache.attention_cached(made(1, 7, 16, dtype=torch.float16), store, 0, append)
+        cache.attention_cached(made(1, 7, 16, dtype=torch.float16), store, 0, plan)
 
 
 # -- optimizer, and the choice of a device ---------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
 from duetvl.backends.torch_npu.autograd import TorchAutograd
@@ -21,9 +20,6 @@ from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer
 from duetvl.core.composed import AscendAttention
 from duetvl.core.composed.ascend_attention import FULL, RIGHT_DOWN_CAUSAL
-from duetvl.core.composed.attention import check_groups
-from duetvl.core.composed.kv_cache import RowCache
-from duetvl.core.kv_cache import Append
 from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.spans import Spans
 
@@ -133,33 +129,12 @@ class NpuOps(AscendAttention, TorchOps):
 
 
 class NpuKVCache(TorchKVCache):
-    """See core/kv_cache.py. A slot is a whole number of blocks, so one paged call serves every decoding sequence."""
+    """See core/kv_cache.py."""
+
+    block_size = BLOCK
+    consecutive = False
 
     ops: NpuOps
-
-    def cache_create(
-        self, *, layers: int, slots: int, capacity: int, kv_heads: int, head_size: int, dtype: str
-    ) -> RowCache:
-        whole = -(-capacity // BLOCK) * BLOCK
-        return super().cache_create(
-            layers=layers, slots=slots, capacity=whole, kv_heads=kv_heads, head_size=head_size, dtype=dtype
-        )
-
-    def attention_cached(self, q: Tensor, cache: RowCache, layer: int, append: Append) -> Tensor:
-        keys, values = cache.keys[layer], cache.values[layer]
-        check_groups(q.shape[1], keys.shape[1])
-        if not _fits(q) or (append.new != 1).any() or keys.numel() >= CACHE_LIMIT:
-            return super().attention_cached(q, cache, layer, append)
-        blocks = cache.capacity // BLOCK
-        table = np.asarray(append.slots)[:, None] * blocks + np.arange(blocks)
-        k, v = (x.view(-1, BLOCK, x.shape[1] * x.shape[2]) for x in (keys, values))
-        out, _ = torch.ops.npu.npu_fused_infer_attention_score(
-            q.flatten(1)[:, None].contiguous(), k, v,
-            block_table=self.ops.from_numpy(table.astype(np.int32)), block_size=BLOCK,
-            actual_seq_lengths_kv=(append.before + append.new).tolist(),
-            input_layout="BSH", **_heads(q, keys),
-        )  # fmt: skip
-        return out.view(q.shape)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not _fits(q):

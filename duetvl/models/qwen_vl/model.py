@@ -27,6 +27,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
 from duetvl.models.qwen_vl.language import decoder_layers, place_features
+from duetvl.models.qwen_vl.memory import BYTES
 from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
@@ -138,24 +139,32 @@ class QwenVL:
 
     # -- sequences that grow ----------------------------------------------------------------------------------------
 
-    def create_cache(self, slots: int, capacity: int) -> Cache:
-        """A key-value cache for `slots` sequences of at most `capacity` tokens."""
-        text = self.config.text
-        return self.backend.kv_cache.cache_create(
+    def create_cache(self, blocks: int) -> Cache:
+        """A key-value cache of `blocks` blocks of the backend's `kv_cache.block_size` tokens."""
+        text, kv_cache = self.config.text, self.backend.kv_cache
+        return kv_cache.cache_create(
             layers=text.num_layers,
-            slots=slots,
-            capacity=capacity,
+            blocks=blocks,
+            block_size=kv_cache.block_size,
             kv_heads=self.layout.kv_heads(text.num_kv_heads),
             head_size=text.head_dim,
             dtype=self.dtype,
         )
+
+    @property
+    def cache_block_bytes(self) -> int:
+        """What a block of `create_cache` takes, keys and values of all layers, on this rank."""
+        text = self.config.text
+        row = self.layout.kv_heads(text.num_kv_heads) * text.head_dim * BYTES[self.dtype]
+        return 2 * text.num_layers * self.backend.kv_cache.block_size * row
 
     def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor:
         """Put a pass of tokens behind what the cache has: whole prompts, parts of them, single tokens, in any mixture.
 
         `batch` has the new rows of the sequences in `append`, end to end, with their positions; `features` (M, D) those
         that `batch.visual_src` counts, None where it counts none. Its pixels and targets are not looked at. Returns
-        the logits (S, vocabulary) after the last row of each sequence.
+        the logits (S, vocabulary) after the last row of each sequence. Raises ConfigError where a sequence does not
+        fit into its blocks.
         """
         attend = self._attend_cached(cache, append)
         with self.backend.autograd.no_grad():
@@ -164,10 +173,11 @@ class QwenVL:
 
     def _attend_cached(self, cache: Cache, append: Append) -> Attend:
         store = self.backend.kv_cache
+        plan = store.plan(cache, append)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store.cache_append(cache, layer, k, v, append)
-            return store.attention_cached(q, cache, layer, append)
+            store.cache_append(cache, layer, k, v, plan)
+            return store.attention_cached(q, cache, layer, plan)
 
         return attend
 
