@@ -86,7 +86,7 @@ class KVCache(Protocol):
 
 
 def check_append(append: Append, blocks: int, block_size: int) -> None:
-    """Raise ConfigError where a sequence adds nothing, outgrows its blocks, or names one beyond those that there are."""
+    """Raise ConfigError where a sequence adds nothing, outgrows its blocks, or names one that is not there."""
     own = np.logical_and.accumulate(append.tables >= 0, 1)
     room = own.sum(1) * block_size
     for s in np.flatnonzero((append.new < 1) | (append.held > room) | (append.before < 0)).tolist():
@@ -99,6 +99,10 @@ def check_append(append: Append, blocks: int, block_size: int) -> None:
             f"a pass names block {append.tables.max()} of a key-value cache that has {blocks}, counted from 0: "
             f"create it with more blocks"
         )
+    place = np.arange(append.tables.shape[1])
+    after, to = append.before // block_size, blocks_used(append, block_size)
+    written = append.tables[(place >= after[:, None]) & (place < to[:, None])]
+    assert len(np.unique(written)) == len(written), "two sequences of a pass write into one block"
 
 
 def places(append: Append, block_size: int) -> np.ndarray:
@@ -107,6 +111,12 @@ def places(append: Append, block_size: int) -> np.ndarray:
     first = np.cumsum(append.new) - append.new
     row = np.arange(append.rows) + (append.before - first)[sequence]
     return (append.tables[sequence, row // block_size] * block_size + row % block_size).astype(np.int32)
+
+
+def rows_of(table: np.ndarray, rows: int, block_size: int) -> np.ndarray:
+    """(rows,) int32: where in the cache, its blocks end to end, the first `rows` rows of a sequence are."""
+    found = table[: -(-rows // block_size), None] * block_size + np.arange(block_size)
+    return found.reshape(-1)[:rows].astype(np.int32)
 
 
 def blocks_used(append: Append, block_size: int) -> np.ndarray:

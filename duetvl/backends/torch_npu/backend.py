@@ -31,7 +31,8 @@ def create(device: str = "auto") -> Backend:
     kind = _choose(device)
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
     autograd = TorchAutograd()
-    cache_class, optimizer_class = TorchKVCache, TorchOptimizer
+    cache_class: type[TorchKVCache] = TorchKVCache
+    optimizer_class: type[TorchOptimizer] = TorchOptimizer
     ops: TorchOps
     if kind == "npu":
         from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer
@@ -43,8 +44,9 @@ def create(device: str = "auto") -> Backend:
         ops = CudaOps(autograd, place)
     else:
         from duetvl.backends.torch_npu.kernels_cpu import CpuOps
+        from duetvl.backends.torch_npu.kv_cache_cpu import CpuKVCache
 
-        ops = CpuOps(autograd, place)
+        ops, cache_class = CpuOps(autograd, place), CpuKVCache
     return Backend(
         name="torch_npu",
         ops=ops,

@@ -1,17 +1,40 @@
-"""The key-value cache on torch: rows of all slots end to end, read by the framework's own attention."""
+"""The key-value cache on torch: written by one indexed copy a layer, read by the framework's own attention."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from duetvl.core.composed import ComposedKVCache
+from duetvl.core.composed.kv_cache import PagedCache, RowPlan
+from duetvl.core.kv_cache import Append, Plan, places
 
 Tensor = torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class IndexedPlan(RowPlan):
+    """written: (T,) int64, the row of the cache of each packed row."""
+
+    written: Tensor
+
+
 class TorchKVCache(ComposedKVCache):
     """See core/kv_cache.py."""
+
+    def plan(self, cache: PagedCache, append: Append) -> Plan:
+        plan = super().plan(cache, append)
+        return IndexedPlan(plan.writes, plan.pieces, self.index(cache, append))
+
+    def index(self, cache: PagedCache, append: Append) -> Tensor:
+        """The rows (T,) int64 of the cache that a pass writes."""
+        return self.ops.from_numpy(places(append, cache.block_size), "int64")
+
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        cache.keys[layer].index_copy_(0, plan.written, k)
+        cache.values[layer].index_copy_(0, plan.written, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new, rows = q.shape[0], k.shape[0]
