@@ -126,12 +126,14 @@ def extended(be: Backend, kv: KVCache, cache: Any, layer: int, plan: Any, tensor
 
 # The models' own heads, 2B, 7B and 72B; those of a rank that copies a key head for each query head; those of tests.
 HEADS = [(12, 2, 128), (28, 4, 128), (16, 2, 128), (3, 3, 128), (4, 2, 16), (6, 1, 80), (2, 2, 40)]
+COMPOSED_HEADS = [(3, 3, 128), (4, 2, 16), (6, 1, 80)]
 
 
 @pytest.mark.parametrize(("heads", "groups", "size"), HEADS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cached_attention_equals_full(be: Backend, dtype: str, heads: int, groups: int, size: int) -> None:
-    for kv in caches(be):
+    composed = [ComposedKVCache(be.ops)] if (heads, groups, size) in COMPOSED_HEADS else []
+    for kv in (be.kv_cache, *composed):
         for passes in PASSES.values():
             check(be, kv, passes, dtype, heads, groups, size)
 
@@ -182,21 +184,60 @@ def test_copied_blocks_are_those_of_the_source_in_all_layers(be: Backend, dtype:
         run([Part(source, 43, 1), Part(copy, 42, 18)], seed=10)
 
 
-def test_prefill_in_one_pass_or_several_is_the_same(be: Backend) -> None:
-    arrays, _ = drawn(be, "float32", 30, 4, 2, 16, seed=0)
+ROWS = 150  # more than two of the largest blocks' halves: what is read ends at three different places
+PIECES = [(1,) * ROWS, (7, 1, 57, 64, 20, 1), (64, 85, 1), (3,) * 50, (149, 1)]
+PLACES = [  # its blocks, and who is beside it
+    ((9, 3, 12), ()),
+    ((7, 8, 9), (Part((1, 2, 3), 0, 0), Part((4, 5, 6), 0, 0))),  # equally far apart
+    ((9, 8, 7), (Part((13, 14, 15), 0, 0), Part((16, 17, 18, 19), 1, 0))),
+]
 
-    def in_pieces(*lengths: int) -> np.ndarray:
-        cache, outs, done = created(be.kv_cache, "float32", 2, 16, layers=1), [], 0
+
+@pytest.mark.parametrize(("heads", "groups", "size"), [(12, 2, 128), (3, 3, 128), (28, 4, 128), (6, 1, 80)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_sequence_is_the_same_in_any_pieces_and_company(
+    be: Backend, dtype: str, heads: int, groups: int, size: int
+) -> None:
+    """Bit for bit where the backend repeats bits: whole, in chunks, row by row, in any blocks, beside others."""
+    kv = be.kv_cache
+    arrays, _ = drawn(be, dtype, ROWS, heads, groups, size, seed=0)
+
+    def in_pieces(lengths: Sequence[int], blocks: tuple[int, ...], *others: Part) -> np.ndarray:
+        """What the sequence sees; the others come before it in each pass, with rows of their own."""
+        cache, outs, done = created(kv, dtype, groups, size, 1, block=64), [], 0
         for new in lengths:
-            plan = be.kv_cache.plan(cache, append_of([Part((2, 3), done, new)]))
-            part = [be.ops.from_numpy(x[done : done + new], "float32") for x in arrays]
-            outs.append(extended(be, be.kv_cache, cache, 0, plan, part))
+            company = [other._replace(before=other.before + done, new=new) for other in others]
+            plan = kv.plan(cache, append_of([*company, Part(blocks, done, new)]))
+            beside, _ = drawn(be, dtype, new * len(others), heads, groups, size, seed=1 + done)
+            rows = [np.concatenate([y, x[done : done + new]]) for x, y in zip(arrays, beside, strict=True)]
+            tensors = [be.ops.from_numpy(x, dtype) for x in rows]
+            outs.append(extended(be, kv, cache, 0, plan, tensors)[-new:])
             done += new
         return np.concatenate(outs)
 
-    whole = in_pieces(30)
-    for lengths in ((1,) * 30, (7, 1, 1, 21), (29, 1)):
-        np.testing.assert_allclose(in_pieces(*lengths), whole, atol=5e-6)
+    whole = in_pieces((ROWS,), (2, 3, 4))
+    for lengths in PIECES:
+        for blocks, company in PLACES:
+            found = in_pieces(lengths, blocks, *company)
+            same = np.array_equal(found, whole)
+            assert same if be.capabilities.bitwise_repeatable else error(found, whole) < TOLERANCES[dtype], lengths
+
+
+def test_what_blocks_held_before_is_not_seen(be: Backend) -> None:
+    """Not even numbers that are none: those of a request that failed."""
+    for kv in caches(be):
+        cache = created(kv, "float32", 2, 16, 1, kv.block_size)
+        whole = append_of([Part((0, 1), 0, 2 * kv.block_size)])
+        bad = be.ops.from_numpy(np.full((whole.rows, 2, 16), np.nan, np.float32))
+        kv.cache_append(cache, 0, bad, bad, kv.plan(cache, whole))
+        expected = Expected(2, 16, kv.block_size)
+        before = 0
+        for new in (3, 1, kv.block_size - 5, 1, 1, 7):  # up to the end of a block and over it
+            parts = [Part((0, 1), before, new)]
+            arrays, tensors = drawn(be, "float32", new, 4, 2, 16, seed=before)
+            found = extended(be, kv, cache, 0, kv.plan(cache, append_of(parts)), tensors)
+            assert error(found, expected.attend(parts, *arrays)) < TOLERANCES["float32"], (before, new)
+            before += new
 
 
 def test_a_pass_writes_its_own_rows_alone(be: Backend) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from duetvl.core.backend import Backend, Capabilities
+from duetvl.core.composed import ComposedKVCache
 from duetvl.core.errors import BackendError
 
 DEVICES = ("cpu", "ascend")
@@ -31,22 +32,23 @@ def create(device: str = "auto") -> Backend:
     on_cpu = target == "CPU"
     ops: MindSporeOps
     optimizer: MindSporeOptimizer
+    kv_cache: ComposedKVCache
     if on_cpu:
-        from duetvl.backends.mindspore.kernels_cpu import CpuOps, CpuOptimizer
+        from duetvl.backends.mindspore.kernels_cpu import CpuKVCache, CpuOps, CpuOptimizer
 
-        ops = CpuOps(autograd)
-        optimizer = CpuOptimizer(ops)
+        ops = cpu_ops = CpuOps(autograd)
+        kv_cache, optimizer = CpuKVCache(cpu_ops), CpuOptimizer(ops)
     else:
         from duetvl.backends.mindspore.kernels_ascend import AscendOps
 
         ops = AscendOps(autograd)
-        optimizer = MindSporeOptimizer(ops)
+        kv_cache, optimizer = MindSporeKVCache(ops), MindSporeOptimizer(ops)
     return Backend(
         name="mindspore",
         ops=ops,
         autograd=autograd,
         collectives=MindSporeCpuCollectives(ops) if on_cpu else MindSporeCollectives(ops),
-        kv_cache=MindSporeKVCache(ops),
+        kv_cache=kv_cache,
         optimizer=optimizer,
         checkpoint_io=MindSporeCheckpointIO(),
         device=MindSporeDevice(target),

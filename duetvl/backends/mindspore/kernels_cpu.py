@@ -18,8 +18,12 @@ from mindspore.common.np_dtype import bfloat16
 from duetvl.backends.mindspore import numpy_kernels as kernels
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
+from duetvl.core.composed import ComposedKVCache
+from duetvl.core.composed.attention import check_groups
+from duetvl.core.composed.kv_cache import PagedCache
 from duetvl.core.counter_hash import kept
 from duetvl.core.half import widened
+from duetvl.core.kv_cache import Plan
 from duetvl.core.ops import write_refused
 from duetvl.core.spans import Spans
 
@@ -49,10 +53,17 @@ def in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
 def converted(x: Tensor, dtype: str) -> Tensor:
     """`x` in another dtype, unrecorded. The framework's own cast takes half a millisecond for a single number."""
     values = np.asarray(x.asnumpy())
-    if x.dtype == ms.bfloat16 and dtype == "float32":  # by bits: thirty times as fast as numpy's conversion
-        return ms.Tensor.from_numpy(widened(values.view(np.uint16), "bfloat16"))
+    if dtype == "float32":
+        return ms.Tensor.from_numpy(wide_array(values))
     with np.errstate(over="ignore"):  # beyond float16's range is infinity, as everywhere else
         return ms.Tensor.from_numpy(np.asarray(values, NUMPY_DTYPES[dtype]))
+
+
+def wide_array(values: np.ndarray) -> np.ndarray:
+    """As float32; the same array where it is that already."""
+    if values.dtype == bfloat16:  # by bits: thirty times as fast as numpy's conversion
+        return widened(values.view(np.uint16), "bfloat16")
+    return np.asarray(values, np.float32)
 
 
 class CpuOps(MindSporeOps):
@@ -125,94 +136,116 @@ class CpuOps(MindSporeOps):
 
     def matmul(self, a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
         def laid_out(x: Tensor, transposed: bool) -> np.ndarray:
-            return self._wide(x).swapaxes(-1, -2) if transposed else self._wide(x)
+            return self.wide(x).swapaxes(-1, -2) if transposed else self.wide(x)
 
         def forward(needs: Any, a: Tensor, b: Tensor) -> Any:
             product = np.matmul(laid_out(a, transpose_a), laid_out(b, transpose_b))
-            return self._like(product, a, product.shape), (a, b)
+            return self.like(product, a, product.shape), (a, b)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
             a, b = residuals
-            wide = self._wide(d)
+            wide = self.wide(d)
             da = np.matmul(wide, laid_out(b, not transpose_b))
             db = np.matmul(laid_out(a, not transpose_a), wide)
             return (
-                self._like(np.ascontiguousarray(da.swapaxes(-1, -2)) if transpose_a else da, a),
-                self._like(np.ascontiguousarray(db.swapaxes(-1, -2)) if transpose_b else db, b),
+                self.like(np.ascontiguousarray(da.swapaxes(-1, -2)) if transpose_a else da, a),
+                self.like(np.ascontiguousarray(db.swapaxes(-1, -2)) if transpose_b else db, b),
             )
 
         return self.autograd.custom_vjp(forward, backward)(a, b)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         def forward(needs: Any, x: Tensor, weight: Tensor, *bias: Tensor) -> Any:
-            y = np.matmul(self._rows(x), self._wide(weight).T)
+            y = kernels.linear(self._rows(x), self.wide(weight))
             for b in bias:
-                y += self._wide(b)
-            return self._like(y, x, (*x.shape[:-1], weight.shape[0])), (x, weight, *bias)
+                y += self.wide(b)
+            return self.like(y, x, (*x.shape[:-1], weight.shape[0])), (x, weight, *bias)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
             x, weight, *bias = residuals
-            found = kernels.linear_grad(self._rows(d), self._rows(x), self._wide(weight), needs)
+            found = kernels.linear_grad(self._rows(d), self._rows(x), self.wide(weight), needs)
             pairs = zip(found, (x, weight, *bias), strict=True)
-            return tuple(None if g is None else self._like(g, given) for g, given in pairs)
+            return tuple(None if g is None else self.like(g, given) for g, given in pairs)
 
         tensors = (x, weight) if bias is None else (x, weight, bias)
         return self.autograd.custom_vjp(forward, backward)(*tensors)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._like(kernels.rotate(self._wide(x), cos.asnumpy(), sin.asnumpy()), x)
+        return self.like(kernels.rotate(self.wide(x), cos.asnumpy(), sin.asnumpy()), x)
 
     def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
         def forward(needs: Any, x: Tensor, scale: Tensor) -> Any:
-            y, inverse = kernels.rms_norm(self._rows(x), self._wide(scale), eps)
-            return self._like(y, x), (x, scale, inverse)
+            y, inverse = kernels.rms_norm(self._rows(x), self.wide(scale), eps)
+            return self.like(y, x), (x, scale, inverse)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
             x, scale, inverse = residuals
-            dx, dscale = kernels.rms_norm_grad(self._rows(d), self._rows(x), self._wide(scale), inverse)
-            return self._like(dx, x), self._like(dscale, scale)
+            dx, dscale = kernels.rms_norm_grad(self._rows(d), self._rows(x), self.wide(scale), inverse)
+            return self.like(dx, x), self.like(dscale, scale)
 
         return self.autograd.custom_vjp(forward, backward)(x, scale)
 
     def layer_norm(self, x: Tensor, scale: Tensor, bias: Tensor, *, eps: float) -> Tensor:
         def forward(needs: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Any:
-            y, unit, inverse = kernels.layer_norm(self._rows(x), self._wide(scale), self._wide(bias), eps)
-            return self._like(y, x), (scale, bias, unit, inverse)
+            y, unit, inverse = kernels.layer_norm(self._rows(x), self.wide(scale), self.wide(bias), eps)
+            return self.like(y, x), (scale, bias, unit, inverse)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
             scale, bias, unit, inverse = residuals
-            dx, dscale, dbias = kernels.layer_norm_grad(self._rows(d), unit, self._wide(scale), inverse)
-            return self._like(dx, d), self._like(dscale, scale), self._like(dbias, bias)
+            dx, dscale, dbias = kernels.layer_norm_grad(self._rows(d), unit, self.wide(scale), inverse)
+            return self.like(dx, d), self.like(dscale, scale), self.like(dbias, bias)
 
         return self.autograd.custom_vjp(forward, backward)(x, scale, bias)
 
     def _dropped(self, x: Tensor, p: float, key: Sequence[int], rows: np.ndarray, column: int) -> Tensor:
         chosen = kept(x.shape, p, key, rows, column)
-        return self._like(np.where(chosen, self._wide(x) / np.float32(1 - p), np.float32(0)), x)
+        return self.like(np.where(chosen, self.wide(x) / np.float32(1 - p), np.float32(0)), x)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        out, lse = kernels.attention(self._wide(q), self._wide(k), self._wide(v), spans)
-        return self._like(out, q), ms.Tensor.from_numpy(lse)
+        out, lse = kernels.attention(self.wide(q), self.wide(k), self.wide(v), spans)
+        return self.like(out, q), ms.Tensor.from_numpy(lse)
 
     def _attend_grad(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = self._wide
+        wide = self.wide
         dq, dk, dv = kernels.attention_grad(wide(dout), wide(q), wide(k), wide(v), wide(out), wide(lse), spans)
-        return self._like(dq, q), self._like(dk, k), self._like(dv, v)
+        return self.like(dq, q), self.like(dk, k), self.like(dv, v)
 
-    def _wide(self, x: Tensor) -> np.ndarray:
+    def wide(self, x: Tensor) -> np.ndarray:
         """The values as float32; a view of the storage where they are already."""
         return (x if x.dtype == ms.float32 else converted(x, "float32")).asnumpy()
 
     def _rows(self, x: Tensor) -> np.ndarray:
         """The values as float32 rows (N, D)."""
-        return self._wide(x).reshape(-1, x.shape[-1])
+        return self.wide(x).reshape(-1, x.shape[-1])
 
-    def _like(self, values: np.ndarray, x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    def like(self, values: np.ndarray, x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor over `values` with x's dtype, and x's shape unless another is given."""
         tensor = ms.Tensor.from_numpy(values.reshape(x.shape if shape is None else shape))
         return tensor if x.dtype == ms.float32 else converted(tensor, self.dtype_of(x))
+
+
+class CpuKVCache(ComposedKVCache):
+    """See core/kv_cache.py. Rows are read where they are, widened where they are no float32, a sequence at a time."""
+
+    ops: CpuOps
+
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        for rows, new in ((cache.keys[layer], k.asnumpy()), (cache.values[layer], v.asnumpy())):
+            for first, start, stop in plan.writes:
+                self.ops.write_slice(rows, first, ms.Tensor.from_numpy(new[start:stop]))
+
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        check_groups(q.shape[1], keys.shape[1])
+        queries, stored = self.ops.wide(q), [x.asnumpy() for x in (keys, values)]
+        out = np.empty(q.shape, np.float32)
+        for piece in plan.pieces:
+            rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.asnumpy()
+            k, v = (wide_array(x[rows]) for x in stored)
+            kernels.attention_of_last(queries[piece.start : piece.stop], k, v, out[piece.start : piece.stop])
+        return self.ops.like(out, q)
 
 
 class CpuOptimizer(MindSporeOptimizer):
