@@ -199,48 +199,58 @@ def npu_swiglu_backward(a: Any) -> Any:
 
 
 def npu_fused_infer_attention_score(a: Any) -> Any:
+    """The layout TND over a paged cache, causal: the one way in which it is called."""
+    assert a.input_layout == "TND"
     assert all(x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous() for x in (a.query, a.key, a.value))
-    assert a.query.shape[1] == 1 or a.query.shape[-1] % 16 == 0
+    assert a.query.shape[1] == a.num_heads
+    assert a.query.shape[2] in (64, 128)
     assert a.num_heads % a.num_key_value_heads == 0
     assert a.num_heads // a.num_key_value_heads <= 64
-    if a.query.shape[1] > 1:
-        _check_mask(a.atten_mask, a.sparse_mode)
-    else:
-        assert a.atten_mask is None
-        assert a.sparse_mode == 0
+    assert a.sparse_mode == 3
+    assert a.atten_mask.dtype == torch.int8
+    assert torch.equal(a.atten_mask, torch.ones(2048, 2048, dtype=torch.int8).triu(1))
+    rows = _between(a.actual_seq_lengths, a.query)
     out = torch.empty_like(a.query)
-    for i, (k, v) in enumerate(_keys_and_values(a)):
-        q = a.query[i].reshape(-1, a.num_heads, k.shape[-1])
-        out[i] = _lower_right(q, k, v, a.scale, a.sparse_mode == 3).reshape(out[i].shape)
+    for span, (k, v) in zip(rows, _pages(a, len(rows)), strict=True):
+        assert span.stop - span.start <= len(k), "rows are in the cache already"
+        out[span] = _lower_right(a.query[span], k, v, a.scale)
     return out, torch.zeros(1)
 
 
-def _keys_and_values(a: Any) -> Iterator[Sequence[Tensor]]:
-    """The rows (M, G, K) that each sequence of the batch sees."""
-    if a.block_table is None:
-        assert a.input_layout == "BSND"
-        assert a.query.ndim == a.key.ndim == 4
-        assert (a.query.shape[2], a.key.shape[2]) == (a.num_heads, a.num_key_value_heads)
-        yield from zip(a.key, a.value, strict=True)
-        return
-    assert a.input_layout == "BSH"
-    assert a.query.ndim == a.key.ndim == 3
-    assert a.key.shape[1] == a.block_size
-    assert a.block_size % 16 == 0
-    assert 0 < a.block_size <= 512
+def _pages(a: Any, sequences: int) -> Iterator[Sequence[Tensor]]:
+    """The rows (M, G, K) that each sequence has. Lengths are its own: of a paged cache they are not cumulative."""
+    assert a.key.ndim == 3
+    assert a.key.shape == a.value.shape == (a.key.shape[0], a.block_size, a.num_key_value_heads * a.query.shape[2])
+    assert a.block_size % 128 == 0
+    assert 128 <= a.block_size <= 512
+    assert a.key.shape[2] <= 65535
     assert a.key.numel() < 2**31
     assert a.block_table.dtype == torch.int32
-    assert len(a.block_table) == len(a.query) == len(a.actual_seq_lengths_kv)
+    assert len(a.block_table) == len(a.actual_seq_lengths_kv) == sequences
     for blocks, length in zip(a.block_table, a.actual_seq_lengths_kv, strict=True):
         assert len(blocks) * a.block_size >= length
-        yield [
-            x[blocks.long()].reshape(-1, a.num_key_value_heads, x.shape[-1] // a.num_key_value_heads)[:length]
-            for x in (a.key, a.value)
-        ]
+        used = blocks[: -(-length // a.block_size)].long()
+        assert ((used >= 0) & (used < len(a.key))).all()
+        yield [x[used].reshape(-1, a.num_key_value_heads, a.query.shape[2])[:length] for x in (a.key, a.value)]
 
 
-def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     scores = q.double().transpose(0, 1) @ _spread(k, q.shape[1]).mT * scale
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
-    p = scores.masked_fill(hidden & causal, float("-inf")).softmax(-1)
+    p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return (p @ _spread(v, q.shape[1])).transpose(0, 1).to(q.dtype)
+
+
+def npu_scatter_pa_kv_cache(a: Any) -> None:
+    assert a.cache_mode == "Norm", "PA_NZ, the default, is another layout"
+    assert a.compress_lens is a.compress_seq_offsets is a.seq_lens is None
+    assert a.slot_mapping.dtype == torch.int32
+    assert a.slot_mapping.shape == a.key.shape[:1]
+    assert len(a.slot_mapping.unique()) == len(a.slot_mapping)
+    for rows, cache in ((a.key, a.key_cache), (a.value, a.value_cache)):
+        assert rows.is_contiguous()
+        assert cache.is_contiguous()
+        assert rows.dtype == cache.dtype
+        assert cache.ndim == 4
+        assert rows.shape[1:] == cache.shape[2:]
+        cache.view(-1, *cache.shape[2:])[a.slot_mapping.long()] = rows

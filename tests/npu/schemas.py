@@ -39,4 +39,9 @@ SCHEMAS = (
         "inner_precise=0, int block_size=0, int antiquant_mode=0, int key_antiquant_mode=0, int "
         "value_antiquant_mode=0, bool softmax_lse_flag=False) -> (Tensor, Tensor)"
     ),
+    (
+        "npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor "
+        "slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, Tensor? seq_lens=None, str? "
+        "cache_mode='PA_NZ') -> ()"
+    ),
 )

@@ -12,7 +12,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from duetvl.backends.torch_npu.autograd import TorchAutograd  # noqa: E402
-from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer, why_missing  # noqa: E402
+from duetvl.backends.torch_npu.kernels_npu import (  # noqa: E402
+    NpuKVCache,
+    NpuOps,
+    NpuOptimizer,
+    PagedPlan,
+    why_missing,
+)
 from duetvl.backends.torch_npu.ops import TorchOps  # noqa: E402
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer  # noqa: E402
 from duetvl.core.backend import load_backend  # noqa: E402
@@ -269,28 +275,34 @@ def check(ops: NpuOps, fn: Callable, wanted: Callable, inputs: list[Tensor], d: 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
 
-# Each pass: (sequence, new rows). The blocks of a sequence are in no order.
-TABLES = np.array([[4, 1], [3, -1], [0, 2]], np.int32)
+# Each pass: (sequence, new rows). The blocks of a sequence are in no order, and the first two share one.
+TABLES = np.array([[4, 1], [4, 3], [0, 2]], np.int32)
 STEPS = [
     pytest.param([([2, 0], [5, 3])], id="prefill"),
     pytest.param([([2, 0], [5, 130]), ([0, 2], [1, 1]), ([2], [1])], id="decoding, more than a block"),
-    pytest.param([([0, 1], [4, 6]), ([1, 0], [1, 7])], id="decoding and prefill in parts together"),
+    pytest.param([([0, 2], [4, 6]), ([2, 0], [1, 7])], id="decoding and prefill in parts together"),
+    pytest.param([([0], [128]), ([1, 0, 2], [9, 1, 4])], id="a shared block"),
 ]
 
 
+@pytest.mark.parametrize(("heads", "groups", "size"), [(12, 2, 128), (28, 4, 128), (3, 3, 64), (4, 2, 80)])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("steps", STEPS)
-def test_cache(ops: NpuOps, steps: list[tuple[list[int], list[int]]], dtype: torch.dtype) -> None:
+def test_cache(
+    ops: NpuOps, steps: list[tuple[list[int], list[int]]], dtype: torch.dtype, heads: int, groups: int, size: int
+) -> None:
     caches = [NpuKVCache(ops), ComposedKVCache(TorchOps(TorchAutograd(), torch.device("cpu")))]
     names = [str(dtype).removeprefix("torch."), "float32"]
     stores = [
-        c.cache_create(layers=2, blocks=5, block_size=NpuKVCache.block_size, kv_heads=2, head_size=16, dtype=n)
+        c.cache_create(layers=2, blocks=5, block_size=NpuKVCache.block_size, kv_heads=groups, head_size=size, dtype=n)
         for c, n in zip(caches, names, strict=True)
     ]
-    lengths = np.zeros(3, np.int64)
+    lengths = np.array([0, 128, 0])
     for number, (sequences, new) in enumerate(steps):
         append = Append(TABLES[sequences], lengths[sequences], np.array(new))
-        q, k, v = (made(sum(new), n, 16, dtype=dtype, seed=10 * number + n) for n in (4, 2, 2))
+        q, k, v = (
+            made(sum(new), n, size, dtype=dtype, seed=10 * number + i) for i, n in enumerate((heads, groups, groups))
+        )
         outs = []
         for cache, store, name in zip(caches, stores, names, strict=True):
             plan = cache.plan(store, append)
@@ -300,6 +312,58 @@ def test_cache(ops: NpuOps, steps: list[tuple[list[int], list[int]]], dtype: tor
         assert outs[0].dtype == dtype
         assert_near(outs[0], outs[1], dtype)
         lengths[sequences] += new
+
+
+def test_a_pass_is_one_call_of_each_kernel(ops: NpuOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("npu_scatter_pa_kv_cache", "npu_fused_infer_attention_score"):
+        kernel = getattr(torch.ops.npu, name)
+
+        def counted(*given: Any, name: str = name, kernel: Any = kernel, **named: Any) -> Any:
+            calls.append(name)
+            return kernel(*given, **named)
+
+        counted.default = kernel.default  # type: ignore[attr-defined]
+        monkeypatch.setattr(torch.ops.npu, name, counted)
+    cache = NpuKVCache(ops)
+    store = cache.cache_create(layers=1, blocks=5, block_size=128, kv_heads=2, head_size=64, dtype="float16")
+    plan = cache.plan(store, Append(TABLES[[0, 2]], np.array([0, 0]), np.array([130, 1])))
+    q, k = made(131, 4, 64, dtype=torch.float16), made(131, 2, 64, dtype=torch.float16)
+    cache.cache_append(store, 0, k, k, plan)
+    cache.attention_cached(q, store, 0, plan)
+    assert calls == ["npu_scatter_pa_kv_cache", "npu_fused_infer_attention_score"]
+
+
+def test_without_the_argument_for_the_layout_torch_writes(ops: NpuOps) -> None:
+    """An older torch_npu: its kernel would write another layout. The rows are the same."""
+    stores = []
+    for scatters in (True, False):
+        cache = NpuKVCache(ops)
+        assert cache.scatters
+        cache.scatters = scatters
+        store = cache.cache_create(layers=1, blocks=5, block_size=128, kv_heads=2, head_size=64, dtype="float16")
+        plan = cache.plan(store, Append(TABLES[[0]], np.array([0]), np.array([130])))
+        k, v = (made(130, 2, 64, dtype=torch.float16, seed=i) for i in range(2))
+        cache.cache_append(store, 0, k, v, plan)
+        stores.append(store)
+    assert torch.equal(stores[0].keys[0], stores[1].keys[0])
+    assert torch.equal(stores[0].values[0], stores[1].values[0])
+
+
+def test_a_device_without_the_kernels_reads_by_torch(ops: NpuOps) -> None:
+    """As the 300I DUO does: the same numbers."""
+    outs = []
+    for paged in (True, False):
+        cache = NpuKVCache(ops)
+        assert cache.paged
+        cache.paged = paged
+        store = cache.cache_create(layers=1, blocks=5, block_size=128, kv_heads=2, head_size=64, dtype="float16")
+        plan = cache.plan(store, Append(TABLES[[0, 2]], np.array([0, 0]), np.array([130, 3])))
+        assert isinstance(plan, PagedPlan) is paged
+        q, k, v = (made(133, n, 64, dtype=torch.float16, seed=n + i) for i, n in enumerate((4, 2, 2)))
+        cache.cache_append(store, 0, k, v, plan)
+        outs.append(cache.attention_cached(q, store, 0, plan))
+    assert_near(outs[0], outs[1], torch.float16)
 
 
 def test_the_cache_refuses_groups_that_do_not_divide_the_heads(ops: NpuOps) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from duetvl.backends.torch_npu.autograd import TorchAutograd
@@ -19,14 +21,20 @@ from duetvl.backends.torch_npu.kv_cache import TorchKVCache
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer
 from duetvl.core.composed import AscendAttention
-from duetvl.core.composed.ascend_attention import FULL, RIGHT_DOWN_CAUSAL
+from duetvl.core.composed.ascend_attention import RIGHT_DOWN_CAUSAL
+from duetvl.core.composed.attention import check_groups
+from duetvl.core.composed.kv_cache import PagedCache
+from duetvl.core.kv_cache import Append, Plan, check_append, places
 from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.spans import Spans
 
 Tensor = torch.Tensor
 
-BLOCK = 128  # rows of a cache block; the paged kernel takes multiples of 16 up to 512 and recommends this
+BLOCK = 128  # rows of a cache block; the paged kernel takes multiples of this
+LARGEST_BLOCK = 512
 CACHE_LIMIT = 2**31  # elements of one paged tensor
+WIDEST_ROW = 65535  # numbers of a row, all heads
+PAGED_HEADS = (64, 128)  # sizes that the paged kernel is used with elsewhere, in this layout
 HALF = (torch.float16, torch.bfloat16)  # all that the inference kernel takes; the other kernels take float32 too
 LARGEST_HEAD = 768  # of attention
 MOST_ROWS = 2**20  # in one call of attention
@@ -128,33 +136,77 @@ class NpuOps(AscendAttention, TorchOps):
         return self.autograd.custom_vjp(forward, backward)
 
 
+@dataclass(frozen=True, eq=False)
+class PagedPlan:
+    """For the kernels: rows of the cache that are written (T,), blocks (S, most) int32, ends of packed rows, lengths."""
+
+    written: Tensor
+    tables: Tensor
+    ends: list[int]
+    held: list[int]
+
+
 class NpuKVCache(TorchKVCache):
-    """See core/kv_cache.py."""
+    """See core/kv_cache.py. One call a layer writes, one reads, whatever the pass is made of."""
 
     block_size = BLOCK
     consecutive = False
 
     ops: NpuOps
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not _fits(q):
-            return super().attend(q, k, v)
-        one = q.shape[0] == 1  # the last row sees everything, and the kernel takes no compressed mask for one row
+    @cached_property
+    def paged(self) -> bool:
+        """Whether the device has the kernels, which Atlas A2 and A3 do; others read by torch's own functions."""
+        place = self.ops.place
+        return place.type != "npu" or not torch.get_device_module("npu").get_device_name(place).startswith("Ascend310")
+
+    @cached_property
+    def scatters(self) -> bool:
+        """Whether the writing kernel can be told of our layout: without `cache_mode` it means another."""
+        kernel = getattr(torch.ops.npu, "npu_scatter_pa_kv_cache", None)
+        return kernel is not None and any(a.name == "cache_mode" for a in kernel.default._schema.arguments)
+
+    @cached_property
+    def hidden_later(self) -> Tensor:
+        """(2048, 2048) int8, 1 where a column is hidden from a row."""
+        return self.ops.hidden_later.to(torch.int8)
+
+    def plan(self, cache: PagedCache, append: Append) -> Plan:
+        if not self._takes(cache):
+            return super().plan(cache, append)
+        check_append(append, cache.blocks, cache.block_size)
+        rows = places(append, cache.block_size)
+        written = self.ops.from_numpy(rows, "int32" if self.scatters else "int64")
+        tables = self.ops.from_numpy(np.maximum(append.tables, 0).astype(np.int32))
+        return PagedPlan(written, tables, np.cumsum(append.new).tolist(), append.held.tolist())
+
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        if not (isinstance(plan, PagedPlan) and self.scatters):
+            super().cache_append(cache, layer, k, v, plan)
+            return
+        blocks = (x.unflatten(0, (-1, cache.block_size)) for x in (cache.keys[layer], cache.values[layer]))
+        torch.ops.npu.npu_scatter_pa_kv_cache(k.contiguous(), v.contiguous(), *blocks, plan.written, cache_mode="Norm")
+
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        check_groups(q.shape[1], keys.shape[1])
+        if not isinstance(plan, PagedPlan):
+            return super().attention_cached(q, cache, layer, plan)
+        k, v = (x.view(cache.blocks, cache.block_size, -1) for x in (keys, values))
         out, _ = torch.ops.npu.npu_fused_infer_attention_score(
-            q[None].contiguous(), k[None].contiguous(), v[None].contiguous(),
-            atten_mask=None if one else self.ops.hidden_later, sparse_mode=FULL if one else RIGHT_DOWN_CAUSAL,
-            input_layout="BSND", **_heads(q, k),
+            q.contiguous(), k, v,
+            atten_mask=self.hidden_later, sparse_mode=RIGHT_DOWN_CAUSAL, input_layout="TND",
+            block_table=plan.tables, block_size=cache.block_size,
+            actual_seq_lengths=plan.ends, actual_seq_lengths_kv=plan.held,
+            num_heads=q.shape[1], num_key_value_heads=keys.shape[1], scale=q.shape[-1] ** -0.5,
         )  # fmt: skip
-        return out[0]
+        return out
 
-
-def _fits(q: Tensor) -> bool:
-    """Whether the inference kernel takes these heads."""
-    return q.dtype in HALF and q.shape[-1] % 16 == 0
-
-
-def _heads(q: Tensor, k: Tensor) -> dict[str, Any]:
-    return {"num_heads": q.shape[1], "num_key_value_heads": k.shape[1], "scale": q.shape[-1] ** -0.5}
+    def _takes(self, cache: PagedCache) -> bool:
+        rows, groups, size = cache.keys[0].shape
+        fits = cache.keys[0].dtype in HALF and size in PAGED_HEADS and groups * size <= WIDEST_ROW
+        blocks = cache.block_size % BLOCK == 0 and cache.block_size <= LARGEST_BLOCK
+        return self.paged and fits and blocks and rows * groups * size < CACHE_LIMIT
 
 
 class NpuOptimizer(TorchOptimizer):
