@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from duetvl.backends.torch_npu.autograd import TorchAutograd  # noqa: E402
-from duetvl.backends.torch_npu.kernels_cuda import CudaOps, flash_attention_takes  # noqa: E402
+from duetvl.backends.torch_npu.kernels_cuda import CudaKVCache, CudaOps, flash_attention_takes  # noqa: E402
+from duetvl.core.composed import ComposedKVCache  # noqa: E402
+from duetvl.core.kv_cache import Append  # noqa: E402
 from duetvl.core.spans import Spans  # noqa: E402
 
 from . import reference  # noqa: E402
@@ -26,10 +29,30 @@ def flash_attention_forward(
     causal: bool, debug: bool, **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     CALLS.append("forward")
+    if options.get("seqused_k") is not None:
+        return cached_forward(q, k, v, rows, keys, longest, most_keys, dropout, causal, debug, **options)
     lengths, key_lengths = checked(q, k, v, rows, keys, longest, most_keys, dropout, options)
     assert not debug
     out, lse = reference.attention(q.double(), k.double(), v.double(), lengths, causal, key_lengths)
     return out.to(q.dtype), lse.float(), torch.zeros(2, dtype=torch.uint64), torch.zeros(0), torch.zeros(0)
+
+
+def cached_forward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, starts: Tensor, longest: int, most_keys: int, dropout: float,
+    causal: bool, debug: bool, seqused_k: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Keys that begin anywhere, with lengths of their own."""
+    assert causal and not debug and dropout == 0.0
+    assert rows.dtype == starts.dtype == seqused_k.dtype == torch.int32
+    assert len(rows) == len(starts) == len(seqused_k) + 1 and rows[-1] == q.shape[0]
+    assert (longest, most_keys) == (rows.diff().max(), seqused_k.max())
+    outs = []
+    for n, used in enumerate(seqused_k.tolist()):
+        at, held = slice(int(rows[n]), int(rows[n + 1])), slice(int(starts[n]), int(starts[n]) + used)
+        assert held.stop <= len(k)
+        outs.append(reference.attention_cached(*(x.double() for x in (q[at], k[held], v[held]))))
+    unused = torch.zeros(0)
+    return torch.cat(outs).to(q.dtype), unused.float(), torch.zeros(2, dtype=torch.uint64), unused, unused
 
 
 def flash_attention_backward(
@@ -110,6 +133,7 @@ def test_schemas_have_the_arguments_that_are_passed() -> None:
         for name in ("_flash_attention_forward", "_flash_attention_backward")
     )
     ends = ["max_q", "max_k", "dropout_p", "is_causal"]
+    assert "seqused_k" in forward
     assert forward[:10] == ["query", "key", "value", "cum_seq_q", "cum_seq_k", *ends, "return_debug_mask"]
     assert backward[:12] == ["grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", *ends]
 
@@ -167,3 +191,65 @@ def test_lse_is_a_natural_logarithm(ops: CudaOps) -> None:
     q = torch.zeros(4, 2, 16, dtype=torch.bfloat16)
     _, lse = ops.attention(q, q, q, Spans.of_lengths([4], causal=False))
     assert lse.flatten().tolist() == pytest.approx([math.log(4)] * 8)
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+TABLES = {"in place": [[2, 3], [0, 1]], "gathered": [[2, 3], [1, 0]]}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 128), ("float16", 80), ("float32", 128), ("float16", 20)])
+def test_cached_attention(ops: CudaOps, kind: str, dtype: str, size: int) -> None:
+    """Prefill beside a chunk, then decoding: one call a pass where the kernel takes the heads."""
+    caches = [CudaKVCache(ops), ComposedKVCache(ops)]
+    stores = [
+        cache.cache_create(layers=1, blocks=4, block_size=16, kv_heads=2, head_size=size, dtype=dtype)
+        for cache in caches
+    ]
+    assert caches[0].reads_in_place
+    before, draw = np.array([0, 0]), torch.Generator().manual_seed(0)
+    for new in ([5, 20], [13, 1], [1, 1]):
+        append = Append(np.array(TABLES[kind], np.int32), before, np.array(new))
+        q, k, v = (torch.randn(sum(new), n, size, generator=draw).to(getattr(torch, dtype)) for n in (6, 2, 2))
+        found, wanted = (extended(*pair, append, q, k, v) for pair in zip(caches, stores, strict=True))
+        allowed = 1e-5 if dtype == "float32" else 9 * HALF[dtype]
+        assert error(found.float().numpy(), wanted.double().numpy()) < allowed
+        before = append.held
+
+
+def extended(cache: Any, store: Any, append: Append, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    CALLS.clear()
+    plan = cache.plan(store, append)
+    cache.cache_append(store, 0, k, v, plan)
+    out = cache.attention_cached(q, store, 0, plan)
+    kernel = isinstance(cache, CudaKVCache) and flash_attention_takes(q.dtype, q.shape[2], (9, 0))
+    assert len(CALLS) == kernel
+    return out
+
+
+def test_keys_are_gathered_where_the_kernel_does_not_read_them_in_place(
+    ops: CudaOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried, not believed: a kernel that refuses lengths, and one that takes sequences to lie end to end."""
+
+    def end_to_end(*given: Any, seqused_k: Tensor | None = None, **named: Any) -> Any:
+        starts = given[4]
+        if seqused_k is not None:
+            starts = torch.cat([starts[:1] * 0, seqused_k.cumsum(0)]).int()
+            given = (*given[:1], *(x[: int(starts[-1])] for x in given[1:3]), given[3], starts, *given[5:])
+        return kernel(*given, **named)
+
+    def refusing(*given: Any, seqused_k: Tensor | None = None, **named: Any) -> Any:
+        if seqused_k is not None:
+            raise RuntimeError("seqused_k is not supported")
+        return kernel(*given, **named)
+
+    kernel = torch.ops.aten._flash_attention_forward
+    for stand_in in (end_to_end, refusing):
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in)
+        cache = CudaKVCache(ops)
+        assert not cache.reads_in_place
+        store = cache.cache_create(layers=1, blocks=4, block_size=16, kv_heads=2, head_size=64, dtype="float16")
+        append = Append(np.array([[2, 3]], np.int32), np.array([0]), np.array([20]))
+        assert cache.plan(store, append).index is not None

@@ -60,6 +60,7 @@ def test_backend_has_every_attribute(be: Backend, part: str) -> None:
 
 KERNELS = [
     ("torch_npu", "kernels_cuda", "CudaOps", Ops),
+    ("torch_npu", "kernels_cuda", "CudaKVCache", KVCache),
     ("torch_npu", "kernels_npu", "NpuOps", Ops),
     ("torch_npu", "kernels_npu", "NpuKVCache", KVCache),
     ("torch_npu", "kernels_npu", "NpuOptimizer", Optimizer),

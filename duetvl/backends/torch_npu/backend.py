@@ -39,9 +39,9 @@ def create(device: str = "auto") -> Backend:
 
         ops, cache_class, optimizer_class = NpuOps(autograd, place), NpuKVCache, NpuOptimizer
     elif kind == "cuda":
-        from duetvl.backends.torch_npu.kernels_cuda import CudaOps
+        from duetvl.backends.torch_npu.kernels_cuda import CudaKVCache, CudaOps
 
-        ops = CudaOps(autograd, place)
+        ops, cache_class = CudaOps(autograd, place), CudaKVCache
     else:
         from duetvl.backends.torch_npu.kernels_cpu import CpuOps
         from duetvl.backends.torch_npu.kv_cache_cpu import CpuKVCache

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
+from duetvl.backends.torch_npu.kv_cache import TorchKVCache
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.core.composed import FusedAttention
+from duetvl.core.composed.attention import check_groups
+from duetvl.core.composed.kv_cache import PagedCache
+from duetvl.core.kv_cache import Append, Plan, check_append, consecutive, rows_of
 from duetvl.core.spans import Spans
 
 Tensor = torch.Tensor
@@ -62,3 +68,82 @@ class CudaOps(FusedAttention, TorchOps):
     def _bounds(self, spans: Spans) -> tuple[Tensor, Tensor]:
         """Where the query and the key rows of each span begin, on the device."""
         return self.from_numpy(spans.cu_seqlens), self.from_numpy(spans.key_offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class FlashPlan:
+    """written: (T,) int64. ends (S + 1,): of packed rows; starts (S + 1,): where a sequence's keys begin, all int32.
+
+    held (S,): keys of each where they lie anywhere in the cache; else index (keys,), of all of them, end to end.
+    """
+
+    written: Tensor
+    ends: Tensor
+    starts: Tensor
+    held: Tensor | None
+    index: Tensor | None
+    longest: int
+    most_keys: int
+
+
+class CudaKVCache(TorchKVCache):
+    """See core/kv_cache.py. One call for the pass; sequences whose blocks are not consecutive are gathered first."""
+
+    block_size = 256
+    consecutive = True
+
+    ops: CudaOps
+
+    @cached_property
+    def reads_in_place(self) -> bool:
+        """Whether the kernel reads sequences that lie apart, by their starts and lengths: tried on a few rows.
+
+        torch documents the arguments and not that gaps between sequences are left alone.
+        """
+        cache = self.cache_create(layers=1, blocks=8, block_size=8, kv_heads=1, head_size=64, dtype="float16")
+        rows = self.ops.from_numpy(np.random.default_rng(0).standard_normal((64, 1, 64)), "float16")
+        cache.keys[0].copy_(rows)
+        cache.values[0].copy_(rows.flip(0))
+        tables = np.array([[5, 6], [1, 2]], np.int32)
+        append = Append(tables, np.array([6, 11]), np.array([5, 1]))
+        try:
+            found, wanted = (
+                self.attention_cached(rows[:6], cache, 0, self._flash_plan(cache, append, in_place))
+                for in_place in (True, False)
+            )
+        except RuntimeError:  # this torch's kernel takes no lengths
+            return False
+        return torch.allclose(found, wanted, atol=1e-2)
+
+    def plan(self, cache: PagedCache, append: Append) -> Plan:
+        keys = cache.keys[0]
+        if not flash_attention_takes(keys.dtype, keys.shape[2], self.ops.capability):
+            return super().plan(cache, append)
+        check_append(append, cache.blocks, cache.block_size)
+        in_place = bool(consecutive(append, cache.block_size).all()) and self.reads_in_place
+        return self._flash_plan(cache, append, in_place)
+
+    def _flash_plan(self, cache: PagedCache, append: Append, in_place: bool) -> FlashPlan:
+        size, held = cache.block_size, append.held
+        lasting = np.append(append.tables[:, 0] * size, 0) if in_place else np.append(0, np.cumsum(held))
+        rows = [rows_of(table, n, size) for table, n in zip(append.tables, held.tolist(), strict=True)]
+        return FlashPlan(
+            written=self.index(cache, append),
+            ends=self.ops.from_numpy(np.append(0, np.cumsum(append.new)).astype(np.int32)),
+            starts=self.ops.from_numpy(lasting.astype(np.int32)),
+            held=self.ops.from_numpy(held.astype(np.int32)) if in_place else None,
+            index=None if in_place else self.ops.from_numpy(np.concatenate(rows)),
+            longest=int(append.new.max()),
+            most_keys=int(held.max()),
+        )
+
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+        if not isinstance(plan, FlashPlan):
+            return super().attention_cached(q, cache, layer, plan)
+        held = (cache.keys[layer], cache.values[layer])
+        check_groups(q.shape[1], held[0].shape[1])
+        k, v = held if plan.index is None else (x.index_select(0, plan.index) for x in held)
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, plan.ends, plan.starts, plan.longest, plan.most_keys, 0.0, True, False, seqused_k=plan.held
+        )
+        return out

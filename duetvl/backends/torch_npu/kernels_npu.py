@@ -138,7 +138,7 @@ class NpuOps(AscendAttention, TorchOps):
 
 @dataclass(frozen=True, eq=False)
 class PagedPlan:
-    """For the kernels: rows of the cache that are written (T,), blocks (S, most) int32, ends of packed rows, lengths."""
+    """For the kernels: rows of the cache to write (T,), blocks (S, most) int32, ends of packed rows, lengths."""
 
     written: Tensor
     tables: Tensor
