@@ -53,7 +53,7 @@ def test_storage_only_dtypes_are_stored(be: Backend) -> None:
 
 
 def current_table() -> str:
-    from duetvl.backends.mindspore.kernels_ascend import AscendOps
+    from duetvl.backends.mindspore.kernels_ascend import AscendKVCache, AscendOps
     from duetvl.backends.torch_npu.kernels_cuda import CudaKVCache, CudaOps
     from duetvl.backends.torch_npu.kernels_npu import NpuKVCache, NpuOps, NpuOptimizer
 
@@ -65,7 +65,7 @@ def current_table() -> str:
             ("torch_npu", "cuda"): ((), [CudaOps, CudaKVCache]),
             ("torch_npu", "npu"): ((), [NpuOps, NpuKVCache, NpuOptimizer]),
             ("mindspore", "cpu"): (mindspore_cpu.capabilities.storage_only, parts["mindspore"]),
-            ("mindspore", "ascend"): ((), [AscendOps]),
+            ("mindspore", "ascend"): ((), [AscendOps, AscendKVCache]),
         }
     )
 

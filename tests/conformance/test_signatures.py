@@ -65,6 +65,7 @@ KERNELS = [
     ("torch_npu", "kernels_npu", "NpuKVCache", KVCache),
     ("torch_npu", "kernels_npu", "NpuOptimizer", Optimizer),
     ("mindspore", "kernels_ascend", "AscendOps", Ops),
+    ("mindspore", "kernels_ascend", "AscendKVCache", KVCache),
 ]
 
 

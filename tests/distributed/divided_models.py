@@ -280,10 +280,11 @@ def check_cache(be: Backend, of: Whole, team: Team, **how: Any) -> None:
 def grown(be: Backend, model: QwenVL) -> list[np.ndarray]:
     prompts = model.pack(packs()[0][:2])
     lengths = np.diff(prompts.cu_seqlens)
-    slots = np.arange(2, dtype=np.int32)
+    blocks = -(-int(lengths.max() + 1) // be.kv_cache.block_size)
+    tables = np.arange(2 * blocks, dtype=np.int32).reshape(2, blocks)
     features = model.features(prompts)
-    with_cache = model.create_cache(2, int(lengths.max()) + 1)
-    first = model.extend(prompts, features, with_cache, Append(slots, np.zeros_like(slots), lengths))
-    new = Batch.of_tokens(np.array([5, 7]), np.tile(lengths, (3, 1)).astype(np.int32), np.ones(2, np.int32))
-    second = model.extend(new, None, with_cache, Append(slots, lengths, np.ones_like(slots)))
+    with_cache, one = model.create_cache(2 * blocks), np.ones_like(lengths)
+    first = model.extend(prompts, features, with_cache, Append(tables, np.zeros_like(lengths), lengths))
+    new = Batch.of_tokens(np.array([5, 7]), np.tile(lengths, (3, 1)).astype(np.int32), one)
+    second = model.extend(new, None, with_cache, Append(tables, lengths, one))
     return [array(be, x) for x in (features, first, second)]

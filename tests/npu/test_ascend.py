@@ -19,10 +19,12 @@ if os.environ.get("DUETVL_REAL_TORCH_NPU"):
 ms = pytest.importorskip("mindspore")
 
 from duetvl.backends.mindspore import kernels_ascend  # noqa: E402
-from duetvl.backends.mindspore.kernels_ascend import AscendOps  # noqa: E402
+from duetvl.backends.mindspore.kernels_ascend import AscendKVCache, AscendOps, BlockCache  # noqa: E402
 from duetvl.backends.mindspore.ops import MindSporeOps  # noqa: E402
 from duetvl.core.backend import load_backend  # noqa: E402
+from duetvl.core.composed import ComposedKVCache  # noqa: E402
 from duetvl.core.composed.ascend_attention import statistic_places  # noqa: E402
+from duetvl.core.kv_cache import Append  # noqa: E402
 
 torch = pytest.importorskip("torch")
 
@@ -49,6 +51,19 @@ def test_attention_calls_reach_the_kernel(ops: AscendOps, causal: bool) -> None:
         ops.attention(q, k, k, spans)
     with pytest.raises(RuntimeError, match=NO_KERNEL):
         ops.attention_grad(q, q, k, k, q, ms.Tensor(np.zeros((4, 6), np.float32)), spans)
+
+
+def test_calls_of_the_cache_reach_the_kernel(ops: AscendOps) -> None:
+    cache = AscendKVCache(ops)
+    store = cache.cache_create(layers=1, blocks=4, block_size=128, kv_heads=2, head_size=128, dtype="float16")
+    plan = cache.plan(store, Append(np.array([[2, 0], [1, -1]], np.int32), np.array([130, 4]), np.array([1, 1])))
+    k = made(2, 2, 128)
+    with pytest.raises(RuntimeError, match=NO_KERNEL):
+        cache.cache_append(store, 0, k, k, plan)
+    with pytest.raises(RuntimeError, match=NO_KERNEL):
+        cache.attention_cached(made(2, 12, 128), store, 0, plan)
+    with pytest.raises(RuntimeError, match="num_tokens of slot mapping and key must be the same"):
+        kernels_ascend.reshape_and_cache(k, k, *store.keys, *store.values, plan.written)
 
 
 def test_the_other_calls_reach_the_kernel(ops: AscendOps) -> None:
@@ -103,6 +118,46 @@ def standing_in(schema_of: str, kernel: Any, names: dict[str, str]) -> Callable[
     return call
 
 
+def reshape_and_cache(key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> Any:
+    """Writes in place, into whole tensors, the rows (1, T, G * K)."""
+    places = slot_mapping.asnumpy()
+    assert places.dtype == np.int32
+    assert len(np.unique(places)) == len(places)
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        assert rows.dtype == cache.dtype
+        assert rows.shape == (1, len(places), cache.shape[2] * cache.shape[3])
+        array = cache.asnumpy()
+        assert np.may_share_memory(array, cache.asnumpy()), "what is written into a view is lost"
+        array.reshape(-1, *cache.shape[2:])[places] = rows.asnumpy().reshape(-1, *cache.shape[2:])
+    return key
+
+
+def paged_attention(head_num: int, scale_value: float, kv_head_num: int) -> Callable[..., Any]:
+    """The last row of each sequence; `context_lens` counts it."""
+
+    def call(query: Any, key_cache: Any, value_cache: Any, block_tables: Any, context_lens: Any) -> Any:
+        size = key_cache.shape[3]
+        assert query.shape == (len(block_tables), 1, head_num * size)
+        assert key_cache.shape[2] == kv_head_num
+        tables, lengths = block_tables.asnumpy(), context_lens.asnumpy()
+        assert tables.dtype == lengths.dtype == np.int32
+        assert ((tables >= 0) & (tables < key_cache.shape[0])).all()
+        outs = []
+        for row, table, length in zip(query.asnumpy(), tables, lengths, strict=True):
+            k, v = (
+                x.asnumpy()[table]
+                .reshape(-1, kv_head_num, size)[:length]
+                .astype(np.float64)
+                .repeat(head_num // kv_head_num, 1)
+                for x in (key_cache, value_cache)
+            )
+            p = np.exp(np.einsum("hk,mhk->hm", row.reshape(head_num, size).astype(np.float64), k) * scale_value)
+            outs.append(np.einsum("hm,mhk->hk", p / p.sum(1, keepdims=True), v).reshape(1, -1))
+        return ms.Tensor(np.stack(outs).astype(query.asnumpy().dtype))
+
+    return call
+
+
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """References for all of AscendOps' kernels. No layout is named: the statistics come as the kernel keeps them."""
@@ -119,6 +174,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (reference, names) in stand_ins.items():
         monkeypatch.setattr(kernels_ascend, name, standing_in(reference, getattr(kernels_ascend, name), names))
     prim = kernels_ascend.RmsNorm
+    monkeypatch.setattr(kernels_ascend, "reshape_and_cache", reshape_and_cache)
+    monkeypatch.setattr(kernels_ascend, "PagedAttention", paged_attention)
     monkeypatch.setattr(
         kernels_ascend,
         "RmsNorm",
@@ -191,6 +248,45 @@ def test_norm_rotation_and_gate(ops: AscendOps, kernels: None) -> None:
     both(ops, lambda o: lambda x, s: o.rms_norm(x, s, eps=1e-6), [x, made(16, seed=1)], made(6, 4, 16, seed=2))
     both(ops, lambda o: lambda x: o.rope(x, cos, sin), [x], made(6, 4, 16, seed=2))
     both(ops, lambda o: o.swiglu, [made(5, 12), made(5, 12, seed=1)], made(5, 12, seed=2))
+
+
+# Each pass: (sequence, new rows). The blocks of a sequence are in no order, and the first two share one.
+TABLES = np.array([[4, 1], [4, 3], [0, 2]], np.int32)
+STEPS = {
+    "prefill": [([2, 0], [5, 3])],
+    "decoding, more than a block": [([2, 0], [5, 20]), ([0, 2], [1, 1]), ([2], [1])],
+    "decoding and prefill together": [([0, 2], [4, 6]), ([2, 0], [1, 7]), ([0, 2], [2, 1])],
+    "a shared block": [([0], [16]), ([1, 0, 2], [9, 1, 4])],
+}
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), [(12, 2, 128), (3, 3, 64), (4, 2, 16)])
+@pytest.mark.parametrize("kind", STEPS)
+def test_cache(ops: AscendOps, kernels: None, kind: str, heads: int, groups: int, size: int) -> None:
+    caches = [AscendKVCache(ops), ComposedKVCache(MindSporeOps(ops.autograd))]
+    stores = [
+        c.cache_create(layers=2, blocks=6, block_size=16, kv_heads=groups, head_size=size, dtype=name)
+        for c, name in zip(caches, ("float16", "float32"), strict=True)
+    ]
+    assert isinstance(stores[0], BlockCache) is (size != 16)
+    lengths = np.array([0, 16, 0])
+    for number, (sequences, new) in enumerate(STEPS[kind]):
+        append = Append(TABLES[sequences], lengths[sequences], np.array(new))
+        tensors = [made(sum(new), n, size, seed=10 * number + i) for i, n in enumerate((heads, groups, groups))]
+        found = cached(caches[0], stores[0], append, tensors)
+        assert_same(found, cached(caches[1], stores[1], append, [ms.ops.cast(x, ms.float32) for x in tensors]))
+        lengths[sequences] += new
+    for cache, store in zip(caches, stores, strict=True):
+        cache.cache_copy(store, 4, 5, 1)
+    copied, original = (x.asnumpy().reshape(6, -1) for x in (stores[0].keys[1], stores[1].keys[1]))
+    np.testing.assert_array_equal(copied[5], copied[4])
+    np.testing.assert_array_equal(copied, original.astype(np.float16))
+
+
+def cached(cache: Any, store: Any, append: Append, tensors: list[Any]) -> Any:
+    plan = cache.plan(store, append)
+    cache.cache_append(store, 1, tensors[1], tensors[2], plan)
+    return cache.attention_cached(tensors[0], store, 1, plan)
 
 
 def test_places_of_the_statistics() -> None:

@@ -23,7 +23,6 @@ def create(device: str = "auto") -> Backend:
     from duetvl.backends.mindspore.checkpoint_io import MindSporeCheckpointIO
     from duetvl.backends.mindspore.collectives import MindSporeCollectives, MindSporeCpuCollectives
     from duetvl.backends.mindspore.device import MindSporeDevice
-    from duetvl.backends.mindspore.kv_cache import MindSporeKVCache
     from duetvl.backends.mindspore.ops import MindSporeOps
     from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
 
@@ -39,10 +38,10 @@ def create(device: str = "auto") -> Backend:
         ops = cpu_ops = CpuOps(autograd)
         kv_cache, optimizer = CpuKVCache(cpu_ops), CpuOptimizer(ops)
     else:
-        from duetvl.backends.mindspore.kernels_ascend import AscendOps
+        from duetvl.backends.mindspore.kernels_ascend import AscendKVCache, AscendOps
 
-        ops = AscendOps(autograd)
-        kv_cache, optimizer = MindSporeKVCache(ops), MindSporeOptimizer(ops)
+        ops = ascend_ops = AscendOps(autograd)
+        kv_cache, optimizer = AscendKVCache(ascend_ops), MindSporeOptimizer(ops)
     return Backend(
         name="mindspore",
         ops=ops,
