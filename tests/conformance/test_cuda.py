@@ -249,7 +249,8 @@ def test_keys_are_gathered_where_the_kernel_does_not_read_them_in_place(
     for stand_in in (end_to_end, refusing):
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in)
         cache = CudaKVCache(ops)
-        assert not cache.reads_in_place
+        with pytest.warns(UserWarning, match="attention to the key-value cache is off, as tried here"):
+            assert not cache.reads_in_place
         store = cache.cache_create(layers=1, blocks=4, block_size=16, kv_heads=2, head_size=64, dtype="float16")
         append = Append(np.array([[2, 3]], np.int32), np.array([0]), np.array([20]))
         assert cache.plan(store, append).index is not None

@@ -328,6 +328,7 @@ def test_a_pass_is_one_call_of_each_kernel(ops: NpuOps, monkeypatch: pytest.Monk
     cache = NpuKVCache(ops)
     store = cache.cache_create(layers=1, blocks=5, block_size=128, kv_heads=2, head_size=64, dtype="float16")
     plan = cache.plan(store, Append(TABLES[[0, 2]], np.array([0, 0]), np.array([130, 1])))
+    calls.clear()  # of the trial
     q, k = made(131, 4, 64, dtype=torch.float16), made(131, 2, 64, dtype=torch.float16)
     cache.cache_append(store, 0, k, k, plan)
     cache.attention_cached(q, store, 0, plan)
@@ -348,6 +349,23 @@ def test_without_the_argument_for_the_layout_torch_writes(ops: NpuOps) -> None:
         stores.append(store)
     assert torch.equal(stores[0].keys[0], stores[1].keys[0])
     assert torch.equal(stores[0].values[0], stores[1].values[0])
+
+
+@pytest.mark.parametrize("reason", ["its numbers are others", "no such kernel on Ascend 310P"])
+def test_the_kernels_are_tried_before_they_are_used(ops: NpuOps, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """A device that refuses, and one that takes lengths of the keys for cumulative."""
+    kernel = torch.ops.npu.npu_fused_infer_attention_score
+
+    def another(*given: Any, actual_seq_lengths_kv: list[int], **named: Any) -> Any:
+        if "Ascend" in reason:
+            raise RuntimeError(reason)
+        lengths = np.diff(actual_seq_lengths_kv, prepend=0)
+        return kernel(*given, actual_seq_lengths_kv=np.maximum(lengths, 4).tolist(), **named)
+
+    assert NpuKVCache(ops).paged
+    monkeypatch.setattr(torch.ops.npu, "npu_fused_infer_attention_score", another)
+    with pytest.warns(UserWarning, match=f"attention to the key-value cache is off, as tried here: {reason}"):
+        assert not NpuKVCache(ops).paged
 
 
 def test_a_device_without_the_kernels_reads_by_torch(ops: NpuOps) -> None:

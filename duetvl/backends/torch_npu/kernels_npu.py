@@ -156,9 +156,11 @@ class NpuKVCache(TorchKVCache):
 
     @cached_property
     def paged(self) -> bool:
-        """Whether the device has the kernels, which Atlas A2 and A3 do; others read by torch's own functions."""
-        place = self.ops.place
-        return place.type != "npu" or not torch.get_device_module("npu").get_device_name(place).startswith("Ascend310")
+        """Whether the kernels are there and give the numbers of torch's functions: tried on a few rows.
+
+        Atlas A2 and A3 have them. What is documented of the layout TND differs from what others use it for.
+        """
+        return self.agree(self._paged_plan, super().plan, head_size=PAGED_HEADS[-1])
 
     @cached_property
     def scatters(self) -> bool:
@@ -172,8 +174,9 @@ class NpuKVCache(TorchKVCache):
         return self.ops.hidden_later.to(torch.int8)
 
     def plan(self, cache: PagedCache, append: Append) -> Plan:
-        if not self._takes(cache):
-            return super().plan(cache, append)
+        return self._paged_plan(cache, append) if self._takes(cache) else super().plan(cache, append)
+
+    def _paged_plan(self, cache: PagedCache, append: Append) -> PagedPlan:
         check_append(append, cache.blocks, cache.block_size)
         rows = places(append, cache.block_size)
         written = self.ops.from_numpy(rows, "int32" if self.scatters else "int64")
@@ -206,7 +209,7 @@ class NpuKVCache(TorchKVCache):
         rows, groups, size = cache.keys[0].shape
         fits = cache.keys[0].dtype in HALF and size in PAGED_HEADS and groups * size <= WIDEST_ROW
         blocks = cache.block_size % BLOCK == 0 and cache.block_size <= LARGEST_BLOCK
-        return self.paged and fits and blocks and rows * groups * size < CACHE_LIMIT
+        return fits and blocks and rows * groups * size < CACHE_LIMIT and self.paged
 
 
 class NpuOptimizer(TorchOptimizer):

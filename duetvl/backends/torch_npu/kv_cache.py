@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +38,36 @@ class TorchKVCache(ComposedKVCache):
     def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
         cache.keys[layer].index_copy_(0, plan.written, k)
         cache.values[layer].index_copy_(0, plan.written, v)
+
+    def agree(self, *planners: Callable[[PagedCache, Append], Plan], head_size: int) -> bool:
+        """Whether two ways to plan lead to the same numbers on this device: prompts, then a chunk and a single row.
+
+        False, with a warning, where they differ or a kernel refuses.
+        """
+        try:
+            reason = "its numbers are others" if self._differ(planners, head_size) else None
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        if reason is not None:
+            warnings.warn(f"the fast attention to the key-value cache is off, as tried here: {reason}", stacklevel=2)
+        return reason is None
+
+    def _differ(self, planners: Sequence[Callable[[PagedCache, Append], Plan]], head_size: int) -> bool:
+        draw, tables, before = np.random.default_rng(0), np.array([[2, 3], [0, 1]], np.int32), np.zeros(2, np.int64)
+        shape = {"layers": 1, "blocks": 4, "block_size": self.block_size, "kv_heads": 1, "head_size": head_size}
+        caches = [self.cache_create(**shape, dtype="float16") for _ in planners]
+        for new in ([self.block_size + 2, 4], [3, 1]):
+            append, outs = Append(tables, before, np.array(new)), []
+            numbers = draw.standard_normal((append.rows, 4, head_size), dtype=np.float32)
+            q, k, v = (self.ops.from_numpy(numbers[:, part], "float16") for part in (slice(2), [2], [3]))
+            for cache, planner in zip(caches, planners, strict=True):
+                plan = planner(cache, append)
+                self.cache_append(cache, 0, k, v, plan)
+                outs.append(self.attention_cached(q, cache, 0, plan))
+            if not torch.allclose(outs[0], outs[1], atol=1e-2):
+                return True
+            before = append.held
+        return False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new, rows = q.shape[0], k.shape[0]
