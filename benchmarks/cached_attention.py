@@ -91,8 +91,8 @@ def cached(name: str, order: str) -> Callable[[int, str], Callable[[], Any]]:
             layers=1, blocks=total, block_size=kv.block_size, kv_heads=GROUPS, head_size=SIZE, dtype=dtype
         )
         k, v = (drawn(be, total * kv.block_size, GROUPS, dtype, seed) for seed in (1, 2))
-        be.ops.write_slice(cache.keys[0], 0, k)
-        be.ops.write_slice(cache.values[0], 0, v)
+        whole = Append(np.arange(total, dtype=np.int32)[None], np.array([0]), np.array([total * kv.block_size]))
+        kv.cache_append(cache, 0, k, v, kv.plan(cache, whole))
         gaps = np.arange(SEQUENCES) % 2 if order == "apart" else np.zeros(SEQUENCES, int)
         tables = (np.arange(SEQUENCES) * (each + 1) + gaps)[:, None] + np.arange(each)
         if order == "none":

@@ -362,19 +362,21 @@ def test_the_kernels_are_tried_before_they_are_used(ops: NpuOps, monkeypatch: py
         lengths = np.diff(actual_seq_lengths_kv, prepend=0)
         return kernel(*given, actual_seq_lengths_kv=np.maximum(lengths, 4).tolist(), **named)
 
-    assert NpuKVCache(ops).paged
+    shape = {"layers": 1, "blocks": 1, "block_size": 128, "kv_heads": 2, "dtype": "bfloat16"}
+    cache = NpuKVCache(ops)
+    assert cache.paged(cache.cache_create(head_size=128, **shape))
     monkeypatch.setattr(torch.ops.npu, "npu_fused_infer_attention_score", another)
-    with pytest.warns(UserWarning, match=f"attention to the key-value cache is off, as tried here: {reason}"):
-        assert not NpuKVCache(ops).paged
+    assert cache.paged(cache.cache_create(head_size=128, **shape))  # tried once
+    with pytest.warns(UserWarning, match=f"in bfloat16 with head size 64 is off, as tried here: {reason}"):
+        assert not cache.paged(cache.cache_create(head_size=64, **shape))
 
 
-def test_a_device_without_the_kernels_reads_by_torch(ops: NpuOps) -> None:
+def test_a_device_without_the_kernels_reads_by_torch(ops: NpuOps, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the 300I DUO does: the same numbers."""
     outs = []
     for paged in (True, False):
         cache = NpuKVCache(ops)
-        assert cache.paged
-        cache.paged = paged
+        monkeypatch.setattr(cache, "paged", lambda store, paged=paged: paged)
         store = cache.cache_create(layers=1, blocks=5, block_size=128, kv_heads=2, head_size=64, dtype="float16")
         plan = cache.plan(store, Append(TABLES[[0, 2]], np.array([0, 0]), np.array([130, 3])))
         assert isinstance(plan, PagedPlan) is paged

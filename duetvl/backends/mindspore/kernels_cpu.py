@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
@@ -20,10 +21,10 @@ from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
 from duetvl.core.composed import ComposedKVCache
 from duetvl.core.composed.attention import check_groups
-from duetvl.core.composed.kv_cache import PagedCache
+from duetvl.core.composed.kv_cache import PagedCache, RowPlan, check_copy
 from duetvl.core.counter_hash import kept
 from duetvl.core.half import widened
-from duetvl.core.kv_cache import Plan
+from duetvl.core.kv_cache import Append, Plan, places
 from duetvl.core.ops import write_refused
 from duetvl.core.spans import Spans
 
@@ -85,7 +86,6 @@ class CpuOps(MindSporeOps):
     take_rows = in_float32(MindSporeOps.take_rows)
     scatter_rows = in_float32(MindSporeOps.scatter_rows)
     gather_last = in_float32(MindSporeOps.gather_last)
-    swiglu = in_float32(MindSporeOps.swiglu)
 
     def from_numpy(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
         wanted = array.dtype if dtype is None else NUMPY_DTYPES[dtype]
@@ -173,6 +173,20 @@ class CpuOps(MindSporeOps):
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.like(kernels.rotate(self.wide(x), cos.asnumpy(), sin.asnumpy()), x)
 
+    @functools.cached_property
+    def _swiglu(self) -> Any:
+        def flat(x: Tensor) -> np.ndarray:
+            return self.wide(x).reshape(-1)
+
+        def forward(needs: Any, gate: Tensor, up: Tensor) -> Any:
+            return self.like(kernels.swiglu(flat(gate), flat(up)), gate), (gate, up)
+
+        def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
+            found = kernels.swiglu_grad(flat(d), *map(flat, residuals))
+            return tuple(self.like(g, x) for g, x in zip(found, residuals, strict=True))
+
+        return self.autograd.custom_vjp(forward, backward)
+
     def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
         def forward(needs: Any, x: Tensor, scale: Tensor) -> Any:
             y, inverse = kernels.rms_norm(self._rows(x), self.wide(scale), eps)
@@ -226,26 +240,48 @@ class CpuOps(MindSporeOps):
         return tensor if x.dtype == ms.float32 else converted(tensor, self.dtype_of(x))
 
 
+@dataclass(frozen=True, eq=False)
+class ArrayPlan(RowPlan):
+    """written: (T,) int32, the row of the cache of each packed row."""
+
+    written: np.ndarray
+
+
 class CpuKVCache(ComposedKVCache):
-    """See core/kv_cache.py. Rows are read where they are, widened where they are no float32, a sequence at a time."""
+    """See core/kv_cache.py. The cache is numpy arrays: a tensor takes microseconds to give its own."""
 
     ops: CpuOps
 
+    def cache_create(
+        self, *, layers: int, blocks: int, block_size: int, kv_heads: int, head_size: int, dtype: str
+    ) -> PagedCache:
+        shape = (blocks * block_size, kv_heads, head_size)
+        keys, values = (tuple(np.zeros(shape, NUMPY_DTYPES[dtype]) for _ in range(layers)) for _ in range(2))
+        return PagedCache(block_size, keys, values)
+
+    def plan(self, cache: PagedCache, append: Append) -> Plan:
+        plan = super().plan(cache, append)
+        return ArrayPlan(plan.writes, plan.pieces, places(append, cache.block_size))
+
     def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
-        for rows, new in ((cache.keys[layer], k.asnumpy()), (cache.values[layer], v.asnumpy())):
-            for first, start, stop in plan.writes:
-                self.ops.write_slice(rows, first, ms.Tensor.from_numpy(new[start:stop]))
+        cache.keys[layer][plan.written] = k.asnumpy()
+        cache.values[layer][plan.written] = v.asnumpy()
 
     def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         check_groups(q.shape[1], keys.shape[1])
-        queries, stored = self.ops.wide(q), [x.asnumpy() for x in (keys, values)]
-        out = np.empty(q.shape, np.float32)
+        queries, out = self.ops.wide(q), np.empty(q.shape, np.float32)
         for piece in plan.pieces:
             rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.asnumpy()
-            k, v = (wide_array(x[rows]) for x in stored)
+            k, v = (wide_array(x[rows]) for x in (keys, values))
             kernels.attention_of_last(queries[piece.start : piece.stop], k, v, out[piece.start : piece.stop])
         return self.ops.like(out, q)
+
+    def cache_copy(self, cache: PagedCache, source: int, target: int, count: int) -> None:
+        check_copy(cache.blocks, source, target, count)
+        size = cache.block_size
+        for rows in (*cache.keys, *cache.values):
+            rows[target * size : (target + count) * size] = rows[source * size : (source + count) * size]
 
 
 class CpuOptimizer(MindSporeOptimizer):

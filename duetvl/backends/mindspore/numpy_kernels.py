@@ -79,6 +79,26 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return y
 
 
+def swiglu(gate: Array, up: Array) -> Array:
+    """gate * sigmoid(gate) * up"""
+    y = _sigmoid(gate)
+    y *= gate
+    y *= up
+    return y
+
+
+def swiglu_grad(d: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    """Gradients to gate and up."""
+    s = _sigmoid(gate)
+    silu = gate * s
+    dup = d * silu
+    silu *= 1 - s
+    silu += s
+    silu *= up
+    silu *= d
+    return silu, dup
+
+
 def rms_norm(x: Array, scale: Array, eps: float) -> tuple[Array, Array]:
     """y (N, D), and 1 / root mean square (N, 1)."""
     inverse = _inverse_root(x, eps)
@@ -232,6 +252,13 @@ def _by_head(rows: Array, count: int, groups: int) -> Array:
 def _lse_by_head(lse: Array, run: Run, groups: int) -> Array:
     """The columns of a run of (H, T) as a view (count, G, heads of a group, length)."""
     return lse[:, run.start : run.stop].reshape(groups, -1, run.count, run.length).transpose(2, 0, 1, 3)
+
+
+def _sigmoid(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # of what is far below zero it is zero
+        y = np.exp(-x)
+    y += 1
+    return np.divide(np.float32(1), y, out=y)
 
 
 def _inverse_root(x: Array, eps: float) -> Array:

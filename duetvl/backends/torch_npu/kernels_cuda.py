@@ -94,20 +94,19 @@ class CudaKVCache(TorchKVCache):
 
     ops: CudaOps
 
-    @cached_property
-    def reads_in_place(self) -> bool:
-        """Whether the kernel reads sequences that lie apart, by their starts and lengths: tried on a few rows.
+    def reads_in_place(self, cache: PagedCache) -> bool:
+        """Whether the kernel reads sequences that lie apart, by their starts and lengths: tried.
 
         torch documents the arguments, and not that gaps between sequences are left alone.
         """
-        return self.agree(partial(self._plan, in_place=True), partial(self._plan, in_place=False), head_size=64)
+        return self.agree(cache, partial(self._plan, in_place=True), partial(self._plan, in_place=False))
 
     def plan(self, cache: PagedCache, append: Append) -> Plan:
         keys = cache.keys[0]
         if not flash_attention_takes(keys.dtype, keys.shape[2], self.ops.capability):
             return super().plan(cache, append)
         check_append(append, cache.blocks, cache.block_size)
-        in_place = bool(consecutive(append, cache.block_size).all()) and self.reads_in_place
+        in_place = bool(consecutive(append, cache.block_size).all()) and self.reads_in_place(cache)
         return self._plan(cache, append, in_place)
 
     def _plan(self, cache: PagedCache, append: Append, in_place: bool) -> FlashPlan:

@@ -154,13 +154,12 @@ class NpuKVCache(TorchKVCache):
 
     ops: NpuOps
 
-    @cached_property
-    def paged(self) -> bool:
-        """Whether the kernels are there and give the numbers of torch's functions: tried on a few rows.
+    def paged(self, cache: PagedCache) -> bool:
+        """Whether the kernels are there and give the numbers of torch's functions: tried.
 
         Atlas A2 and A3 have them. What is documented of the layout TND differs from what others use it for.
         """
-        return self.agree(self._paged_plan, super().plan, head_size=PAGED_HEADS[-1])
+        return self.agree(cache, self._paged_plan, super().plan)
 
     @cached_property
     def scatters(self) -> bool:
@@ -209,7 +208,7 @@ class NpuKVCache(TorchKVCache):
         rows, groups, size = cache.keys[0].shape
         fits = cache.keys[0].dtype in HALF and size in PAGED_HEADS and groups * size <= WIDEST_ROW
         blocks = cache.block_size % BLOCK == 0 and cache.block_size <= LARGEST_BLOCK
-        return fits and blocks and rows * groups * size < CACHE_LIMIT and self.paged
+        return fits and blocks and rows * groups * size < CACHE_LIMIT and self.paged(cache)
 
 
 class NpuOptimizer(TorchOptimizer):
