@@ -94,6 +94,15 @@ def test_the_limit(tiny, be, answers, limit):
     assert found.token_ids == answers["qwen2-tied"]["image"][:limit]
 
 
+@every_model
+def test_a_cache_takes_what_the_model_says(tiny, be, name):
+    model = tiny.ours(name, be)
+    cache = model.create_cache(blocks=3)
+    size = {"float32": 4, "bfloat16": 2}[model.dtype]
+    taken = sum(size * int(np.prod(x.shape)) for x in (*cache.keys, *cache.values))
+    assert taken == 3 * model.cache_block_bytes
+
+
 # -- conversations ----------------------------------------------------------------------------------------------------
 
 
