@@ -1,0 +1,176 @@
+"""Pipeline schedules as data: 1F1B (Narayanan et al., arXiv:2104.04473) and its interleaved form with virtual stages.
+
+The model's stages follow each other along the ranks, and with virtual stages come round again: rank r has the stages
+r, r + ranks, r + 2 ranks, ... A schedule is made by playing a step through with a forward pass of one unit of time and
+a backward pass of two. Each rank makes a forward pass unless it has as many tapes in flight as it may, else a backward
+pass. What has been computed travels at the first time at which sender and receiver are
+both between two computations; these times are the rounds of the schedule. Each rank makes one exchange of all that is
+due in a round, in the order of the rounds, so that no sender needs a buffer and no ranks can wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+Direction = Literal["forward", "backward"]
+_TIME: Final = {"forward": 1, "backward": 2}
+
+
+@dataclass(frozen=True, order=True)
+class Compute:
+    """A forward or backward pass of a micro-batch through one of this rank's stages, numbered in the whole model."""
+
+    direction: Direction
+    stage: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a pass leaves for another rank: activations going forward, their gradients going back.
+
+    `made_by` is the pass, `peer` the rank at the other end.
+    """
+
+    made_by: Compute
+    peer: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """All that a rank sends and receives between two computations."""
+
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+
+
+Action = Compute | Exchange
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What each rank does in a step, in order, and how long the step takes in units of a forward pass."""
+
+    actions: tuple[tuple[Action, ...], ...]
+    length: int
+
+    @property
+    def idle(self) -> float:
+        """The share of the step that a rank waits, on average: the bubble."""
+        passes = [action for rank in self.actions for action in rank if isinstance(action, Compute)]
+        return 1 - sum(_TIME[p.direction] for p in passes) / (self.length * len(self.actions))
+
+
+def one_f_one_b(ranks: int, virtual: int, micro_batches: int) -> Schedule:
+    """A step of so many micro-batches, which may be fewer than the stages and need not divide by anything."""
+    return _Play(ranks, virtual, micro_batches).through()
+
+
+def tapes_in_flight(rank: int, ranks: int, virtual: int) -> int:
+    """How many forward passes a rank may be ahead of its backward passes, which bounds its memory."""
+    if virtual == 1:
+        return ranks - rank
+    return 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
+
+
+@dataclass
+class _Rank:
+    """One rank while a step is played through."""
+
+    number: int
+    forward: list[Compute]
+    backward: list[Compute]
+    limit: int
+    free_at: int = 0
+    running: Compute | None = None
+    in_flight: int = 0
+    actions: list[Action] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return not self.forward and not self.backward and self.running is None
+
+
+class _Play:
+    """A step played through in time."""
+
+    def __init__(self, ranks: int, virtual: int, micro_batches: int):
+        self.count, self.last = ranks, ranks * virtual - 1
+        self.ranks = [self._rank(number, virtual, micro_batches) for number in range(ranks)]
+        self.here: set[Compute] = set()  # passes whose input is on their rank
+        self.waiting: list[tuple[int, int, Compute]] = []  # sender, receiver, the pass that has been made
+        self.here.update(Compute("forward", 0, micro_batch) for micro_batch in range(micro_batches))
+
+    def _rank(self, number: int, virtual: int, micro_batches: int) -> _Rank:
+        """Forward passes go round by groups of as many micro-batches as there are ranks, backward passes likewise."""
+        every = [(n // self.count, chunk, n) for n in range(micro_batches) for chunk in range(virtual)]
+        forward = [Compute("forward", chunk * self.count + number, n) for _, chunk, n in sorted(every)]
+        back = sorted((group, -chunk, n) for group, chunk, n in every)
+        backward = [Compute("backward", -chunk * self.count + number, n) for _, chunk, n in back]
+        return _Rank(number, forward, backward, tapes_in_flight(number, self.count, virtual))
+
+    def through(self) -> Schedule:
+        now = 0
+        while not all(rank.done for rank in self.ranks):
+            for rank in self.ranks:
+                if rank.running is not None and rank.free_at <= now:
+                    self._end(rank)
+            self._travel()
+            for rank in self.ranks:
+                if rank.running is None:
+                    self._begin(rank, now)
+            ends = [rank.free_at for rank in self.ranks if rank.running is not None]
+            now = min(ends, default=now)
+            assert ends or all(rank.done for rank in self.ranks), "every rank waits for another one"
+        return Schedule(tuple(tuple(rank.actions) for rank in self.ranks), now)
+
+    def _begin(self, rank: _Rank, now: int) -> None:
+        """The next forward pass if it can and may run, else the next backward pass if it can."""
+        for queue, may in ((rank.forward, rank.in_flight < rank.limit), (rank.backward, True)):
+            if queue and may and queue[0] in self.here:
+                rank.running = queue.pop(0)
+                rank.free_at = now + _TIME[rank.running.direction]
+                rank.in_flight += 1 if rank.running.direction == "forward" else -1
+                rank.actions.append(rank.running)
+                return
+
+    def _end(self, rank: _Rank) -> None:
+        """A pass has been made: what it leaves is for the next one of its micro-batch."""
+        made, rank.running = rank.running, None
+        assert made is not None, "only a running pass ends"
+        following = self._following(made)
+        if following is None:
+            return
+        receiver = following.stage % self.count
+        if receiver == rank.number:
+            self.here.add(following)
+        else:
+            self.waiting.append((rank.number, receiver, made))
+
+    def _following(self, made: Compute) -> Compute | None:
+        stage, micro_batch = made.stage, made.micro_batch
+        if made.direction == "forward":
+            return (
+                Compute("backward", stage, micro_batch)
+                if stage == self.last
+                else Compute("forward", stage + 1, micro_batch)
+            )
+        return Compute("backward", stage - 1, micro_batch) if stage > 0 else None
+
+    def _travel(self) -> None:
+        """Messages whose two ranks are both between computations go; each of these ranks makes one exchange."""
+        free = {rank.number for rank in self.ranks if rank.running is None}
+        going = [item for item in self.waiting if item[0] in free and item[1] in free]
+        self.waiting = [item for item in self.waiting if item not in going]
+        sends: dict[int, list[Message]] = defaultdict(list)
+        receives: dict[int, list[Message]] = defaultdict(list)
+        for sender, receiver, made in going:
+            sends[sender].append(Message(made, receiver))
+            receives[receiver].append(Message(made, sender))
+            following = self._following(made)
+            assert following is not None, "the last backward pass leaves nothing"
+            self.here.add(following)
+        for number in sorted({*sends, *receives}):
+            self.ranks[number].actions.append(Exchange(tuple(sends[number]), tuple(receives[number])))
