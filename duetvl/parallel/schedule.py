@@ -132,7 +132,7 @@ class _Play:
             if queue and may and queue[0] in self.here:
                 rank.running = queue.pop(0)
                 rank.free_at = now + _TIME[rank.running.direction]
-                rank.in_flight += 1 if rank.running.direction == "forward" else -1
+                rank.in_flight = rank.in_flight + (1 if rank.running.direction == "forward" else -1)
                 rank.actions.append(rank.running)
                 return
 
