@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Unit
 from duetvl.parallel.division import Division, owned_rows
+from duetvl.parallel.zero import BUCKET
 from duetvl.training.recipe.sections import Recipe
 
 
@@ -136,14 +138,15 @@ def estimate(
     gradients, state = trained.gradients(), owned.optimizer_state(recipe.optim.state_dtype)
     work = activations(config, trained, load, recipe.train.recompute, held_sizes(config, division))
     before = gradients if micro_batches > 1 else 0
-    most = max(before + work.kept + max(work.forward, work.backward), gradients + work.end)
+    backward = work.backward + _bucket(whole, division)
+    most = max(before + work.kept + max(work.forward, backward), gradients + work.end)
     pp, cp = layout.pp, layout.cp
     return Memory(
         weights=weights // pp,
         gradients=gradients // pp,
         optimizer=state // pp,
         activations=work.kept // cp,
-        passing=max(work.forward, work.backward, work.end) // cp,
+        passing=max(work.forward, backward, work.end) // cp,
         peak=(weights + state + before) // pp + (most - before) // cp,
         offload=recipe.optim.offload,
     )
@@ -191,6 +194,16 @@ def _owned(trained: Trained, division: Division) -> tuple[Trained, list[str]]:
         else:
             shapes[path] = unit
     return replace(trained, shapes=shapes), copied
+
+
+def _bucket(trained: Trained, division: Division) -> int:
+    """Bytes of the largest bucket of gradients that travels together (parallel/zero.py)."""
+    numbers: Counter[tuple[str, ...]] = Counter()
+    for path in trained.paths:
+        sharing = division.sharing(path, trained.shapes[path])
+        if len(division.mesh.ranks_along(*sharing.axes, rank=division.rank)) > 1:
+            numbers[sharing.axes] += math.prod(sharing.unit.shape)
+    return 4 * min(BUCKET, max(numbers.values(), default=0))
 
 
 def disk_of(config: ModelConfig, recipe: Recipe, adapters: Adapters | None = None) -> tuple[int, int, int]:
