@@ -199,11 +199,14 @@ def _owned(trained: Trained, division: Division) -> tuple[Trained, list[str]]:
 def _bucket(trained: Trained, division: Division) -> int:
     """Bytes of the largest bucket of gradients that travels together (parallel/zero.py)."""
     numbers: Counter[tuple[str, ...]] = Counter()
+    largest = 0  # a parameter of more numbers than a bucket travels alone
     for path in trained.paths:
         sharing = division.sharing(path, trained.shapes[path])
         if len(division.mesh.ranks_along(*sharing.axes, rank=division.rank)) > 1:
-            numbers[sharing.axes] += math.prod(sharing.unit.shape)
-    return 4 * min(BUCKET, max(numbers.values(), default=0))
+            unit = math.prod(sharing.unit.shape)
+            numbers[sharing.axes] += unit
+            largest = max(largest, unit)
+    return 4 * max(largest, min(BUCKET, max(numbers.values(), default=0)))
 
 
 def disk_of(config: ModelConfig, recipe: Recipe, adapters: Adapters | None = None) -> tuple[int, int, int]:
