@@ -29,8 +29,8 @@ from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.vocabulary import LastStage
 from duetvl.training import train as train_module
+from duetvl.training.ending import TrainResult
 from duetvl.training.job import Job
-from duetvl.training.loop import TrainResult
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.train import read_recipe

@@ -6,12 +6,13 @@ What a rank may decide alone is nothing: decisions are values that all agree on 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from duetvl.core.collectives import Collectives
-from duetvl.core.errors import DuetvlError, RankFailed, first_line
+from duetvl.core.errors import BackendError, DuetvlError, RankFailed, first_line
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Ranks:
     def each(self, value: T) -> list[T]:
         """The values of all ranks, in their order; small and picklable.
 
-        A rank that fails in `together` meanwhile raises its error here on the others.
+        A rank that fails in `together` or `telling` meanwhile raises its error here on the others.
         """
         values = self.collectives.gather_objects(value)
         if failed := [one for one in values if isinstance(one, _Failed)]:
@@ -84,28 +85,49 @@ class Ranks:
         if self.count == 1:
             return work()
         result: list[T] = []
-        self._told(lambda: result.append(work()), f"rank {self.index} ({socket.gethostname()}): ")
+        self._told(lambda: result.append(work()), self._place)
         self.each(None)
         return result[0]
+
+    @contextmanager
+    def telling(self, *kinds: type[DuetvlError]) -> Iterator[None]:
+        """An error of these kinds is raised on all ranks: here, and on the others by what they ask next.
+
+        So where only some ranks get it, the others must be on their way to one of these functions here.
+        """
+        try:
+            yield
+        except kinds as error:
+            if self.count == 1:
+                raise
+            self._tell(error, self._place)
+
+    @property
+    def _place(self) -> str:
+        return f"rank {self.index} ({socket.gethostname()}): "
 
     def _told(self, work: Callable[[], T], place: str) -> T:
         """What it gives. Whatever its error is, the others are told of it, who would wait for this rank."""
         try:
             return work()
         except Exception as error:
-            if isinstance(error, RankFailed) or (isinstance(error, DuetvlError) and error.agreed):
-                raise  # of another rank, which has told it
-            failed = _Failed(*_kind_and_words(error), place)
-            try:
-                self.each(failed)
-            except RankFailed:
-                if failed.kind is RankFailed:
-                    raise error from None  # what no user can do anything about stays what it is where it happened
-                raise
-            raise AssertionError("a failure is raised on all ranks") from error
+            self._tell(error, place)
+
+    def _tell(self, error: Exception, place: str) -> NoReturn:
+        if isinstance(error, RankFailed) or (isinstance(error, DuetvlError) and error.agreed):
+            raise error  # of another rank, which has told it
+        failed = _Failed(*_kind_and_words(error), place)
+        try:
+            self.each(failed)
+        except RankFailed:
+            if failed.kind is RankFailed:
+                raise error from None  # what no user can do anything about stays what it is where it happened
+            raise
+        raise AssertionError("a failure is raised on all ranks") from error
 
     def _raise(self, failed: Sequence[_Failed]) -> None:
-        kind, words, place = failed[0]
+        # A rank that another one has left while it waited fails by a BackendError of its own, which is no cause.
+        kind, words, place = min(failed, key=lambda one: issubclass(one.kind, BackendError))
         everywhere = len(failed) == self.count and all(one[:2] == (kind, words) for one in failed)
         raised = _with_words(kind, words if everywhere else f"{place}{words}")
         raised.agreed = kind is not RankFailed

@@ -63,11 +63,11 @@ class Division:
         heads = Heads.of(config)
         limits = {"query heads": heads.query, "heads in the vision tower": heads.vision}
         for what in limits if vision == "shard" else ["query heads"]:
-            if mesh.tp > limits[what]:
-                hint = "" if what == "query heads" else ", or divide frames instead: parallel.vision=divide"
+            if mesh.tp > (most := limits[what]):
+                hint = "" if what == "query heads" else "; or divide frames instead: parallel.vision=divide"
                 raise ConfigError(
-                    f"parallel.tp {mesh.tp}: the model has {limits[what]} {what}, of which each rank needs one at "
-                    f"least; give 1 to {limits[what]}{hint}"
+                    f"parallel.tp {mesh.tp}: the model has {most} {what}, of which each rank needs one at least; "
+                    f"possible are 1 to {most}, and with as many on every rank {_divisors(most)}{hint}"
                 )
         return cls(mesh, heads, rank, sequence, vision)
 
@@ -123,6 +123,10 @@ class Division:
 
 
 ALONE: Final = Division()
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(one) for one in range(1, number + 1) if number % one == 0)
 
 
 def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:

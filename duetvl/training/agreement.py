@@ -16,9 +16,11 @@ from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError, shown
 from duetvl.core.ranks import Ranks
+from duetvl.data.sources.fingerprint import Fingerprint, check_same_data
 from duetvl.storage.files import write_text
 from duetvl.training.feed import DataSets
-from duetvl.training.recipe.reading import check_degrees
+from duetvl.training.memory import division_of
+from duetvl.training.recipe.data_section import DataSection
 from duetvl.training.recipe.sections import Recipe
 from duetvl.version import __version__
 
@@ -89,11 +91,17 @@ def _code() -> int:
     return total
 
 
-def check_data(ranks: Ranks, sets: DataSets) -> None:
-    """Every rank reads the same data files."""
-    found = {f"{file.path} (bytes)": file.path.stat().st_size for file in sets.files}
-    counts = {"training records": sets.train_count, "validation records": sets.val_count}
-    check_same(ranks, "data", {**counts, **found}, "give every node the same files")
+def same_data(ranks: Ranks, data: DataSection) -> DataSets:
+    """The data sets of a recipe, which are the same files for every rank. Raises DataError on all."""
+    sets, own = ranks.together(lambda: _opened(data))
+    found, hosts = zip(*ranks.each((own, socket.gethostname())), strict=True)
+    ranks.first(lambda: check_same_data(found, hosts))
+    return sets
+
+
+def _opened(data: DataSection) -> tuple[DataSets, Fingerprint]:
+    sets = DataSets(data)
+    return sets, sets.fingerprint()
 
 
 def check_model(ranks: Ranks, recipe: Recipe) -> None:
@@ -106,7 +114,7 @@ def check_model(ranks: Ranks, recipe: Recipe) -> None:
 
 def _model(recipe: Recipe) -> dict[str, Any]:
     source = open_merged(recipe.model.path, base=recipe.model.base)
-    check_degrees(recipe.parallel, source.config)
+    division_of(recipe, source.config)
     return {"config.json": source.config.to_dict(), "weights": source.identity()["fingerprint"]}
 
 

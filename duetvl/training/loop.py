@@ -18,49 +18,26 @@ from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
-from duetvl.storage.checkpoint_format import MANIFEST, Meta
-from duetvl.storage.finding import CheckpointRef, find_checkpoint
-from duetvl.training.checkpoints.checkpoint import (
-    go_on_from,
-    load_checkpoint,
-    take_snapshot,
-)
-from duetvl.training.checkpoints.run_directory import (
-    Start,
-    begin,
-    export_kind,
-    note_saved,
-    set_other_kind_aside,
-    wanted_kind,
-)
+from duetvl.storage.finding import CheckpointRef
+from duetvl.training.checkpoints.checkpoint import go_on_from
+from duetvl.training.checkpoints.run_directory import Start, begin, note_saved
 from duetvl.training.checkpoints.saving import Saver
-from duetvl.training.checkpoints.space import Space
-from duetvl.training.checkpoints.writing import Snapshot, remove_leftovers
+from duetvl.training.checkpoints.writing import remove_leftovers
+from duetvl.training.ending import Export, TrainResult, last_losses
 from duetvl.training.failures import ending_alone
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
+from duetvl.training.room import room_warnings
 from duetvl.training.schedule import learning_rate, stretched, total_steps
 from duetvl.training.signals import StopSignals
-from duetvl.training.step import Outlook, StepGivenUp, StepResult, Trainer
+from duetvl.training.state import RunState
+from duetvl.training.step import Outlook, StepGivenUp, Trainer
+from duetvl.training.telling import Telling
 from duetvl.training.watching.callbacks import Callback, Callbacks, told
 from duetvl.training.watching.costs import Meter
-from duetvl.training.watching.metrics import RESERVED, check_own, read_metrics
 from duetvl.training.watching.trace import Trace
 from duetvl.training.watching.watch import watched
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended. Losses are means over tokens: of the last step, and of the last evaluation."""
-
-    run_dir: Path
-    step: int
-    loss: float | None
-    eval_loss: float | None
-    checkpoint: Path | None
-    stopped_by: int | None = None  # the number of the signal that ended it before its time
-    stop_reason: str | None = None  # what a callback said that did so
 
 
 @dataclass(frozen=True)
@@ -103,16 +80,14 @@ class Run:
         )
         self.ranks = self.trainer.ranks
         self.meter = Meter(recipe, backend, job.flops)
-        self.step = 0
         peers = self._peers()
         self.feed = self.ranks.together(lambda: self._fed(sets, start.checkpoint, peers))
-        self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
+        self.state = RunState(recipe, job, self.trainer, self.feed, backend)
         if job.before is not None:
             job.before(self.feed)
-        self.reserved = set(RESERVED)
         self.notes = start.notes
         if start.checkpoint is not None:
-            self.ranks.together(partial(self._restore, start.checkpoint))
+            self.ranks.together(partial(self.state.restore, start.checkpoint))
             rate = stretched(recipe, start.checkpoint.meta.recipe, sets.per_epoch, self.step)
             self.notes += (rate,) if rate and self.step < self.total else ()
         self.first_step = self.step
@@ -121,7 +96,7 @@ class Run:
         self.stop_reason: str | None = None
         self.caught: signal.Signals | None = None  # once the steps are over, the signal that any rank has had
         self.trace = Trace(recipe.log.profile, backend.device, self.run_dir / "profile", self.say)
-        self.export_dir = self.run_dir / "export"
+        self.export = Export(recipe, self.run_dir / "export", job.export)
         self.complete = False
 
     def _fed(self, sets: DataSets, ref: CheckpointRef | None, peers: Peers) -> Feed:
@@ -137,13 +112,13 @@ class Run:
     def _peers(self) -> Peers:
         """The ranks as the data sees them, connected."""
         engine = self.backend.collectives
-        return Peers.meet(self.recipe.parallel.mesh, engine.rank, engine.meeting_host(), engine.gather_objects)
+        return Peers.meet(self.recipe.parallel.mesh, engine.rank, engine.meeting_host(), self.ranks.each)
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
         with ExitStack() as feeding:
             self.ranks.together(lambda: feeding.enter_context(self.feed.started(self.total - self.step)))
-            warnings = self.ranks.first(self._room_warnings)
+            warnings = room_warnings(self.state, self.ranks, self.total - self.step)
             notes = self.ranks.first(self._begin)
             with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
                 self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework}){self._on_ranks()}")
@@ -180,6 +155,7 @@ class Run:
         with watched(
             self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, history=self.start.history
         ) as (self.watch, self.evaluated_step):
+            self.telling = Telling(self.state, self.watch, self.callbacks, self.total)
             self.signals = StopSignals(self._announce_stop, section.grace)
             if self.ranks.count == 1:  # many agree on it at the edge of a step
                 self.trainer.give_up = self.signals.pressing
@@ -215,7 +191,7 @@ class Run:
             return
         with told(error, f"step {self.step} could not be saved", self.say):
             if self.trainer.is_sound():
-                self.saver.save_last(self._snapshot, rotate=False)
+                self.saver.save_last(self.state.snapshot, rotate=False)
             else:
                 self.say(f"step {self.step} is not saved: its weights are not finite, or an update was under way")
 
@@ -252,13 +228,14 @@ class Run:
         work = None
         if not own.stops:
             self.trace.before(self.step + 1)
-            work = self.feed.next_step()
+            with self.ranks.telling(DataError):  # what ends the run for all, also for one that wishes to stop
+                work = self.feed.next_step()
         waited = time.perf_counter() - begun
         outlook = self.trainer.outlook(work, own)
         return _Ahead(work, outlook, waited, time.perf_counter() - begun)
 
     def _save(self) -> None:
-        self.saver.save(self._snapshot)
+        self.saver.save(self.state.snapshot)
         self._last_save = self.step, time.monotonic()
         self.watch.plot()
 
@@ -270,47 +247,11 @@ class Run:
         lr = learning_rate(self.step, self.total, self.recipe.optim)
         result = self.trainer.step(work, lr, self.step, ahead.outlook)
         seconds = time.perf_counter() - begun
-        self.step += 1
+        self.state.step += 1
         self.feed.done(work)
         self.trace.after(self.step)
-        if result is None:
-            names = ", ".join(work.sample_ids)
-            self.say(f"warning: step {self.step} has no trained token and is skipped; samples: {names}")
-        elif result.skipped is not None:
-            self.totals["skipped"] += 1
-            self.say(
-                f"warning: step {self.step} makes no update ({self.totals['skipped']:.0f} so far): {result.skipped}"
-            )
-        self._tell_left_out()
-        self._tell_step(work, result, lr, self.meter.row(work, seconds, ahead.waited))
-
-    def _tell_left_out(self) -> None:
-        for line in self.feed.news():
-            self.say(f"warning: {line}")
-
-    def _tell_step(self, work: Step, result: StepResult | None, lr: float, costs: Mapping[str, Any]) -> None:
-        self.totals["tokens"] += work.tokens
-        self.totals["trained_tokens"] += work.trained_tokens
-        self.totals["seconds"] += costs["step_s"]
-        row = {
-            "step": self.step,
-            "loss": result.loss if result else None,
-            "grad_norm": result.grad_norm if result else None,
-            "lr": lr,
-            **(result.values if result else {}),
-            **costs,
-            **{f"data_{kind}": number for kind, number in work.counts.items()},
-            "total_tokens": self.totals["tokens"],
-            "total_skipped": self.totals["skipped"],
-        }
-        self._write(row)
-        self.watch.show(row)
-        self.callbacks.call("on_step", row)
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        """A row of the trainer's own, whose names no callback may log."""
-        self.reserved |= row.keys()
-        self.watch.write(row)
+        costs = self.meter.row(work, seconds, ahead.waited, result.peak_memory if result else 0)
+        self.telling.step(work, result, lr, costs)
 
     def _finish(self) -> None:
         """The last evaluation, checkpoint and plot; after a signal the checkpoint alone."""
@@ -319,19 +260,14 @@ class Run:
             self._evaluate()
         self.saver.wait()
         if self.saved_step != self.step:
-            self.saver.save_last(self._snapshot)
+            self.saver.save_last(self.state.snapshot)
         self._agree_on_end()
         if self.caught is not None and self._unfinished():
             self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
             return
         if self.stop_reason is not None:
             self.say(f"stopped at step {self.step} of {self.total}: {self.stop_reason}")
-        if seconds := self.totals["seconds"]:
-            tokens = self.totals["tokens"]
-            self.say(f"{tokens:.0f} tokens in steps of {seconds:.0f} s together: {tokens / seconds:.0f} tokens/s")
-        summary = self.feed.summary()
-        if summary:
-            self.say(summary)
+        self.telling.summary()
         self.watch.plot()
         self.complete = True
 
@@ -341,13 +277,13 @@ class Run:
         self.caught = next((caught for caught, _ in told if caught is not None), None)
         self.stop_reason = next((reason for _, reason in told if reason is not None), None)
 
+    def _export_due(self) -> bool:
+        return self.export.is_due(None if self.step > self.first_step else self.start.checkpoint)
+
     def _export(self) -> None:
-        """Write `export/` of the last checkpoint."""
-        for note in set_other_kind_aside(self.export_dir, wanted_kind(self.recipe)):
-            self.say(note)
         assert self.saved is not None, "the last step is saved"
-        self.job.export(find_checkpoint(self.saved, kinds=("weights",)), self.export_dir)
-        self.say(f"exported {self.export_dir}")
+        for note in self.export.make(self.saved):
+            self.say(note)
 
     def _unfinished(self) -> bool:
         """Whether a signal has kept the run from something."""
@@ -355,17 +291,12 @@ class Run:
         evaluated = not self.feed.has_val or self.evaluated_step == self.step
         return not ended or not evaluated or self.ranks.first(self._export_due)
 
-    def _export_due(self) -> bool:
-        """Whether `export/` is asked for, and is not there as the last checkpoint and the recipe want it."""
-        if not self.recipe.checkpoint.export:
-            return False
-        ref = self.start.checkpoint
-        if ref is None or self.step > self.first_step or not self.export_dir.exists():
-            return True
-        older = self.export_dir.stat().st_mtime_ns < (ref.path / MANIFEST).stat().st_mtime_ns
-        return older or export_kind(self.export_dir) != wanted_kind(self.recipe)
-
     # -- what callbacks use ------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
 
     @property
     def model(self) -> Any:
@@ -383,16 +314,15 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add numbers to metrics.jsonl and every tracker."""
-        check_own(row, self.reserved)
-        self.watch.write({"step": self.step, **row})
+        self.telling.log(row)
 
     def log_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add texts to samples.jsonl and every tracker."""
         self.watch.write_answers(self.step, rows)
 
     def validation_samples(self, count: int) -> list[Sample | Pair]:
-        """The first `count` samples of the validation data."""
-        return self.feed.val_samples(count)
+        """The first `count` samples of the validation data, read by rank 0."""
+        return self.ranks.first(lambda: self.feed.val_samples(count))
 
     def stop(self, reason: str) -> None:
         """End the run after this step as if it were the last one."""
@@ -411,59 +341,18 @@ class Run:
         minutes, (step, then) = self.recipe.checkpoint.minutes, self._last_save
         return minutes is not None and self.step > step and time.monotonic() - then >= 60 * minutes
 
-    def _room_warnings(self) -> list[str]:
-        """What to say where disk or memory will not do; ConfigError where not one checkpoint has room."""
-        if self.step >= self.total:
-            return []
-        stored, parameters = self.job.checkpointed(), self.job.model.parameters
-        space = Space.of(stored, parameters, self.trainer.state, self.recipe, self.backend)
-        device, estimate = self.backend.device, self.job.memory and self.job.memory(self.feed.first_drafts())
-        found = [space.warning(self.run_dir, self.recipe.checkpoint, self.total - self.step, refuse=True)]
-        found += [estimate.warning(device.total_memory(), device.name)] if estimate else []
-        return [*filter(None, found)]
-
     def _evaluate(self) -> None:
         if not self.feed.has_val:
             return
-        groups = takewhile(lambda _: not self.stopping, self.feed.val_batches())
-        found = self.trainer.evaluate(chain.from_iterable(groups))
-        self._tell_left_out()
+        with self.ranks.telling(DataError):
+            groups = takewhile(lambda _: not self.stopping, self.feed.val_batches())
+            found = self.trainer.evaluate(chain.from_iterable(groups))
+        self.telling.left_out()
         if self.stopping:
             self.say(f"the evaluation after step {self.step} is given up")
             return
         self.evaluated_step = self.step
-        if not found.weight:
-            self.say(f"warning: step {self.step} has no eval_loss: no token of the validation data is trained")
-            return
-        values = {f"eval_{name}": value for name, value in found.values.items()}
-        row = {"step": self.step, "eval_loss": found.loss, "eval_tokens": found.tokens, **values}
-        self._write(row)
-        over = f"over {found.weight:.0f} {self.job.objective.unit}"
-        self.say(f"step {self.step}/{self.total}  eval_loss {found.loss:.4f}  {over}")
-        self.callbacks.call("on_eval", row)
-
-    def _snapshot(self, *, copy: bool) -> Snapshot:
-        return take_snapshot(
-            step=self.step,
-            parameters=self.job.checkpointed(),
-            owned=self.trainer.owned,
-            optimizer_state=self.trainer.state,
-            division=self.job.division,
-            meta=Meta(
-                recipe=self.recipe.model_dump(mode="json"),
-                model_config=self.job.model_config,
-                data_position=self.feed.position,
-                random_state={"seed": self.recipe.data.seed, "step": self.step},
-                extra={
-                    "totals": dict(self.totals),
-                    "trainer": self.trainer.to_json(),
-                    "base_model": dict(self.job.base),
-                    "reference": dict(self.job.reference),
-                },
-            ),
-            backend=self.backend,
-            copy=copy,
-        )
+        self.telling.evaluation(found)
 
     def _saved(self, path: Path, step: int) -> None:
         self.saved, self.saved_step = path, step
@@ -472,42 +361,7 @@ class Run:
         self.say(f"saved {path}")
         self.callbacks.call("on_save", path)
 
-    def _restore(self, ref: CheckpointRef) -> None:
-        _check_same(ref, "base_model", self.job.base, "its adapters belong to")
-        _check_same(ref, "reference", self.job.reference, "its policy was compared with")
-        load_checkpoint(
-            ref,
-            parameters=self.job.checkpointed(),
-            owned=self.trainer.owned,
-            optimizer_state=self.trainer.state,
-            backend=self.backend,
-        )
-        self.step = ref.step
-        self.totals |= ref.meta.extra.get("totals", {})
-        self.trainer.restore(ref.meta.extra.get("trainer", {}))
-
     def _result(self) -> TrainResult:
-        rows = read_metrics(self.run_dir)
-        return TrainResult(
-            run_dir=self.run_dir,
-            step=self.step,
-            loss=_last(rows, "loss"),
-            eval_loss=_last(rows, "eval_loss"),
-            checkpoint=self.saved,
-            stopped_by=None if self.caught is None or self.complete else int(self.caught),
-            stop_reason=self.stop_reason,
-        )
-
-
-def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:
-    """Raise CheckpointError unless weights that are not in the checkpoint are those that it was trained with."""
-    stored = ref.meta.extra.get(key) or {}
-    if stored and stored["fingerprint"] != found.get("fingerprint"):
-        raise CheckpointError(
-            f"{ref.path}: {what} other weights than those of {found.get('path')} now (fingerprint "
-            f"{stored['fingerprint']}, found {found.get('fingerprint')}); restore {stored['path']}, or begin a new run"
-        )
-
-
-def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+        loss, eval_loss = last_losses(self.run_dir)
+        stopped_by = None if self.caught is None or self.complete else int(self.caught)
+        return TrainResult(self.run_dir, self.step, loss, eval_loss, self.saved, stopped_by, self.stop_reason)

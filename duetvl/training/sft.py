@@ -9,6 +9,7 @@ from typing import Final
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
+from duetvl.core.ranks import Ranks
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.media.plan import MediaSettings
 from duetvl.data.media.video import FrameRule
@@ -21,7 +22,7 @@ from duetvl.parallel.tensor import layout_of
 from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.job import Job
-from duetvl.training.lora import adapt, base_of, plan_adapters, stored_parameters
+from duetvl.training.lora import AdapterPlan, adapt, base_of, plan_adapters, stored_parameters
 from duetvl.training.memory import division_of, memory_of
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
@@ -36,18 +37,10 @@ LF_VIDEO: Final = (16 * 16, 256 * 256)
 
 
 def prepare(recipe: Recipe, backend: Backend) -> Job:
-    """Load what the recipe names."""
-    dtype = recipe.model.dtype
-    if not backend.device.supports(dtype):
-        raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
-    if recipe.train.recompute != "none" and not backend.capabilities.recomputation:
-        framework = backend.capabilities.framework
-        raise ConfigError(f"train.recompute {recipe.train.recompute}: {framework} cannot recompute; set it to none")
-    source = open_merged(recipe.model.path, base=recipe.model.base)
-    encoder = record_encoder(recipe, recipe_processor(recipe, source))
-    plan = plan_adapters(recipe, source.config)
+    """Load what the recipe names: first whatever may fail on one rank alone, then what ranks ask each other for."""
+    ranks = Ranks(backend.collectives)
+    source, encoder, plan, model = ranks.together(lambda: _loaded(recipe, backend))
     division = division_of(recipe, source.config, backend.collectives.rank)
-    model: QwenVL = load_model(source, backend=backend, dtype=dtype, division=division)
     model.layout = layout_of(division, backend)
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
@@ -67,6 +60,22 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         memory=partial(memory_of, recipe, model.config, plan.adapters if plan else None),
         division=division,
     )
+
+
+def _loaded(recipe: Recipe, backend: Backend) -> tuple[ModelDirectory, AnswerEncoder, AdapterPlan | None, QwenVL]:
+    """The model on disk and as this rank holds it, what makes samples for it, and the adapters that it will get."""
+    dtype = recipe.model.dtype
+    if not backend.device.supports(dtype):
+        raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
+    if recipe.train.recompute != "none" and not backend.capabilities.recomputation:
+        framework = backend.capabilities.framework
+        raise ConfigError(f"train.recompute {recipe.train.recompute}: {framework} cannot recompute; set it to none")
+    source = open_merged(recipe.model.path, base=recipe.model.base)
+    encoder = record_encoder(recipe, recipe_processor(recipe, source))
+    plan = plan_adapters(recipe, source.config)
+    division = division_of(recipe, source.config, backend.collectives.rank)
+    model: QwenVL = load_model(source, backend=backend, dtype=dtype, division=division)
+    return source, encoder, plan, model
 
 
 def _objective(recipe: Recipe, backend: Backend) -> Objective:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -90,13 +90,24 @@ class Outlook:
 class StepResult:
     """`loss` and `values` are the objective's means, `grad_norm` the norm of the loss' gradient before clipping.
 
-    `skipped` says why there was no update, where there was none.
+    `skipped` says why there was no update, where there was none. `peak_memory`: the most bytes that any rank has held,
+    as its device knew before the update.
     """
 
     loss: float
     grad_norm: float
     values: Mapping[str, float] = field(default_factory=dict)
     skipped: str | None = None
+    peak_memory: int = 0
+
+
+class _OfAll(NamedTuple):
+    """What all ranks know after the backward pass: the norm of their gradients, sums, the largest peak of memory."""
+
+    norm: float
+    loss: float
+    logged: list[float]
+    peak_memory: int
 
 
 @dataclass(frozen=True)
@@ -185,17 +196,17 @@ class Trainer:
         self.zero.begin(outlook.pictures)
         sums, values = self._accumulate(packs, number, scale / weight)
         self.zero.reduce()
-        norm, total, *logged = self._of_all(sums, values)
-        norm, loss = norm / scale, total / weight
-        means = {name: value / weight for name, value in zip(self.objective.logged, logged, strict=True)}
+        found = self._of_all(sums, values)
+        norm = found.norm / scale
+        means = {name: value / weight for name, value in zip(self.objective.logged, found.logged, strict=True)}
         if self.loss_scale:
             means["loss_scale"] = scale
-        skipped = self._unusable(total, norm, sums, list(packs.values()), number)
+        skipped = self._unusable(found.loss, norm, sums, list(packs.values()), number)
         if skipped is None:
             self._update(lr, norm, scale)
         else:
             self._drop_gradients()
-        return StepResult(loss, norm, means, skipped)
+        return StepResult(found.loss / weight, norm, means, skipped, found.peak_memory)
 
     def is_sound(self) -> bool:
         """Whether the weights are those after a whole number of updates, and all finite: worth being saved."""
@@ -261,13 +272,15 @@ class Trainer:
             values.append(logged)
         return [self._number(loss) for loss in losses], values  # read at the end: the device need not wait in between
 
-    def _of_all(self, sums: Sequence[float], values: Sequence[Sequence[Tensor]]) -> list[float]:
-        """By one exchange: the norm of all ranks' gradients, the sum of their losses and of each logged value."""
+    def _of_all(self, sums: Sequence[float], values: Sequence[Sequence[Tensor]]) -> _OfAll:
+        """By one exchange: of losses and of each logged value the sum over the micro-batches of all ranks."""
         own = [p for group in self.groups for p in group.parameters]  # each number is owned by one rank
         logged = [sum(self._number(one[place]) for one in values) for place in range(len(self.objective.logged))]
         counted = [sum(sums), *logged] if self._counts else [0.0] * (1 + len(logged))
-        norms, *columns = zip(*self.ranks.each([self.backend.optimizer.grad_norm(own), *counted]), strict=True)
-        return [math.hypot(*norms), *map(sum, columns)]
+        peak = self.backend.device.peak_memory()
+        told = self.ranks.each([self.backend.optimizer.grad_norm(own), peak, *counted])
+        norms, peaks, losses, *columns = zip(*told, strict=True)
+        return _OfAll(math.hypot(*norms), sum(losses), [*map(sum, columns)], round(max(peaks)))
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Of all ranks, of those with the same packs once."""

@@ -13,12 +13,12 @@ from duetvl.core.backend import Backend, load_backend
 from duetvl.core.errors import ConfigError
 from duetvl.core.ranks import Ranks
 from duetvl.storage.finding import found_by_all
-from duetvl.training.agreement import check_data, check_model, check_one_disk, check_program
+from duetvl.training.agreement import check_model, check_one_disk, check_program, same_data
 from duetvl.training.checkpoints.run_directory import find_start, locked, start_anew
+from duetvl.training.ending import TrainResult
 from duetvl.training.failures import ending_alone, leaving_together, set_failures_aside
-from duetvl.training.feed import DataSets
 from duetvl.training.job import Job
-from duetvl.training.loop import Run, TrainResult
+from duetvl.training.loop import Run
 from duetvl.training.recipe.reading import for_world, load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.callbacks import Callback
@@ -40,8 +40,9 @@ def train(
     `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
     checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step, and `restart`
     sets aside what the directory holds and starts at the beginning.
-    `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. `callbacks` are called
-    as the run goes along. However it ends, no file is left half-written.
+    `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. Where it asks other ranks
+    otherwise than by `Ranks`, no rank may fail alone before that. `callbacks` are called as the run goes along. However
+    it ends, no file is left half-written.
     """
     given = read_recipe(recipe, overrides)
     if restart and resume is not None:
@@ -62,8 +63,7 @@ def train(
                 start = ranks.first(lambda: start_anew(given))
             else:
                 start = found_by_all(ranks, lambda verify: find_start(given, resume, verify))
-            sets = ranks.together(lambda: DataSets(given.data))
-            check_data(ranks, sets)
+            sets = same_data(ranks, given.data)
             job = _job(prepare, given, backend, ranks)
             return Run(given, job, backend, replace(start, notes=(*notes, *start.notes)), sets, callbacks).run()
 

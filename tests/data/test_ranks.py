@@ -380,11 +380,14 @@ def test_a_rank_whose_main_thread_does_something_else_is_no_error(tmp_path: Path
 
 def test_a_rank_with_other_data_files_is_named() -> None:
     ours = (FileFacts("a.jsonl", 10, 2), FileFacts("b.tar", 7, None))
-    check_same_data([ours, ours, ours])
+    hosts = ["here", "there", "beyond"]
+    check_same_data([ours, ours, ours], hosts)
     fewer = (FileFacts("a.jsonl", 10, 1), ours[1])
     with pytest.raises(
-        DataError, match=r"rank 2 has found a.jsonl with 10 bytes and 1 records, where rank 0 has a.jso"
+        DataError, match=r"rank 2 \(beyond\) has found a.jsonl with 10 bytes and 1 records, where rank 0 \(here\) has a"
     ):
-        check_same_data([ours, ours, fewer])
-    with pytest.raises(DataError, match=r"rank 1 has found no further data file, where rank 0 has b.tar with 7 bytes;"):
-        check_same_data([ours, ours[:1]])
+        check_same_data([ours, ours, fewer], hosts)
+    with pytest.raises(
+        DataError, match=r"rank 1 .* has found no further data file, where rank 0 .* has b.tar with 7 bytes;"
+    ):
+        check_same_data([ours, ours[:1]], hosts)

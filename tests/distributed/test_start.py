@@ -126,4 +126,5 @@ def test_a_torch_rank_that_leaves_is_noticed() -> None:
     ]
     out = [run.communicate(timeout=60)[0] for run in runs]
     assert out[0].startswith("BackendError"), out
-    assert "all_reduce failed on rank 0 of 2" in out[0]
+    assert "all_reduce failed on rank 0 of 2: another rank has " in out[0]
+    assert out[0].isascii() and "/" not in out[0] and len(out[0].splitlines()) == 1, "in the engine's words"

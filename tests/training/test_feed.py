@@ -43,7 +43,7 @@ def test_a_fingerprint_tells_data_from_others(files, streaming):
         ("a.jsonl", None if streaming else 20),
         ("b.jsonl", 10),
     ]
-    check_same_data([ours, DataSets(data).fingerprint()])
+    check_same_data([ours, DataSets(data).fingerprint()], ["here", "there"])
     with open(files / "a.jsonl", "a") as file:
         file.write((files / "b.jsonl").read_text())
     theirs = DataSets(data).fingerprint()

@@ -11,8 +11,9 @@ import pytest
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.models.qwen_vl.config import published_config
+from duetvl.training.memory import division_of
 from duetvl.training.recipe import text
-from duetvl.training.recipe.reading import check_degrees, check_layers, check_world, for_world, load_recipe, make_recipe
+from duetvl.training.recipe.reading import check_layers, check_world, for_world, load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import recipe_reference
 from duetvl.training.recipe.yaml_values import parse_yaml, write_yaml
@@ -228,9 +229,9 @@ def test_dp_auto_takes_the_rest_of_the_processes():
 
 def test_degrees_that_a_model_cannot_have_are_refused_with_the_possible_ones():
     model = published_config("Qwen2.5-VL-3B")
-    check_degrees(make("parallel.tp=16").parallel, model)
-    with pytest.raises(ConfigError, match=r"tp 17: .* has 16 query heads.*possible are 1 to 16, .* 1, 2, 4, 8, 16"):
-        check_degrees(make("parallel.tp=17").parallel, model)
+    assert division_of(make("parallel.tp=16"), model).mesh.tp == 16
+    with pytest.raises(ConfigError, match=r"tp 17: .* has 16 query heads.*possible are 1 to 16, .* 1, 2, 4, 8, 16$"):
+        division_of(make("parallel.tp=17"), model)
 
 
 def test_layers_of_stages_are_flat_or_a_row_for_each_virtual_stage():

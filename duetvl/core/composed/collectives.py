@@ -241,11 +241,19 @@ class ComposedCollectives(Collectives):
         except BackendError as error:
             raise BackendError(f"{name} failed on rank {self.rank} of {self.size}: {error}") from None
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
             raise BackendError(
-                f"{name} failed on rank {self.rank} of {self.size}, probably because another rank has ended or is "
-                f"stuck: see the other ranks' logs ({reason})"
+                f"{name} failed on rank {self.rank} of {self.size}: {_plain(error)}; see the other ranks' logs"
             ) from error
+
+
+def _plain(error: RuntimeError) -> str:
+    """What an engine's error means, whose own words name files of its source."""
+    words = str(error).lower()
+    if "timed out" in words or "timeout" in words:
+        return f"another rank has not answered for {time_limit('DUETVL_PEER_TIMEOUT'):g} seconds (DUETVL_PEER_TIMEOUT)"
+    if "connection" in words:
+        return "another rank has ended"
+    return "another rank has probably ended, or is stuck"
 
 
 def even(rows: int, count: int, name: str) -> list[int]:

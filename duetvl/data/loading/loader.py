@@ -309,8 +309,11 @@ class Planned:
             loads.clear()
             verdicts[number] = _Verdict(0, 0, lost)
             if samples:
-                batch = batches[number] = self.maker.encoder.pack(samples)
-                verdicts[number] = _Verdict(batch.tokens, batch.trained_tokens, lost)
+                try:
+                    batch = batches[number] = self.maker.encoder.pack(samples)
+                    verdicts[number] = _Verdict(batch.tokens, batch.trained_tokens, lost)
+                except DataError as error:  # an encoder's own; which sample it is, it says itself
+                    lost.append((self.packs[number][0], NotItsFault(str(error))))
             if any(self.findings.ends_run(error) for _, error in lost):
                 break
         return verdicts, batches

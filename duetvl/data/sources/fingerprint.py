@@ -23,16 +23,16 @@ class FileFacts(NamedTuple):
 Fingerprint = tuple[FileFacts, ...]
 
 
-def check_same_data(found: Sequence[Fingerprint]) -> None:
+def check_same_data(found: Sequence[Fingerprint], hosts: Sequence[str]) -> None:
     """Raise DataError, with the same words for all, unless every rank has found what rank 0 has.
 
-    `found` holds the fingerprint of each rank (`DataSets.fingerprint`), in their order.
+    `found` holds the fingerprint of each rank (`DataSets.fingerprint`) and `hosts` where it runs, in their order.
     """
     for rank, other in enumerate(found):
         for ours, theirs in _different(found[0], other):
             raise DataError(
-                f"rank {rank} has found {theirs or 'no further data file'}, where rank 0 has "
-                f"{ours or 'no further data file'}; give every node the same data files"
+                f"rank {rank} ({hosts[rank]}) has found {theirs or 'no further data file'}, where rank 0 ({hosts[0]}) "
+                f"has {ours or 'no further data file'}; give every node the same data files"
             )
 
 

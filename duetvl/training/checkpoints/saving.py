@@ -76,7 +76,7 @@ class Saver:
         copied = self._copy(take) if self._thread else None
         taken = copied or take(copy=False)
         try:
-            staging = self._begun(taken, self.keep_last)
+            staging = self._begun(taken, self.keep_last, waits=self._thread is not None and copied is None)
         except CheckpointError as error:
             self.warn(f"warning: {error}")
             return
@@ -142,15 +142,22 @@ class Saver:
         try:
             return take(copy=True)
         except MemoryError:
-            self.warn("warning: there is no memory for a copy of the checkpoint: training waits until it is written")
             return None
 
     # -- what ranks do together, at a step's edge ---------------------------------------------------------------------
 
-    def _begun(self, taken: Snapshot, keep_last: int | None) -> Path:
-        """The directory that rank 0 has made for the files of all; its CheckpointError on all ranks."""
-        (needed,) = self.ranks.sum([taken.nbytes])
-        return self.ranks.first(lambda: begin_save(self.run_dir, taken.step, round(needed), keep_last))
+    def _begun(self, taken: Snapshot, keep_last: int | None, *, waits: bool = False) -> Path:
+        """The directory that rank 0 has made for the files of all; its CheckpointError on all ranks.
+
+        `waits`: this rank has no memory for a copy.
+        """
+        sizes, waiting = zip(*self.ranks.each((taken.nbytes, waits)), strict=True)
+        if any(waiting):
+            where = f" on rank {waiting.index(True)}" if self.ranks.count > 1 else ""
+            self.warn(
+                f"warning: there is no memory for a copy of the checkpoint{where}: training waits until it is written"
+            )
+        return self.ranks.first(lambda: begin_save(self.run_dir, taken.step, sum(sizes), keep_last))
 
     def _agreed(self, under_way: _UnderWay) -> Path:
         """The checkpoint's directory as rank 0 knows it, or its CheckpointError, once every rank has ended its part."""

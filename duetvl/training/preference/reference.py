@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
-from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError, DataError
 from duetvl.core.ranks import Ranks
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -29,7 +30,7 @@ from duetvl.parallel.division import ALONE, Division
 from duetvl.parallel.tensor import layout_of
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
-from duetvl.training.preference.reference_cache import ReferenceCache, reference_name, short_hash
+from duetvl.training.preference.reference_cache import Add, ReferenceCache, reference_name, short_hash
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.metrics import Progress
 
@@ -101,25 +102,33 @@ def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend)
     What is done is kept if this is interrupted.
     """
     reference, ranks = reference_of(model, backend.ops), Ranks(backend.collectives)
-    with ExitStack() as open_things:
-        add: Callable[[Sequence[bytes], np.ndarray], Any] = cache.learn
-        if ranks.writes:
-            progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20))
+    progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20)) if ranks.writes else None
+    with ExitStack() as open_things, ranks.telling(DataError, CheckpointError):
+        if progress is not None:
             open_things.callback(progress.close)
-            add = open_things.enter_context(cache.filling())
+        opened = list[Add]()
+        ranks.first(lambda: opened.append(open_things.enter_context(cache.filling())))
         cache.learn_from(ranks.agree(cache))
         seen: set[bytes] = set()
         for batches in data.everything():
-            for digests, missing, sums in ranks.each(_answers(cache, batches, reference, backend)):
-                seen.update(digests)
-                add(missing, sums)
-            if ranks.writes:
+            found = ranks.each(_answers(cache, batches, reference, backend))
+            ranks.first(partial(_add, found, opened[0] if opened else cache.learn))
+            if not ranks.writes:
+                _add(found, cache.learn)
+            seen.update(digest for digests, _, _ in found for digest in digests)
+            if progress is not None:
                 progress.step({"step": len(seen)})
 
 
-def _answers(
-    cache: ReferenceCache, batches: Sequence[Batch], reference: Reference, backend: Backend
-) -> tuple[list[bytes], list[bytes], np.ndarray]:
+Found = tuple[list[bytes], list[bytes], np.ndarray]
+
+
+def _add(found: Sequence[Found], add: Callable[[Sequence[bytes], np.ndarray], Any]) -> None:
+    for _, missing, sums in found:
+        add(missing, sums)
+
+
+def _answers(cache: ReferenceCache, batches: Sequence[Batch], reference: Reference, backend: Backend) -> Found:
     """The pairs of some micro-batches; those of micro-batches that hold one which the cache lacks, and their sums."""
     lacking = [batch for batch in batches if cache.lacks(batch.digests)]
     sums = [_checked(batch, backend.to_numpy(reference(batch))) for batch in lacking]
@@ -169,7 +178,8 @@ def _held(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division) 
     source = reference_model(recipe)
     check_same_inputs(policy.config, source.config, source.name)
     own = division.for_model(source.config)
-    model: QwenVL = load_model(source, backend=backend, dtype=recipe.model.dtype, division=own)
+    loaded = partial(load_model, source, backend=backend, dtype=recipe.model.dtype, division=own)
+    model: QwenVL = Ranks(backend.collectives).together(loaded)
     model.layout = layout_of(own, backend)
     return model
 

@@ -97,20 +97,6 @@ def not_built(parallel: ParallelSection) -> str:
     return f"{what} cannot be run by this release; {' '.join(fields)} takes the same steps with tp and dp alone"
 
 
-def check_degrees(parallel: ParallelSection, config: ModelConfig) -> None:
-    """Raise ConfigError where the model cannot be divided so."""
-    heads = config.text.num_heads
-    if parallel.tp > heads:
-        raise ConfigError(
-            f"parallel.tp {parallel.tp}: the language model has {heads} query heads, and each rank needs one; possible "
-            f"are 1 to {heads}, and with the same number of heads on every rank {_divisors(heads)}"
-        )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(one) for one in range(1, number + 1) if number % one == 0)
-
-
 def check_layers(parallel: ParallelSection, config: ModelConfig) -> None:
     """Raise ConfigError unless the stages' layers add up to the model's."""
     placed = (

@@ -28,8 +28,12 @@ class Running(Protocol):
     recipe: Recipe
     backend: Backend
     run_dir: Path
-    step: int  # optimizer steps done
     total: int  # optimizer steps of the whole run
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        ...
 
     @property
     def model(self) -> Any:
@@ -57,7 +61,7 @@ class Running(Protocol):
         ...
 
     def validation_samples(self, count: int) -> list[Sample | Pair]:
-        """The first `count` samples of the validation data; none where there is no such data."""
+        """The first `count` samples of the validation data; none where there is no such data. Every rank has to ask."""
         ...
 
     def stop(self, reason: str) -> None:

@@ -53,8 +53,8 @@ class Meter:
         known = peak_flops(backend.device.product, recipe.model.dtype)
         self.peak = stated * 1e12 if stated is not None else known
 
-    def row(self, work: Step, seconds: float, waited: float) -> dict[str, Any]:
-        """`seconds` of the whole step, of which it `waited` for its data."""
+    def row(self, work: Step, seconds: float, waited: float, peak_memory: int = 0) -> dict[str, Any]:
+        """`seconds` of the whole step, of which it `waited` for its data; `peak_memory` that of another rank."""
         found = {
             "tokens": work.tokens,
             "trained_tokens": work.trained_tokens,
@@ -63,7 +63,7 @@ class Meter:
             "tokens_per_sample": work.tokens / max(1, len(work.sample_ids)),
             "step_s": seconds,
             "data_wait": waited / seconds,
-            "peak_memory": self.device.peak_memory(),
+            "peak_memory": max(peak_memory, self.device.peak_memory()),
         }
         if self.flops is not None and self.peak is not None:
             found["mfu"] = sum(map(self.flops, work.batches)) / seconds / self.peak

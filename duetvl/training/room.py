@@ -1,0 +1,40 @@
+"""What to say before the first step where the disk or the memory of a rank will not do."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from duetvl.core.ranks import Ranks
+from duetvl.training.checkpoints.space import Space
+from duetvl.training.state import RunState
+
+
+def room_warnings(state: RunState, ranks: Ranks, steps: int) -> list[str]:
+    """Of a run that is to make so many more steps; the same on all ranks.
+
+    The run directory is one for all, and rank 0 looks at its disk; memory is each rank's own. Raises ConfigError where
+    not one checkpoint has room.
+    """
+    if steps <= 0:
+        return []
+    found = [ranks.first(lambda: _disk(state, steps)), _memory(state, ranks)]
+    return [*filter(None, found)]
+
+
+def _disk(state: RunState, steps: int) -> str | None:
+    recipe, job = state.recipe, state.job
+    space = Space.of(job.checkpointed(), job.model.parameters, state.trainer.state, recipe, state.backend)
+    return space.warning(Path(recipe.train.output_dir), recipe.checkpoint, steps, refuse=True)
+
+
+def _memory(state: RunState, ranks: Ranks) -> str | None:
+    """The warning of the first rank that has one: rank 0's says it for all, another's says where it is."""
+    memory, device = state.job.memory, state.backend.device
+    estimate = ranks.first(lambda: memory and memory(state.feed.first_drafts()))
+    own = estimate.warning(device.total_memory(), device.name) if estimate else None
+    told = ranks.each((socket.gethostname(), own))
+    rank, host, text = next(((rank, host, text) for rank, (host, text) in enumerate(told) if text), (0, "", None))
+    if not text or not rank:
+        return text
+    return f"warning: rank {rank} ({host}): {text.removeprefix('warning: ')}"

@@ -1,0 +1,76 @@
+"""How far a run has come: what its checkpoints keep of it, and how it goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from duetvl.core.backend import Backend
+from duetvl.core.errors import CheckpointError
+from duetvl.storage.checkpoint_format import Meta
+from duetvl.storage.finding import CheckpointRef
+from duetvl.training.checkpoints.checkpoint import load_checkpoint, take_snapshot
+from duetvl.training.checkpoints.writing import Snapshot
+from duetvl.training.feed import Feed
+from duetvl.training.job import Job
+from duetvl.training.recipe.sections import Recipe
+from duetvl.training.step import Trainer
+
+
+class RunState:
+    """Steps done and what they add up to, beside the tensors, the data position and the loss scale."""
+
+    def __init__(self, recipe: Recipe, job: Job, trainer: Trainer, feed: Feed, backend: Backend):
+        """At the start."""
+        self.recipe, self.job, self.trainer, self.feed, self.backend = recipe, job, trainer, feed, backend
+        self.step = 0
+        self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
+
+    def snapshot(self, *, copy: bool) -> Snapshot:
+        """What this rank writes of a checkpoint of this moment."""
+        return take_snapshot(
+            step=self.step,
+            parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
+            optimizer_state=self.trainer.state,
+            division=self.job.division,
+            meta=Meta(
+                recipe=self.recipe.model_dump(mode="json"),
+                model_config=self.job.model_config,
+                data_position=self.feed.position,
+                random_state={"seed": self.recipe.data.seed, "step": self.step},
+                extra={
+                    "totals": dict(self.totals),
+                    "trainer": self.trainer.to_json(),
+                    "base_model": dict(self.job.base),
+                    "reference": dict(self.job.reference),
+                },
+            ),
+            backend=self.backend,
+            copy=copy,
+        )
+
+    def restore(self, ref: CheckpointRef) -> None:
+        """Go on from a checkpoint, whose data position the feed has already. CheckpointError for another model's."""
+        _check_same(ref, "base_model", self.job.base, "its adapters belong to")
+        _check_same(ref, "reference", self.job.reference, "its policy was compared with")
+        load_checkpoint(
+            ref,
+            parameters=self.job.checkpointed(),
+            owned=self.trainer.owned,
+            optimizer_state=self.trainer.state,
+            backend=self.backend,
+        )
+        self.step = ref.step
+        self.totals |= ref.meta.extra.get("totals", {})
+        self.trainer.restore(ref.meta.extra.get("trainer", {}))
+
+
+def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:
+    """Raise CheckpointError unless weights that are not in the checkpoint are those that it was trained with."""
+    stored = ref.meta.extra.get(key) or {}
+    if stored and stored["fingerprint"] != found.get("fingerprint"):
+        raise CheckpointError(
+            f"{ref.path}: {what} other weights than those of {found.get('path')} now (fingerprint "
+            f"{stored['fingerprint']}, found {found.get('fingerprint')}); restore {stored['path']}, or begin a new run"
+        )
