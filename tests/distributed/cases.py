@@ -185,13 +185,13 @@ def answers_of_a_divided_model(be: Backend) -> None:
 # -- training over ranks (steps.py) ------------------------------------------------------------------------------------
 
 
-def in_steps(name: str) -> None:
-    """A check of steps.py, which the ranks import alone: pytest knows this directory as a package."""
+def imported(module: str, name: str) -> None:
+    """A check of steps.py or whole_runs.py, which the ranks import alone: pytest knows this directory as a package."""
 
     def check(be: Backend) -> None:
-        getattr(import_module("steps"), name)(be)
+        getattr(import_module(module), name)(be)
 
-    check.__name__ = name.replace("check_", "steps_")
+    check.__name__ = name.replace("check_", f"{module}_")
     case(check)
 
 
@@ -199,7 +199,13 @@ for each in (
     "check_rows", "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided",
     "check_adapters", "check_preferences", "check_half", "check_overflow", "check_not_finite", "check_edges",
 ):  # fmt: skip
-    in_steps(each)
+    imported("steps", each)
+
+
+# -- whole runs (whole_runs.py) ----------------------------------------------------------------------------------------
+
+for each in ("check_other_data", "check_bad_record_of_one_rank", "check_stops", "check_watching", "check_odd_sizes"):
+    imported("whole_runs", each)
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------

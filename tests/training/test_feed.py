@@ -47,7 +47,9 @@ def test_a_fingerprint_tells_data_from_others(files, streaming):
     with open(files / "a.jsonl", "a") as file:
         file.write((files / "b.jsonl").read_text())
     theirs = DataSets(data).fingerprint()
-    with pytest.raises(DataError, match=r"rank 1 \(there\) has found .*a.jsonl with .*, where rank 0 \(here\) has .*a.jsonl with"):
+    with pytest.raises(
+        DataError, match=r"rank 1 \(there\) has found .*a.jsonl with .*, where rank 0 \(here\) has .*a.jsonl with"
+    ):
         check_same_data([ours, theirs], ["here", "there"])
 
 
