@@ -13,7 +13,7 @@ import divided_models
 import pytest
 
 from duetvl.core.backend import Backend
-from duetvl.core.errors import CheckpointError, ConfigError, DuetvlError, RankFailed
+from duetvl.core.errors import BackendError, CheckpointError, ConfigError, DuetvlError, RankFailed
 from duetvl.core.ranks import Ranks
 from duetvl.models.qwen_vl.loading import write_random_model
 from duetvl.training.agreement import check_model, check_one_disk, check_program
@@ -51,6 +51,19 @@ def errors_are_shared(be: Backend) -> None:
     assert found.value is bug if me == 2 else not found.value.agreed
     before = partial(ranks.together, lambda: failing(missing) if me == 1 else ranks.agree(me))
     refused(before, CheckpointError, r"^rank 1 \(.*\): a file is missing$")
+    waited = BackendError("rank 2 has gone")
+    left = partial(ranks.together, lambda: failing(bug if me == 2 else waited))
+    with pytest.raises(ValueError if me == 2 else RankFailed, match="of ours"):  # not what comes of it on others
+        left()
+
+    def in_a_step(error: Exception) -> None:
+        """Some ranks get an error where others are on their way to what they ask next."""
+        with ranks.telling(CheckpointError):
+            if me > 1:
+                raise error
+        ranks.agree(me)
+
+    refused(lambda: in_a_step(missing), CheckpointError, r"^rank 2 \(.*\): a file is missing$")
     assert ranks.agree(me) == 0  # they are still in step
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
+from duetvl.storage.finding import find_checkpoint
 from duetvl.training.checkpoints.export import export_run
 from duetvl.training.watching.metrics import read_metrics
 
@@ -45,3 +46,18 @@ def test_two_by_two_ranks_one_process_and_three_ranks_make_one_curve(run, tmp_pa
     export_run(f"{tmp_path}/grid", tmp_path / "exported")
     for file in (tmp_path / "grid" / "export").iterdir():
         assert file.read_bytes() == (tmp_path / "exported" / file.name).read_bytes(), file.name
+
+
+def test_a_stream_goes_on_in_mid_epoch_with_the_same_samples_on_fewer_ranks(run, tmp_path):
+    """Twelve records in steps of five: each checkpoint lies within an epoch."""
+    stream = ("data.streaming=true", "data.shuffle_buffer=5", "data.workers=2", "train.global_batch=5")
+    stream += ("optim.eps=1e-4",)
+    whole = run("whole", "torch_npu", 1, *stream, "data.workers=0")
+    three = run("three", "torch_npu", 3, *stream, "parallel.dp=3", "checkpoint.every=2")
+    two = run("two", "mindspore", 2, *stream, "parallel.dp=2", "--resume", f"{tmp_path}/three@2")
+    assert three == pytest.approx(whole, rel=1e-5)
+    assert two == pytest.approx(whole, rel=1e-5)
+    ends = [find_checkpoint(tmp_path / name, 6).meta.data_position for name in ("whole", "two")]
+    assert ends[0] == ends[1]
+    rows = [read_metrics(tmp_path / name) for name in ("whole", "two")]
+    assert [row["total_tokens"] for row in rows[0]] == [row["total_tokens"] for row in rows[1]]
