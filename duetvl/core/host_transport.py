@@ -260,7 +260,7 @@ class _Peer:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            raise BackendError(f"rank {self.rank} has gone ({error}); see its log") from None
+            raise BackendError(f"rank {self.rank} has gone ({error.strerror or error}); see its log") from None
         return not self.out and not self.into
 
     def _write(self) -> None:

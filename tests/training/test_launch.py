@@ -214,3 +214,13 @@ def test_what_a_user_gets_wrong_is_one_line_and_no_restart(launch: Launch, full:
     assert [line for line in told.splitlines() if not line.startswith("launch: 2 ranks")] == [
         f"error: {launch.place / 'none.jsonl'}: no such file"
     ]
+
+    records = (launch.place / "data.jsonl").read_text().splitlines(keepends=True)
+    bad = launch.place / "bad.jsonl"
+    bad.write_text("".join(records[:10]) + records[10].replace("green10.png", "gone.png"))  # of the third step
+    given = (f"data.train={bad}", "data.val=null", "data.shuffle=false", "train.steps=5")
+    process = launch.start(*given, options=("--restarts=2",))
+    told = launch.end(process, 120)
+    assert process.returncode == 2 and "starting again" not in told, told
+    assert [line for line in told.splitlines() if "bad.jsonl" in line and "error" in line] == told.splitlines()[-1:]
+    assert find_checkpoint(launch.run).step == 2, "what was done is saved"
