@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from duetvl.core.ranks import Ranks
 from duetvl.storage.files import read_object, write_text
 
 FAILED: Final = 1  # exit status
+HEARD: Final = 1.0  # seconds for the rank with the cause to write it down: launchers kill it once another one has ended
 
 
 @contextmanager
@@ -91,7 +93,7 @@ def _fail(ranks: Ranks, run_dir: Path, step: int | None, error: Exception) -> No
     }  # fmt: skip
     file = failures_dir(run_dir) / f"rank-{ranks.index:05}.json"
     try:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)  # rank 0 removes an empty run directory as it leaves
         write_text(file, json.dumps(record, indent=1) + "\n")
         where = f"; see {file}"
     except OSError as unwritten:
@@ -100,6 +102,8 @@ def _fail(ranks: Ranks, run_dir: Path, step: int | None, error: Exception) -> No
     at = "" if step is None else f", step {step}"
     with suppress(OSError):
         sys.stderr.write(f"{what}rank {ranks.index} ({record['host']}){at}: {record['message']}{where}\n")
+    if consequence:
+        time.sleep(HEARD)
     _leave(FAILED)
 
 

@@ -52,7 +52,7 @@ class Memory:
     def warning(self, there: int, device: str) -> str | None:
         """What to say where that is beyond the bytes of memory of a device; None where it is not."""
         cpu = device.startswith("cpu")
-        there = min(there, *_limits()) if cpu else there
+        there = min(there, *memory_limits()) if cpu else there
         peak = self.peak - (self.optimizer if self.offload and not cpu else 0)
         if peak <= there:
             return None
@@ -68,7 +68,7 @@ def host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _limits() -> Iterator[int]:
+def memory_limits() -> Iterator[int]:
     """The limits that a container or `ulimit -v` sets to this process, and the machine's memory."""
     yield host_memory()
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)

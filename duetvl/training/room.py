@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from duetvl.core.device import Device
 from duetvl.core.ranks import Ranks
 from duetvl.training.checkpoints.space import Space
+from duetvl.training.memory import Memory
 from duetvl.training.state import RunState
 
 
@@ -18,7 +20,9 @@ def room_warnings(state: RunState, ranks: Ranks, steps: int) -> list[str]:
     """
     if steps <= 0:
         return []
-    found = [ranks.first(lambda: _disk(state, steps)), _memory(state, ranks)]
+    memory = state.job.memory
+    estimate = ranks.first(lambda: memory and memory(state.feed.first_drafts()))
+    found = [ranks.first(lambda: _disk(state, steps)), memory_warning(estimate, state.backend.device, ranks)]
     return [*filter(None, found)]
 
 
@@ -28,10 +32,8 @@ def _disk(state: RunState, steps: int) -> str | None:
     return space.warning(Path(recipe.train.output_dir), recipe.checkpoint, steps, refuse=True)
 
 
-def _memory(state: RunState, ranks: Ranks) -> str | None:
-    """The warning of the first rank that has one: rank 0's says it for all, another's says where it is."""
-    memory, device = state.job.memory, state.backend.device
-    estimate = ranks.first(lambda: memory and memory(state.feed.first_drafts()))
+def memory_warning(estimate: Memory | None, device: Device, ranks: Ranks) -> str | None:
+    """That of the first rank whose device has less: rank 0's says it for all, another's says where it is."""
     own = estimate.warning(device.total_memory(), device.name) if estimate else None
     told = ranks.each((socket.gethostname(), own))
     rank, host, text = next(((rank, host, text) for rank, (host, text) in enumerate(told) if text), (0, "", None))

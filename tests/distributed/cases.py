@@ -204,7 +204,10 @@ for each in (
 
 # -- whole runs (whole_runs.py) ----------------------------------------------------------------------------------------
 
-for each in ("check_other_data", "check_bad_record_of_one_rank", "check_stops", "check_watching", "check_odd_sizes"):
+for each in (
+    "check_other_data", "check_bad_record_of_one_rank", "check_stops", "check_watching", "check_odd_sizes",
+    "check_memory_of_one_rank",
+):  # fmt: skip
     imported("whole_runs", each)
 
 

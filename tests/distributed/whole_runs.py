@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,14 @@ from duetvl.answers import SampleAnswers
 from duetvl.core.backend import Backend
 from duetvl.core.errors import DataError
 from duetvl.core.ranks import Ranks
+from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.finding import find_checkpoint
 from duetvl.training.agreement import same_data
+from duetvl.training.checkpoints.saving import Saver
+from duetvl.training.checkpoints.writing import Snapshot
+from duetvl.training.memory import Memory, memory_limits
 from duetvl.training.recipe.reading import make_recipe
+from duetvl.training.room import memory_warning
 from duetvl.training.train import train
 from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.metrics import read_metrics
@@ -179,3 +186,37 @@ def check_odd_sizes(be: Backend) -> None:
         assert trains("lora", *lora).step == 3
         ranks.each(None)  # the others do not wait for the export
         assert (place / "lora" / "export" / "adapter_model.safetensors").exists()
+
+
+def check_memory_of_one_rank(be: Backend) -> None:
+    """Less memory on one rank is said with its number, and that for a copy of a checkpoint as well."""
+    ranks = Ranks(be.collectives)
+    there = min(ranks.each(min(be.device.total_memory(), *memory_limits())))
+    expected = Memory(0, 0, 0, 0, 0, peak=there)
+    assert memory_warning(expected, be.device, ranks) is None
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if ranks.index == 2:
+        resource.setrlimit(resource.RLIMIT_AS, (there - 1, hard))
+    told = memory_warning(expected, be.device, ranks)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert told is not None and told.startswith("warning: rank 2 (") and "): tensors of about" in told
+    everywhere = memory_warning(replace(expected, peak=2 * there), be.device, ranks)
+    assert everywhere is not None and everywhere.startswith("warning: tensors of about")
+
+    with small_runs(be) as (place, _):
+
+        def take(*, copy: bool) -> Snapshot:
+            if copy and ranks.index == 1:
+                raise MemoryError
+            return Snapshot(step=1, meta=Meta(), optimizer_steps={}, pieces=(), written_by={})
+
+        warned, saved = list[str](), list[int]()
+        with Saver(
+            place / "run", ranks=ranks, on_saved=lambda path, step: saved.append(step), warn=warned.append,
+            background=True,
+        ) as saver:  # fmt: skip
+            saver.save(take)
+        assert saved == [1]
+        assert warned == [
+            "warning: there is no memory for a copy of the checkpoint on rank 1: training waits until it is written"
+        ]

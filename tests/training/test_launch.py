@@ -40,7 +40,13 @@ if os.environ.get("RANK", os.environ.get("MS_NODE_ID")) == "1" and os.environ.ge
                     if number == 3:
                         raise ZeroDivisionError("an accident on this rank")
                     return took(self, work, lr, number, *more)
-                step.Trainer.step = failing
+                if fault == "step":
+                    step.Trainer.step = failing
+                else:
+                    import duetvl.data.loading.samples as samples
+                    def thread_fails(self, refs):
+                        raise ZeroDivisionError("an accident in the data thread")
+                    samples.SampleMaker.drafts = thread_fails
     sys.meta_path.insert(0, Finder())
 """
 
@@ -177,6 +183,11 @@ def test_an_error_of_one_rank_is_told_once_and_the_run_starts_again(launch: Laun
     assert told.count("launch: starting again (1 of 1)") == 1
     cause = read_failures(launch.run)[0]
     assert (cause["rank"], cause["step"], cause["error"]) == (1, 4, "ZeroDivisionError")
+
+    process = launch.start(FAULT="data")  # while all wait for the first step's data
+    told = launch.end(process, 240)
+    assert process.returncode == 1 and "failed: ZeroDivisionError: an accident in the data thread" in told, told
+    assert read_failures(launch.run)[0]["rank"] == 1
 
 
 def test_a_rank_that_is_killed_while_it_starts_or_saves(launch: Launch, full: bool) -> None:

@@ -202,7 +202,7 @@ def test_a_limit_of_the_process_counts_as_its_memory():
     memory = Memory(**dict.fromkeys(("weights", "gradients", "optimizer", "activations", "passing"), 0), peak=2**30)
     assert host_memory() < 2**30 or memory.warning(host_memory(), "cpu") is None
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29));"
-    script += "from duetvl.training.memory import _limits; print(min(_limits()))"
+    script += "from duetvl.training.memory import memory_limits; print(min(memory_limits()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 2**29
     assert resource.getrlimit(resource.RLIMIT_AS) == before
