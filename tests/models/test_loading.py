@@ -170,7 +170,7 @@ def test_degrees_that_a_model_cannot_have(tiny):
     heads, vision = config.text.num_heads, config.vision.num_heads
     with pytest.raises(ConfigError, match=f"parallel.tp 99: the model has {heads} query heads.* are 1 to {heads}, "):
         Division.of(config, Mesh(tp=99), 0)
-    with pytest.raises(ConfigError, match=f"give 1 to {vision}, or divide frames instead: parallel.vision=divide"):
+    with pytest.raises(ConfigError, match=f"are 1 to {vision}, .*; or divide frames instead: parallel.vision=divide"):
         Division.of(config, Mesh(tp=vision + 1), 0, vision="shard")
 
 
