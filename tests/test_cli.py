@@ -265,6 +265,37 @@ def test_launch_scripts_name_a_framework_that_is_missing(backend, expected, tmp_
     assert (done.returncode, done.stderr) == (2, "error: PYTHON=python9.99: no such program\n")
 
 
+@pytest.mark.parametrize("backend", ["torch_npu", "mindspore"])
+def test_launch_scripts_hand_on_what_they_are_given(backend, tmp_path):
+    """To an interpreter that says what it was asked to run; the first question is for the framework."""
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$@ with $TASK_QUEUE_ENABLE $CPU_AFFINITY_CONF"\n')
+    echo.chmod(0o755)
+    script = Path(__file__).parents[1] / "launch" / backend / "train.sh"
+
+    def said(**environment: str) -> str:
+        given = {"PATH": os.environ["PATH"], "PYTHON": str(echo), **environment}
+        done = subprocess.run(["bash", str(script), "a b.yaml", "x=1"], env=given, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    ours = "2 1" if backend == "torch_npu" else " "
+    assert said() == f"-m duetvl launch --backend {backend} --nproc 1 -- train a b.yaml x=1 with {ours}\n"
+    nodes = {"NPROC": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER": "node0:29500", "RESTARTS": "3", "LOG_DIR": "logs"}
+    assert said(**nodes, TASK_QUEUE_ENABLE="1", CPU_AFFINITY_CONF="0") == (
+        f"-m duetvl launch --backend {backend} --nproc 8 --nnodes 2 --node-rank 1 --master node0:29500 --restarts 3 "
+        "--log-dir logs -- train a b.yaml x=1 with 1 0\n"
+    )
+
+
+def test_scripts_are_bash():
+    scripts = sorted(Path(__file__).parents[1].glob("launch/**/*.sh"))
+    assert len(scripts) == 3
+    for script in scripts:
+        done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), script
+
+
 @pytest.mark.parametrize(("backend", "launcher"), [("torch_npu", "torch"), ("mindspore", "mindspore")])
 def test_launch_scripts(backend, launcher, recipe):
     pytest.importorskip(launcher)
