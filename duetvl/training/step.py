@@ -296,7 +296,8 @@ class Trainer:
     def _named(self, broken: Sequence[Batch], batches: Sequence[Batch]) -> list[str]:
         """The samples of all ranks' micro-batches that are `broken`; of all micro-batches where none is."""
         own = [[name for batch in some for name in batch.sample_ids] for some in (broken, batches)]
-        by_rank = self.ranks.each(own if self._counts else [[], []])
+        none: list[list[str]] = [[], []]
+        by_rank = self.ranks.each(own if self._counts else none)
         those, everything = ([name for names in column for name in names] for column in zip(*by_rank, strict=True))
         return those or everything
 
