@@ -1,7 +1,7 @@
 """Finding a checkpoint of a run, and verifying it before anything of it is used.
 
-Everything that reads a run comes through here: resuming, `duetvl export`, mm-convert. On many ranks the first one
-looks, and all of them read the files that are to be verified, a share each (`found_by_all`).
+Everything that reads a run comes through here: resuming, `duetvl export`, mm-convert. On many ranks rank 0
+chooses, and all of them read the files that are to be verified, a share each (`found_by_all`).
 """
 
 from __future__ import annotations
