@@ -65,8 +65,8 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """Before a step: its work, None where this rank is to stop; what all ranks know of it; the seconds that this rank has
-    waited for its data, and those that all of this took."""
+    """Before a step: its work, None where this rank is to stop; what all ranks know of it; the seconds that this rank
+    has waited for its data, and those that all of this took."""
 
     work: Step | None
     outlook: Outlook
