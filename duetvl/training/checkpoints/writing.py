@@ -84,23 +84,14 @@ class Written:
         return cls(*stored_from_json(values), values["optimizer_steps"])
 
 
-# -- one process ------------------------------------------------------------------------------------------------------
-
-
-def write_snapshot(run_dir: str | Path, taken: Snapshot, keep_last: int | None = None) -> Path:
-    """Write `run_dir/checkpoints/step-NNNNNNN`, make it the latest, remove all but the `keep_last` newest.
-
-    Where the disk has no room for it, those that would be removed then go first, but for the latest one. On an error (a
-    full disk) CheckpointError is raised, nothing of it is left, and the other checkpoints are as before.
-    """
-    return write_first(begin_save(run_dir, taken.step, taken.nbytes, keep_last), taken, keep_last=keep_last)
-
-
 # -- rank 0 -----------------------------------------------------------------------------------------------------------
 
 
 def begin_save(run_dir: str | Path, step: int, needed: int, keep_last: int | None = None) -> Path:
-    """Make the hidden directory that all ranks write to, and room for `needed` bytes. Raises CheckpointError."""
+    """Make the hidden directory that all ranks write to, and room for `needed` bytes. Raises CheckpointError.
+
+    Where the disk has no room, checkpoints that are removed after this one anyway go first, but for the latest.
+    """
     folder = checkpoints_dir(run_dir)
     staging = folder / f".{step_name(step)}.saving"
     with _whole_or_not_at_all(staging, step):
@@ -120,6 +111,8 @@ def write_first(
     look: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write rank 0's share, wait for the records of the others, and commit: the checkpoint's directory.
+
+    It is the latest from then on, and all but the `keep_last` newest are removed.
 
     CheckpointError, and nothing is left of it, where a rank could not write, or one is missing and nothing has been
     written for DUETVL_PEER_TIMEOUT seconds. `look` is called while this waits, and may end it with an error of its own.
