@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class _Failed(NamedTuple):
-    """Sent instead of a value: what has gone wrong on a rank, and which it is, where that says something."""
+    """Sent instead of a value: the error of a rank, and which rank it is, where the message is to name it."""
 
     kind: type[DuetvlError]
     words: str
@@ -48,7 +48,7 @@ class Ranks:
     def each(self, value: T) -> list[T]:
         """The values of all ranks, in their order; small and picklable.
 
-        A rank that fails in `together` meanwhile raises its error here on the others.
+        Where a rank has failed in `together` instead of coming here, its error is raised on the others.
         """
         values = self.collectives.gather_objects(value)
         if failed := [one for one in values if isinstance(one, _Failed)]:
@@ -71,36 +71,36 @@ class Ranks:
         """What `work` gives on rank 0, which alone runs it; small and picklable. Its DuetvlError is raised on all."""
         if self.count == 1:
             return work()
-        value: Any = self._told(work, "") if self.writes else None
+        value: Any = self._sharing_error(work, "") if self.writes else None
         result: T = self.each(value)[0]
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` gives on this rank; all run it. The first rank's DuetvlError, which it names, is raised on all.
+        """What `work` gives on this rank; all run it. The first rank's DuetvlError, naming the rank, is raised on all.
 
-        What fails on every rank in the same words is told in these. Where `work` asks other ranks, by these functions
-        here, they get the error of one that fails before it came so far.
+        Where every rank fails with the same message, it names none. Where `work` itself calls these functions, the
+        other ranks get the error of one that fails before it has called them.
         """
         if self.count == 1:
             return work()
         result: list[T] = []
-        self._told(lambda: result.append(work()), f"rank {self.index} ({socket.gethostname()}): ")
+        self._sharing_error(lambda: result.append(work()), f"rank {self.index} ({socket.gethostname()}): ")
         self.each(None)
         return result[0]
 
-    def _told(self, work: Callable[[], T], place: str) -> T:
-        """What it gives. Whatever its error is, the others are told of it, who would wait for this rank."""
+    def _sharing_error(self, work: Callable[[], T], place: str) -> T:
+        """What `work` gives. Any error of it is sent to the others, which would wait for this rank."""
         try:
             return work()
         except Exception as error:
             if isinstance(error, RankFailed) or (isinstance(error, DuetvlError) and error.agreed):
-                raise  # of another rank, which has told it
+                raise  # it came from another rank, which has sent it
             failed = _Failed(*_kind_and_words(error), place)
             try:
                 self.each(failed)
             except RankFailed:
                 if failed.kind is RankFailed:
-                    raise error from None  # what no user can do anything about stays what it is where it happened
+                    raise error from None  # a fault of the program keeps its type on the rank where it happened
                 raise
             raise AssertionError("a failure is raised on all ranks") from error
 
@@ -113,7 +113,7 @@ class Ranks:
 
 
 def _kind_and_words(error: Exception) -> tuple[type[DuetvlError], str]:
-    """An error as it is told: as what the user can do something about, if so."""
+    """An error as the other ranks get it: RankFailed, unless the user can do something about it."""
     if isinstance(error, DuetvlError):
         return type(error), str(error)
     if isinstance(error, OSError):

@@ -20,7 +20,7 @@ from duetvl.parallel.division import Division
 
 # Crossings of a divided region (attention's and the MLP's, in and out) in a block's forward pass that only sum
 # activations, by what runs again in its backward pass.
-_AGAIN: Final[Mapping[Again, int]] = {"nothing": 0, "mlp": 1, "block": 2}
+_AGAIN: Final[Mapping[Again, int]] = {"nothing": 0, "mlp": 0, "block": 1}
 
 
 @dataclass(frozen=True)

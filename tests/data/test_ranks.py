@@ -18,9 +18,7 @@ from clips import write_clip
 from PIL import Image
 from rank_process import Case, Seen
 
-from duetvl.core.errors import DataError
 from duetvl.core.mesh import Mesh
-from duetvl.data.sources.fingerprint import FileFacts, check_same_data
 
 PROGRAM = Path(__file__).with_name("rank_process.py")
 SIZE = 4
@@ -373,18 +371,3 @@ def test_a_rank_whose_main_thread_does_something_else_is_no_error(tmp_path: Path
     found = seen(tmp_path, "patient")
     check_same(found, Mesh(dp=2))
     assert found[0].error == "" and len(found[0].steps) == 4
-
-
-# -- the same files --------------------------------------------------------------------------------------------------
-
-
-def test_a_rank_with_other_data_files_is_named() -> None:
-    ours = (FileFacts("a.jsonl", 10, 2), FileFacts("b.tar", 7, None))
-    check_same_data([ours, ours, ours])
-    fewer = (FileFacts("a.jsonl", 10, 1), ours[1])
-    with pytest.raises(
-        DataError, match=r"rank 2 has found a.jsonl with 10 bytes and 1 records, where rank 0 has a.jso"
-    ):
-        check_same_data([ours, ours, fewer])
-    with pytest.raises(DataError, match=r"rank 1 has found no further data file, where rank 0 has b.tar with 7 bytes;"):
-        check_same_data([ours, ours[:1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError, ConfigError, DuetvlError, RankFailed
 from duetvl.core.ranks import Ranks
 from duetvl.models.qwen_vl.loading import write_random_model
-from duetvl.training.agreement import check_model, check_one_disk, check_program
+from duetvl.training.agreement import check_data, check_model, check_one_disk, check_program
+from duetvl.training.feed import DataSets
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.sections import Recipe
 
@@ -87,7 +89,28 @@ def a_start_is_refused(be: Backend) -> None:
     refused(
         lambda: check_model(ranks, recipe_of(place, "parallel.tp=9")), ConfigError, "^parallel.tp 9: .* 8 query heads"
     )
+    data_is_compared(ranks, place)
     ranks.first(lambda: shutil.rmtree(place))
+
+
+def data_is_compared(ranks: Ranks, place: Path) -> None:
+    """Each rank in a directory of its own, where a file of one name may hold something else."""
+    before, own = Path.cwd(), place / f"node{ranks.index}"
+    own.mkdir()
+    os.chdir(own)
+    try:
+        file = Path("data.jsonl")
+        data = recipe_of(place, f"data.train={file}").data
+        file.write_text("{}\n{}\n")
+        check_data(ranks, DataSets(data))
+        file.write_text("{}\n{}\n{}\n" if ranks.index == 1 else "{}\n{ }\n")
+        words = (
+            r"^rank 1 \(.*\) has other data than rank 0 \(.*\): training records 3, not 2, data.jsonl \(bytes\) 9, "
+            r"not 7 \(of rank 1\); give every node the same files$"
+        )
+        refused(lambda: check_data(ranks, DataSets(data)), ConfigError, words)
+    finally:
+        os.chdir(before)
 
 
 def write(target: Path, seed: int) -> None:

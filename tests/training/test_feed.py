@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import bag_model
 import pytest
@@ -12,7 +11,6 @@ from bag_model import BagEncoder, write_records
 
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import ConfigError, DataError
-from duetvl.data.sources.fingerprint import check_same_data
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.train import train
@@ -33,22 +31,6 @@ def files(tmp_path):
 
 def names(refs, sets: DataSets) -> list[str]:
     return [sets.files[ref.file].read(ref.at, ref.number).id for ref in refs]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_fingerprint_tells_data_from_others(files, streaming):
-    data = recipe_of(files, val=str(files / "b.jsonl"), streaming=streaming).data
-    ours = DataSets(data).fingerprint()
-    assert [(Path(path).name, records) for path, _, records in ours] == [
-        ("a.jsonl", None if streaming else 20),
-        ("b.jsonl", 10),
-    ]
-    check_same_data([ours, DataSets(data).fingerprint()])
-    with open(files / "a.jsonl", "a") as file:
-        file.write((files / "b.jsonl").read_text())
-    theirs = DataSets(data).fingerprint()
-    with pytest.raises(DataError, match=r"rank 1 has found .*a.jsonl with .*, where rank 0 has .*a.jsonl with"):
-        check_same_data([ours, theirs])
 
 
 # -- which records ----------------------------------------------------------------------------------------------------
