@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from PIL import Image
 from duetvl.cli import _overrides, _parse
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import published_config, published_names
-from duetvl.training.recipe.reading import check_layers, check_world, load_recipe
+from duetvl.training.lora import plan_adapters
+from duetvl.training.memory import Memory, division_of, estimate, largest_load
+from duetvl.training.recipe.reading import check_layers, check_world, for_world, load_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.train import train
 from duetvl.training.watching.metrics import read_metrics
@@ -83,7 +87,7 @@ def test_a_layout_for_several_devices_is_refused_on_one(path: Path):
     told = str(caught.value)
     assert told.startswith(f"parallel: pp {mesh.pp} x dp {mesh.dp} x cp {mesh.cp} x tp {mesh.tp}")
     if mesh.pp > 1:
-        assert "pp above 1 cannot be run by this release; parallel.pp=1 " in told
+        assert "pp above 1 is not built yet; parallel.pp=1 " in told
     else:
         assert f"needs {mesh.size} processes, and 1 was started" in told
     check_world(load_recipe(path, ONE_PROCESS), 1)
@@ -112,6 +116,74 @@ def test_the_table_is_that_of_the_files():
             str(recipe.train.global_batch),
         ]
         assert float(row[6]) == recipe.optim.lr
+
+
+# -- layouts without pipeline stages ----------------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+def replacements() -> list[tuple[str, int, str, float, float]]:
+    """The rows of the table: pattern of recipes, devices, fields, GiB of tensors, GiB of the optimizer's among them."""
+    text = (RECIPES / "README.md").read_text(encoding="utf-8").split("## Layouts without pipeline stages")[1]
+    row = re.compile(r"^\| `(\S+)` \| (\d+) \| `(.+)` \| (\d+) \| (\d+) \|$", re.MULTILINE)
+    return [(name, int(ranks), fields, float(a), float(b)) for name, ranks, fields, a, b in row.findall(text)]
+
+
+def common_fields() -> list[str]:
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"`pp` above 1 add `([^`]+)`", text)
+    assert found
+    return found[1].split()
+
+
+def estimated(recipe: Recipe) -> Memory:
+    """For packs of the samples that the table's notes name: (tokens, trained, patches)."""
+    config = published_config(recipe.model.path)
+    check_layers(recipe.parallel, config)
+    division_of(recipe, config)
+    plan = plan_adapters(recipe, config)
+    load = largest_load(recipe, [(640, 256, 4 * 334)] if recipe.dpo else [(512, 128, 4 * 334)])
+    return estimate(config, recipe, *load, plan.adapters if plan else None)
+
+
+def test_a_layout_is_named_for_each_recipe_with_stages():
+    staged = [path for path in FILES if load_recipe(path).parallel.pp > 1]
+    matched = [path for path in staged for row in replacements() if fnmatch(path.stem, row[0])]
+    assert matched == staged  # each once
+
+
+@pytest.mark.parametrize("row", replacements(), ids=lambda row: row[0])
+def test_that_layout_trains_in_the_memory_that_is_named(row):
+    pattern, ranks, fields, whole, optimizer = row
+    found = []
+    for path in [path for path in FILES if fnmatch(path.stem, pattern)]:
+        assert load_recipe(path).parallel.mesh.size == ranks
+        found.append(estimated(for_world(load_recipe(path, [*common_fields(), *fields.split()]), ranks)))
+    largest = max(found, key=lambda memory: memory.peak)
+    assert (round(largest.peak / GIB), round(largest.optimizer / GIB)) == (whole, optimizer)
+
+
+@every_recipe
+def test_the_command_at_its_top_trains_it(path: Path):
+    """In that layout, on as many processes as it starts: a backslash continues a line, a remark ends the command."""
+    head = path.read_text(encoding="utf-8").split("\nmodel:")[0].replace("\\\n#", "")
+    commands = [line.lstrip("# ").partition("    (or")[0] for line in head.splitlines()]
+    (words,) = [shlex.split(line) for line in commands if re.match(r"duetvl (train|launch) ", line)]
+    started = 1
+    if words[1] == "launch":
+        launched, words = words[: words.index("--")], words[words.index("--") :]
+        given = dict(zip(launched[2::2], launched[3::2], strict=True))
+        started = int(given["--nproc"]) * int(given.get("--nnodes", "1"))
+    inner = _parse(words[1:])
+    assert Path(inner.recipe) == Path("recipes", path.name)
+    recipe = for_world(load_recipe(path, _overrides(inner)), started)
+    assert recipe.parallel.mesh.size == load_recipe(path).parallel.mesh.size
+    rows = [row for row in replacements() if fnmatch(path.stem, row[0])]
+    if load_recipe(path).parallel.pp > 1:
+        (row,) = rows
+        layout = for_world(load_recipe(path, [*common_fields(), *row[2].split(), "backend.name=torch"]), started)
+        assert recipe.model_dump() == layout.model_dump()
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

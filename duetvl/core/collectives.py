@@ -37,8 +37,9 @@ class Collectives(Protocol):
 
     Tensors have any dtype of core/ops.py, bool only where nothing is summed, and at least one axis where pieces are
     rows. Results are new tensors, except that a group of one rank gets its argument back: each call is then the
-    identity, also when `start` was never called. A result is a constant to the autograd. A rank that has gone, or
-    is not heard of for DUETVL_PEER_TIMEOUT seconds (600 unless set), raises BackendError on the ranks that wait.
+    identity, also when `start` was never called. A result is a constant to the autograd. Where a rank
+    has gone, or nothing comes from it for DUETVL_PEER_TIMEOUT seconds (600 unless set), those that wait for it raise
+    BackendError.
     """
 
     rank: int

@@ -53,7 +53,7 @@ class DuetvlError(Exception):
     """Base of every error that the user can do something about; the command line prints its message alone.
 
     The message is one line of bounded length, whatever it quotes. `agreed`: all ranks of the run raise it together, so
-    that none waits for another; `silent`: another rank tells the user.
+    that none waits for another; `silent`: another rank shows it to the user.
     """
 
     agreed = False

@@ -1,6 +1,6 @@
 """Messages between the ranks of a run over TCP, for what must not or cannot go through a framework's collectives.
 
-They carry what the data threads tell each other, as a framework belongs to the main thread, and what MindSpore's own
+They carry what the data threads exchange, as a framework belongs to the main thread, and what MindSpore's own
 collectives lack on a CPU: tensors lie in host memory there, so numpy views of them are sent and received without a
 copy. Every rank has one connection to every other. A message is its length in eight bytes and then its bytes; receiver
 and sender must agree on the length. Waiting for a rank that is alive ends after `limit` seconds without progress,
@@ -64,12 +64,12 @@ class Incoming(NamedTuple):
 
 
 class HostTransport:
-    """The connections of one rank. Open, tell the others `address`, then `connect` with everybody's."""
+    """The connections of one rank. Make one, give `address` to the others, then `connect` with the addresses of all."""
 
     def __init__(self, rank: int, size: int, reach: str, limit: float, *, patient: bool = False):
         """`reach` is a host that all ranks can reach (the scheduler's): the interface towards it is the one used.
 
-        A patient one waits for as long as it takes once it is connected; another thread may `check_heard` meanwhile.
+        A patient one has no limit once it is connected; another thread can look after it with `check_waiting`.
         """
         self.rank, self.size, self.limit, self.patient = rank, size, limit, patient
         self._peers: dict[int, _Peer] = {}
@@ -149,14 +149,14 @@ class HostTransport:
             [Incoming(rank, array) for rank, arrays in into.items() for array in arrays],
         )
 
-    def check_heard(self, since: float) -> None:
+    def check_waiting(self, since: float) -> None:
         """Raise BackendError where nothing has come for `limit` seconds from ranks that this one waits for.
 
         Counted from `since` (of time.monotonic) at the earliest. For another thread than the one that waits.
         """
         waiting = self._waiting
         if waiting is not None and time.monotonic() - max(since, waiting.since) >= self.limit:
-            raise self._unheard(waiting.ranks)
+            raise self._waited_too_long(waiting.ranks)
 
     def abandon(self) -> None:
         """End what is sent and received, here and at the others. For another thread than the one that waits."""
@@ -184,7 +184,7 @@ class HostTransport:
                 self._waiting = _Waiting(time.monotonic(), sorted(peer.rank for peer in busy))
                 ready = selector.select(None if self.patient else self.limit)
                 if not ready:
-                    raise self._unheard(self._waiting.ranks)
+                    raise self._waited_too_long(self._waiting.ranks)
                 for key, _ in ready:
                     peer = key.data
                     if peer.advance():
@@ -193,7 +193,7 @@ class HostTransport:
                     elif key.events != peer.wants:
                         selector.modify(peer.socket, peer.wants, peer)
 
-    def _unheard(self, ranks: Sequence[int]) -> BackendError:
+    def _waited_too_long(self, ranks: Sequence[int]) -> BackendError:
         return BackendError(
             f"rank {self.rank} has waited {self.limit:.0f} s for ranks {list(ranks)}; see their logs, or allow more "
             "with DUETVL_PEER_TIMEOUT"
@@ -219,7 +219,7 @@ class HostTransport:
 
 
 class _Waiting(NamedTuple):
-    """Since when nothing has come, and from whom it is to come."""
+    """Since when nothing has come, and the ranks that it is to come from."""
 
     since: float
     ranks: Sequence[int]

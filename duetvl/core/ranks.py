@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class _Failed(NamedTuple):
-    """Sent instead of a value: what has gone wrong on a rank, and which it is, where that says something."""
+    """Sent instead of a value: the error of a rank, and which rank it is, where the message is to name it."""
 
     kind: type[DuetvlError]
     words: str
@@ -72,20 +72,20 @@ class Ranks:
         """What `work` gives on rank 0, which alone runs it; small and picklable. Its DuetvlError is raised on all."""
         if self.count == 1:
             return work()
-        value: Any = self._told(work, "") if self.writes else None
+        value: Any = self._sharing_error(work, "") if self.writes else None
         result: T = self.each(value)[0]
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` gives on this rank; all run it. The first rank's DuetvlError, which it names, is raised on all.
+        """What `work` gives on this rank; all run it. The first rank's DuetvlError, naming the rank, is raised on all.
 
-        What fails on every rank in the same words is told in these. Where `work` asks other ranks, by these functions
-        here, they get the error of one that fails before it came so far.
+        Where every rank fails with the same message, it names none. Where `work` itself calls these functions, the
+        other ranks get the error of one that fails before it has called them.
         """
         if self.count == 1:
             return work()
         result: list[T] = []
-        self._told(lambda: result.append(work()), self._place)
+        self._sharing_error(lambda: result.append(work()), self._place)
         self.each(None)
         return result[0]
 
@@ -106,7 +106,7 @@ class Ranks:
     def _place(self) -> str:
         return f"rank {self.index} ({socket.gethostname()}): "
 
-    def _told(self, work: Callable[[], T], place: str) -> T:
+    def _sharing_error(self, work: Callable[[], T], place: str) -> T:
         """What it gives. Whatever its error is, the others are told of it, who would wait for this rank."""
         try:
             return work()
@@ -135,7 +135,7 @@ class Ranks:
 
 
 def _kind_and_words(error: Exception) -> tuple[type[DuetvlError], str]:
-    """An error as it is told: as what the user can do something about, if so."""
+    """An error as the other ranks get it: RankFailed, unless the user can do something about it."""
     if isinstance(error, DuetvlError):
         return type(error), str(error)
     if isinstance(error, OSError):

@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def is_meant(status: int) -> bool:
-    """Whether torchrun or msrun must not take this for a failure, after which they kill the others or start again."""
+    """Whether torchrun or msrun must not see this as a failure, after which they kill the others or start again."""
     elastic = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     return status > 128 or (elastic and status == 2)
 

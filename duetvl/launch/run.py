@@ -1,4 +1,4 @@
-"""A start of a run, watched: signals are handed on, what has become of each rank is found out and told once."""
+"""A start of a run, watched: signals are passed on, and what has become of each rank is reported once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TAIL: Final = 20  # lines of a log
 def launch(plan: Plan, run_dir: Path, logs: Path) -> int:
     """Start the run, up to `plan.restarts` times again where it fails; the exit status.
 
-    0, 2 for an error that the user can act on, 128 + n after signal n, 1 for a failure. A restart goes on from the last
+    0, 2 for an error that the user can act on, 128 + n after signal n, 1 for a failure. A restart resumes from the last
     checkpoint, as every start does. Where nodes may come and go, torchrun starts again by itself.
     """
     restarts = 0 if plan.elastic else plan.restarts
@@ -47,7 +47,7 @@ def launch(plan: Plan, run_dir: Path, logs: Path) -> int:
 
 
 class _Signals:
-    """While entered, signals are noted, to be handed to the ranks."""
+    """While entered, signals are noted, to be passed to the ranks."""
 
     _TAKEN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -73,7 +73,7 @@ class _Rank:
 
     name: str
     pid: int
-    signalled: int = 0  # how many signals it has been handed
+    signalled: int = 0  # how many signals have been passed to it
     status: int | None = None
     ended: bool = False
     lost: bool = False  # it was seen to have ended without a status, before any other was
@@ -94,7 +94,7 @@ class _Start:
     failed: bool = False
 
     def run(self) -> int:
-        """Watch it to its end, and tell what went wrong; the exit status."""
+        """Watch it to its end, and say what went wrong; the exit status."""
         self._began = time.time()
         with open(self.place / "launcher.log", "wb") as log:
             self._engine = subprocess.Popen(
@@ -111,7 +111,7 @@ class _Start:
         since: float | None = None
         while self._engine.poll() is None:
             self._look()
-            self._hand_on()
+            self._pass_on()
             patience = self._patience()
             since = None if patience is None else since or time.monotonic()
             late = patience is not None and since is not None and time.monotonic() - since > patience
@@ -129,7 +129,7 @@ class _Start:
 
     @contextmanager
     def _nothing_left(self) -> Iterator[None]:
-        """However this ends, no process of this start stays."""
+        """However this ends, no process of this start is left."""
         try:
             yield
         finally:
@@ -150,7 +150,7 @@ class _Start:
                 self._send(rank, signal.SIGKILL)
 
     def _look(self) -> None:
-        """Who is there, and who has ended."""
+        """Which processes there are, and which have ended."""
         for file in self.place.glob("*.pid"):
             pid = int(file.read_text())
             if file.stem not in self.ranks or self.ranks[file.stem].pid != pid:
@@ -170,7 +170,7 @@ class _Start:
             return state != "Z" and str(self.place).encode() in Path(f"/proc/{rank.pid}/cmdline").read_bytes()
         return False
 
-    def _hand_on(self) -> None:
+    def _pass_on(self) -> None:
         """Each signal once to every rank; they have the time to save that the run grants them."""
         for rank in self.ranks.values():
             if not rank.ended and rank.name != "scheduler":
@@ -207,17 +207,17 @@ class _Start:
         return [rank for rank in self.ranks.values() if rank.name != "scheduler"]
 
     def _tell_user_error(self, workers: list[_Rank]) -> None:
-        """Rank 0 has told it, if it was its error too."""
+        """Rank 0 has shown it, if it was its error too."""
         wrong = [rank for rank in workers if rank.status == USER_ERROR]
         if all(rank.number for rank in wrong):
             self._show_log(f"rank {wrong[0].number} ended", wrong[0])
 
     def _tell_failure(self) -> None:
-        mine = {rank.pid for rank in self.ranks.values()}
-        records = [one for one in read_failures(self.run_dir) if self._is_of_this_start(one, mine)]
+        pids = {rank.pid for rank in self.ranks.values()}
+        records = [one for one in read_failures(self.run_dir) if self._is_of_this_start(one, pids)]
         causes = [one for one in records if not one["consequence"]]
-        told = {one["pid"] for one in records}
-        silent = [rank for rank in self._workers() if rank.pid not in told]
+        recorded = {one["pid"] for one in records}
+        silent = [rank for rank in self._workers() if rank.pid not in recorded]
         lost = [rank for rank in silent if rank.lost] or [rank for rank in silent if rank.status is None]
         if causes:
             self._show_record(causes[0])
@@ -232,9 +232,9 @@ class _Start:
         else:
             self._show_tail(f"{self.plan.engine} failed", self.place / "launcher.log")
 
-    def _is_of_this_start(self, record: dict[str, Any], mine: set[int]) -> bool:
-        """One of our processes, or of another node's."""
-        return record["pid"] in mine or Path(record["file"]).stat().st_mtime >= self._began
+    def _is_of_this_start(self, record: dict[str, Any], pids: set[int]) -> bool:
+        """Of one of these processes, or of another node's."""
+        return record["pid"] in pids or Path(record["file"]).stat().st_mtime >= self._began
 
     def _show_record(self, record: dict[str, Any]) -> None:
         step = "" if record["step"] is None else f" at step {record['step']}"
@@ -270,7 +270,7 @@ def tell(text: str) -> None:
 
 
 def _go_to_end() -> None:
-    """Where output goes to a file, behind what rank 0 has appended to it: this process has a place of its own there."""
+    """In a file, to the end of what rank 0 has appended: this process has a position of its own in it."""
     for number in (1, 2):
         with suppress(OSError):  # a terminal or a pipe
             os.lseek(number, 0, os.SEEK_END)
@@ -278,7 +278,7 @@ def _go_to_end() -> None:
 
 @contextmanager
 def _written_on() -> Iterator[None]:
-    """Whoever writes after this process, as the next command of a script, does not write over rank 0's output."""
+    """What is written after this process, by the next command of a script, does not overwrite rank 0's output."""
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ def _replicas(script: Values, dp: int, report: Report) -> None:
     if script.switch("--use-torch-fsdp2"):
         report.add(
             "changed", "--use-torch-fsdp2", f"parallel.dp: {dp} - parameters are divided over the replicas there, here "
-            f"each has all of them; for a model that is too large give parallel.tp or parallel.pp",
+            f"each has all of them; for a model that is too large give parallel.tp",
         )  # fmt: skip
     if path := script.text("--fsdp2-config-path"):
         report.add(

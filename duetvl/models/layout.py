@@ -61,11 +61,11 @@ class Layout(Divided, Protocol):
         ...
 
     def kv_heads(self, whole: int) -> int:
-        """How many key and value heads reach that attention, of so many in the whole model."""
+        """How many key and value heads reach that attention; `whole`: those of the whole model."""
         ...
 
     def rows(self, count: int) -> Rows:
-        """The rows of a pass with so many tokens."""
+        """The rows of a pass with `count` tokens."""
         ...
 
     def looked_up(self, ids: np.ndarray, filled: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ class Layout(Divided, Protocol):
         ...
 
     def frames(self, patches: Sequence[int]) -> Sequence[int] | None:
-        """Which of a batch's frames, of so many patches each, this rank's tower runs, ascending; None: all."""
+        """Which of a batch's frames this rank's tower runs, ascending; None: all. `patches`: of each frame."""
         ...
 
     def features(self, count: int) -> range:

@@ -18,9 +18,9 @@ from duetvl.models.qwen_vl.memory import Load, Trained
 from duetvl.models.recompute import RUNS_AGAIN, Again, RecomputeMode
 from duetvl.parallel.division import Division
 
-# Crossings of a divided region (attention's and the MLP's, in and out) in a block's forward pass that only sum
-# activations, by what runs again in its backward pass.
-_AGAIN: Final[Mapping[Again, int]] = {"nothing": 0, "mlp": 1, "block": 2}
+# Sums of activations that a block makes again in its backward pass, by what runs again there. The last one, behind the
+# MLP, gives nothing that the backward pass needs, and need not be made.
+_AGAIN: Final[Mapping[Again, int]] = {"nothing": 0, "mlp": 0, "block": 1}
 
 
 @dataclass(frozen=True)

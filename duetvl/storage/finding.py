@@ -1,7 +1,7 @@
 """Finding a checkpoint of a run, and verifying it before anything of it is used.
 
-Everything that reads a run comes through here: resuming, `duetvl export`, mm-convert. On many ranks the first one
-looks, and all of them read the files that are to be verified, a share each (`found_by_all`).
+Everything that reads a run comes through here: resuming, `duetvl export`, mm-convert. On many ranks rank 0
+chooses, and all of them read the files that are to be verified, a share each (`found_by_all`).
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def found_by_all(ranks: Ranks, find: Callable[[Verify], T]) -> T:
     """What `find` gives on rank 0, which alone runs it, or the DuetvlError that it raises: on all ranks.
 
     All ranks call this. Whenever `find` verifies files by the function that it is handed, every rank reads a share of
-    them, and what any of them finds is told. Alone it is `find(verify_files)`.
+    them, and what one of them finds counts for all. On one process it is `find(verify_files)`.
     """
     if ranks.count == 1:
         return find(verify_files)

@@ -35,19 +35,19 @@ def check_same(ranks: Ranks, what: str, values: Mapping[str, Any], hint: str) ->
     """
     if len(set(ranks.each(_digest(values)))) == 1:
         return
-    told = ranks.each((socket.gethostname(), dict(values)))
-    ranks.first(lambda: _refuse(told, what, hint))
+    found = ranks.each((socket.gethostname(), dict(values)))
+    ranks.first(lambda: _refuse(found, what, hint))
 
 
-def _refuse(told: list[tuple[str, dict[str, Any]]], what: str, hint: str) -> None:
-    host, expected = told[0]
-    other = {rank: found for rank, (_, found) in enumerate(told) if found != expected}
+def _refuse(by_rank: list[tuple[str, dict[str, Any]]], what: str, hint: str) -> None:
+    host, expected = by_rank[0]
+    other = {rank: found for rank, (_, found) in enumerate(by_rank) if found != expected}
     rank, found = next(iter(other.items()))
     keys = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
     differences = [f"{key} {_short(found, key)}, not {_short(expected, key)}" for key in keys[:3]]
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     raise ConfigError(
-        f"{places(told, other)} other {what} than rank 0 ({host}): {', '.join(differences)}{more} (of rank {rank}); "
+        f"{places(by_rank, other)} other {what} than rank 0 ({host}): {', '.join(differences)}{more} (of rank {rank}); "
         f"{hint}"
     )
 
@@ -56,9 +56,9 @@ def _short(values: Mapping[str, Any], key: str) -> str:
     return shown(values[key]) if key in values else "missing"
 
 
-def places(told: list[tuple[str, Any]], which: Any) -> str:
-    """Some ranks and where they run, as the subject of a sentence; each rank's host comes first in `told`."""
-    names = [f"{rank} ({told[rank][0]})" for rank in which]
+def places(by_rank: list[tuple[str, Any]], which: Any) -> str:
+    """Some ranks and where they run, as the subject of a sentence; `by_rank` has each rank's host first."""
+    names = [f"{rank} ({by_rank[rank][0]})" for rank in which]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"ranks {listed} have" if len(names) > 1 else f"rank {listed} has"
 
@@ -106,7 +106,7 @@ def _opened(data: DataSection) -> tuple[DataSets, Fingerprint]:
 
 def check_model(ranks: Ranks, recipe: Recipe) -> None:
     """Every rank reads the same model, and it can be divided as the recipe says."""
-    if ranks.count == 1:  # whoever loads it finds the same
+    if ranks.count == 1:  # loading it finds the same
         return
     model = ranks.together(lambda: _model(recipe))
     check_same(ranks, "model files", model, "give every node the same model directory")
@@ -124,8 +124,8 @@ def check_one_disk(ranks: Ranks, run_dir: Path, patience: float = PATIENCE) -> N
         return
     file = run_dir / TOKEN
     token = ranks.first(lambda: _left(file))
-    told = ranks.each((socket.gethostname(), _sees(file, token, patience)))
-    ranks.first(lambda: _one_disk(file, told))
+    found = ranks.each((socket.gethostname(), _sees(file, token, patience)))
+    ranks.first(lambda: _one_disk(file, found))
 
 
 def _left(file: Path) -> str:
@@ -148,11 +148,11 @@ def _sees(file: Path, token: str, patience: float) -> bool:
         time.sleep(0.1)
 
 
-def _one_disk(file: Path, told: list[tuple[str, bool]]) -> None:
+def _one_disk(file: Path, by_rank: list[tuple[str, bool]]) -> None:
     file.unlink(missing_ok=True)
-    blind = [rank for rank, (_, sees) in enumerate(told) if not sees]
+    blind = [rank for rank, (_, sees) in enumerate(by_rank) if not sees]
     if blind:
         raise ConfigError(
-            f"train.output_dir {file.parent}: {places(told, blind)} another directory of that name than rank 0 "
-            f"({told[0][0]}); give one on a file system that all nodes share"
+            f"train.output_dir {file.parent}: {places(by_rank, blind)} another directory of that name than rank 0 "
+            f"({by_rank[0][0]}); give one on a file system that all nodes share"
         )

@@ -1,6 +1,6 @@
-"""How one rank of many ends when it fails alone: written down, told in a line, and over at once.
+"""How one rank of many ends when it fails alone: with a record on disk, a line on the terminal, and at once.
 
-The others may wait for this one inside of a step, and can be told of nothing there; its end is what they notice.
+The others may be waiting for this one inside a step, where nothing can be sent to them; they notice its end.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ HEARD: Final = 1.0  # seconds for the rank with the cause to write it down: laun
 
 @contextmanager
 def ending_alone(ranks: Ranks, run_dir: Path, step: Callable[[], int | None] = lambda: None) -> Iterator[None]:
-    """An error that all ranks raise together passes, and rank 0 tells it; any other ends this process here and now.
+    """An error that all ranks raise together passes, and rank 0 shows it; any other ends this process at once.
 
-    It leaves `failures/rank-NNNNN.json` in the run directory, which says `step()`. A single process raises as always.
+    It leaves `failures/rank-NNNNN.json` in the run directory, with the number that `step` gives. On one process it is
+    raised.
     """
     try:
         yield
@@ -50,23 +51,23 @@ def ending_alone(ranks: Ranks, run_dir: Path, step: Callable[[], int | None] = l
 
 @contextmanager
 def leaving_together(ranks: Ranks) -> Iterator[None]:
-    """With an error that all ranks raise, none ends before all are done: launchers kill the others of one that ends."""
+    """With an error that all ranks raise, none ends before all have it: launchers kill the others when one ends."""
     try:
         yield
     except DuetvlError as error:
         if error.agreed:
-            with suppress(BackendError):  # one of them did not come so far
+            with suppress(BackendError):  # a rank may have ended before this
                 ranks.each(None)
         raise
 
 
 def failures_dir(run_dir: Path) -> Path:
-    """Where ranks that fail alone say why."""
+    """Where ranks that fail alone leave their records."""
     return run_dir / "failures"
 
 
 def read_failures(run_dir: Path) -> list[dict[str, Any]]:
-    """What they have left, causes before consequences, and earlier ones first. What cannot be read is left out."""
+    """These records, causes before consequences, and earlier ones first. What cannot be read is left out."""
     found = []
     for file in failures_dir(run_dir).glob("rank-*.json"):
         with suppress(DuetvlError):
@@ -83,7 +84,7 @@ def set_failures_aside(run_dir: Path) -> None:
 
 
 def _fail(ranks: Ranks, run_dir: Path, step: int | None, error: Exception) -> NoReturn:
-    consequence = isinstance(error, BackendError | RankFailed)  # of another rank's end, as far as can be told here
+    consequence = isinstance(error, BackendError | RankFailed)  # of another rank's end, as far as is known here
     words = str(error) if isinstance(error, DuetvlError) else f"{type(error).__name__}: {first_line(error)}"
     record = {
         "rank": ranks.index, "host": socket.gethostname(), "pid": os.getpid(),

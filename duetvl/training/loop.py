@@ -42,8 +42,8 @@ from duetvl.training.watching.watch import watched
 
 @dataclass(frozen=True)
 class _Ahead:
-    """Before a step: its work, None where this rank wishes to stop; what all know of it; the seconds that this rank has
-    waited for its data, and those that finding out took in all."""
+    """Before a step: its work, None where this rank is to stop; what all ranks know of it; the seconds that this rank
+    has waited for its data, and those that all of this took."""
 
     work: Step | None
     outlook: Outlook
@@ -150,7 +150,7 @@ class Run:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """What is told by, and the saver, which tells what it has done."""
+        """The watch, the signals and the saver."""
         section = self.recipe.checkpoint
         with watched(
             self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, history=self.start.history
@@ -222,7 +222,7 @@ class Run:
                 self.watch.plot()
 
     def _look_ahead(self) -> _Ahead:
-        """The next step's work, unless this rank wishes to stop, and what all ranks know and wish before it."""
+        """The next step's work, unless this rank is to stop, and what all ranks know before it."""
         begun = time.perf_counter()
         own = Outlook(stops=self._to_stop(), late=self._late())
         work = None
@@ -273,9 +273,9 @@ class Run:
 
     def _agree_on_end(self) -> None:
         """What any rank knows of why the steps are over, all know."""
-        told = self.ranks.each((self.signals.caught, self.stop_reason))
-        self.caught = next((caught for caught, _ in told if caught is not None), None)
-        self.stop_reason = next((reason for _, reason in told if reason is not None), None)
+        causes = self.ranks.each((self.signals.caught, self.stop_reason))
+        self.caught = next((caught for caught, _ in causes if caught is not None), None)
+        self.stop_reason = next((reason for _, reason in causes if reason is not None), None)
 
     def _export_due(self) -> bool:
         return self.export.is_due(None if self.step > self.first_step else self.start.checkpoint)

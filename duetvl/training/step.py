@@ -67,7 +67,7 @@ class Outlook:
     """What is known before a step: by one rank of itself, or by all of all of them.
 
     weight: what the packs add to the divisor of the loss. pictures: whether any of these packs has one. stops: whether
-    there is a wish to end before this step. late: whether it is time to save, by the clock of rank 0.
+    the run is to end before this step. late: whether it is time to save, by the clock of rank 0.
     """
 
     weight: float = 0.0
@@ -309,8 +309,9 @@ class Trainer:
     def _named(self, broken: Sequence[Batch], batches: Sequence[Batch]) -> list[str]:
         """The samples of all ranks' micro-batches that are `broken`; of all micro-batches where none is."""
         own = [[name for batch in some for name in batch.sample_ids] for some in (broken, batches)]
-        told = self.ranks.each(own) if self._counts else self.ranks.each([[], []])
-        those, everything = ([name for names in column for name in names] for column in zip(*told, strict=True))
+        none: list[list[str]] = [[], []]
+        by_rank = self.ranks.each(own if self._counts else none)
+        those, everything = ([name for names in column for name in names] for column in zip(*by_rank, strict=True))
         return those or everything
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 from duetvl.training.checkpoints.export import export_run
-from duetvl.training.checkpoints.writing import begin_save, commit, make_manifest, write_share, write_snapshot
+from duetvl.training.checkpoints.writing import begin_save, commit, make_manifest, write_first, write_share
 from tests.convert.tiny import assert_files_equal, mm_files, read_hf, same, tiny_config, write_hf
 
 TWO = Layout(((1, 3),), ((4, 0),), 2)
@@ -35,7 +35,7 @@ def save_run(
     parameters = [Parameter(name, be.checkpoint_io.load(array, "bfloat16", "bfloat16")) for name, array in bits.items()]
     meta = Meta(model_config=model_config)
     taken = take_snapshot(step=step, parameters=parameters, optimizer_state=None, meta=meta, backend=be)
-    write_snapshot(run, taken)
+    write_first(begin_save(run, taken.step, taken.nbytes), taken)
 
 
 @pytest.mark.parametrize("tied", [False, True])

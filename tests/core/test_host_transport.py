@@ -112,7 +112,7 @@ def test_a_patient_rank_waits_until_another_thread_finds_it_too_long(patient: li
         begun = time.monotonic()
         with pytest.raises(BackendError, match=r"rank 0 has waited 0 s for ranks \[1\]"):
             look(patient[0], begun)
-        patient[1].check_heard(begun)  # which waits for nobody
+        patient[1].check_waiting(begun)  # which waits for nobody
         assert not waiting.done()
         patient[0].abandon()
         with pytest.raises(BackendError, match="rank 1 has gone"):
@@ -121,7 +121,7 @@ def test_a_patient_rank_waits_until_another_thread_finds_it_too_long(patient: li
 
 def look(transport: HostTransport, begun: float) -> None:
     while time.monotonic() - begun < 30:
-        transport.check_heard(begun)
+        transport.check_waiting(begun)
         time.sleep(0.01)
 
 

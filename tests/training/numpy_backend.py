@@ -10,7 +10,7 @@ from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
 from duetvl.core.ranks import Ranks
 from duetvl.training.checkpoints.checkpoint import take_snapshot
-from duetvl.training.checkpoints.writing import write_snapshot
+from duetvl.training.checkpoints.writing import begin_save, write_first
 
 
 class NumpyFiles:
@@ -68,4 +68,8 @@ def optimizer_state(params, seed, half=False):
 
 def save_checkpoint(run_dir, *, keep_last=None, **moment):
     """A checkpoint of this moment; `moment` is what `take_snapshot` takes."""
-    return write_snapshot(run_dir, take_snapshot(**moment), keep_last)
+    return save_snapshot(run_dir, take_snapshot(**moment), keep_last)
+
+
+def save_snapshot(run_dir, taken, keep_last=None):
+    return write_first(begin_save(run_dir, taken.step, taken.nbytes, keep_last), taken, keep_last=keep_last)

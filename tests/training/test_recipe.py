@@ -213,7 +213,7 @@ def test_another_number_of_processes_is_refused_in_one_line():
         check_world(make("parallel.dp=2", "parallel.tp=2"), 3)
     with pytest.raises(ConfigError, match=r"needs 1 process, and 2 were started; .* parallel.dp=auto"):
         check_world(make(), 2)
-    with pytest.raises(ConfigError, match=r"pp above 1 cannot be run by this release; parallel.pp=1 takes the same"):
+    with pytest.raises(ConfigError, match=r"pp above 1 is not built yet; parallel.pp=1 takes the same"):
         check_world(make("parallel.pp=2"), 2)
     check_world(make(), 1)
     check_world(make("parallel.dp=2", "parallel.tp=2"), 4)

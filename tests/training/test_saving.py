@@ -18,7 +18,7 @@ import bag_model
 import numpy as np
 import pytest
 from bag_model import write_records
-from numpy_backend import ALONE, numpy_backend, optimizer_state, parameters
+from numpy_backend import ALONE, numpy_backend, optimizer_state, parameters, save_snapshot
 
 import duetvl
 from duetvl.core.backend import load_backend
@@ -109,7 +109,7 @@ def test_a_snapshot_is_not_changed_by_what_comes_after(tmp_path):
     for x in [p.tensor for p in params.values()] + [x for slot in state.slots().values() for x in slot.values()]:
         x += 1
     state.step.update(dict.fromkeys(state.step, 5))
-    writing.write_snapshot(tmp_path, taken)
+    save_snapshot(tmp_path, taken)
     fresh = parameters(2)
     ref = find_checkpoint(tmp_path)
     ck.load_checkpoint(ref, parameters=fresh.values(), optimizer_state=None, backend=numpy_backend())
@@ -291,7 +291,7 @@ def test_the_latest_is_never_removed_to_make_room(tmp_path, monkeypatch, keep_la
         return np.zeros(3, np.float32)
 
     piece = HostPiece("weights", "w", (3,), Box.whole((3,)), "float32", fetch)
-    writing.write_snapshot(tmp_path, writing.Snapshot(3, Meta(), {}, (piece,), {}), keep_last)
+    save_snapshot(tmp_path, writing.Snapshot(3, Meta(), {}, (piece,), {}), keep_last)
     assert seen == [step_name(step) for step in meanwhile]
     assert find_checkpoint(tmp_path).step == 3
 

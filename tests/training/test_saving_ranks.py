@@ -61,7 +61,7 @@ def test_a_first_rank_that_cannot_begin_tells_the_others(case, tmp_path):
 def test_a_rank_that_is_silent_is_not_waited_for_without_end(case, tmp_path):
     first, second = case("silent")
     assert first == second
-    assert "for 0.5 s nothing came of rank 1" in first[0]
+    assert "nothing came from rank 1 for 0.5 s" in first[0]
     assert first[1] == []
 
 

@@ -145,9 +145,9 @@ class MindSporeCpuCollectives(MindSporeCollectives):
         """Each rank reduces a part, and gives it to all."""
         ranks, flat = self.group_ranks(group), x.asnumpy().reshape(-1)
         parts = np.array_split(flat, len(ranks))
-        mine = self._reduced(parts, ranks, op)
+        own = self._reduced(parts, ranks, op)
         result = np.empty_like(flat)
-        self._gathered(mine, np.array_split(result, len(ranks)), ranks)
+        self._gathered(own, np.array_split(result, len(ranks)), ranks)
         return Tensor.from_numpy(result.reshape(x.shape))
 
     def raw_all_gather(self, x: Tensor, group: Group) -> Tensor:

@@ -50,7 +50,7 @@ class ComposedCollectives(Collectives):
         raise NotImplementedError
 
     def raw_all_reduce(self, x: Tensor, group: Group, op: str) -> Tensor:
-        """float32, int32 or int64."""
+        """float32, int32 or int64; half precision where `sums_halves`."""
         raise NotImplementedError
 
     def raw_all_gather(self, x: Tensor, group: Group) -> Tensor:
@@ -58,11 +58,11 @@ class ComposedCollectives(Collectives):
         raise NotImplementedError
 
     def raw_reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
-        """float32, int32 or int64; x's rows divide by the group's size."""
+        """The same dtypes; x's rows divide by the group's size."""
         raise NotImplementedError
 
     def raw_reduce_scatter_later(self, x: Tensor, group: Group) -> Callable[[], Tensor]:
-        """The same, begun; what is returned waits for it. Where a backend has nothing better it is done at once."""
+        """Begin the same; what is returned waits for it. Unless a backend overrides this, it is done at once."""
         piece = self.raw_reduce_scatter(x, group)
         return lambda: piece
 
@@ -140,10 +140,10 @@ class ComposedCollectives(Collectives):
             return Pending(lambda: x)
         sizes = even(x.shape[0], len(ranks), "reduce_scatter") if sizes is None else list(sizes)
         _expect(x.shape[0], sum(sizes), "reduce_scatter: rows")
-        mine, longest = sizes[ranks.index(self.rank)], max(sizes)
+        rows, longest = sizes[ranks.index(self.rank)], max(sizes)
         dtype = self.ops.dtype_of(x)
         if _empty(x.shape):
-            return Pending(lambda: self.ops.zeros((mine, *x.shape[1:]), dtype))
+            return Pending(lambda: self.ops.zeros((rows, *x.shape[1:]), dtype))
         wide = self._summable(x, dtype)
         if min(sizes) != longest:
             pieces = self.ops.split(wide, sizes, 0)
@@ -155,7 +155,7 @@ class ComposedCollectives(Collectives):
         def finish() -> Tensor:
             with self._failing("reduce_scatter"):
                 piece = wait()
-            return self.ops.cast(piece if mine == longest else piece[:mine], dtype)
+            return self.ops.cast(piece if rows == longest else piece[:rows], dtype)
 
         return Pending(finish)
 

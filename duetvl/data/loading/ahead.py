@@ -18,7 +18,7 @@ from duetvl.data.loading.loader import BatchMaker, Planned, Step
 from duetvl.data.loading.order import Cursor
 from duetvl.data.loading.peers import Channel
 
-_LOOK: Final = 0.5  # seconds of waiting between looks at who keeps the threads waiting
+_LOOK: Final = 0.5  # seconds between looks at whether the threads wait too long for other ranks
 
 
 class StepLoader:
@@ -56,12 +56,12 @@ class StepLoader:
         if self._first is None:
             made = self._next()
             if isinstance(made, BaseException):
-                self._ready.put(made)  # raised again to the next one who asks
+                self._ready.put(made)  # to be raised again by the next call
                 raise made
             self._first = made
 
     def close(self) -> None:
-        """Stop the threads, after what they are at; other ranks are not waited for."""
+        """Stop the threads once they have finished what they are doing; other ranks are not waited for."""
         self._closed = True
         self._room.release()
         self._maker.peers.abandon()
@@ -74,7 +74,7 @@ class StepLoader:
             try:
                 return self._ready.get(timeout=_LOOK)
             except queue.Empty:
-                self._maker.peers.check_heard(begun)
+                self._maker.peers.check_waiting(begun)
 
     def _plan(self) -> None:
         """Begin steps as there is room for them; the last thing handed on is None, or an error."""
@@ -86,7 +86,7 @@ class StepLoader:
                 self._planned.put(self._maker.begin(self._cursor, self._global_batch))
             self._planned.put(None)
         except BaseException as error:  # raised where the step is asked for, after the steps before it
-            self._planned.put(_told(error, self._maker.peers.plans))
+            self._planned.put(_passed_on(error, self._maker.peers.plans))
 
     def _finish(self) -> None:
         try:
@@ -95,11 +95,11 @@ class StepLoader:
             if isinstance(planned, BaseException):
                 self._ready.put(planned)
         except BaseException as error:
-            self._ready.put(_told(error, self._maker.peers.pixels))
+            self._ready.put(_passed_on(error, self._maker.peers.pixels))
 
 
-def _told(error: BaseException, channel: Channel) -> BaseException:
-    """The error; where the other ranks do not have it as well, their same thread notices that this one has ended.
+def _passed_on(error: BaseException, channel: Channel) -> BaseException:
+    """The error. Where the other ranks do not have it as well, the same thread of each notices that this one has ended.
 
     The other channel stays: the steps before this one are still made, and what is wrong with them comes first.
     """

@@ -6,7 +6,7 @@ nor workers; then pixels are made. So a step is a function of the cursor's posit
 that a checkpoint needs of the data.
 
 Of many ranks each drafts a share of the records and makes the pixels of a share of the packs (`Peers`). What goes wrong
-there is a value that all are told of, so that they leave out the same records, or raise the same error.
+there is sent to all as a value, so that they leave out the same records, or raise the same error.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Step:
     `batches` are the micro-batches of this rank and `numbers` their numbers among those of all ranks; ranks of one
     place of data parallelism have the same ones. `totals` are of all ranks (by default: there are no others), and so
     are `sample_ids`. `end` is the data position after the step. `counts` says how many records were "dropped" by a
-    rule, "bad" and left out, or kept with a note ("truncated", "shrunk"); `left_out` is what was said about the first
-    two, `unread` about keys that are not read.
+    rule, "bad" and left out, or kept with a note ("truncated", "shrunk"); `left_out` is the messages about the first
+    two, `unread` those about keys that are not read.
     """
 
     batches: tuple[Batch, ...]
@@ -127,13 +127,14 @@ class Findings:
         self.counts[kind] += 1
         self.left_out.append(f"{kind}: {error}")
 
-    def to_tell(self, error: DataError) -> DataError:
-        """The error as other ranks are told it: one that ends the run in its last words, which it takes a file for."""
+    def for_others(self, error: DataError) -> DataError:
+        """The error as other ranks get it. One that ends the run has its final message, as that takes a look into the
+        file."""
         return NotItsFault(with_line(str(error))) if self.ends_run(error) else error
 
 
 class _Share(NamedTuple):
-    """What a rank tells of some records: which they are, what became of its share of them, why it has to give up."""
+    """What a rank sends of some records: a checksum of which they are, the outcomes of its share, why it gives up."""
 
     records: int
     outcomes: Sequence[Outline | DataError]
@@ -185,12 +186,12 @@ class BatchMaker:
 
     def _usable(self, take: Callable[[], Sequence[Ref]], findings: Findings) -> list[_Known]:
         """Those of some records that give a sample. Raises what any rank has found that ends the run."""
-        own, told = self._drafted(take, findings)
+        drafts, share = self._drafted(take, findings)
         channel = self.peers.plans
-        shares = channel.gather(told)
+        shares = channel.gather(share)
         _check(shares)
         outcomes = channel.whole([share.outcomes for share in shares])
-        mine = dict(zip(channel.share(range(len(outcomes))), own, strict=True))
+        own = dict(zip(channel.share(range(len(outcomes))), drafts, strict=True))
         known = []
         for number, outcome in enumerate(outcomes):
             self.tally.add(outcome)
@@ -199,19 +200,19 @@ class BatchMaker:
             else:
                 findings.counts.update(outcome.notes)
                 findings.unread.add(outcome)
-                known.append(_Known(outcome, mine.get(number)))
+                known.append(_Known(outcome, own.get(number)))
         return known
 
     def _drafted(self, take: Callable[[], Sequence[Ref]], findings: Findings) -> tuple[list[Draft | None], _Share]:
-        """The drafts of this rank's share of some records, and what it tells of them."""
+        """The drafts of this rank's share of some records, and what it sends of them."""
         try:
             refs = take()
             outcomes = self.pool.drafts(self.peers.plans.share(refs))
         except DataError as error:
             return [], _Share(0, (), error)
-        told = [findings.to_tell(o) if isinstance(o, DataError) else Outline.of(o) for o in outcomes]
+        sent = [findings.for_others(o) if isinstance(o, DataError) else Outline.of(o) for o in outcomes]
         own = [None if isinstance(o, DataError) else o for o in outcomes]
-        return own, _Share(zlib.crc32(np.array(refs, np.int64).tobytes()), told, None)
+        return own, _Share(zlib.crc32(np.array(refs, np.int64).tobytes()), sent, None)
 
     def _planned(self, known: Sequence[_Known], findings: Findings, end: Mapping[str, Any]) -> Planned:
         packs = self.packing.packs([outline for outline, _ in known])
@@ -270,7 +271,7 @@ class Planned:
 
     def finish(self) -> Step:
         """Wait for the pixels. A sample whose media are bad leaves its micro-batch, where that is allowed."""
-        verdicts, batches = self._told()
+        verdicts, batches = self._exchanged()
         lost: set[int] = set()
         for number in sorted(verdicts):
             for i, error in verdicts[number].lost:
@@ -289,7 +290,7 @@ class Planned:
             of_all=Totals(sum(v.tokens for v in left), sum(v.trained_tokens for v in left), len(left)),
         )
 
-    def _told(self) -> tuple[dict[int, _Verdict], dict[int, Batch]]:
+    def _exchanged(self) -> tuple[dict[int, _Verdict], dict[int, Batch]]:
         """What has become of every pack, and the batches of those that this rank trains on."""
         peers = self.maker.peers
         verdicts, batches = self._made()
@@ -328,7 +329,7 @@ class Planned:
             if not isinstance(made, DataError):
                 samples.append(made)
                 continue
-            lost.append((i, self.findings.to_tell(made)))
+            lost.append((i, self.findings.for_others(made)))
             if self.findings.ends_run(made):
                 return [], lost
         return samples, lost

@@ -1,7 +1,7 @@
-"""Who shares the work of a run's data, and who trains on what of it.
+"""How the ranks of a run share the work of its data, and which of them train on which packs.
 
-Each rank drafts a share of a step's records and makes the pixels of a share of its packs, and the ranks tell each other
-what came of it. A framework's communication belongs to the main thread, so this has connections of its own: a channel
+Each rank drafts a share of a step's records and makes the pixels of a share of its packs, and the ranks exchange the
+results. A framework's communication belongs to the main thread, so this has connections of its own: a channel
 for each thread that uses one, as all ranks must make the same calls on a channel in the same order. Alone each function
 is the identity, and there is no connection.
 """
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class Channel:
-    """What one thread of this rank tells the same thread of the others. Alone unless it has a transport."""
+    """What one thread of this rank exchanges with the same thread of the others. Without a transport it is alone."""
 
     def __init__(self, transport: HostTransport | None = None):
         self._transport = transport
         self.rank, self.size = (transport.rank, transport.size) if transport else (0, 1)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of some items that this rank sees to."""
+        """Those of some items that are this rank's share."""
         return items[self.rank :: self.size]
 
     def whole(self, shares: Sequence[Sequence[T]]) -> list[T]:
@@ -46,18 +46,18 @@ class Channel:
             received |= self._transport.swap_values({r: x for r, x in enumerate(parcels) if r != self.rank})
         return [received[rank] for rank in range(self.size)]
 
-    def check_heard(self, since: float) -> None:
-        """See `HostTransport.check_heard`."""
+    def check_waiting(self, since: float) -> None:
+        """See `HostTransport.check_waiting`."""
         if self._transport is not None:
-            self._transport.check_heard(since)
+            self._transport.check_waiting(since)
 
     def abandon(self) -> None:
-        """End what is being told and what is waited for, here and at the others; any thread may do so."""
+        """End every exchange under way, here and at the others; any thread may call it."""
         if self._transport is not None:
             self._transport.abandon()
 
     def close(self) -> None:
-        """Leave; for when no thread uses it any more."""
+        """Close the connections, when no thread uses them any more."""
         if self._transport is not None:
             self._transport.close()
 
@@ -121,20 +121,20 @@ class Peers:
                 own = packs
         return Deal(own, makers)
 
-    def check_heard(self, since: float) -> None:
-        """Raise BackendError where the threads that make steps ahead wait for ranks that say nothing.
+    def check_waiting(self, since: float) -> None:
+        """Raise BackendError where nothing comes to the threads that make steps ahead.
 
-        That is, for DUETVL_PEER_TIMEOUT seconds, counted from `since` (of time.monotonic) at the earliest.
+        For DUETVL_PEER_TIMEOUT seconds, counted from `since` (of time.monotonic) at the earliest.
         """
-        self.plans.check_heard(since)
-        self.pixels.check_heard(since)
+        self.plans.check_waiting(since)
+        self.pixels.check_waiting(since)
 
     def abandon(self) -> None:
-        """End what the threads that make steps ahead wait for, here and at the others."""
+        """End the exchanges of the threads that make steps ahead, here and at the others."""
         self.plans.abandon()
         self.pixels.abandon()
 
     def close(self) -> None:
-        """Leave the others, when no thread is at work any more."""
+        """Close all connections, when no thread uses them any more."""
         for channel in (self.plans, self.pixels, self.passes):
             channel.close()

@@ -136,11 +136,11 @@ def slices_of(path: str, shape: Shape, heads: Heads, rank: int, ranks: int) -> S
         return Slices.whole(shape)
     length = shape[shard.axis] // shard.parts
     held = heads.held(shard.unit, rank, ranks)
-    mine = even_range(length, rank, ranks) if held is None else _scaled(held[0], length // held[1])
+    own = even_range(length, rank, ranks) if held is None else _scaled(held[0], length // held[1])
     boxes = []
     for part in range(shard.parts):
         offset, size = [0] * len(shape), list(shape)
-        offset[shard.axis], size[shard.axis] = part * length + mine.start, len(mine)
+        offset[shard.axis], size[shard.axis] = part * length + own.start, len(own)
         boxes.append(Box(tuple(offset), tuple(size)))
     return Slices(tuple(boxes), shard.axis)
 

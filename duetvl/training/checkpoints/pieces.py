@@ -82,8 +82,8 @@ def written_pieces(
     by path, the rows of trained ones that this rank updates.
     """
     for number, parameter in enumerate(parameters):
-        if mine := owned.get(parameter.path):
-            yield Piece("weights", mine.path, mine.place, mine.tensor)
+        if rows := owned.get(parameter.path):
+            yield Piece("weights", rows.path, rows.place, rows.tensor)
         elif not parameter.trainable:
             yield from _frozen_share(parameter, number, division)
     yield from _remembered(owned, state)
@@ -95,9 +95,9 @@ def read_pieces(
     """What this rank reads: all that it holds, and the rows that it updates where they are tensors of their own."""
     for parameter in parameters:
         yield Piece("weights", parameter.path, parameter.place, parameter.tensor)
-        mine = owned.get(parameter.path)
-        if mine is not None and mine is not parameter:
-            yield Piece("weights", mine.path, mine.place, mine.tensor)
+        rows = owned.get(parameter.path)
+        if rows is not None and rows is not parameter:
+            yield Piece("weights", rows.path, rows.place, rows.tensor)
     yield from _remembered(owned, state)
 
 
@@ -136,9 +136,9 @@ def _share(held: Mapping[int, range], rank: int, number: int) -> Iterator[range]
     for start, stop in pairwise(cuts):
         holders = [one for one, rows in held.items() if rows.start <= start and stop <= rows.stop]
         if rank in holders:
-            mine = owned_rows(stop - start, len(holders), number)[holders.index(rank)]
-            if len(mine):
-                yield range(start + mine.start, start + mine.stop)
+            own = owned_rows(stop - start, len(holders), number)[holders.index(rank)]
+            if len(own):
+                yield range(start + own.start, start + own.stop)
 
 
 # -- to the host ------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ HARMLESS = frozenset(
         "data.cache",
         "data.on_bad_sample",  # what a run that has met a bad record is resumed with
         "dpo.cache",
-        # A run may be gone on with where things lie elsewhere. What they are is known by other means: the model by
+        # A run may be resumed where things lie elsewhere. What they are is known by other means: the model by
         # the checkpoint's own weights or a fingerprint, the data by the number of their records.
         "model.path",
         "model.base",
@@ -62,7 +62,7 @@ HARMLESS = frozenset(
 )
 PLACES = frozenset({"path", "image_root"})  # of a data set
 LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
-# A checkpoint knows no layout: any can go on from it.
+# A checkpoint knows no layout: any can resume from it.
 HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log", "parallel"})
 
 RECIPE = "resolved_recipe.yaml"

@@ -100,12 +100,12 @@ class Saver:
         self.on_saved(self._agreed(_UnderWay(taken.step, staging, written)), taken.step)
 
     def poll(self) -> None:
-        """Tell what has become of the checkpoint in the background, once it has ended."""
+        """Report the outcome of the checkpoint in the background, once there is one."""
         if self._pending is not None and self.ranks.agree(self._pending.outcome.done()):
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the checkpoint in the background, and tell what has become of it."""
+        """Wait for the checkpoint in the background, and report its outcome."""
         if self._pending is None:
             return
         under_way, self._pending = self._pending, None
@@ -144,7 +144,7 @@ class Saver:
         except MemoryError:
             return None
 
-    # -- what ranks do together, at a step's edge ---------------------------------------------------------------------
+    # -- what ranks do together, between two steps ---------------------------------------------------------------------
 
     def _begun(self, taken: Snapshot, keep_last: int | None, *, waits: bool = False) -> Path:
         """The directory that rank 0 has made for the files of all; its CheckpointError on all ranks.
@@ -172,7 +172,7 @@ class Saver:
     # -- what each does on its own, here or in the thread -------------------------------------------------------------
 
     def _outcome(self, staging: Path, taken: Snapshot, keep_last: int | None) -> Outcome:
-        """Write this rank's part. Rank 0 waits for the others and finds out; the others do not know."""
+        """Write this rank's part. Rank 0 waits for the others and has the outcome of all; the others have None."""
         pieces = tuple(self._stoppable(piece) for piece in taken.pieces)
         taken, index, count = replace(taken, pieces=pieces), self.ranks.index, self.ranks.count
         try:
@@ -204,5 +204,5 @@ def _done(outcome: Outcome) -> Future[Outcome]:
 def _path(outcome: Outcome) -> Path:
     if isinstance(outcome, CheckpointError):
         raise outcome
-    assert outcome is not None, "rank 0 knows"
+    assert outcome is not None, "rank 0 has the outcome"
     return outcome

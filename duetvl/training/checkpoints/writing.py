@@ -2,7 +2,7 @@
 
 Rank 0 makes a hidden directory. Every rank writes its files there and forces them to disk; those beside rank 0 then
 leave a record of what they have written, or of why they could not. When rank 0 has all records it writes the manifest,
-gives the directory its name, and only then lets `latest` name it. Nobody calls a collective: all of it may happen in
+gives the directory its name, and only then lets `latest` name it. None of it calls a collective, so it may happen in
 threads. A kill at any instant leaves the checkpoint before it loadable.
 """
 
@@ -84,23 +84,14 @@ class Written:
         return cls(*stored_from_json(values), values["optimizer_steps"])
 
 
-# -- one process ------------------------------------------------------------------------------------------------------
-
-
-def write_snapshot(run_dir: str | Path, taken: Snapshot, keep_last: int | None = None) -> Path:
-    """Write `run_dir/checkpoints/step-NNNNNNN`, make it the latest, remove all but the `keep_last` newest.
-
-    Where the disk has no room for it, those that would be removed then go first, but for the latest one. On an error (a
-    full disk) CheckpointError is raised, nothing of it is left, and the other checkpoints are as before.
-    """
-    return write_first(begin_save(run_dir, taken.step, taken.nbytes, keep_last), taken, keep_last=keep_last)
-
-
 # -- rank 0 -----------------------------------------------------------------------------------------------------------
 
 
 def begin_save(run_dir: str | Path, step: int, needed: int, keep_last: int | None = None) -> Path:
-    """Make the hidden directory that all ranks write to, and room for `needed` bytes. Raises CheckpointError."""
+    """Make the hidden directory that all ranks write to, and room for `needed` bytes. Raises CheckpointError.
+
+    Where the disk has no room, checkpoints that are removed after this one anyway go first, but for the latest.
+    """
     folder = checkpoints_dir(run_dir)
     staging = folder / f".{step_name(step)}.saving"
     with _whole_or_not_at_all(staging, step):
@@ -121,8 +112,10 @@ def write_first(
 ) -> Path:
     """Write rank 0's share, wait for the records of the others, and commit: the checkpoint's directory.
 
-    CheckpointError, and nothing is left of it, where a rank could not write, or says nothing and writes nothing for
-    DUETVL_PEER_TIMEOUT seconds. `look` is called while it waits, and may end that with an error of its own.
+    It is the latest from then on, and all but the `keep_last` newest are removed.
+
+    CheckpointError, and nothing is left of it, where a rank could not write, or one is missing and nothing has been
+    written for DUETVL_PEER_TIMEOUT seconds. `look` is called while this waits, and may end it with an error of its own.
     """
     with _whole_or_not_at_all(staging, taken.step):
         written = [write_share(staging, taken, 0, ranks), *_others(staging, ranks, look)]
@@ -160,7 +153,7 @@ def _others(staging: Path, ranks: int, look: Callable[[], None]) -> list[Written
         if sizes != seen:
             seen, deadline = sizes, time.monotonic() + limit
         elif time.monotonic() > deadline:
-            raise OSError(f"for {limit:g} s nothing came of rank {missing[0]}, whose log may say why")
+            raise OSError(f"nothing came from rank {missing[0]} for {limit:g} s; its log may say why")
         else:
             time.sleep(_PATIENCE)
     return [found[rank] for rank in range(1, ranks)]
@@ -257,32 +250,32 @@ def _fetcher(pieces: Mapping[str, HostPiece]) -> Callable[[str], np.ndarray]:
 def write_other(staging: Path, taken: Snapshot, rank: int, ranks: int) -> None:
     """Write the share of a rank beside the first, and leave a record of it, or of why that failed.
 
-    What becomes of the checkpoint is rank 0's to say: a full disk and a want of memory are no error here.
+    Rank 0 raises what that means for the checkpoint: a full disk or a lack of memory is no error here.
     """
     try:
         _write_record(staging, rank, write_share(staging, taken, rank, ranks).to_json())
     except (OSError, MemoryError) as error:
-        _leave_word(staging, rank, ranks, error)
+        _record_failure(staging, rank, ranks, error)
     except BaseException as error:
         with suppress(OSError):
-            _write_record(staging, rank, _told(rank, error))
+            _write_record(staging, rank, _failure(rank, error))
         raise
 
 
-def _leave_word(staging: Path, rank: int, ranks: int, cause: OSError | MemoryError) -> None:
-    """Make room for the record of a failure, and write it; again and again where the disk is full, but not for ever."""
+def _record_failure(staging: Path, rank: int, ranks: int, cause: OSError | MemoryError) -> None:
+    """Make room for the record of a failure, and write it; on a full disk until DUETVL_PEER_TIMEOUT is over."""
     for kind in KINDS:
         with suppress(OSError):
             (staging / file_name(kind, rank, ranks)).unlink(missing_ok=True)
     deadline = time.monotonic() + time_limit("DUETVL_PEER_TIMEOUT")
     while staging.is_dir() and time.monotonic() < deadline:
         with suppress(OSError):
-            _write_record(staging, rank, _told(rank, cause))
+            _write_record(staging, rank, _failure(rank, cause))
             return
         time.sleep(_AGAIN)
 
 
-def _told(rank: int, error: BaseException) -> dict[str, str]:
+def _failure(rank: int, error: BaseException) -> dict[str, str]:
     return {"error": f"rank {rank} ({socket.gethostname()}): {_cause(error)}"}
 
 

@@ -146,7 +146,9 @@ class DataSection(Section):
     shuffle_buffer: int = Field(
         default=1024, ge=1, description="Records that a stream is shuffled over, besides the order of its shards."
     )
-    workers: int = Field(default=0, ge=0, description="Processes that encode; 0: a thread of the main process.")
+    workers: int = Field(
+        default=0, ge=0, description="Processes that encode, for each rank; 0: a thread of the rank itself."
+    )
     prefetch: int = Field(default=2, ge=1, description="Steps that are made ahead.")
     cache: Place | None = Field(
         default=None,

@@ -34,13 +34,15 @@ class ParallelSection(Section):
     other, or layers of one alone.
     """
 
-    pp: int = Field(default=1, ge=1, description="Pipeline stages.")
+    pp: int = Field(default=1, ge=1, description="Pipeline stages; not built yet, 1 alone is trained.")
     dp: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=1,
-        description="Data-parallel replicas; auto: as many as the processes that are started allow. No result depends "
-        "on it.",
+        description="Data-parallel replicas, which divide the samples of a step; auto: as many as the processes that "
+        "are started allow. No result depends on it.",
     )
-    cp: int = Field(default=1, ge=1, description="Context parallelism: pieces of a sequence.")
+    cp: int = Field(
+        default=1, ge=1, description="Context parallelism: pieces of a sequence; not built yet, 1 alone is trained."
+    )
     tp: int = Field(default=1, ge=1, description="Tensor parallelism: pieces of a layer.")
     sequence: bool = Field(
         default=False,

@@ -49,7 +49,7 @@ def make_recipe(
 
 
 def for_world(recipe: Recipe, processes: int) -> Recipe:
-    """The recipe for so many processes, `parallel.dp: auto` resolved. Raises ConfigError as `check_world` does."""
+    """The recipe for a run of `processes`, `parallel.dp: auto` resolved. Raises ConfigError as `check_world` does."""
     parallel = recipe.parallel
     if parallel.dp == "auto":
         rest, left = divmod(processes, parallel.mesh.size)
@@ -66,7 +66,7 @@ def for_world(recipe: Recipe, processes: int) -> Recipe:
 
 
 def check_world(recipe: Recipe, processes: int) -> None:
-    """Raise ConfigError unless the recipe's degrees fit the number of processes, and this release can run them."""
+    """Raise ConfigError unless the recipe's degrees fit the number of processes, and all of the layout is built."""
     parallel, mesh = recipe.parallel, recipe.parallel.mesh
     if unbuilt := not_built(parallel):
         raise ConfigError(f"parallel: {_degrees(parallel, AXES)}: {unbuilt}")
@@ -86,7 +86,7 @@ def _degrees(parallel: ParallelSection, axes: Sequence[str]) -> str:
 
 
 def not_built(parallel: ParallelSection) -> str:
-    """What of a layout this release cannot run, and the fields with which it trains; empty where it can."""
+    """What of a layout is not built yet, and the fields with which it trains; empty where all of it is."""
     asked = [f"{axis} above 1" for axis in ("pp", "cp") if getattr(parallel, axis) > 1]
     placed = [name for name in ("vision_layers", "language_layers") if getattr(parallel, name)]
     if not asked and not placed:
@@ -94,7 +94,7 @@ def not_built(parallel: ParallelSection) -> str:
     fields = [f"parallel.{axis}=1" for axis in ("pp", "cp") if getattr(parallel, axis) > 1]
     fields += [f"parallel.{name}=null" for name in placed]
     what = " and ".join(asked) if asked else f"parallel.{placed[0]}"
-    return f"{what} cannot be run by this release; {' '.join(fields)} takes the same steps with tp and dp alone"
+    return f"{what} is not built yet; {' '.join(fields)} takes the same steps with tp and dp alone"
 
 
 def check_layers(parallel: ParallelSection, config: ModelConfig) -> None:

@@ -74,7 +74,7 @@ class Callback:
 
     Every rank of a run calls them in the same order: a model that is divided answers when all ranks ask it. What is
     said and logged is that of rank 0. An exception ends the run, which saves what it has done and leaves no file
-    half-written; on many ranks it goes on from its last checkpoint.
+    half-written; on many ranks it is resumed from its last checkpoint.
     """
 
     def on_start(self, run: Running) -> None:

@@ -1,4 +1,4 @@
-"""What is told of a run, and by whom: rank 0 has the terminal, the logs, trackers and plots, the others keep quiet."""
+"""What a run shows and logs: rank 0 has the terminal, the logs, trackers and plots, the other ranks are quiet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 class Quiet:
-    """What the other ranks have. Nothing is told but what one of them alone may see, under its number."""
+    """What the other ranks have. They show only what concerns one of them alone, under its number."""
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -27,7 +27,7 @@ class Quiet:
         """Show a line on the terminal."""
 
     def warn(self, text: str) -> None:
-        """Show a line about something of this rank."""
+        """Show a line that concerns this rank alone."""
         with suppress(OSError):
             sys.stderr.write(f"rank {self.rank}: {text}\n")
             sys.stderr.flush()
@@ -86,7 +86,7 @@ class Watch(Quiet):
 def watched(
     recipe: Recipe, run_dir: Path, ranks: Ranks, *, done: int, total: int, history: Path | None
 ) -> Iterator[tuple[Quiet, int]]:
-    """What this rank tells by, of a run with `done` of `total` steps behind it; and the step last evaluated, or -1.
+    """What this rank has, in a run with `done` of `total` steps behind it; and the step last evaluated, or -1.
 
     `history` is another run's directory whose rows are taken over. Raises what the logs and trackers raise, on all.
     """
