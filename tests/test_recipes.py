@@ -161,7 +161,8 @@ def test_that_layout_trains_in_the_memory_that_is_named(row):
         assert load_recipe(path).parallel.mesh.size == ranks
         found.append(estimated(for_world(load_recipe(path, [*common_fields(), *fields.split()]), ranks)))
     largest = max(found, key=lambda memory: memory.peak)
-    assert (round(largest.peak / GIB), round(largest.optimizer / GIB)) == (whole, optimizer)
+    assert largest.peak / GIB == pytest.approx(whole, abs=1.0)
+    assert largest.optimizer / GIB == pytest.approx(optimizer, abs=1.0)
 
 
 @every_recipe
