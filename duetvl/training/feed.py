@@ -23,7 +23,8 @@ from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.stream import StreamCursor, StreamSource
 from duetvl.data.loading.workers import Pool, make_pool
 from duetvl.data.sources.catalog import Records, Source, open_source, resolve
-from duetvl.data.sources.records import Reading, RecordFile, Ref, with_line
+from duetvl.data.sources.fingerprint import FileFacts, Fingerprint
+from duetvl.data.sources.records import Reading, RecordFile, Ref, describe_os_error, with_line
 from duetvl.training.recipe.data_section import DataSection, DataSource
 from duetvl.training.recipe.sections import Recipe
 
@@ -92,6 +93,15 @@ class DataSets:
     def val_count(self) -> int:
         """Records of an evaluation."""
         return 0 if self._val is None else len(self._val[1])
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells this data from another rank's: files by name, size and number of records (`check_same_data`)."""
+        counts = {} if self.data.streaming else self._records.per_file
+        counts |= {} if self._val is None else self._val[0].per_file
+        try:
+            return tuple(FileFacts(str(f.path), f.path.stat().st_size, counts.get(i)) for i, f in enumerate(self.files))
+        except OSError as error:
+            raise describe_os_error(error.filename, error) from None
 
     def cursor(self, position: Mapping[str, Any] | None = None) -> Cursor:
         """The order of the training records, from a position on. Raises DataError where it is one in other data."""

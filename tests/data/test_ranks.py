@@ -18,7 +18,9 @@ from clips import write_clip
 from PIL import Image
 from rank_process import Case, Seen
 
+from duetvl.core.errors import DataError
 from duetvl.core.mesh import Mesh
+from duetvl.data.sources.fingerprint import FileFacts, check_same_data
 
 PROGRAM = Path(__file__).with_name("rank_process.py")
 SIZE = 4

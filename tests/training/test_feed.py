@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import bag_model
 import pytest
@@ -11,6 +12,7 @@ from bag_model import BagEncoder, write_records
 
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.data.sources.fingerprint import check_same_data
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.train import train

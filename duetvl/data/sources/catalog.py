@@ -152,6 +152,11 @@ class Records:
         """Records of all files."""
         return int(self._ends[-1])
 
+    @property
+    def per_file(self) -> dict[int, int]:
+        """Records of each file, by the file's number in the `Ref`s."""
+        return {self.first_file + number: len(places.at) for number, places in enumerate(self._places)}
+
     def ref(self, index: int) -> Ref:
         """Where a record is to be read."""
         if not 0 <= index < len(self):
