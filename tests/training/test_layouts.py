@@ -100,7 +100,10 @@ def test_the_run_is_that_of_one_process(runs: Runs, name: str) -> None:
         allowed = 1e-5 * max(float(np.linalg.norm(gradient)), 1e-3 * whole)
         assert float(np.linalg.norm(ours[path] - gradient)) < allowed, path
     weights, ours = values(expected, 5, "weights"), values(found, 5, "weights")
-    lr = KINDS[name.split(":")[0]]["optim"]["lr"]
-    for path, weight in weights.items():  # some start at zero, and have come as far as the learning rate takes them
-        allowed = max(1e-6 * float(np.linalg.norm(weight)), 1e-5 * lr * weight.size**0.5)
+    kind = name.split(":")[0]
+    # What starts at zero is the sum of its updates, which near eps amplify the rounding of a gradient: most of all the
+    # small ones of adapters.
+    share = 1e-4 if kind in ("lora", "dora") else 1e-5
+    for path, weight in weights.items():
+        allowed = max(1e-6 * float(np.linalg.norm(weight)), share * KINDS[kind]["optim"]["lr"] * weight.size**0.5)
         assert float(np.linalg.norm(ours[path] - weight)) <= allowed, path
