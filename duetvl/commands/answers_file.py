@@ -32,8 +32,14 @@ class AnswersFile:
         if strange := [key for key, row in before.items() if key not in wanted and "error" not in row]:
             what = f"{len(strange)} of its lines are answers to other questions, or made in another way"
             raise ConfigError(f"-o {path}: exists already, and {what}; choose another name, or move it away")
+        part = dict(_rows(self.part))
+        if not wanted & part.keys() and any("error" not in row for row in part.values()):
+            raise ConfigError(
+                f"-o {path}: {self.part.name} beside it holds {len(part)} answers to other questions, or made in "
+                f"another way; choose another name, or move it away"
+            )
         self._cut_off = _complete(self.part)
-        self.known: dict[str, Row] = {**before, **{key: row for key, row in _rows(self.part) if key in wanted}}
+        self.known: dict[str, Row] = {**before, **{key: row for key, row in part.items() if key in wanted}}
 
     def missing(self) -> Iterator[int]:
         """Numbers of the asks that are to be answered, equal ones once; those that failed are asked again."""
@@ -52,8 +58,11 @@ class AnswersFile:
 
             def add(key: str, row: Row) -> None:
                 self.known[key] = row
-                handle.write(_line({**row, "key": key}))
-                handle.flush()
+                try:
+                    handle.write(_line({**row, "key": key}))
+                    handle.flush()
+                except OSError as error:  # it does not know the name of the file
+                    raise OSError(error.errno, error.strerror, str(self.part)) from error
 
             yield add
             os.fsync(handle.fileno())

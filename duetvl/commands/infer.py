@@ -64,7 +64,7 @@ def _answer_one(
     model = load(args, opened, say)
     special = opened.source.family.special
     media = int(np.isin(request.prompt.input_ids, (special.image, special.video)).sum())
-    rows = len(request.prompt) + way.max_new_tokens + model.backend.kv_cache.block_size
+    rows = min(len(request.prompt) + way.max_new_tokens, model.context) + model.backend.kv_cache.block_size
     engine = make_engine(model, args, cache_tokens=rows, media_tokens=max(media, 1), max_sequences=1, reuse=False)
     engine.submit(request)
     while engine.busy:

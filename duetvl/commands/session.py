@@ -101,9 +101,8 @@ def _dtype(args: argparse.Namespace, source: ModelDirectory, backend: Backend) -
 
 def make_engine(model: Model, args: argparse.Namespace, **usual: Any) -> Engine:
     """The engine of a model; what the options say of its size comes before what is `usual`."""
-    given = {
-        name: value for name in ("cache_tokens", "max_sequences", "media_tokens") if (value := getattr(args, name))
-    }
+    sizes = ("cache_tokens", "max_sequences", "media_tokens")
+    given = {name: value for name in sizes if (value := getattr(args, name)) is not None}
     return Engine(model, tokenizer=model.processor.tokenizer, **{**usual, **given})
 
 
@@ -153,7 +152,8 @@ def way_of(args: argparse.Namespace, defaults: Defaults) -> Way:
 
 def media_settings(own: MediaSettings, args: argparse.Namespace) -> MediaSettings:
     """The model directory's settings with what the options say instead. ConfigError."""
-    low, high = args.min_pixels or own.image.min_pixels, args.max_pixels or own.image.max_pixels
+    low = own.image.min_pixels if args.min_pixels is None else args.min_pixels
+    high = own.image.max_pixels if args.max_pixels is None else args.max_pixels
     if not 0 < low <= high:
         raise ConfigError(f"pictures of {low} to {high} pixels make no sense; give --min-pixels and --max-pixels")
     fps = args.fps if args.fps is not None else PRESETS[args.video_preset or "qwen"]
