@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,23 +49,20 @@ class AnswersFile:
                 seen.add(key)
                 yield number
 
-    @contextmanager
-    def adding(self) -> Iterator[Any]:
+    def adder(self) -> Callable[[str, Row], None]:
         """A function that takes an ask's key and its answer; what it has taken survives a kill."""
         if self.part.exists():
             os.truncate(self.part, self._cut_off)
-        with open(self.part, "a", encoding="utf-8") as handle:
 
-            def add(key: str, row: Row) -> None:
-                self.known[key] = row
-                try:
+        def add(key: str, row: Row) -> None:
+            self.known[key] = row
+            try:
+                with open(self.part, "a", encoding="utf-8") as handle:
                     handle.write(_line({**row, "key": key}))
-                    handle.flush()
-                except OSError as error:  # it does not know the name of the file
-                    raise OSError(error.errno, error.strerror, str(self.part)) from error
+            except OSError as error:  # a full disk does not know the name of the file
+                raise OSError(error.errno, error.strerror, str(self.part)) from error
 
-            yield add
-            os.fsync(handle.fileno())
+        return add
 
     def finish(self, ids: Iterable[str]) -> None:
         """Write OUT, a line for each ask, named by `ids`."""

@@ -87,7 +87,8 @@ def _answer_all(args: argparse.Namespace, opened: Opened, way: Way, guides: Guid
         engine = make_engine(load(args, opened, say), args)
         done = distinct - len(missing)
         progress = Progress(distinct, done=done, unit="answer", stream=sys.stderr, every=max(1, distinct // 20))
-        with closing(progress), file.adding() as add:
+        add = file.adder()
+        with closing(progress):
             prepared = ahead(missing, lambda number: asks[number].sample(opened.processor))
             for number, row in answers(engine, prepared, way, guides, opened.processor.tokenizer):
                 add(file.keys[number], row)

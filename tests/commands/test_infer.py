@@ -100,14 +100,16 @@ def test_one_rule_of_defaults(run: Any, be: Backend, here: Path, tmp_path: Path)
     assert engine.generate([told])[0].token_ids == plain.token_ids
 
 
-def test_more_new_tokens_than_the_context_has(run: Any, be: Backend, here: Path) -> None:
-    model = duetvl.load_model(here / "model", backend=be)
+def test_more_new_tokens_than_the_context_has(run: Any, be: Backend, tmp_path: Path) -> None:
+    tiny_run.write_model(tmp_path / "model", std=0.2, max_position_embeddings=200)
+    model = duetvl.load_model(tmp_path / "model", backend=be)
+    assert model.context == 200
     prompt = model.processor(messages("tell"), add_generation_prompt=True)
     request = duetvl.Request(prompt, max_new_tokens=10**15, stop_ids=frozenset())
-    (expected,) = duetvl.Engine(model).generate([request])
+    (expected,) = duetvl.Engine(model, cache_tokens=256).generate([request])
     assert expected.finish_reason == "length" and len(prompt) + len(expected.token_ids) == model.context
     words = ("--max-new-tokens", str(10**15), "--ignore-eos")
-    assert run("model", "--prompt", "tell", *words)[:2] == (0, f"{expected.text}\n")
+    assert run(str(tmp_path / "model"), "--prompt", "tell", *words)[:2] == (0, f"{expected.text}\n")
 
 
 def test_records_are_answered_in_order_without_their_last_answers(
