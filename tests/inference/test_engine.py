@@ -462,14 +462,14 @@ def test_a_pass_that_fails_ends_its_requests_alone(be, models, theirs):
 
 
 def test_an_interrupted_pass_leaves_the_others_right(be, models, theirs):
-    """Ctrl-C in `generate` while another request is under way: features and rows of that pass are not there."""
+    """Ctrl-C in `generate` while another request is under way: no features of that pass are there."""
     name = "qwen2-tied"
     model = Failing(models(name, be))
     engine = Engine(model, cache_tokens=400)
     kept = [engine.submit(ask(prompt)) for prompt in (PROMPTS["image"], LONG)]
     engine.step()
     kept.append(engine.submit(ask(PROMPTS["video"])))
-    model.fails = KeyboardInterrupt
+    model.fails = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         engine.generate([ask(PROMPTS["text"])])
     model.fails = None
@@ -482,7 +482,7 @@ def test_an_interrupted_pass_leaves_the_others_right(be, models, theirs):
 class Failing:
     """A model whose device fails where it is told to."""
 
-    fails: BaseException | type[BaseException] | None = None
+    fails: BaseException | None = None
 
     def __init__(self, model: Any):
         self._model = model
@@ -491,9 +491,14 @@ class Failing:
         return getattr(self._model, name)
 
     def extend(self, *arguments: Any) -> Any:
-        if self.fails:
+        if isinstance(self.fails, Exception):
             raise self.fails
         return self._model.extend(*arguments)
+
+    def features(self, *arguments: Any) -> Any:
+        if self.fails:
+            raise self.fails
+        return self._model.features(*arguments)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
