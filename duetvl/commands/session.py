@@ -70,6 +70,7 @@ class Opened:
 def open_for_answers(args: argparse.Namespace, say: Say) -> Opened:
     """Find the model of the options. What its defaults take over is said."""
     source = open_model(args.model, base=args.base)
+    check_stop_tokens(args, source.family.vocabulary)
     processor = Processor.from_directory(source.path, source.family)
     processor.media = media_settings(processor.media, args)
     defaults = read_defaults(source.path, processor)
@@ -123,6 +124,12 @@ def guides_of(args: argparse.Namespace, opened: Opened, way: Way) -> Guides | No
 def check_way(args: argparse.Namespace) -> None:
     """Raise ConfigError, before anything is read, for values that make no sense whatever the model."""
     way_of(args, Defaults())
+
+
+def check_stop_tokens(args: argparse.Namespace, vocabulary: int) -> None:
+    """Raise ConfigError for a token that the model cannot choose."""
+    if beyond := [number for number in getattr(args, "stop_token", None) or () if number >= vocabulary]:
+        raise ConfigError(f"--stop-token {beyond[0]}: is none of the model's {vocabulary} tokens")
 
 
 def way_of(args: argparse.Namespace, defaults: Defaults) -> Way:

@@ -326,6 +326,7 @@ def test_one_that_fails_is_named_and_asked_again(run: Any, here: Path, tmp_path:
         (["model", "--prompt", "x", "--min-pixels", "99999999"], "make no sense; give --min-pixels and --max-pixels"),
         (["model", "--prompt", "x", "--fps", "0"], "--fps 0.0"),
         (["model", "--prompt", "x", "--max-pixels", "0"], "make no sense; give --min-pixels and --max-pixels"),
+        (["model", "--prompt", "x", "--stop-token", "99999"], "--stop-token 99999: is none of the model's"),
         (["model", "--prompt", "x", "--cache-tokens", "0"], "cache_tokens is 0, it must be at least 1"),
         (["model", "--prompt", "x", "--media-tokens", "0"], "media_tokens is 0, it must be at least 1"),
         (["none", "--prompt", "x"], "none: no such directory"),
