@@ -82,7 +82,7 @@ def duetvl_engine(directory: Path, dtype: str, backend: str, steady: bool) -> An
                 clock.wait_until(left[0][1])
             while left and left[0][1] <= clock.now():
                 (sample, new), _ = left.pop(0)
-                engine.submit(duetvl.Request(duetvl.Sample(**sample), max_new_tokens=new))
+                engine.submit(duetvl.Request(duetvl.Sample(**sample), max_new_tokens=new, stop_ids=frozenset()))
             engine.step()
         return clock.now()
 

@@ -9,7 +9,9 @@ import numpy as np
 from duetvl.convert.opening import open_model
 from duetvl.core.batch import IGNORE, Pair, Sample
 from duetvl.data.encode import Processor
+from duetvl.inference.defaults import read_defaults
 from duetvl.inference.generate import generate
+from duetvl.inference.request import Delta
 from duetvl.training.watching.callbacks import Callback, Row, Running
 
 
@@ -23,6 +25,7 @@ class SampleAnswers(Callback):
         """Read the samples and the tokenizer."""
         source = open_model(run.recipe.model.path, base=run.recipe.model.base, weights=False)
         self.processor = Processor.from_directory(source.path, source.family)
+        self.ends = read_defaults(source.path, self.processor).stop_ids
         given = run.validation_samples(run.recipe.log.generate)
         self.samples = [sample.chosen if isinstance(sample, Pair) else sample for sample in given]
         self.prompts = [prompt_of(sample) for sample in self.samples]
@@ -49,7 +52,7 @@ class SampleAnswers(Callback):
         )
 
     def _answers(self, run: Running) -> list[list[int]]:
-        def look(prompt: int, token: int) -> None:
+        def look(prompt: int, delta: Delta) -> None:
             if run.stopping:
                 raise _Stopping
 
@@ -57,8 +60,8 @@ class SampleAnswers(Callback):
             run.model,
             self.prompts,
             max_new_tokens=run.recipe.log.generate_tokens,
-            stop=frozenset(self.processor.stop_token_ids),
-            on_token=look,
+            stop=self.ends,
+            on_delta=look,
         )
 
 

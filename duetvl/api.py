@@ -18,11 +18,12 @@ from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import ConfigError
 from duetvl.core.params import Parameter, split_trainable
 from duetvl.data.encode import Processor
+from duetvl.data.tokenizer import TextTokenizer
+from duetvl.inference import engine as inference
 from duetvl.inference.defaults import Defaults, read_defaults
-from duetvl.inference.engine import Engine
 from duetvl.inference.generate import generate
-from duetvl.inference.output import TextStream
 from duetvl.inference.request import Completion, Delta, Request
+from duetvl.inference.runner import Generator
 from duetvl.inference.sampling import Sampling
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl import adapters, loading
@@ -80,7 +81,8 @@ class Model(QwenVL):
     def defaults(self) -> Defaults:
         """Sampling and the tokens that end an answer as the model's own generation_config.json has them.
 
-        Greedy, and the tokenizer's ends, where it has none. `generate` and the engine use what they are given.
+        Greedy, and the tokenizer's ends, where it has none. `generate` and `Engine` answer so where they are told
+        nothing else.
         """
         processor = self.processor
         assert self.source is not None
@@ -128,9 +130,10 @@ class Model(QwenVL):
         stop: Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Answer a conversation (messages) or continue a Sample; greedy unless `sampling` says otherwise.
+        """Answer a conversation (messages) or continue a Sample.
 
-        Ends at a token of `stop` (default: the tokenizer's end of turn and end of text) or after `max_new_tokens`.
+        Ends at a token of `stop` or after `max_new_tokens`. `stop` and `sampling` are by default those of `defaults`:
+        what the model's generation_config.json says; greedy, and the tokenizer's ends, where it says nothing.
         `on_text` is handed the text as it grows.
         """
         answers = self.generate_many(
@@ -154,18 +157,17 @@ class Model(QwenVL):
         """
         samples = [p if isinstance(p, Sample) else self.processor(p, add_generation_prompt=True) for p in prompts]
         processor = self._processor_if_any()
-        ends = stop if stop is not None else (processor.stop_token_ids if processor else ())
-        told = _Teller(processor, on_text) if processor and on_text and len(samples) == 1 else None
+        defaults = self.defaults if processor else Defaults()
+        tell = on_text if processor and len(samples) == 1 else None
         found = generate(
             self,
             samples,
             max_new_tokens=max_new_tokens,
-            stop=frozenset(ends),
-            sampling=sampling,
-            on_token=told,
+            stop=defaults.stop_ids if stop is None else frozenset(stop),
+            sampling=defaults.sampling if sampling is None else sampling,
+            tokenizer=processor.tokenizer if processor and tell else None,
+            on_delta=(lambda number, delta: tell(delta.text) if delta.text else None) if tell else None,
         )
-        if told is not None:
-            told.finish()
         return [Generation(tokens, processor.decode(tokens) if processor else None) for tokens in found]
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -206,22 +208,25 @@ class Model(QwenVL):
         return self.processor if self.source is not None and self.source.has_tokenizer else None
 
 
-class _Teller:
-    """Hands on the new part of a growing text; a character whose bytes are not all there yet is held back."""
+class Engine(inference.Engine):
+    """The engine of a `Model` read from a directory: its answers have texts, by the model's own tokenizer, and requests
+    that say nothing of sampling, or of the tokens that end them, mean what the model's `defaults` say.
+    """
 
-    def __init__(self, processor: Processor, on_text: Callable[[str], None]):
-        self.stream, self.on_text = TextStream(processor.tokenizer.bytes_of), on_text
-
-    def __call__(self, prompt: int, token: int) -> None:
-        self._tell(self.stream.add(token))
-
-    def finish(self) -> None:
-        """Hand on what is still held back: nothing more will complete it."""
-        self._tell(self.stream.finish())
-
-    def _tell(self, text: str) -> None:
-        if text:
-            self.on_text(text)
+    def __init__(
+        self,
+        model: Generator,
+        *,
+        tokenizer: TextTokenizer | None = None,
+        defaults: Defaults | None = None,
+        **options: Any,
+    ):
+        """Options are those of `duetvl.inference.engine.Engine`; `tokenizer` and `defaults` replace the model's own."""
+        if isinstance(model, Model) and (processor := model._processor_if_any()) is not None:
+            if tokenizer is None and processor.tokenizer.is_byte_level:
+                tokenizer = processor.tokenizer
+            defaults = defaults or model.defaults
+        super().__init__(model, tokenizer=tokenizer, defaults=defaults, **options)
 
 
 def load_model(

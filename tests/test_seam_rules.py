@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "data": {"core", "storage"},
     "training": {"core", "storage", "models", "parallel", "convert", "data"},
     "launch": {"core", "training", "cli"},
-    "migrate": {"core", "storage", "models", "data", "training"},
+    "migrate": {"core", "storage", "models", "data", "training", "inference"},
     "inference": {"core", "storage", "models", "parallel", "data"},
     "serving": {"core", "storage", "models", "data", "inference"},
     "evaluation": {"core", "storage", "models", "data", "inference"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,14 @@ class AnswersFile:
         if strange := [key for key, row in before.items() if key not in wanted and "error" not in row]:
             what = f"{len(strange)} of its lines are answers to other questions, or made in another way"
             raise ConfigError(f"-o {path}: exists already, and {what}; choose another name, or move it away")
+        part = dict(_rows(self.part))
+        if not wanted & part.keys() and any("error" not in row for row in part.values()):
+            raise ConfigError(
+                f"-o {path}: {self.part.name} beside it holds {len(part)} answers to other questions, or made in "
+                f"another way; choose another name, or move it away"
+            )
         self._cut_off = _complete(self.part)
-        self.known: dict[str, Row] = {**before, **{key: row for key, row in _rows(self.part) if key in wanted}}
+        self.known: dict[str, Row] = {**before, **{key: row for key, row in part.items() if key in wanted}}
 
     def missing(self) -> Iterator[int]:
         """Numbers of the asks that are to be answered, equal ones once; those that failed are asked again."""
@@ -43,20 +49,20 @@ class AnswersFile:
                 seen.add(key)
                 yield number
 
-    @contextmanager
-    def adding(self) -> Iterator[Any]:
+    def adder(self) -> Callable[[str, Row], None]:
         """A function that takes an ask's key and its answer; what it has taken survives a kill."""
         if self.part.exists():
             os.truncate(self.part, self._cut_off)
-        with open(self.part, "a", encoding="utf-8") as handle:
 
-            def add(key: str, row: Row) -> None:
-                self.known[key] = row
-                handle.write(_line({**row, "key": key}))
-                handle.flush()
+        def add(key: str, row: Row) -> None:
+            self.known[key] = row
+            try:
+                with open(self.part, "a", encoding="utf-8") as handle:
+                    handle.write(_line({**row, "key": key}))
+            except OSError as error:  # a full disk does not know the name of the file
+                raise OSError(error.errno, error.strerror, str(self.part)) from error
 
-            yield add
-            os.fsync(handle.fileno())
+        return add
 
     def finish(self, ids: Iterable[str]) -> None:
         """Write OUT, a line for each ask, named by `ids`."""

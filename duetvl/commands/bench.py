@@ -197,7 +197,9 @@ def _run(model: Model, engine: Engine, case: Case, prompts: Sequence[Sample]) ->
     model.backend.device.synchronize()
     start = time.perf_counter()
     for prompt in prompts:
-        request = Request(prompt, max_new_tokens=case.output_tokens, min_new_tokens=case.output_tokens)
+        request = Request(
+            prompt, max_new_tokens=case.output_tokens, min_new_tokens=case.output_tokens, stop_ids=frozenset()
+        )
         tokens_at[engine.submit(request)] = []
     while engine.busy:
         for delta in engine.step():

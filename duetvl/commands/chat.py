@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, Any, Final
 
@@ -55,7 +57,7 @@ class Chat:
             self._turns, self._media = [], []
             self.say("a new conversation")
         elif word == "/params":
-            self.way = changed(self.way, shlex.split(rest))
+            self.way = changed(self.way, words_of(rest))
             self.say(told(self.way))
         elif word == "/help":
             self.say(HELP)
@@ -64,7 +66,7 @@ class Chat:
         return True
 
     def _show(self, word: str, path: str) -> None:
-        given = shlex.split(path)
+        given = words_of(path)
         if len(given) != 1:
             raise ConfigError(f"{word} takes the path of one file, found {path.strip() or 'nothing'}")
         part = ImagePart(given[0]) if word == "/image" else VideoPart(given[0])
@@ -77,31 +79,45 @@ class Chat:
         request = self.way.request(self._sample(turns), guide=self.guides)
         id = self.engine.submit(request)
         said = ""
-        try:
-            for delta in self._deltas():
-                said += delta.text or ""
-                self.out(delta.text or "")
-                if delta.completion is not None and delta.completion.error is not None:
-                    raise delta.completion.error
-        except KeyboardInterrupt:
-            self.engine.cancel(id)
+        with held_back() as interrupted:
             while self.engine.busy:
-                self.engine.step()
-            self.out("\n")
-            self.say("interrupted: this message is not part of the conversation")
-            return
+                for delta in self.engine.step():
+                    said += delta.text or ""
+                    self.out(delta.text or "")
+                    if delta.completion is not None and delta.completion.error is not None:
+                        raise delta.completion.error
+                if interrupted():
+                    self.engine.cancel(id)
         self.out("\n")
-        self._turns, self._media = [*turns, Turn("assistant", (said,))], []
-
-    def _deltas(self) -> Iterator[Any]:
-        while self.engine.busy:
-            yield from self.engine.step()
+        if interrupted():
+            self.say("interrupted: this message is not part of the conversation")
+        else:
+            self._turns, self._media = [*turns, Turn("assistant", (said,))], []
 
     def _sample(self, turns: list[Turn]) -> Sample:
         conversation = Conversation((*self._system, *turns))
         made = self.processor.load(self.processor.draft(conversation, add_generation_prompt=True))
         assert not isinstance(made, Pair)
         return made
+
+
+@contextmanager
+def held_back() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends no pass over the model, which would be left half done; between passes one asks whether it came."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def words_of(text: str) -> list[str]:
+    """What follows a command, as a shell would cut it into words. ConfigError for a quote that is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{text.strip()}: {error}; write \\' or \\\" for a quote that is meant as such") from None
 
 
 def changed(way: Way, words: list[str]) -> Way:

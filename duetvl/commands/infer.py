@@ -64,7 +64,7 @@ def _answer_one(
     model = load(args, opened, say)
     special = opened.source.family.special
     media = int(np.isin(request.prompt.input_ids, (special.image, special.video)).sum())
-    rows = len(request.prompt) + way.max_new_tokens + model.backend.kv_cache.block_size
+    rows = min(len(request.prompt) + way.max_new_tokens, model.context) + model.backend.kv_cache.block_size
     engine = make_engine(model, args, cache_tokens=rows, media_tokens=max(media, 1), max_sequences=1, reuse=False)
     engine.submit(request)
     while engine.busy:
@@ -87,7 +87,8 @@ def _answer_all(args: argparse.Namespace, opened: Opened, way: Way, guides: Guid
         engine = make_engine(load(args, opened, say), args)
         done = distinct - len(missing)
         progress = Progress(distinct, done=done, unit="answer", stream=sys.stderr, every=max(1, distinct // 20))
-        with closing(progress), file.adding() as add:
+        add = file.adder()
+        with closing(progress):
             prepared = ahead(missing, lambda number: asks[number].sample(opened.processor))
             for number, row in answers(engine, prepared, way, guides, opened.processor.tokenizer):
                 add(file.keys[number], row)

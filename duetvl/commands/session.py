@@ -70,6 +70,7 @@ class Opened:
 def open_for_answers(args: argparse.Namespace, say: Say) -> Opened:
     """Find the model of the options. What its defaults take over is said."""
     source = open_model(args.model, base=args.base)
+    check_stop_tokens(args, source.family.vocabulary)
     processor = Processor.from_directory(source.path, source.family)
     processor.media = media_settings(processor.media, args)
     defaults = read_defaults(source.path, processor)
@@ -101,9 +102,8 @@ def _dtype(args: argparse.Namespace, source: ModelDirectory, backend: Backend) -
 
 def make_engine(model: Model, args: argparse.Namespace, **usual: Any) -> Engine:
     """The engine of a model; what the options say of its size comes before what is `usual`."""
-    given = {
-        name: value for name in ("cache_tokens", "max_sequences", "media_tokens") if (value := getattr(args, name))
-    }
+    sizes = ("cache_tokens", "max_sequences", "media_tokens")
+    given = {name: value for name in sizes if (value := getattr(args, name)) is not None}
     return Engine(model, tokenizer=model.processor.tokenizer, **{**usual, **given})
 
 
@@ -124,6 +124,12 @@ def guides_of(args: argparse.Namespace, opened: Opened, way: Way) -> Guides | No
 def check_way(args: argparse.Namespace) -> None:
     """Raise ConfigError, before anything is read, for values that make no sense whatever the model."""
     way_of(args, Defaults())
+
+
+def check_stop_tokens(args: argparse.Namespace, vocabulary: int) -> None:
+    """Raise ConfigError for a token that the model cannot choose."""
+    if beyond := [number for number in getattr(args, "stop_token", None) or () if number >= vocabulary]:
+        raise ConfigError(f"--stop-token {beyond[0]}: is none of the model's {vocabulary} tokens")
 
 
 def way_of(args: argparse.Namespace, defaults: Defaults) -> Way:
@@ -153,7 +159,8 @@ def way_of(args: argparse.Namespace, defaults: Defaults) -> Way:
 
 def media_settings(own: MediaSettings, args: argparse.Namespace) -> MediaSettings:
     """The model directory's settings with what the options say instead. ConfigError."""
-    low, high = args.min_pixels or own.image.min_pixels, args.max_pixels or own.image.max_pixels
+    low = own.image.min_pixels if args.min_pixels is None else args.min_pixels
+    high = own.image.max_pixels if args.max_pixels is None else args.max_pixels
     if not 0 < low <= high:
         raise ConfigError(f"pictures of {low} to {high} pixels make no sense; give --min-pixels and --max-pixels")
     fps = args.fps if args.fps is not None else PRESETS[args.video_preset or "qwen"]

@@ -16,18 +16,19 @@ from duetvl.inference.sampling import Sampling
 from duetvl.storage.files import read_object
 
 FILE: Final = "generation_config.json"
-_TAKEN: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+TAKEN: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
-# Keys that change which tokens come, and the values at which they do nothing.
-_WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
+# Keys of transformers' generation configuration that change which tokens come, and the values at which they do nothing.
+NOT_DONE: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
     "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,),
-    "penalty_alpha": (0.0,), "diversity_penalty": (0.0,), "bad_words_ids": ([],), "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (), "guidance_scale": (1.0,),
-    "sequence_bias": ([], {}), "exponential_decay_length_penalty": (), "force_words_ids": ([],), "constraints": ([],),
-    "min_length": (0,), "min_new_tokens": (0,), "dola_layers": (), "prompt_lookup_num_tokens": (),
-    "watermarking_config": (), "stop_strings": ([],),
+    "penalty_alpha": (0.0,), "diversity_penalty": (0.0,), "bad_words_ids": (), "suppress_tokens": (),
+    "begin_suppress_tokens": (), "forced_bos_token_id": (), "forced_eos_token_id": (), "forced_decoder_ids": (),
+    "guidance_scale": (1.0,), "sequence_bias": ({},), "exponential_decay_length_penalty": (), "force_words_ids": (),
+    "constraints": (), "min_length": (0,), "dola_layers": (), "watermarking_config": (), "token_healing": (),
+    "max_time": (),
 }  # fmt: skip
+_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {"min_new_tokens": (0,), "stop_strings": ()}  # a user's, not a model's
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_defaults(directory: Path, processor: Processor) -> Defaults:
     if not file.is_file():
         return Defaults(stop_ids=usual)
     found = read_object(file, CheckpointError)
-    values = {key: found[key] for key in _TAKEN if found.get(key) is not None}
+    values = {key: found[key] for key in TAKEN if found.get(key) is not None}
     if not found.get("do_sample", False):
         values = {key: value for key, value in values.items() if key == "repetition_penalty"}
     else:
@@ -77,9 +78,14 @@ def ignored_keys(found: Mapping[str, Any]) -> tuple[str, ...]:
     """What of a generation configuration would change the answer and is not done: `num_beams 4`."""
     return tuple(
         f"{key} {shown(found[key], 40)}"
-        for key, nothing in _WITHOUT_EFFECT.items()
-        if found.get(key) is not None and found[key] is not False and found[key] not in nothing
+        for key, nothing in {**NOT_DONE, **_OPTIONS}.items()
+        if changes_tokens(found.get(key), nothing)
     )
+
+
+def changes_tokens(value: Any, nothing: tuple[Any, ...]) -> bool:
+    """Whether a key's value asks for something; `nothing` are those at which it does not."""
+    return value is not None and value is not False and value != [] and value not in nothing
 
 
 def _ends(value: Any, file: Path) -> frozenset[int]:

@@ -20,6 +20,7 @@ import numpy as np
 from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.blocks import BlockPool
+from duetvl.inference.defaults import Defaults
 from duetvl.inference.jobs import Job, make_jobs
 from duetvl.inference.padding import find_padding
 from duetvl.inference.request import Completion, Delta, Finish, Request
@@ -44,6 +45,7 @@ class Engine:
         *,
         adapters: Mapping[str, Generator] | None = None,
         tokenizer: TextTokenizer | None = None,
+        defaults: Defaults | None = None,
         cache_tokens: int | None = None,
         cache_bytes: int | None = None,
         media_tokens: int = 16384,
@@ -54,7 +56,8 @@ class Engine:
         reuse: bool = True,
         steady: bool = True,
     ):
-        """`tokenizer`: answers have texts, and stop strings are looked for.
+        """`tokenizer`: answers have texts, and stop strings are looked for. `defaults`: what requests mean that say
+        nothing of sampling or of the tokens that end them; without it they are greedy, and no token does.
 
         cache_tokens or cache_bytes: room for keys and values, rounded to blocks; by default 90% of the free memory
         less the largest pass. media_tokens: merged features that are kept. context: rows that a sequence may have, by
@@ -63,7 +66,7 @@ class Engine:
         steady: where the backend can do that, no bit of an answer depends on what else is in a pass.
         """
         self.models = {"": model, **(adapters or {})}
-        self.tokenizer = tokenizer
+        self.tokenizer, self.defaults = tokenizer, defaults or Defaults()
         self.limits = Limits(pass_tokens, min(max_sequences, pass_tokens), pass_patches)
         self.context = model.context if context is None else context
         room = Room(cache_tokens, cache_bytes, media_tokens)
@@ -131,7 +134,10 @@ class Engine:
         model = self.models.get(request.adapter)
         if model is None:
             raise ConfigError(f"no adapter {request.adapter!r}{did_you_mean(request.adapter, self.models)}")
-        request.sampling.check_tokens(self._vocabulary)
+        sampling = self.defaults.sampling if request.sampling is None else request.sampling
+        sampling.check_tokens(self._vocabulary)
+        ends = self.defaults.stop_ids if request.stop_ids is None else request.stop_ids
+        request = replace(request, sampling=sampling, stop_ids=frozenset(ends))
         placed = model.family.place(request.prompt)
         tokens = len(request.prompt)
         if tokens >= self.context:
@@ -204,12 +210,14 @@ class Engine:
         try:
             logits = self.runner.run(plan)
             chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
-        except Exception as error:  # of whatever kind: it ends the requests of this pass, not the others
+            self.scheduler.ran(plan)
+        except BaseException as error:  # of whatever kind: it ends the requests of this pass, not the others
             self.scheduler.restart()
+            if not isinstance(error, Exception):  # Ctrl-C: the pass is half done, and its requests are as before
+                raise
             for job in jobs:
                 self._end(job, "error", error)
             return
-        self.scheduler.ran(plan)
         for job, one in zip(sampled, chosen, strict=True):
             self._take(job, one, errors.get(job.sequence.number))
 

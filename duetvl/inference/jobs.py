@@ -11,7 +11,7 @@ from duetvl.core.family import Placed
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.output import Output
 from duetvl.inference.request import Answer, Completion, Delta, Finish, Request, Timings, TokenAnswer
-from duetvl.inference.sampling import Chooser, Chosen, TokenLogprob
+from duetvl.inference.sampling import Chooser, Chosen, Sampling, TokenLogprob
 from duetvl.inference.scheduler import Sequence
 from duetvl.inference.vision_cache import media_of
 
@@ -53,7 +53,7 @@ class Job:
         if self._first is None:
             self._first = time.monotonic()
         sequence.tokens.append(chosen.token)
-        if self._guide is not None and chosen.token not in self.request.stop_ids:
+        if self._guide is not None and chosen.token not in (self.request.stop_ids or ()):
             self._guide.take(chosen.token)
         if chosen.logprob is not None:
             self.logprobs.append(chosen.logprob)
@@ -100,10 +100,10 @@ def make_jobs(
         choice = request.choice + place
         sequence = Sequence(request, first + place, choice, ids, placed.positions, placed.following, media, block_size)
         chooser = Chooser(
-            request.sampling,
+            request.sampling or Sampling(),
             ids,
             choice=choice,
-            ends=request.stop_ids,
+            ends=request.stop_ids or (),
             min_tokens=request.min_new_tokens,
             logprobs=request.logprobs,
         )

@@ -85,6 +85,7 @@ class Output:
                 "the tokenizer is not byte-level, as Qwen's is; its answers cannot be made text as they grow"
             )
         self.request, self.count, self.finish_reason = request, 0, None
+        self.ends = request.stop_ids or frozenset()
         self._stream, self._stops = TextStream(tokenizer.bytes_of), StopFinder(request.stop)
         self._told: list[str] = []
         self._new = 0
@@ -95,7 +96,7 @@ class Output:
         """Take the next token; why the answer ends with it, or None."""
         self.count += 1
         stopped = self._read(self._stream.add(token))
-        if stopped or token in self.request.stop_ids:
+        if stopped or token in self.ends:
             self.finish("stop", cut=stopped)
         elif self.count >= self.request.max_new_tokens:
             self.finish("length")

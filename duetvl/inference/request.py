@@ -18,8 +18,9 @@ Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 class Request:
     """One prompt and how to go on from it.
 
-    stop_ids end the answer and are its last token; stop strings end it and are left out of its text. No stop id is
-    chosen among the first `min_new_tokens`. logprobs: None for none, 0 for those of the chosen tokens, k for the k
+    sampling None: as the engine's defaults say. stop_ids end the answer and are its last token (None: those of the
+    engine's defaults); stop strings end it and are left out of its text. No stop id is chosen among the first
+    `min_new_tokens`. logprobs: None for none, 0 for those of the chosen tokens, k for the k
     likeliest besides. n answers are made; the first is choice number `choice`, and with the seed this number, and no
     place in any batch, names their random numbers. timeout: seconds from `submit`, then the answer ends as it is.
     adapter names one of the engine's; "" is the model without any. Requests of different `salt` share no cached
@@ -28,10 +29,10 @@ class Request:
 
     prompt: Sample
     id: str = ""
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling | None = None
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    stop_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     n: int = 1
@@ -82,13 +83,13 @@ class TokenAnswer:
     text: str | None = None
 
     def __init__(self, request: Request):
-        self.request = request
+        self.request, self.ends = request, request.stop_ids or frozenset()
         self.count = 0
 
     def add(self, token: int, logprob: TokenLogprob | None) -> Finish | None:
         """See `Answer.add`."""
         self.count += 1
-        if token in self.request.stop_ids:
+        if token in self.ends:
             return "stop"
         return "length" if self.count == self.request.max_new_tokens else None
 

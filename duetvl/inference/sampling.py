@@ -160,7 +160,7 @@ class Chooser:
             scores = np.where(allowed, scores, -np.inf)
         if self._waits:
             others = scores.copy()
-            others[self._ends] = -np.inf
+            others[self._ends[self._ends < len(others)]] = -np.inf  # a file may name one that the model cannot choose
             scores = others if np.isfinite(others.max()) else scores  # where nothing else is allowed, an end is
         return scores
 

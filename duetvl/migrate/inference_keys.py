@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError
+from duetvl.inference.defaults import NOT_DONE, TAKEN, changes_tokens
 from duetvl.migrate.reading import flat_keys
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.tables import MODEL, Table
@@ -18,17 +19,7 @@ _DTYPES: Final = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "fp32": "float32",
     "float32": "float32",
 }  # fmt: skip
-_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# Keys of generation_config that change the answer unless they have one of these values.
-_NOT_DONE: Final[Mapping[str, tuple[Any, ...]]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "num_return_groups": (1,),
-    "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,), "penalty_alpha": (0.0,),
-    "diversity_penalty": (0.0,), "guidance_scale": (1.0,), "min_length": (0,), "bad_words_ids": (),
-    "suppress_tokens": (), "begin_suppress_tokens": (), "forced_bos_token_id": (), "forced_eos_token_id": (),
-    "forced_decoder_ids": (), "sequence_bias": (), "exponential_decay_length_penalty": (), "force_words_ids": (),
-    "constraints": (), "dola_layers": (), "watermarking_config": (), "token_healing": (), "max_time": (),
-}  # fmt: skip
+_NOT_DONE: Final[Mapping[str, tuple[Any, ...]]] = {**NOT_DONE, "num_return_sequences": (1,), "num_return_groups": (1,)}
 _NO_BEAMS: Final = "about beams, which there are none of"
 _HOW: Final = "about how it is computed or returned there; the tokens do not depend on it"
 
@@ -41,7 +32,7 @@ INFERENCE: Final = Table(
         f"{_GENERATION}do_sample": "--temperature 0 where it is false",
         f"{_GENERATION}max_new_tokens": "--max-new-tokens", f"{_GENERATION}min_new_tokens": "--min-new-tokens",
         f"{_GENERATION}eos_token_id": "--stop-token", f"{_GENERATION}stop_strings": "--stop",
-        **{_GENERATION + name: f"--{name.replace('_', '-')}" for name in _NUMBERS},
+        **{_GENERATION + name: f"--{name.replace('_', '-')}" for name in TAKEN},
     },
     not_needed={
         **MODEL.not_needed,
@@ -90,7 +81,7 @@ def read_inference(path: Path, *, allow_unknown: bool = False) -> tuple[dict[str
     options = {**_asked(values, report), **_chosen(values, report)}
     for key, nothing in _NOT_DONE.items():
         value = values.peek(f"{_GENERATION}{key}")
-        if value not in (None, False, *nothing) and value != []:
+        if changes_tokens(value, nothing):
             report.lacks(INFERENCE.title, f"{_GENERATION}{key}", f" is {show(value)}, which is not done")
     values.account()
     return options, report
@@ -127,7 +118,7 @@ def _asked(values: Values, report: Report) -> dict[str, Any]:
 
 def _chosen(values: Values, report: Report) -> dict[str, Any]:
     """How tokens are chosen, and what ends an answer."""
-    found: dict[str, Any] = {name: values.number(_GENERATION + name) for name in _NUMBERS}
+    found: dict[str, Any] = {name: values.number(_GENERATION + name) for name in TAKEN}
     found["top_k"] = values.whole(f"{_GENERATION}top_k")
     for name in ("max_new_tokens", "min_new_tokens"):
         found[name] = values.whole(_GENERATION + name)

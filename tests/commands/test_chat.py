@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,18 +111,30 @@ def test_an_interrupted_answer_is_no_part_of_the_conversation(
     chat = Chat(engine, model.processor, way, out=said.append, say=told.append)
     chat.line("first")
     first = "".join(said)
-    plain, steps = engine.step, iter(range(3))
+    plain, passes = engine.runner.run, []
 
-    def step() -> Any:
-        if next(steps, None) == 2:
-            raise KeyboardInterrupt
-        return plain()
+    def interrupted(plan: Any) -> Any:
+        passes.append(plan)
+        if len(passes) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(plan)
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.runner, "run", interrupted)
     chat.line("interrupted")
-    assert not engine.busy and told == ["interrupted: this message is not part of the conversation"]
+    assert (
+        not engine.busy and len(passes) == 3 and told == ["interrupted: this message is not part of the conversation"]
+    )
     said.clear()
     chat.line("second")
     turns = [{"role": "user", "content": "first"}, {"role": "assistant", "content": first.removesuffix("\n")}]
     expected = model.generate([*turns, {"role": "user", "content": "second"}], max_new_tokens=5).text
     assert "".join(said) == f"{expected}\n"
+
+
+def test_a_quote_that_is_not_closed(talk: Any) -> None:
+    out, told = talk("/image it's.png", '/params "x', "still here")
+    assert told[-2:] == [
+        r"error: it's.png: No closing quotation; write \' or \" for a quote that is meant as such",
+        r'error: "x: No closing quotation; write \' or \" for a quote that is meant as such',
+    ]
+    assert out.strip()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -72,6 +74,42 @@ def test_a_prompt_with_pictures_in_order(run: Any, be: Backend, here: Path) -> N
         expected = model.generate(messages(*media, "which?"), max_new_tokens=9)
         assert (status, out) == (0, f"{expected.text}\n")
         assert told == f"model: float32 on {be.name}, cpu\n"
+
+
+def test_one_rule_of_defaults(run: Any, be: Backend, here: Path, tmp_path: Path) -> None:
+    """generation_config.json says it to the command, to `generate` and to an engine; what a user gives replaces it."""
+    shutil.copytree(here / "model", tmp_path / "model")
+    plain = duetvl.load_model(here / "model", backend=be).generate(messages("tell"), max_new_tokens=9, stop=())
+    penalty = duetvl.Sampling(repetition_penalty=1.7)
+    model = duetvl.load_model(tmp_path / "model", backend=be)
+    whole = model.generate(messages("tell"), max_new_tokens=9, stop=(), sampling=penalty).token_ids
+    assert whole != plain.token_ids
+    (tmp_path / "model" / "generation_config.json").write_text(
+        json.dumps({"do_sample": False, "repetition_penalty": 1.7, "eos_token_id": [whole[4]]})
+    )
+    model = duetvl.load_model(tmp_path / "model", backend=be)
+    expected = model.generate(messages("tell"), max_new_tokens=9)
+    assert expected.token_ids == whole[: whole.index(whole[4]) + 1]
+    status, out, _ = run(str(tmp_path / "model"), "--prompt", "tell", "--max-new-tokens", "9")
+    prompt = model.processor(messages("tell"), add_generation_prompt=True)
+    engine = duetvl.Engine(model, cache_tokens=512)
+    (own,) = engine.generate([duetvl.Request(prompt, max_new_tokens=9)])
+    assert own.token_ids == expected.token_ids and own.text is not None
+    assert (status, out) == (0, f"{own.text}\n")
+    told = duetvl.Request(prompt, max_new_tokens=9, sampling=duetvl.Sampling(), stop_ids=frozenset())
+    assert engine.generate([told])[0].token_ids == plain.token_ids
+
+
+def test_more_new_tokens_than_the_context_has(run: Any, be: Backend, tmp_path: Path) -> None:
+    tiny_run.write_model(tmp_path / "model", std=0.2, max_position_embeddings=200)
+    model = duetvl.load_model(tmp_path / "model", backend=be)
+    assert model.context == 200
+    prompt = model.processor(messages("tell"), add_generation_prompt=True)
+    request = duetvl.Request(prompt, max_new_tokens=10**15, stop_ids=frozenset())
+    (expected,) = duetvl.Engine(model, cache_tokens=256).generate([request])
+    assert expected.finish_reason == "length" and len(prompt) + len(expected.token_ids) == model.context
+    words = ("--max-new-tokens", str(10**15), "--ignore-eos")
+    assert run(str(tmp_path / "model"), "--prompt", "tell", *words)[:2] == (0, f"{expected.text}\n")
 
 
 def test_records_are_answered_in_order_without_their_last_answers(
@@ -200,6 +238,34 @@ def test_a_killed_run_goes_on(run: Any, be: Backend, here: Path, tmp_path: Path,
     assert len(asked) == 42 - kept and len(rows(out)) == 42
 
 
+def test_a_full_disk(run: Any, be: Backend, here: Path, tmp_path: Path) -> None:
+    """Its error names the file; what was written before is not asked again."""
+    data, out = many(here, tmp_path / "many.jsonl", 12), tmp_path / "out.jsonl"
+    words = ["model", "--input", str(data), "-o", str(out), "--max-new-tokens", "30", "--ignore-eos"]
+    command = [sys.executable, "-m", "duetvl", "infer", *words, "--backend", be.name, "--device", "cpu"]
+    limited = f"ulimit -f 2; exec {shlex.join(command)}"  # 2 KiB
+    ended = subprocess.run(["bash", "-c", limited], cwd=here, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1] == f"error: {out}.part: File too large"
+    status, _, told = run(*words)
+    kept = int(re.findall(r"(\d+) of 12 answers are there already", told)[0])
+    assert status == 0 and 0 < kept < 12
+    assert [row["id"] for row in rows(out)] == [f"many.jsonl:{number}" for number in range(1, 13)]
+
+
+def test_unfinished_answers_of_another_kind_are_kept(run: Any, here: Path, tmp_path: Path) -> None:
+    data, out, part = many(here, tmp_path / "two.jsonl", 2), tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    words = ["model", "--input", str(data), "-o", str(out), "--max-new-tokens", "3"]
+    assert run(*words)[0] == 0
+    out.rename(part)
+    before = part.read_text()
+    status, _, told = run(*words, "--temperature", "1")
+    assert status == 2 and "out.jsonl.part beside it holds 2 answers to other questions, or made in another" in told
+    assert part.read_text() == before
+    status, _, told = run(*words)
+    assert status == 0 and "2 of 2 answers are there already" in told and not part.exists()
+
+
 def test_answers_of_another_kind_are_not_written_over(run: Any, here: Path, tmp_path: Path) -> None:
     data, out = many(here, tmp_path / "two.jsonl", 2), tmp_path / "out.jsonl"
     words = ["model", "--input", str(data), "-o", str(out), "--max-new-tokens", "3"]
@@ -259,6 +325,10 @@ def test_one_that_fails_is_named_and_asked_again(run: Any, here: Path, tmp_path:
         (["model", "--prompt", "x", "--image", "data.jsonl"], "data.jsonl"),
         (["model", "--prompt", "x", "--min-pixels", "99999999"], "make no sense; give --min-pixels and --max-pixels"),
         (["model", "--prompt", "x", "--fps", "0"], "--fps 0.0"),
+        (["model", "--prompt", "x", "--max-pixels", "0"], "make no sense; give --min-pixels and --max-pixels"),
+        (["model", "--prompt", "x", "--stop-token", "99999"], "--stop-token 99999: is none of the model's"),
+        (["model", "--prompt", "x", "--cache-tokens", "0"], "cache_tokens is 0, it must be at least 1"),
+        (["model", "--prompt", "x", "--media-tokens", "0"], "media_tokens is 0, it must be at least 1"),
         (["none", "--prompt", "x"], "none: no such directory"),
         (["model", "--prompt", "x", "--choice", "a", "--regex", "b"], "--regex and --choice: an answer can follow one"),
         (["model", "--prompt", "x", "--cache-tokens", "1", "--max-new-tokens", "999"], "do not fit into the cache"),

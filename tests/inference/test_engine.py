@@ -451,9 +451,9 @@ def test_a_pass_that_fails_ends_its_requests_alone(be, models, theirs):
     engine = Engine(model, cache_tokens=400, max_sequences=2)
     ids = [engine.submit(ask(prompt)) for prompt in (LONG, PROMPTS["text"], PROMPTS["image"], LONG)]
     engine.step()
-    model.fails = True
+    model.fails = RuntimeError("out of memory")
     engine.step()
-    model.fails = False
+    model.fails = None
     found = run(engine)
     assert str(found[ids[2], 0].error or "") == ""
     kept = engine.generate([ask(LONG), ask(PROMPTS["text"])])
@@ -461,10 +461,28 @@ def test_a_pass_that_fails_ends_its_requests_alone(be, models, theirs):
     assert [one.token_ids for one in kept] == [theirs(name, prompt) for prompt in (LONG, PROMPTS["text"])]
 
 
+def test_an_interrupted_pass_leaves_the_others_right(be, models, theirs):
+    """Ctrl-C in `generate` while another request is under way: no features of that pass are there."""
+    name = "qwen2-tied"
+    model = Failing(models(name, be))
+    engine = Engine(model, cache_tokens=400)
+    kept = [engine.submit(ask(prompt)) for prompt in (PROMPTS["image"], LONG)]
+    engine.step()
+    kept.append(engine.submit(ask(PROMPTS["video"])))
+    model.fails = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([ask(PROMPTS["text"])])
+    model.fails = None
+    found = run(engine)
+    assert {id for id, _ in found} == set(kept)
+    expected = [theirs(name, prompt) for prompt in (PROMPTS["image"], LONG, PROMPTS["video"])]
+    assert [found[id, 0].token_ids for id in kept] == expected
+
+
 class Failing:
     """A model whose device fails where it is told to."""
 
-    fails = False
+    fails: BaseException | None = None
 
     def __init__(self, model: Any):
         self._model = model
@@ -473,9 +491,14 @@ class Failing:
         return getattr(self._model, name)
 
     def extend(self, *arguments: Any) -> Any:
-        if self.fails:
-            raise RuntimeError("out of memory")
+        if isinstance(self.fails, Exception):
+            raise self.fails
         return self._model.extend(*arguments)
+
+    def features(self, *arguments: Any) -> Any:
+        if self.fails:
+            raise self.fails
+        return self._model.features(*arguments)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
