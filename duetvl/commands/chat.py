@@ -34,7 +34,7 @@ class Chat:
     def __init__(
         self, engine: Engine, processor: Processor, way: Way, *, system: str | None = None, out: Say, say: Say
     ):
-        """`out` hears of answers piece by piece, `say` of lines that are none."""
+        """`out` takes answers piece by piece, `say` all other lines."""
         self.engine, self.processor, self.way = engine, processor, way
         self.guides: Guides | None = None
         self.out, self.say = out, say

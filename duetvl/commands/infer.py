@@ -34,7 +34,7 @@ FAILED: Final = 1
 
 
 def infer(args: argparse.Namespace, out: Say, say: Say) -> int:
-    """Answer what the options ask; 1 where some of it failed. `out` hears of the answer, `say` of all else."""
+    """Answer what the options ask; 1 where some of it failed. `out` takes the answer, `say` all else."""
     if args.from_mindspeed is not None:
         from duetvl.commands.mindspeed import apply
 

@@ -111,7 +111,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         ("repetition-penalty", float, "of tokens of prompt and answer"),
         ("presence-penalty", float, "of tokens of the answer"),
         ("frequency-penalty", float, "the same, for each time"), ("seed", int, "of the random numbers: 0"),
-        ("logprobs", int, "write log-probabilities, with so many alternatives"),
+        ("logprobs", int, "write log-probabilities, with this number of alternatives"),
     ):  # fmt: skip
         group.add_argument(f"--{name}", type=kind, metavar="X", help=what)
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer, and is left out; repeatable")

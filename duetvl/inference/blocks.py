@@ -83,7 +83,7 @@ class BlockPool:
         return found
 
     def hold(self, found: Sequence[int], count: int, room: int) -> tuple[Held, list[Copy]] | None:
-        """`count` blocks for a sequence, the first of them with the rows of `found`; None where so many cannot be had.
+        """`count` blocks for a sequence, the first of them with the rows of `found`; None where there are too few.
 
         `room`: how many it may come to hold, for which a run looks for a place. Held blocks are given back by
         `release`.

@@ -82,13 +82,13 @@ class Engine:
         self._changed = threading.Condition()  # holds for the six below
         self._arrivals: list[list[Job]] = []
         self._cancelled: set[str] = set()
-        self._known: dict[str, Tell | None] = {}  # requests that are not finished, and who hears of them
+        self._known: dict[str, Tell | None] = {}  # requests that are not finished, and what takes their deltas
         self._left: dict[str, int] = {}  # choices of them that are not finished
         self._numbers = 0
         self._stopping = False
         self._jobs: dict[int, Job] = {}  # by the number of their sequence
         self._timed: dict[int, Job] = {}  # those with a deadline
-        self._kept: list[Delta] = []  # that nobody has been told yet
+        self._kept: list[Delta] = []  # not yet given to anybody
         self._thread: threading.Thread | None = None
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Engine:
     def submit(self, request: Request, tell: Tell | None = None) -> str:
         """Let a request wait for its turn; returns its id, which it is given if it has none.
 
-        `tell` hears of its deltas, on the thread that runs the engine; without it `step` returns them. Raises
+        `tell` is called with its deltas, on the thread that runs the engine; without it `step` returns them. Raises
         DataError or ConfigError for what can never be answered: such a request is not taken.
         """
         with self._changed:
@@ -167,7 +167,7 @@ class Engine:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
-        """Run one pass, if there is anything to do; what it added to requests that nobody else hears of.
+        """Run one pass, if there is anything to do; what it added to requests without `tell`.
 
         Not to be called while the engine's thread runs. A request that fails ends with its error; the others go on.
         """

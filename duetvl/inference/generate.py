@@ -29,8 +29,8 @@ def generate(
     """New tokens of each prompt, the stop token included where one ended it.
 
     A sequence's tokens do not depend on its neighbours, but for the last bits of logits. `on_delta(prompt number,
-    delta)` hears of each token, and with a `tokenizer` of its text. Raises DataError or ConfigError for a prompt that
-    cannot be answered, before any is.
+    delta)` is called with each token, and with its text if there is a `tokenizer`. Raises DataError or ConfigError for
+    a prompt that cannot be answered, before any is.
     """
     if not prompts:
         raise DataError("there is nothing to generate from: no prompts were given")

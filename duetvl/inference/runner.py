@@ -48,7 +48,7 @@ class Generator(Protocol):
         ...
 
     def pass_bytes(self, tokens: int, sequences: int, patches: int, kept: int) -> int:
-        """The most that a pass over so many tokens, of so many sequences and patches, makes, with `kept` features."""
+        """The most that a pass over these numbers of tokens, sequences and patches makes, with `kept` features."""
         ...
 
     def create_cache(self, blocks: int) -> Cache:

@@ -1,7 +1,7 @@
 """How the next token is chosen from logits, in numpy with random numbers of our own: the same on every backend.
 
 Random numbers are keyed by (seed, choice, step), never by a sequence's place in a batch: the same request gets the same
-tokens whoever its neighbours are. The order is that of transformers: logit bias, repetition penalty (then presence and
+tokens whatever its neighbours are. The order is that of transformers: logit bias, repetition penalty (then presence and
 frequency penalty, which transformers lacks), tokens that may not come yet, temperature, top-k, top-p, min-p.
 """
 
@@ -98,7 +98,7 @@ class Chooser:
     """Chooses the tokens of one answer, one after the other.
 
     `choice` numbers the answers to one request. No token of `ends` is among the first `min_tokens`. `logprobs`: None
-    for none, else those of the chosen tokens and of so many of the likeliest.
+    for none, else those of the chosen tokens and of this number of the likeliest.
     """
 
     def __init__(

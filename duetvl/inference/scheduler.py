@@ -141,7 +141,7 @@ class Scheduler:
         self._short: Sequence | None = None  # waits for blocks, and no later one may take them
 
     def blocks_for(self, rows: int) -> int:
-        """Blocks that so many rows take."""
+        """Blocks that this number of rows takes."""
         return -(-rows // self.block_size)
 
     def fits(self, sequence: Sequence) -> bool:

@@ -64,7 +64,7 @@ class Schedule:
 
 
 def one_f_one_b(ranks: int, virtual: int, micro_batches: int) -> Schedule:
-    """A step of so many micro-batches, which may be fewer than the stages and need not divide by anything."""
+    """A step of this number of micro-batches, which may be fewer than the stages and need not divide by anything."""
     return _Play(ranks, virtual, micro_batches).through()
 
 

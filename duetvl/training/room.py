@@ -13,7 +13,7 @@ from duetvl.training.state import RunState
 
 
 def room_warnings(state: RunState, ranks: Ranks, steps: int) -> list[str]:
-    """Of a run that is to make so many more steps; the same on all ranks.
+    """What a run with `steps` steps left has too little disk or memory for; the same on all ranks.
 
     The run directory is one for all, and rank 0 looks at its disk; memory is each rank's own. Raises ConfigError where
     not one checkpoint has room.

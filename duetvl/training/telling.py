@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 class Telling:
-    """Makes the rows, hands them to whoever this rank tells by, and to the callbacks."""
+    """Makes the rows of metrics, and gives them to this rank's watch and to the callbacks."""
 
     def __init__(self, state: RunState, watch: Quiet, callbacks: Callbacks, total: int):
         """Of a run of `total` steps."""

@@ -136,7 +136,7 @@ class CpuKVCache(TorchKVCache):
         out.view(by_group).copy_(found[:, :, :rows].unflatten(2, (n, by_group[3])).transpose(1, 2))
 
     def _mask(self, tile: Tile, heads: int, rows: int, unit: int, dtype: torch.dtype) -> Tensor:
-        """(rows, keys) of one sequence's tile, each row for so many heads; those behind them see what they like."""
+        """(rows, keys) of one sequence's tile, each row for `heads` heads; those behind them may see anything."""
         first = tile.first * heads
         return self._hidden(heads, unit, tile.keys, dtype)[first : first + rows]
 

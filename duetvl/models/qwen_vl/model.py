@@ -159,7 +159,7 @@ class QwenVL:
         return 2 * text.num_layers * self.backend.kv_cache.block_size * row
 
     def pass_bytes(self, tokens: int, sequences: int, patches: int, kept: int) -> int:
-        """What a pass of `extend` over so many tokens takes at most, and the tower's before it over so many patches,
+        """What a pass of `extend` over `tokens` tokens takes at most, and the tower's before it over `patches` patches,
         while `kept` merged features are kept."""
         made = generation_pass(self.config, self.dtype, Load(tokens, sequences, patches))
         return made + kept * self.config.text.hidden_size * BYTES[self.dtype]

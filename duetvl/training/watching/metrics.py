@@ -230,7 +230,7 @@ def _has_room(stream: IO[str]) -> bool:
         return True
 
 
-# What a line shows, in this order: loss to so many places that a small improvement shows, the rest short.
+# What a line shows, in this order: loss with places enough for a small improvement, the rest short.
 _FORMS: dict[str, Callable[[Any], str]] = {
     "loss": "loss {:.4f}".format,
     "grad_norm": "grad_norm {:.3g}".format,
