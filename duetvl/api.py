@@ -130,11 +130,11 @@ class Model(QwenVL):
         stop: Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Answer a conversation (messages) or continue a Sample.
+        """Answer a conversation (messages) or continue a Sample; greedy unless `sampling` says otherwise.
 
-        Ends at a token of `stop` or after `max_new_tokens`. `stop` and `sampling` are by default those of `defaults`:
-        what the model's generation_config.json says; greedy, and the tokenizer's ends, where it says nothing.
-        `on_text` is handed the text as it grows.
+        Ends at a token of `stop` or after `max_new_tokens`; by default `stop` is what the model's
+        generation_config.json says, or the tokenizer's ends. `sampling=model.defaults.sampling` takes the sampling from
+        that file too, as an `Engine` and `duetvl infer` do. `on_text` is handed the text as it grows.
         """
         answers = self.generate_many(
             [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_text=on_text
@@ -164,7 +164,7 @@ class Model(QwenVL):
             samples,
             max_new_tokens=max_new_tokens,
             stop=defaults.stop_ids if stop is None else frozenset(stop),
-            sampling=defaults.sampling if sampling is None else sampling,
+            sampling=sampling,
             tokenizer=processor.tokenizer if processor and tell else None,
             on_delta=(lambda number, delta: tell(delta.text) if delta.text else None) if tell else None,
         )

@@ -77,7 +77,7 @@ def test_a_prompt_with_pictures_in_order(run: Any, be: Backend, here: Path) -> N
 
 
 def test_one_rule_of_defaults(run: Any, be: Backend, here: Path, tmp_path: Path) -> None:
-    """generation_config.json says it to the command, to `generate` and to an engine; what a user gives replaces it."""
+    """generation_config.json says it to the command and to an engine, and to `generate` where it is asked to."""
     shutil.copytree(here / "model", tmp_path / "model")
     plain = duetvl.load_model(here / "model", backend=be).generate(messages("tell"), max_new_tokens=9, stop=())
     penalty = duetvl.Sampling(repetition_penalty=1.7)
@@ -88,7 +88,8 @@ def test_one_rule_of_defaults(run: Any, be: Backend, here: Path, tmp_path: Path)
         json.dumps({"do_sample": False, "repetition_penalty": 1.7, "eos_token_id": [whole[4]]})
     )
     model = duetvl.load_model(tmp_path / "model", backend=be)
-    expected = model.generate(messages("tell"), max_new_tokens=9)
+    assert model.generate(messages("tell"), max_new_tokens=9, stop=()).token_ids == plain.token_ids  # greedy
+    expected = model.generate(messages("tell"), max_new_tokens=9, sampling=model.defaults.sampling)
     assert expected.token_ids == whole[: whole.index(whole[4]) + 1]
     status, out, _ = run(str(tmp_path / "model"), "--prompt", "tell", "--max-new-tokens", "9")
     prompt = model.processor(messages("tell"), add_generation_prompt=True)
