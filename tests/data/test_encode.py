@@ -365,7 +365,7 @@ def test_a_tokenizer_without_tokenizer_json(processor_dir: Path, tmp_path: Path,
         ({"preprocessor_config": None}, CheckpointError, "has no preprocessor_config.json"),
         ({"preprocessor_config": "{"}, CheckpointError, "cannot be read as JSON"),
         ({"preprocessor_config": {"patch_size": 16}}, ConfigError, "patch_size is 16"),
-        ({"config": None}, CheckpointError, "has no config.json"),
+        ({"config": None}, CheckpointError, "is no model: expected a model (config.json)"),
     ],
 )
 def test_directories_that_lack_something(

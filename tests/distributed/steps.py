@@ -347,7 +347,8 @@ def check_plain(be: Backend) -> None:
     if found := compared(be, Tiny("qwen2_5_vl"), Mesh(dp=2), schedule, usual, weights=1e-3):
         for path, weight in found.part.weights.items():
             difference = np.abs(weight - found.whole.weights[path]).mean()
-            assert difference < 2e-3 * usual.lr, (path, difference)
+            # The gradient of a key's bias is rounding alone, which AdamW makes as large as any other.
+            assert difference < (8e-3 if path.endswith("k_proj.bias") else 2e-3) * usual.lr, (path, difference)
 
 
 def check_uneven(be: Backend) -> None:
