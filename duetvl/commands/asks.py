@@ -14,8 +14,7 @@ from typing import Any, Final
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.conversation import Conversation, ImagePart, Preference, Turn, VideoPart
-from duetvl.data.encode import Processor
-from duetvl.data.formats.reading import read_record
+from duetvl.data.encode import Processor, conversation_of
 from duetvl.data.sources.catalog import Records
 from duetvl.data.sources.records import Record
 
@@ -129,17 +128,8 @@ class _RecordAsks(Sequence[Ask]):
 
 def prompt_of(record: Record) -> Conversation:
     """A record without its last answer, if it has one; of a pair of answers what both answer. Raises DataError."""
-    reading = record.reading
     try:
-        found = read_record(
-            record.values,
-            form=reading.format,
-            columns=reading.columns,
-            tags=reading.tags,
-            media_dirs=record.media_dirs,
-            boxes=reading.boxes,
-            answered=False,
-        )
+        found = conversation_of(record, answered=False)
         conversation = found.prompt if isinstance(found, Preference) else found
         turns = conversation.turns
         turns = turns[:-1] if turns[-1].role == "assistant" else turns

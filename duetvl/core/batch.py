@@ -72,6 +72,27 @@ class PatchBytes:
         return rows if dtype is None else rows.astype(dtype, copy=False)
 
 
+Rows = np.ndarray | PatchBytes
+
+
+def stack_rows(media: Sequence[Rows], width: int) -> Rows:
+    """Patch rows of several media, each (P, width), as one: bytes where all are, to be widened where they are used;
+    else float32."""
+    alike = [part for part in media if isinstance(part, PatchBytes)]
+    if alike and len(alike) == len(media) and (joined := PatchBytes.joined(alike)) is not None:
+        return joined
+    rows = np.empty((sum(len(part) for part in media), width), np.float32)
+    at = 0
+    for part in media:
+        target = rows[at : at + len(part)]
+        if isinstance(part, PatchBytes):
+            part.write(target)
+        else:
+            target[:] = part
+        at += len(part)
+    return rows
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One conversation, encoded. Sequences are plain 1-D arrays: there is no batch axis and no padding.

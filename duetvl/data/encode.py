@@ -199,6 +199,20 @@ class Processor:
                 assert tokens == features, f"{draft.where}: {tokens} tokens for {features} features"
 
 
+def conversation_of(record: Record, *, answered: bool = True) -> Conversation | Preference:
+    """What a record of a data set says, read as its source is meant; see `read_record`."""
+    reading = record.reading
+    return read_record(
+        record.values,
+        form=reading.format,
+        columns=reading.columns,
+        tags=reading.tags,
+        media_dirs=record.media_dirs,
+        boxes=reading.boxes,
+        answered=answered,
+    )
+
+
 @dataclass(frozen=True)
 class RecordEncoder:
     """From records to samples, as training does it; implements `duetvl.data.draft.Encoder`. Picklable."""
@@ -208,16 +222,8 @@ class RecordEncoder:
 
     def draft(self, record: Record) -> Draft:
         """Everything but the pixels. Raises Dropped where a rule leaves it out, DataError where it is bad."""
-        reading = record.reading
         try:
-            found = read_record(
-                record.values,
-                form=reading.format,
-                columns=reading.columns,
-                tags=reading.tags,
-                media_dirs=record.media_dirs,
-                boxes=reading.boxes,
-            )
+            found = conversation_of(record)
             return self.processor.draft(found, self.settings, id=record.id, where=record.where)
         except MissingMedia as error:
             dirs = " and in ".join(str(directory) for directory in record.media_dirs)

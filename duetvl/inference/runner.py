@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.batch import Batch, PatchBytes
+from duetvl.core.batch import Batch, stack_rows
 from duetvl.core.family import Family
 from duetvl.core.kv_cache import Append, Cache
 from duetvl.inference.padding import Padding
 from duetvl.inference.scheduler import Piece, Plan
-from duetvl.inference.vision_cache import Medium, Rows, VisionCache
+from duetvl.inference.vision_cache import Medium, VisionCache
 
 Tensor = Any
 
@@ -162,20 +162,4 @@ def _media_batch(media: Sequence[Medium]) -> Batch:
     """Media alone, as the vision tower takes them."""
     nothing = Batch.of_tokens(np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32))
     grids = np.stack([medium.grid for medium in media])
-    return replace(nothing, pixel_rows=_stacked([medium.patches for medium in media]), grids=grids)
-
-
-def _stacked(parts: Sequence[Rows]) -> np.ndarray:
-    """All patch rows, float32; each is written once."""
-    if len(parts) == 1:
-        return np.asarray(parts[0], np.float32)
-    rows = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float32)
-    start = 0
-    for part in parts:
-        target = rows[start : start + len(part)]
-        if isinstance(part, PatchBytes):
-            part.write(target)
-        else:
-            target[:] = part
-        start += len(part)
-    return rows
+    return replace(nothing, pixel_rows=stack_rows([m.patches for m in media], media[0].patches.shape[1]), grids=grids)

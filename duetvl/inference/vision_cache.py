@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from duetvl.core.batch import PatchBytes, Sample
+from duetvl.core.batch import PatchBytes, Rows, Sample
 from duetvl.core.family import Placed
 
 Tensor = Any
-Rows = np.ndarray | PatchBytes
 
 
 @dataclass(frozen=True, eq=False)

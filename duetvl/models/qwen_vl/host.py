@@ -15,14 +15,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Sample
+from duetvl.core.batch import IGNORE, Batch, Pair, PatchBytes, Rows, Sample, stack_rows
 from duetvl.core.errors import DataError
 from duetvl.core.family import Grounding, PatchGeometry, Placed, SpecialTokens
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.tables import Grid, as_grid
 
 _MOST_POSITIONS = 1 << 20  # a rotary table of this length takes half a GB
-Rows = np.ndarray | PatchBytes
 
 
 class QwenVLFamily:
@@ -98,7 +97,7 @@ class QwenVLFamily:
             position_ids=np.concatenate([part.positions for part in parts], axis=1),
             cu_seqlens=starts.astype(np.int32),
             targets=np.concatenate([_targets(part.sample) for part in parts]),
-            pixel_rows=_stack_rows(media, self.geometry.row),
+            pixel_rows=stack_rows(media, self.geometry.row),
             grids=np.concatenate([part.grids for part in parts]),
             visual_dst=_offset([part.dst for part in parts], starts),
             visual_src=_offset([part.src for part in parts], merged),
@@ -352,23 +351,6 @@ def _targets(sample: Sample) -> np.ndarray:
     if sample.labels is not None:
         targets[:-1] = sample.labels[1:]
     return targets
-
-
-def _stack_rows(media: Sequence[Rows], width: int) -> Rows:
-    """All patch rows in one: bytes where all are bytes, which are widened where they are used, or float32."""
-    alike = [part for part in media if isinstance(part, PatchBytes)]
-    if alike and len(alike) == len(media) and (joined := PatchBytes.joined(alike)) is not None:
-        return joined
-    rows = np.empty((sum(len(part) for part in media), width), np.float32)
-    at = 0
-    for part in media:
-        target = rows[at : at + len(part)]
-        if isinstance(part, PatchBytes):
-            part.write(target)
-        else:
-            target[:] = part
-        at += len(part)
-    return rows
 
 
 def _offset(parts: Sequence[np.ndarray], starts: np.ndarray) -> np.ndarray:
