@@ -81,8 +81,8 @@ class Model(QwenVL):
     def defaults(self) -> Defaults:
         """Sampling and the tokens that end an answer as the model's own generation_config.json has them.
 
-        Greedy, and the tokenizer's ends, where it has none. `generate` and `Engine` answer so where they are told
-        nothing else.
+        Without that file: greedy, and the tokenizer's end tokens. `Engine` uses both where a request leaves them open,
+        `generate` the end tokens.
         """
         processor = self.processor
         assert self.source is not None

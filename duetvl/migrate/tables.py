@@ -187,7 +187,7 @@ MODEL: Final = Table(
 
 _IGNORED_THERE = "the model's shape is read from its config.json (MindSpeed-MM ignores this as well)"
 _ONE_CODE = "there is one model code"
-_STATE = "a checkpoint of duetvl holds all, and a run with checkpoints goes on from them"
+_STATE = "a checkpoint of duetvl holds all, and a run with checkpoints is resumed from the newest"
 _MEMORY = "what is kept is decided by `train.recompute` and `optim.offload`"
 _BALANCE = "a step's packs are balanced over ranks by tokens and patches"
 
