@@ -123,7 +123,11 @@ class _Start:
         """Seconds that what still runs has to end by itself; None while it need not."""
         over = [rank for rank in self.ranks.values() if rank.ended]
         if any(rank.status is None or 0 < rank.status <= 128 for rank in over):
-            return None if self.plan.elastic else AFTER_FAILURE  # there torchrun starts them again
+            if self.plan.elastic:
+                return None  # torchrun starts them again
+            left = [rank for rank in self._workers() if not rank.ended]
+            # A stopped process ends by nothing but SIGKILL.
+            return 0.0 if left and all(self._state(rank) == "T" for rank in left) else AFTER_FAILURE
         # One that was stopped by a signal has ended well, and rank 0 may have more to write than the others.
         return AFTER_END if len(over) >= self.plan.nproc else None
 
@@ -164,11 +168,16 @@ class _Start:
                 rank.lost = first and rank.status is None
 
     def _alive(self, rank: _Rank) -> bool:
-        """Whether it is there, is no zombie, and is ours: a number may have been given to another process since."""
+        """Whether it is there and no zombie."""
+        return self._state(rank) not in ("", "Z")
+
+    def _state(self, rank: _Rank) -> str:
+        """Its letter of proc(5), T being stopped; nothing where it is gone or its number is another process's now."""
         with suppress(OSError):
             state = Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            return state != "Z" and str(self.place).encode() in Path(f"/proc/{rank.pid}/cmdline").read_bytes()
-        return False
+            if str(self.place).encode() in Path(f"/proc/{rank.pid}/cmdline").read_bytes():
+                return state
+        return ""
 
     def _pass_on(self) -> None:
         """Each signal once to every rank; they have the time to save that the run grants them."""
