@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final, Literal
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -49,3 +52,51 @@ def early_language(vision: Sequence[int], language: Sequence[int]) -> tuple[int,
 def show(rows: Sequence[Sequence[int]]) -> str:
     """As it is typed: `[[1,10,10,7]]`."""
     return str([list(row) for row in rows]).replace(" ", "")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How many layers of each tower every stage of a model has, in the order in which they follow each other.
+
+    A stage without any hands on what it gets. Embedding, patch embedding, merger and the last norm belong to the first
+    or last layer of their tower.
+    """
+
+    vision: tuple[int, ...]
+    language: tuple[int, ...]
+
+    @classmethod
+    def even(cls, vision: int, language: int, ranks: int, virtual: int = 1) -> Stages:
+        """Numbers of layers: the vision tower on the first stage, the language model evenly on all."""
+        count = ranks * virtual
+        return cls((vision, *[0] * (count - 1)), even_split(language, count))
+
+    @classmethod
+    def of_rows(cls, vision: Rows, language: Rows) -> Stages:
+        """As they are typed; where the language model has more virtual stages, the vision tower has no layers there."""
+        missing = (0,) * (sum(map(len, language)) - sum(map(len, vision)))
+        return cls((*(n for row in vision for n in row), *missing), tuple(n for row in language for n in row))
+
+    @property
+    def count(self) -> int:
+        """How many stages there are."""
+        return len(self.language)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Layers of the vision tower and of the language model."""
+        return sum(self.vision), sum(self.language)
+
+    def of(self, tower: Literal["vision", "language"], stage: int) -> range:
+        """The layers of a tower that a stage has."""
+        ends = list(accumulate(self.vision if tower == "vision" else self.language, initial=0))
+        return range(ends[stage], ends[stage + 1])
+
+    def holding(self, tower: Literal["vision", "language"], layer: int) -> int:
+        """The stage that has a layer."""
+        if self.count == 1:
+            return 0
+        return next(stage for stage in range(self.count) if layer in self.of(tower, stage))
+
+
+ONE_STAGE: Final = Stages((1,), (1,))

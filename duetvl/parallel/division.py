@@ -8,20 +8,25 @@ their gradients once, divide the update among themselves by rows (ZeRO-1) and ha
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Final, Literal
 
 from duetvl.core.boxes import Part, Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
+from duetvl.core.stages import ONE_STAGE, Stages
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.sharding import FEATURES, Heads, shard_of, slices_of
+from duetvl.models.qwen_vl.sharding import FEATURES, Heads, Owner, owner_of, shard_of, slices_of
 
 VisionMode = Literal["divide", "shard"]
-REPLICAS: Final = ("dp",)  # axes of the grid along which ranks hold the same part of what is cut
-EVERYONE: Final = ("dp", "tp")  # and of what is not
+REPLICAS: Final = ("dp", "cp")  # axes of the grid along which ranks hold the same part of what is cut
+EVERYONE: Final = ("dp", "cp", "tp")  # and of what is not
+ENDS: Final = "ends"  # in the place of an axis: the two stages that have a tied embedding
+EMBEDDING: Final = "model.embed_tokens.weight"
 _ONE_OF_EACH: Final = Heads(1, 1, 1)
 
 
@@ -29,9 +34,9 @@ _ONE_OF_EACH: Final = Heads(1, 1, 1)
 class Sharing:
     """Which ranks hold a parameter together, and what this rank has of it.
 
-    axes: of the grid; the ranks along them share. unit: what they hold together. first: the row of the unit that this
-    rank's own rows begin at. copies: how many of them compute the same whole gradient (where each computes a part of
-    the sum, 1), so that the sum over the ranks is this often the gradient.
+    axes: of the grid, or `ENDS`; the ranks along them share (`Division.team`). unit: what they hold together. first:
+    the row of the unit that this rank's own rows begin at. copies: how many of them compute the same whole gradient
+    (where each computes a part of the sum, 1), so that the sum over the ranks is this often the gradient.
     """
 
     axes: tuple[str, ...]
@@ -46,7 +51,10 @@ class Division:
 
     sequence: norms and residuals of the language model are divided along the sequence over the ranks of tensor
     parallelism. vision: whether these ranks "divide" the frames of the vision tower among themselves, each with all of
-    its weights, or "shard" its layers.
+    its weights, or "shard" its layers. stages: which layers each stage of the model has, stage s being on the ranks
+    whose place along `pp` is s % pp. tied: whether the embedding is the last product's matrix too.
+    ulysses: how many ranks of context parallelism exchange heads with each other, while these teams pass keys and values
+    round; `cp` or 1 where there is but one of the two.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -54,12 +62,27 @@ class Division:
     rank: int = 0
     sequence: bool = False
     vision: VisionMode = "divide"
+    stages: Stages = ONE_STAGE
+    tied: bool = False
+    ulysses: int = 1
 
     @classmethod
     def of(
-        cls, config: ModelConfig, mesh: Mesh, rank: int, *, sequence: bool = False, vision: VisionMode = "divide"
+        cls,
+        config: ModelConfig,
+        mesh: Mesh,
+        rank: int,
+        *,
+        sequence: bool = False,
+        vision: VisionMode = "divide",
+        stages: Stages | None = None,
+        ulysses: int | None = None,
     ) -> Division:
-        """That of a model. Raises ConfigError for degrees that it cannot have, which names those that it can."""
+        """That of a model. Raises ConfigError for degrees that it cannot have, which names those that it can.
+
+        stages: None for the vision tower on the first and the language model evenly on all. ulysses: of the ranks of
+        context parallelism, how many exchange heads with each other; None for all.
+        """
         heads = Heads.of(config)
         limits = {"query heads": heads.query, "heads in the vision tower": heads.vision}
         for what in limits if vision == "shard" else ["query heads"]:
@@ -69,11 +92,70 @@ class Division:
                     f"parallel.tp {mesh.tp}: the model has {most} {what}, of which each rank needs one at least; "
                     f"possible are 1 to {most}, and with as many on every rank {_divisors(most)}{hint}"
                 )
-        return cls(mesh, heads, rank, sequence, vision)
+        stages = stages or Stages.even(config.vision.depth, config.text.num_layers, mesh.pp)
+        ulysses = mesh.cp if ulysses is None else ulysses
+        return cls(mesh, heads, rank, sequence, vision, stages, config.tie_word_embeddings, ulysses)
 
     def for_model(self, config: ModelConfig) -> Division:
-        """The same of another model, such as a reference."""
-        return Division.of(config, self.mesh, self.rank, sequence=self.sequence, vision=self.vision)
+        """The same of another model, such as a reference, whose layers are placed by default where it has others."""
+        layers = config.vision.depth, config.text.num_layers
+        stages = self.stages if self.stages.layers == layers else Stages.even(*layers, self.mesh.pp, self.virtual)
+        return Division.of(
+            config,
+            self.mesh,
+            self.rank,
+            sequence=self.sequence,
+            vision=self.vision,
+            stages=stages,
+            ulysses=self.ulysses,
+        )
+
+    @property
+    def virtual(self) -> int:
+        """Stages on each rank of the pipeline."""
+        return self.stages.count // self.mesh.pp
+
+    @property
+    def own_stages(self) -> range:
+        """The stages of the model that this rank runs."""
+        return range(self.place("pp"), self.stages.count, self.mesh.pp)
+
+    def holds(self, path: str) -> bool:
+        """Whether this rank has any of a parameter: whether it is one of its stages'."""
+        return any(stage % self.mesh.pp == self.place("pp") for stage in self.stages_of(path))
+
+    def stages_of(self, path: str) -> Sequence[int]:
+        """The stages that use a parameter, ascending: one, or of a tied embedding the first and the last."""
+        first = self._stage(owner_of(path))
+        if self.tied and path == EMBEDDING:
+            return sorted({first, self._stage(Owner("language", "last"))})
+        return [first]
+
+    def _stage(self, owner: Owner) -> int:
+        layers = self.stages.vision if owner.tower == "vision" else self.stages.language
+        number = {"first": 0, "last": sum(layers) - 1}.get(str(owner.layer), owner.layer)
+        return self.stages.holding(owner.tower, int(number))
+
+    def team(self, axes: Sequence[str]) -> list[int]:
+        """The ranks along some axes, `ENDS` among them, with this one, ascending."""
+        return next(ranks for ranks in self.groups(axes) if self.rank in ranks)
+
+    def groups(self, axes: Sequence[str]) -> list[list[int]]:
+        """All teams along some axes; together they hold every rank once."""
+        groups = self.mesh.groups(*(axis for axis in axes if axis != ENDS))
+        if ENDS not in axes:
+            return groups
+        first, last = (stage % self.mesh.pp for stage in self.stages_of(EMBEDDING))
+        place = {rank: self.mesh.coordinates(rank)["pp"] for group in groups for rank in group}
+        at_first = [group for group in groups if place[group[0]] == first]
+        at_last = [group for group in groups if place[group[0]] == last]
+        joined = [sorted([*a, *b]) for a, b in zip(at_first, at_last, strict=True)]
+        return sorted([*joined, *(group for group in groups if place[group[0]] not in (first, last))])
+
+    @cached_property
+    def _spans_stages(self) -> bool:
+        """Whether a tied embedding is on two ranks of the pipeline."""
+        return len({stage % self.mesh.pp for stage in self.stages_of(EMBEDDING)}) > 1
 
     def place(self, axis: str) -> int:
         """This rank's number along an axis of the grid."""
@@ -92,11 +174,12 @@ class Division:
     def sharing(self, path: str, shape: Shape) -> Sharing:
         """Who holds it too."""
         own = self.part(path, shape)
+        ends = (ENDS,) if path == EMBEDDING and self._spans_stages else ()
         if self._is_whole(path):
-            return Sharing(EVERYONE, own, copies=1 if self._is_partial(path) else self.mesh.tp)
+            return Sharing((*EVERYONE, *ends), own, copies=1 if self._is_partial(path) else self.mesh.tp)
         if shard_of(path).unit == "kv_head" and self._overlapping:
             return Sharing(EVERYONE, Part.all_of(shape), own.slices.boxes[0].offset[0])
-        return Sharing(REPLICAS, own)
+        return Sharing((*REPLICAS, *ends), own)
 
     def _is_whole(self, path: str) -> bool:
         """Whether every rank of tensor parallelism has all of a parameter."""
@@ -140,14 +223,15 @@ def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(pieces) for pieces in found]
 
 
-def owned_rows(rows: int, ranks: int, number: int) -> Sequence[range]:
+def owned_rows(rows: int, ranks: int, path: str) -> Sequence[range]:
     """The rows of a unit that each of `ranks` ranks updates: as even as can be, ascending.
 
-    Those ranks have one more that follow the rank `number` % `ranks`, where `number` is the parameter's in the list of
-    all: else the few rows of an adapter would all lie on the first ranks.
+    Those ranks have one more that follow the one that a checksum of the parameter's path gives: else the few rows of
+    an adapter would all lie on the first ranks.
     """
     each, more = divmod(rows, ranks)
     start, found = 0, []
+    number = zlib.crc32(path.encode())
     for rank in range(ranks):
         stop = start + each + ((rank - number) % ranks < more)
         found.append(range(start, stop))

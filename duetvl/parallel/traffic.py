@@ -49,7 +49,7 @@ def step_traffic(
 def _shared(trained: Trained, division: Division, path: str) -> tuple[float, Shape, int]:
     """((n - 1) / n of the n ranks that share a parameter, the shape of what they share, bytes of a number)"""
     sharing = division.sharing(path, trained.shapes[path])
-    team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+    team = division.team(sharing.axes)
     narrow = trained.stored([path]) // max(1, trained.numbers([path]))
     return _ring(len(team)), sharing.unit.shape, narrow
 

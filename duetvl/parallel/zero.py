@@ -53,7 +53,7 @@ class Zero:
                 f"the model is divided over {division.mesh.size} ranks and the run has {size}; give the division of "
                 f"this run, whose degrees multiply to {size}"
             )
-        shared = [_share(backend, division, p, number) for number, p in enumerate(parameters)]
+        shared = [_share(backend, division, p) for p in parameters]
         self.owned: Mapping[str, Parameter] = {s.owned.path: s.owned for s in shared if s.owned is not None}
         travelling = [s for s in reversed(shared) if s.team.size > 1]
         self._buckets = _buckets(backend.ops, travelling, bucket * size)
@@ -226,12 +226,12 @@ def _buckets(ops: Ops, shared: Sequence[Shared], size: int) -> list[Bucket]:
     return [Bucket([shared[number] for number in numbers]) for numbers in full]
 
 
-def _share(backend: Backend, division: Division, p: Parameter, number: int) -> Shared:
+def _share(backend: Backend, division: Division, p: Parameter) -> Shared:
     sharing = division.sharing(p.path, p.place.whole)
-    team = Team.of(backend, division.mesh.groups(*sharing.axes))
+    team = Team.of(backend, division.groups(sharing.axes))
     if team.size == 1:
         return Shared(p, sharing, team, [range(p.shape[0])], p)
-    rows = owned_rows(sharing.unit.shape[0], team.size, number)
+    rows = owned_rows(sharing.unit.shape[0], team.size, p.path)
     return Shared(p, sharing, team, rows, _owned(backend, division, p, sharing, rows[team.index]))
 
 
@@ -250,7 +250,7 @@ def _owned(backend: Backend, division: Division, p: Parameter, sharing: Sharing,
 
 def _overlaps(division: Division, p: Parameter, sharing: Sharing) -> bool:
     """Whether any of the ranks that share a parameter holds but some rows of it; the same on all of them."""
-    team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+    team = division.team(sharing.axes)
     return any(division.of_rank(rank).part(p.path, p.place.whole).shape != sharing.unit.shape for rank in team)
 
 

@@ -183,12 +183,12 @@ def _owned(trained: Trained, division: Division) -> tuple[Trained, list[str]]:
     """The rows of trained parameters that a rank updates, and the paths of those that it has a copy of for that."""
     shapes, copied = dict(trained.shapes), []
     order = [path for path in trained.shapes if path in trained.paths]
-    for number, path in enumerate(order):
+    for path in order:
         sharing = division.sharing(path, trained.shapes[path])
-        team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+        team = division.team(sharing.axes)
         unit = sharing.unit.shape
         if len(team) > 1 and unit:
-            rows = owned_rows(unit[0], len(team), number)[team.index(division.rank)]
+            rows = owned_rows(unit[0], len(team), path)[team.index(division.rank)]
             shapes[path] = (len(rows), *unit[1:])
             copied.append(path)
         else:
@@ -202,7 +202,7 @@ def _bucket(trained: Trained, division: Division) -> int:
     largest = 0  # a parameter of more numbers than a bucket travels alone
     for path in trained.paths:
         sharing = division.sharing(path, trained.shapes[path])
-        if len(division.mesh.ranks_along(*sharing.axes, rank=division.rank)) > 1:
+        if len(division.team(sharing.axes)) > 1:
             unit = math.prod(sharing.unit.shape)
             numbers[sharing.axes] += unit
             largest = max(largest, unit)

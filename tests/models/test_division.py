@@ -52,18 +52,18 @@ def test_every_number_is_held_and_updated_by_one_rank(heads: Heads, mesh: Mesh, 
     """The gradient of each number, as the ranks compute its parts, is summed to itself, once."""
     first = Division(mesh, heads, 0, sequence, vision)
     ranks = [first.of_rank(rank) for rank in range(mesh.size)]
-    for order, (path, shape) in enumerate(shapes(heads).items()):
+    for path, shape in shapes(heads).items():
         whole = np.arange(np.prod(shape)).reshape(shape)
         updated = np.zeros(whole.size, int)
         for rank, division in enumerate(ranks):
             part, sharing = division.part(path, shape), division.sharing(path, shape)
             held, unit = number(whole, part), number(whole, sharing.unit)
             np.testing.assert_array_equal(held, unit[sharing.first : sharing.first + len(held)])
-            team = mesh.ranks_along(*sharing.axes, rank=rank)
+            team = ranks[rank].team(sharing.axes)
             for other in team:
                 theirs = ranks[other].sharing(path, shape)
                 assert (theirs.axes, theirs.unit, theirs.copies) == (sharing.axes, sharing.unit, sharing.copies)
-            rows = owned_rows(len(unit), len(team), order)[team.index(rank)]
+            rows = owned_rows(len(unit), len(team), path)[team.index(rank)]
             owned = number(whole, sharing.unit.rows(rows.start, rows.stop))
             np.testing.assert_array_equal(owned, unit[rows.start : rows.stop])
             np.add.at(updated, owned.reshape(-1), 1)
@@ -86,9 +86,9 @@ def test_frames_are_dealt_evenly() -> None:
 
 def test_owned_rows_are_even_and_begin_elsewhere_for_each_parameter() -> None:
     totals = np.zeros(5, int)
-    for order in range(10):
-        rows = owned_rows(8, 5, order)
+    for layer in range(100):
+        rows = owned_rows(8, 5, f"model.layers.{layer}.mlp.down_proj.lora_A.weight")
         assert [row for piece in rows for row in piece] == list(range(8))
         assert {len(piece) for piece in rows} == {1, 2}
         totals += [len(piece) for piece in rows]
-    assert set(totals) == {16}
+    assert totals.min() > 140 and totals.sum() == 800

@@ -87,12 +87,12 @@ def cut(array, part):
 def held(division, numbers, make=np.array, seed=0):
     """The state of a rank, of `numbers` as `whole` gives them; `make` makes a tensor of an array's bits."""
     parameters, owned, state = [], {}, AdamWState()
-    for number, (path, shape) in enumerate(SHAPES.items()):
+    for path, shape in SHAPES.items():
         part = division.part(path, shape)
         p = Parameter(path, make(cut(numbers["weights"][path], part)), trainable=path not in FROZEN)
         p.part = None if division.mesh.size == 1 else part
         parameters.append(p)
-        mine = rows_of(division, p, number, numbers, make) if p.trainable else None
+        mine = rows_of(division, p, numbers, make) if p.trainable else None
         if mine is not None:
             owned[path], state.step[path] = mine, seed
             for kind, slot in state.slots().items():
@@ -101,13 +101,13 @@ def held(division, numbers, make=np.array, seed=0):
     return State(parameters, owned, state)
 
 
-def rows_of(division, p, number, numbers, make):
+def rows_of(division, p, numbers, make):
     """The rows of a trained parameter that a rank updates: the parameter itself where it is alone, or none."""
     sharing = division.sharing(p.path, SHAPES[p.path])
-    team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+    team = division.team(sharing.axes)
     if len(team) == 1:
         return p
-    rows = owned_rows(sharing.unit.shape[0], len(team), number)[team.index(division.rank)]
+    rows = owned_rows(sharing.unit.shape[0], len(team), p.path)[team.index(division.rank)]
     part = sharing.unit.rows(rows.start, rows.stop)
     return Parameter(p.path, make(cut(numbers["weights"][p.path], part)), part=part) if len(rows) else None
 

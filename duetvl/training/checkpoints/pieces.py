@@ -81,11 +81,11 @@ def written_pieces(
     parameters: those that are stored, the same on all ranks and in the same order, each as this rank holds it. owned:
     by path, the rows of trained ones that this rank updates.
     """
-    for number, parameter in enumerate(parameters):
+    for parameter in parameters:
         if rows := owned.get(parameter.path):
             yield Piece("weights", rows.path, rows.place, rows.tensor)
         elif not parameter.trainable:
-            yield from _frozen_share(parameter, number, division)
+            yield from _frozen_share(parameter, division)
     yield from _remembered(owned, state)
 
 
@@ -107,18 +107,18 @@ def _remembered(owned: Mapping[str, Parameter], state: AdamWState | None) -> Ite
             yield Piece(kind, path, owned[path].place, tensor)
 
 
-def _frozen_share(parameter: Parameter, number: int, division: Division) -> Iterator[Piece]:
-    """The rows of a frozen parameter, the one of this number, that this rank writes."""
+def _frozen_share(parameter: Parameter, division: Division) -> Iterator[Piece]:
+    """The rows of a frozen parameter that this rank writes."""
     place = parameter.place
     sharing = division.sharing(parameter.path, place.whole)
-    team = division.mesh.ranks_along(*sharing.axes, rank=division.rank)
+    team = division.team(sharing.axes)
     if len(team) == 1:
         yield Piece("weights", parameter.path, place, parameter.tensor)
         return
     mesh = division.mesh
     by_place = [_held(division.of_rank(rank), parameter) for rank in mesh.ranks_along("tp", rank=division.rank)]
     held = {rank: by_place[mesh.coordinates(rank)["tp"]] for rank in team}
-    for rows in _share(held, division.rank, number):
+    for rows in _share(held, division.rank, parameter.path):
         first = rows.start - held[division.rank].start
         yield Piece("weights", parameter.path, place.rows(first, first + len(rows)), parameter.tensor, first)
 
@@ -130,13 +130,13 @@ def _held(division: Division, parameter: Parameter) -> range:
     return range(first, first + part.shape[0])
 
 
-def _share(held: Mapping[int, range], rank: int, number: int) -> Iterator[range]:
+def _share(held: Mapping[int, range], rank: int, path: str) -> Iterator[range]:
     """Of rows that ranks hold, in ranges that may overlap, those that one of them writes: each row has one writer."""
     cuts = sorted({end for rows in held.values() for end in (rows.start, rows.stop)})
     for start, stop in pairwise(cuts):
         holders = [one for one, rows in held.items() if rows.start <= start and stop <= rows.stop]
         if rank in holders:
-            own = owned_rows(stop - start, len(holders), number)[holders.index(rank)]
+            own = owned_rows(stop - start, len(holders), path)[holders.index(rank)]
             if len(own):
                 yield range(start + own.start, start + own.stop)
 
