@@ -52,9 +52,9 @@ class Division:
     sequence: norms and residuals of the language model are divided along the sequence over the ranks of tensor
     parallelism. vision: whether these ranks "divide" the frames of the vision tower among themselves, each with all of
     its weights, or "shard" its layers. stages: which layers each stage of the model has, stage s being on the ranks
-    whose place along `pp` is s % pp. tied: whether the embedding is the last product's matrix too.
-    ulysses: how many ranks of context parallelism exchange heads with each other, while these teams pass keys and values
-    round; `cp` or 1 where there is but one of the two.
+    whose place along `pp` is s % pp. tied: whether the embedding is the last product's matrix too. ulysses: how many
+    ranks of context parallelism exchange heads with each other, while these teams pass keys and values round; `cp` or 1
+    where there is but one of the two.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -92,7 +92,13 @@ class Division:
                     f"parallel.tp {mesh.tp}: the model has {most} {what}, of which each rank needs one at least; "
                     f"possible are 1 to {most}, and with as many on every rank {_divisors(most)}{hint}"
                 )
-        stages = stages or Stages.even(config.vision.depth, config.text.num_layers, mesh.pp)
+        if stages is None or mesh.pp == 1:
+            stages = Stages.even(config.vision.depth, config.text.num_layers, mesh.pp)
+        if not stages.language[-1]:
+            raise ConfigError(
+                "parallel.language_layers: the last stage has no layer of the language model, and the loss is computed "
+                "there; give it one at least"
+            )
         ulysses = mesh.cp if ulysses is None else ulysses
         return cls(mesh, heads, rank, sequence, vision, stages, config.tie_word_embeddings, ulysses)
 
@@ -114,6 +120,11 @@ class Division:
     def virtual(self) -> int:
         """Stages on each rank of the pipeline."""
         return self.stages.count // self.mesh.pp
+
+    @property
+    def holds_last(self) -> bool:
+        """Whether this rank has the last stage."""
+        return self.stages.count - 1 in self.own_stages
 
     @property
     def own_stages(self) -> range:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,9 @@ from duetvl.core.params import Weights
 from duetvl.models import vocabulary
 
 Tensor = Any
-Reference = Callable[[Batch], Tensor]  # a reference's log-probabilities (S,) of whole answers, float32
+# Batches -> a reference's log-probabilities (S,) of the whole answers of each, float32; nothing on a rank that has not
+# the last stage of its model.
+Reference = Callable[[Sequence[Batch]], Sequence[Tensor]]
 
 
 class Objective(Protocol):

@@ -18,6 +18,7 @@ from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.parallel.pipeline import stages_of
 from duetvl.parallel.tensor import layout_of
 from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
@@ -41,7 +42,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     ranks = Ranks(backend.collectives)
     source, encoder, plan, model = ranks.together(lambda: _loaded(recipe, backend))
     division = division_of(recipe, source.config, backend.collectives.rank)
-    model.layout = layout_of(division, backend)
+    model.layout, model.stages = layout_of(division, backend), stages_of(division)
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
     reference = None if recipe.dpo is None else make_reference(recipe, model, backend, division)

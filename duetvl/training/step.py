@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from duetvl.core.ranks import Ranks
 from duetvl.data.loading.loader import Step
 from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.division import ALONE, Division
+from duetvl.parallel.pipeline import MicroBatch, Outputs, passes_of
 from duetvl.parallel.zero import Zero
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective, Reference
@@ -162,7 +164,10 @@ class Trainer:
             replace(group, parameters=[self.owned[p.path] for p in group.parameters if p.path in self.owned])
             for group in groups
         ]
-        self._counts = division.place("tp") == 0  # ranks of tensor parallelism have the same packs: one is counted
+        self.passes = passes_of(model, backend, division)
+        # Of the ranks that have the same packs one counts them, and those count losses that have a part of them.
+        self._counts = all(division.place(axis) == 0 for axis in ("pp", "cp", "tp"))
+        self._has_loss = division.holds_last and division.place("tp") == 0
         self.state: AdamWState = backend.optimizer.create(self.groups, dtype=optim.state_dtype, offload=optim.offload)
         halves = any(backend.ops.dtype_of(p.tensor) == "float16" for p in model.parameters.values())
         start, window = optim.loss_scale or START, optim.loss_scale_window or WINDOW
@@ -194,9 +199,10 @@ class Trainer:
         packs = self._packs(work)
         scale = self.loss_scale.scale if self.loss_scale else weight  # of the mean loss, in the main gradients
         self.zero.begin(outlook.pictures)
-        sums, values = self._accumulate(packs, number, scale / weight)
+        outputs = self._accumulate(packs, number, scale / weight)
+        sums = [self._number(loss) for loss, *_ in outputs]  # read at the end: the device need not wait in between
         self.zero.reduce()
-        found = self._of_all(sums, values)
+        found = self._of_all(sums, [logged for _, *logged in outputs])
         norm = found.norm / scale
         means = {name: value / weight for name, value in zip(self.objective.logged, found.logged, strict=True)}
         if self.loss_scale:
@@ -236,55 +242,57 @@ class Trainer:
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective's means over the batches."""
-        own = np.zeros(3 + len(self.objective.logged))  # weight, tokens, loss, values
-        for batch in batches:
-            if part := self.objective.weight(batch):
-                outputs = self.model.evaluate(batch, self._last_stage(batch))
-                own += [part, batch.trained_tokens, *map(self._number, outputs)]
-        weight, tokens, *totals = self._sum(own.tolist())
+        counted, found = np.zeros(2), np.zeros(1 + len(self.objective.logged))  # weight, tokens; loss, values
+        left = (batch for batch in batches if self.objective.weight(batch))
+        while some := list(islice(left, self.passes.at_once)):
+            for outputs in self.passes.evaluate(self._micro_batches(some, [()] * len(some))):
+                found += [*map(self._number, outputs)]
+            for batch in some:
+                counted += [self.objective.weight(batch), batch.trained_tokens]
+        weight, tokens, *totals = self.ranks.sum([*counted * self._counts, *found * self._has_loss])
         loss, *logged = (total / weight if weight else math.nan for total in totals)
         values = dict(zip(self.objective.logged, logged, strict=True)) if weight else {}
         return Evaluation(loss, round(tokens), weight, values)
 
-    def _last_stage(self, batch: Batch) -> LastStage:
-        """The objective's function of the model's last rows, with what it needs to know of the batch."""
-        reference = None
+    def _micro_batches(self, batches: Sequence[Batch], keys: Sequence[tuple[int, ...]]) -> list[MicroBatch]:
+        """As they are run, with what the objective needs to know of each."""
+        references: Sequence[Tensor | None] = [None] * len(batches)
         if self.objective.needs_reference:
             assert self.reference is not None, "the objective compares with a reference, and there is none"
-            reference = self.reference(batch)
+            references = self.reference(batches) or references
+        return [
+            MicroBatch(batch, partial(self._last_stage, batch, reference), key)
+            for batch, reference, key in zip(batches, references, keys, strict=True)
+        ]
+
+    def _last_stage(self, batch: Batch, reference: Tensor | None) -> LastStage:
+        """The objective's function of the model's last rows, with what it needs to know of the batch."""
         return partial(self.objective.loss, prepared=self.objective.prepare(batch, reference))
 
-    def _accumulate(
-        self, packs: Mapping[int, Batch], number: int, scale: float
-    ) -> tuple[list[float], list[Sequence[Tensor]]]:
-        """`scale` times the gradients of all micro-batches into the main gradients; the loss and values of each."""
+    def _accumulate(self, packs: Mapping[int, Batch], number: int, scale: float) -> list[Outputs]:
+        """`scale` times the gradients of all micro-batches into the main gradients.
+
+        Gives loss and values of each on a rank with the last stage.
+        """
         one = self.backend.ops.from_numpy(np.array(scale, np.float32))
-        losses: list[Tensor] = []
-        values: list[Sequence[Tensor]] = []
-        for place, (pack, batch) in enumerate(packs.items(), 1):
-            if self.give_up():
-                self._drop_gradients()
-                raise StepGivenUp
-            (loss, *logged), tape = self.model.forward(batch, self._last_stage(batch), key=(self.seed, number, pack))
-            cotangents = [one, *[None] * len(logged)]
-            self.backend.autograd.backward(tape, cotangents, last=place == len(packs), on_ready=self.zero.ready)
-            losses.append(loss)
-            values.append(logged)
-        return [self._number(loss) for loss in losses], values  # read at the end: the device need not wait in between
+        keys = [(self.seed, number, pack) for pack in packs]
+        micro_batches = self._micro_batches(list(packs.values()), keys)
+        return self.passes.train(micro_batches, one, self.zero.ready, self._look_at_time)
+
+    def _look_at_time(self) -> None:
+        if self.give_up():
+            self._drop_gradients()
+            raise StepGivenUp
 
     def _of_all(self, sums: Sequence[float], values: Sequence[Sequence[Tensor]]) -> _OfAll:
         """By one exchange: of losses and of each logged value the sum over the micro-batches of all ranks."""
         own = [p for group in self.groups for p in group.parameters]  # each number is owned by one rank
         logged = [sum(self._number(one[place]) for one in values) for place in range(len(self.objective.logged))]
-        counted = [sum(sums), *logged] if self._counts else [0.0] * (1 + len(logged))
+        counted = [sum(sums), *logged] if self._has_loss else [0.0] * (1 + len(logged))
         peak = self.backend.device.peak_memory()
         told = self.ranks.each([self.backend.optimizer.grad_norm(own), peak, *counted])
         norms, peaks, losses, *columns = zip(*told, strict=True)
         return _OfAll(math.hypot(*norms), sum(losses), [*map(sum, columns)], round(max(peaks)))
-
-    def _sum(self, values: Sequence[float]) -> list[float]:
-        """Of all ranks, of those with the same packs once."""
-        return self.ranks.sum(values if self._counts else [0.0] * len(values))
 
     def _unusable(
         self, total: float, norm: float, sums: Sequence[float], batches: Sequence[Batch], number: int
@@ -295,7 +303,7 @@ class Trainer:
             return overflow
         if whole and math.isfinite(norm):
             return None
-        broken = [batch for batch, loss in zip(batches, sums, strict=True) if not math.isfinite(loss)]
+        broken = [batch for batch, loss in zip(batches, sums, strict=bool(sums)) if not math.isfinite(loss)]
         what = "the gradient" if whole else "the loss"
         text = f"{what} is not finite; samples of the step: {', '.join(self._named(broken, batches))}"
         if self.on_nonfinite == "skip":
@@ -310,9 +318,9 @@ class Trainer:
         """The samples of all ranks' micro-batches that are `broken`; of all micro-batches where none is."""
         own = [[name for batch in some for name in batch.sample_ids] for some in (broken, batches)]
         none: list[list[str]] = [[], []]
-        by_rank = self.ranks.each(own if self._counts else none)
-        those, everything = ([name for names in column for name in names] for column in zip(*by_rank, strict=True))
-        return those or everything
+        by_rank = self.ranks.each(own if self._has_loss else none)
+        those, everything = (dict.fromkeys(chain(*column)) for column in zip(*by_rank, strict=True))
+        return list(those or everything)
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps beside parameters and optimizer state."""

@@ -18,6 +18,7 @@ from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.random import philox
 from duetvl.data.loading.loader import Step
+from duetvl.parallel.pipeline import InOrder
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
@@ -256,7 +257,7 @@ def train(
     division = tiny.division(mesh, be.collectives.rank)
     model, goal = tiny.model(be, division), objective(be)
     if goal.needs_reference:
-        how["reference"] = reference_of(tiny.model(be, division), be.ops)
+        how["reference"] = reference_of(InOrder(tiny.model(be, division), be), be.ops)
     trainer = Observed(model, goal, be, optim, division=division, **how)
     place = None if mesh.size == 1 else division.place("dp")
     results = [trainer.step(work(model, dealt, place), optim.lr, number) for number, dealt in enumerate(schedule)]

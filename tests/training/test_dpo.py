@@ -11,6 +11,7 @@ from oracle import PAIRS
 
 from duetvl.core.batch import IGNORE, Batch
 from duetvl.data.loading.loader import Step
+from duetvl.parallel.pipeline import InOrder
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.preference.dpo import (
     LOGGED,
@@ -153,7 +154,7 @@ OPTIM = OptimSection(lr=3e-3, clip=None)
 def steps_of(tiny, be, name, batches, count, **settings) -> tuple[list, dict[str, np.ndarray]]:
     """Results of some steps from the model's weights against those as the reference, and the weights after them."""
     model = load_model(tiny.directory(name), backend=be)
-    objective, reference = PreferenceObjective(DpoSection(**settings), be), reference_of(tiny.ours(name, be), be.ops)
+    objective, reference = PreferenceObjective(DpoSection(**settings), be), reference_of(InOrder(tiny.ours(name, be), be), be.ops)
     trainer = Trainer(model, objective, be, OPTIM, reference=reference)
     work = Step(tuple(model.pack(given) for given in batches), ())
     results = [trainer.step(work, 3e-3) for _ in range(count)]
@@ -213,7 +214,7 @@ def test_loss_of_a_step_is_that_of_transformers_log_probabilities(tiny, be):
     model = tiny.ours(policy, be)
     objective = PreferenceObjective(DpoSection(**settings), be)
     batch = model.pack(given)
-    sums = reference_of(tiny.ours(reference, be), be.ops)(batch)
+    (sums,) = reference_of(InOrder(tiny.ours(reference, be), be), be.ops)([batch])
     last = partial(objective.loss, prepared=objective.prepare(batch, sums))
     assert objective.weight(batch) == 3
     assert objective.logged == LOGGED

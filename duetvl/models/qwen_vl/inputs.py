@@ -28,12 +28,25 @@ class Routes:
     src: Tensor | None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How many patch rows, merged features and rows of hidden states this rank has between two layers."""
+
+    rows: int
+    patches: int = 0
+    features: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class ModelInput:
-    """ids (T,) of a batch, what its tokens bring to every layer, and its media: None of both where it has none."""
+    """ids (T,) of a batch, what its tokens bring to every layer, and its media: None of both where it has none.
+
+    `visual` is None too where this rank does not run the vision tower.
+    """
 
     ids: Tensor
     tokens: Tokens
+    sizes: Sizes
     visual: VisionInput | None = None
     routes: Routes | None = None
 
@@ -49,43 +62,70 @@ class ModelInput:
         return self.visual.merged_rows if module.startswith("visual.merger.") else self.visual.rows
 
 
-def model_input(ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str, layout: Layout) -> ModelInput:
-    """A whole batch, its media included, in the vision tower's order. `dtype`: that of the weights."""
+def model_input(
+    ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str, layout: Layout, *, tower: bool = True
+) -> ModelInput:
+    """A whole batch, its media included, in the vision tower's order. `dtype`: that of the weights.
+
+    tower: whether this rank runs any of the vision tower; without it no pixels go to the device.
+    """
     tables = batch_tables(family.config, batch)
     spans = tables.language.spans
     angles = tables.language.cos, tables.language.sin
     tokens = _tokens(ops, batch, angles, attend_within(ops, lambda layer: spans), layout)
     ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst))
+    rows = _count(tokens, batch)
     if not len(batch.grids):
-        return ModelInput(ids, tokens)
-    visual, at_hand = vision_input(ops, family, batch, tables.vision, dtype, layout)
-    return ModelInput(ids, tokens, visual, _routes_from(ops, batch, tables.vision.inverse, at_hand))
+        return ModelInput(ids, tokens, Sizes(rows))
+    own, at_hand = _own_frames(family, tables.vision, layout)
+    visual = _vision_input(ops, family, batch, own, dtype, layout) if tower else None
+    sizes = Sizes(rows, len(own.cos), len(at_hand))
+    return ModelInput(ids, tokens, sizes, visual, _routes_from(ops, batch, tables.vision.inverse, at_hand))
 
 
 def text_input(ops: Ops, family: QwenVLFamily, batch: Batch, attend: Attend, layout: Layout) -> ModelInput:
     """A batch whose merged features are at hand, in the order of `batch.visual_src`; `attend` keeps a cache."""
     tokens = _tokens(ops, batch, rope_tables(family.config.text, batch.position_ids), attend, layout)
     ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst))
+    sizes = Sizes(_count(tokens, batch))
     if not len(batch.visual_dst):
-        return ModelInput(ids, tokens)
+        return ModelInput(ids, tokens, sizes)
     own, count = layout.share(len(batch.visual_dst)), 1 + max(map(int, batch.visual_src))
     dst, src = (rows[own.start : own.stop] for rows in (batch.visual_dst, batch.visual_src))
-    return ModelInput(ids, tokens, routes=_routes(ops, dst, src, count))
+    return ModelInput(ids, tokens, replace(sizes, features=count), routes=_routes(ops, dst, src, count))
 
 
 def vision_input(
     ops: Ops, family: QwenVLFamily, batch: Batch, whole: VisionTables, dtype: str, layout: Layout
 ) -> tuple[VisionInput, np.ndarray]:
     """The patches of a batch that this rank's tower runs, in window order; and which merged rows of all come out."""
-    vision = family.config.vision
+    own, at_hand = _own_frames(family, whole, layout)
+    return _vision_input(ops, family, batch, own, dtype, layout), at_hand
+
+
+def _own_frames(family: QwenVLFamily, whole: VisionTables, layout: Layout) -> tuple[VisionTables, np.ndarray]:
     tables = whole.of_frames(layout.frames([int(length) for length in whole.frame_spans.lengths]))
+    merged = tables.merged_rows(family.config.vision.merge)
+    out = layout.features(len(merged))
+    return tables, merged[out.start : out.stop]
+
+
+def _count(tokens: Tokens, batch: Batch) -> int:
+    """The rows of hidden states that are kept here."""
+    return len(tokens.rows.here(np.arange(batch.tokens)))
+
+
+def _vision_input(
+    ops: Ops, family: QwenVLFamily, batch: Batch, tables: VisionTables, dtype: str, layout: Layout
+) -> VisionInput:
+    vision = family.config.vision
     rows = batch.pixel_rows if tables.order is None else batch.pixel_rows[tables.order]
     merged = tables.merged_rows(vision.merge)
 
     def spans_of(block: int) -> Any:
         return tables.frame_spans if vision.sees_frame(block) else tables.window_spans
 
-    given = VisionInput(
+    return VisionInput(
         pixels=ops.from_numpy(np.asarray(rows), dtype),
         cos=ops.from_numpy(tables.cos),
         sin=ops.from_numpy(tables.sin),
@@ -94,8 +134,6 @@ def vision_input(
         merged_rows=None if tables.rows is None else merged,
         enter=layout.enter_vision,
     )
-    out = layout.features(len(merged))
-    return given, merged[out.start : out.stop]
 
 
 def _tokens(ops: Ops, batch: Batch, tables: tuple[np.ndarray, np.ndarray], attend: Attend, layout: Layout) -> Tokens:

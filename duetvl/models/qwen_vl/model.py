@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,9 +27,9 @@ from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
-from duetvl.models.qwen_vl.language import decoder_layers, place_features
 from duetvl.models.qwen_vl.memory import BYTES, Load, generation_pass
 from duetvl.models.qwen_vl.parameters import PARTS
+from duetvl.models.qwen_vl.stage import Stage
 from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
 from duetvl.models.recompute import RecomputeMode, towers
@@ -51,7 +52,8 @@ class QwenVL:
         self.parameters = dict(parameters)
         self.family = QwenVLFamily(config)
         self.adapters: Adapters | None = None
-        self.layout: Layout = UNDIVIDED  # over ranks of tensor parallelism; the parameters are this rank's parts
+        self.layout: Layout = UNDIVIDED  # over ranks; the parameters are this rank's parts
+        self.stages: Mapping[int, Stage] = {0: Stage.whole(config)}  # those that this rank runs
         self.recompute: RecomputeMode = "none"  # what a pass on a tape does not keep
         self.source: ModelDirectory | None = None  # what it was read from
         self._mark_conditional()
@@ -81,7 +83,7 @@ class QwenVL:
         """The model that the adapters were laid beside, sharing its weights: a reference for preference training."""
         base = {path: parameter for path, parameter in self.parameters.items() if not is_adapter(path)}
         plain = QwenVL(self.config, self.backend, base)
-        plain.layout = self.layout
+        plain.layout, plain.stages = self.layout, self.stages
         return plain
 
     def _mark_conditional(self) -> None:
@@ -100,21 +102,60 @@ class QwenVL:
 
         `key` names the random numbers of this pass, for the dropout of adapters; without one there is none.
         """
-        backend = self.backend
-        vision, language = towers(self.recompute, backend.autograd.checkpoint)
-        given, rows = self._input(batch).recomputing(vision, language), trained_rows(batch)
-
-        def stage(leaves: Mapping[str, Tensor]) -> Any:
-            w = self._tree(leaves, key, given.rows_of)
-            return last(self._rows(w, given, rows), self._vocabulary(w))
-
-        return backend.autograd.run_stage(stage, (), tuple(self.parameters.values()))
+        (only,) = self.stages.values()
+        return self.run(only, self.input(batch), None, last, key=key)
 
     def evaluate(self, batch: Batch, last: LastStage) -> tuple[Tensor, ...]:
         """The same without a tape and without dropout."""
+        (only,) = self.stages.values()
+        return self.run_untaped(only, self.input(batch), None, last)
+
+    def input(self, batch: Batch) -> StageInput:
+        """What the stages of this rank need of a batch."""
+        ops, tower = self.backend.ops, any(stage.vision for stage in self.stages.values())
+        given = model_input(ops, self.family, batch, self.dtype, self.layout, tower=tower)
+        return StageInput(given, trained_rows(batch))
+
+    def run(
+        self,
+        stage: Stage,
+        given: StageInput,
+        x: Tensor | None,
+        last: LastStage,
+        *,
+        key: tuple[int, ...] = (),
+        needs: bool = False,
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        """Run a stage on a tape, from what the stage before it handed on (None: nothing). `needs`: the tape leads to
+        that too. Gives what the stage hands on, and of the last one what `last` makes of the trained rows."""
+        inputs = () if x is None else (x,)
+        vision, language = towers(self.recompute, self.backend.autograd.checkpoint)
+        again = replace(given, model=given.model.recomputing(vision, language))
+
+        def fn(leaves: Mapping[str, Tensor], *handed: Tensor) -> Any:
+            return self._run(stage, self._tree(leaves, key, given.model.rows_of), again, *handed or (None,), last=last)
+
+        return self.backend.autograd.run_stage(fn, inputs, self.parameters_of(stage), [needs] * len(inputs))
+
+    def run_untaped(self, stage: Stage, given: StageInput, x: Tensor | None, last: LastStage) -> tuple[Tensor, ...]:
+        """The same without a tape and without dropout."""
         with self.backend.autograd.no_grad():
-            hidden = self._rows(self._weights, self._input(batch), trained_rows(batch))
-            return last(hidden, self._vocabulary(self._weights))
+            return self._run(stage, self._weights, given, x, last=last)
+
+    def parameters_of(self, stage: Stage) -> tuple[Parameter, ...]:
+        """Those that a stage uses."""
+        if len(self.stages) == 1:
+            return tuple(self.parameters.values())
+        tied = self.config.tie_word_embeddings
+        return tuple(p for path, p in self.parameters.items() if stage.has(path, tied))
+
+    def _run(
+        self, stage: Stage, w: Weights, given: StageInput, x: Tensor | None, *, last: LastStage
+    ) -> tuple[Tensor, ...]:
+        out = stage.run(self.backend.ops, self.config, w, given.model, x)
+        if not stage.ends:
+            return (out,)
+        return last(self._normed(w, given.model, given.trained, out), self._vocabulary(w))
 
     def logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities (N,) float32 of the N trained tokens in the order of `batch.targets`, without a tape."""
@@ -125,7 +166,7 @@ class QwenVL:
     def logits(self, batch: Batch) -> Tensor:
         """Logits (T, vocabulary) of every token, in the weights' dtype."""
         with self.backend.autograd.no_grad():
-            return self._logits(self._input(batch), np.arange(batch.tokens))
+            return self._logits(self.input(batch).model, np.arange(batch.tokens))
 
     def features(self, batch: Batch) -> Tensor:
         """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
@@ -194,26 +235,11 @@ class QwenVL:
 
     # -- the model as a function of its weights ---------------------------------------------------------------------
 
-    def _hidden(self, w: Weights, given: ModelInput, features: Tensor | None = None) -> Tensor:
-        """Hidden states (T, D) before the final norm, of tokens some of which take features (M, D): those that are
-        given, or the vision tower's."""
-        ops, text = self.backend.ops, self.config.text
-        if given.visual is not None:
-            features = vision_tower(ops, self.config.vision, w.visual, given.visual)
-        x_TD = vocabulary.embed(ops, w.model.embed_tokens, given.ids)
-        if given.routes is not None:
-            assert features is not None, "the batch has tokens of pictures and no features for them"
-            chosen = features if given.routes.src is None else ops.take_rows(features, given.routes.src)
-            x_TD = place_features(ops, x_TD, given.routes.dst, chosen)
-        x_TD = given.tokens.rows.join(x_TD)
-        return decoder_layers(ops, text, w.model, given.tokens, range(text.num_layers), x_TD)
-
-    def _rows(self, w: Weights, given: ModelInput, rows: np.ndarray, features: Tensor | None = None) -> Tensor:
-        """Hidden states (N, D) behind the final norm, of some ascending rows: the others meet neither it nor the
-        vocabulary."""
+    def _normed(self, w: Weights, given: ModelInput, rows: np.ndarray, x_TD: Tensor) -> Tensor:
+        """Hidden states (N, D) behind the final norm, of some ascending rows of x (T, D): the others meet neither it
+        nor the vocabulary."""
         ops, lie = self.backend.ops, given.tokens.rows
-        here = ops.from_numpy(lie.here(rows).astype(np.int32))
-        x_ND = ops.take_rows(self._hidden(w, given, features), here)
+        x_ND = ops.take_rows(x_TD, ops.from_numpy(lie.here(rows).astype(np.int32)))
         return lie.collect(ops.rms_norm(x_ND, w.model.norm.weight, eps=self.config.text.norm_eps), rows)
 
     def _vocabulary(self, w: Weights) -> Weights:
@@ -222,13 +248,15 @@ class QwenVL:
         return head
 
     def _logits(self, given: ModelInput, rows: np.ndarray, features: Tensor | None = None) -> Tensor:
-        w = self._weights
-        return vocabulary.logits(self.backend.ops, self._vocabulary(w), self._rows(w, given, rows, features))
+        w, (only,) = self._weights, self.stages.values()
+        hidden = only.run(self.backend.ops, self.config, w, given, features)
+        return vocabulary.logits(self.backend.ops, self._vocabulary(w), self._normed(w, given, rows, hidden))
 
     @property
     def dtype(self) -> str:
         """The storage dtype of the weights."""
-        return self.backend.ops.dtype_of(self.parameters["model.embed_tokens.weight"].tensor)
+        own = next(p for path, p in self.parameters.items() if not is_adapter(path))
+        return self.backend.ops.dtype_of(own.tensor)
 
     @cached_property
     def _weights(self) -> Weights:
@@ -245,8 +273,13 @@ class QwenVL:
         records = {**adapters, **self.layout.records(self.parameters)}
         return Weights(ChainMap(dict[str, Any](records), leaves))  # type: ignore[arg-type]  # it is never written to
 
-    def _input(self, batch: Batch) -> ModelInput:
-        return model_input(self.backend.ops, self.family, batch, self.dtype, self.layout)
+
+@dataclass(frozen=True, eq=False)
+class StageInput:
+    """What the stages of a rank need of a batch: its part of the input, and which rows (N,) of it are trained."""
+
+    model: ModelInput
+    trained: np.ndarray
 
 
 def trained_rows(batch: Batch) -> np.ndarray:

@@ -14,9 +14,10 @@ S sequences, B = S / 2 pairs, N trained tokens of all sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models import vocabulary
+from duetvl.models.vocabulary import LastStage
+from duetvl.parallel.pipeline import MicroBatch, Passes
 from duetvl.training.objective import Reference, trained_samples
 from duetvl.training.recipe.sections import DpoSection
 
@@ -39,14 +42,6 @@ LOGGED: Final = (
     "logps/chosen",
     "logps/rejected",
 )
-
-
-class AnswerModel(Protocol):
-    """What a reference needs of a model."""
-
-    def logprobs(self, batch: Batch) -> Tensor:
-        """Log-probabilities (N,) float32 of the trained tokens in the order of `batch.targets`, without a tape."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +84,17 @@ class PreferenceObjective:
         return loss, *(values[name] for name in LOGGED)
 
 
-def reference_of(model: AnswerModel, ops: Ops) -> Reference:
-    """A model as a reference."""
-    return lambda batch: answer_sums(ops, batch, model.logprobs(batch))
+def reference_of(passes: Passes, ops: Ops) -> Reference:
+    """A model as a reference, by the way in which this rank runs it."""
+
+    def last(batch: Batch) -> LastStage:
+        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE])
+        return lambda hidden, w: (answer_sums(ops, batch, vocabulary.logprobs(ops, w, hidden, labels)),)
+
+    def sums(batches: Sequence[Batch]) -> list[Tensor]:
+        return [found for (found,) in passes.evaluate([MicroBatch(batch, partial(last, batch)) for batch in batches])]
+
+    return sums
 
 
 def pairs(batch: Batch) -> int:

@@ -27,6 +27,7 @@ from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.parallel.division import ALONE, Division
+from duetvl.parallel.pipeline import Passes, passes_of, stages_of
 from duetvl.parallel.tensor import layout_of
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
@@ -69,7 +70,8 @@ def make_reference(recipe: Recipe, policy: QwenVL, backend: Backend, division: D
     assert recipe.dpo is not None
     if recipe.dpo.cache is not None:
         return CachedReference(recipe, policy, backend, division)
-    return reference_of(_held(recipe, policy, backend, division), backend.ops)
+    model = _held(recipe, policy, backend, division)
+    return reference_of(passes_of(model, backend, division.for_model(model.config)), backend.ops)
 
 
 class CachedReference:
@@ -83,25 +85,26 @@ class CachedReference:
         name = reference_name(reference_model(recipe), recipe.model.dtype, self.ranks)
         self.cache = self.ranks.first(lambda: ReferenceCache(directory, name))
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The log-probabilities (S,) of the batch's answers. Raises DataError naming a pair that is not known."""
-        return self.backend.ops.from_numpy(self.cache.sums(batch))
+    def __call__(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The log-probabilities (S,) of each batch's answers. Raises DataError naming a pair that is not known."""
+        return [self.backend.ops.from_numpy(self.cache.sums(batch)) for batch in batches]
 
     def prepare(self, data: PairData) -> None:
         """Compute what the cache lacks, while the policy still has the weights of `model.path`."""
         name = self.ranks.first(lambda: data_name(self.recipe, data.files))
         if not self.ranks.first(lambda: self.cache.is_complete(name)):
             model = _at_start(self.recipe, self.policy, self.backend, self.division)
-            fill(self.cache, data, model, self.backend)
+            passes = passes_of(model, self.backend, self.division.for_model(model.config))
+            fill(self.cache, data, passes, self.backend)
             self.ranks.first(lambda: self.cache.set_complete(name))
 
 
-def fill(cache: ReferenceCache, data: PairData, model: QwenVL, backend: Backend) -> None:
-    """Run the model on every pair that the cache lacks, each rank on its share; rank 0 writes.
+def fill(cache: ReferenceCache, data: PairData, passes: Passes, backend: Backend) -> None:
+    """Run a model on every pair that the cache lacks, each rank on its share; rank 0 writes.
 
     What is done is kept if this is interrupted.
     """
-    reference, ranks = reference_of(model, backend.ops), Ranks(backend.collectives)
+    reference, ranks = reference_of(passes, backend.ops), Ranks(backend.collectives)
     progress = Progress(data.count, unit="reference: pair", every=max(1, data.count // 20)) if ranks.writes else None
     with ExitStack() as open_things, ranks.telling(DataError, CheckpointError):
         if progress is not None:
@@ -131,7 +134,10 @@ def _add(found: Sequence[Found], add: Callable[[Sequence[bytes], np.ndarray], An
 def _answers(cache: ReferenceCache, batches: Sequence[Batch], reference: Reference, backend: Backend) -> Found:
     """The pairs of some micro-batches; those of micro-batches that hold one which the cache lacks, and their sums."""
     lacking = [batch for batch in batches if cache.lacks(batch.digests)]
-    sums = [_checked(batch, backend.to_numpy(reference(batch))) for batch in lacking]
+    found = reference(lacking)
+    if len(found) < len(lacking):  # the ranks with the last stage know them
+        return [digest for batch in batches for digest in batch.digests], [], np.zeros(0, np.float32)
+    sums = [_checked(batch, backend.to_numpy(own)) for batch, own in zip(lacking, found, strict=True)]
     every, missing = ([digest for batch in some for digest in batch.digests] for some in (batches, lacking))
     return every, missing, np.concatenate([np.zeros(0, np.float32), *sums])
 
@@ -180,7 +186,7 @@ def _held(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division) 
     own = division.for_model(source.config)
     loaded = partial(load_model, source, backend=backend, dtype=recipe.model.dtype, division=own)
     model: QwenVL = Ranks(backend.collectives).together(loaded)
-    model.layout = layout_of(own, backend)
+    model.layout, model.stages = layout_of(own, backend), stages_of(own)
     return model
 
 
