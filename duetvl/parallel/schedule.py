@@ -6,12 +6,15 @@ a backward pass of two. Each rank makes a forward pass unless it has as many tap
 pass. What has been computed travels at the first time at which sender and receiver are
 both between two computations; these times are the rounds of the schedule. Each rank makes one exchange of all that is
 due in a round, in the order of the rounds, so that no sender needs a buffer and no ranks can wait for each other.
+
+Where nothing is learned, in an evaluation or for a reference, the same is played with forward passes alone.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Literal
 
 Direction = Literal["forward", "backward"]
@@ -60,12 +63,31 @@ class Schedule:
     def idle(self) -> float:
         """The share of the step that a rank waits, on average: the bubble."""
         passes = [action for rank in self.actions for action in rank if isinstance(action, Compute)]
-        return 1 - sum(_TIME[p.direction] for p in passes) / (self.length * len(self.actions))
+        busy = sum(_TIME[p.direction] for p in passes)
+        return 1 - busy / (self.length * len(self.actions)) if busy else 0.0
 
 
+@lru_cache(maxsize=64)
 def one_f_one_b(ranks: int, virtual: int, micro_batches: int) -> Schedule:
-    """A step of this number of micro-batches, which may be fewer than the stages and need not divide by anything."""
+    """A step of this number of micro-batches, which may be fewer than the stages and need not divide by anything.
+
+    One rank makes all passes by itself, and without a micro-batch nobody makes any.
+    """
     return _Play(ranks, virtual, micro_batches).through()
+
+
+@lru_cache(maxsize=64)
+def forward_only(ranks: int, virtual: int, micro_batches: int) -> Schedule:
+    """The forward passes alone: no tapes, so that a rank may be any number of them ahead."""
+    return _Play(ranks, virtual, micro_batches, backward=False).through()
+
+
+def formula(ranks: int, virtual: int, micro_batches: int) -> float:
+    """The bubble as a share of the computing time, where `ranks` divides the micro-batches of an interleaved schedule.
+
+    arXiv:2104.04473, section 2.2. It is the same for `one_f_one_b` and `forward_only`.
+    """
+    return (ranks - 1) / (virtual * micro_batches) if micro_batches else 0.0
 
 
 def tapes_in_flight(rank: int, ranks: int, virtual: int) -> int:
@@ -80,9 +102,9 @@ class _Rank:
     """One rank while a step is played through."""
 
     number: int
-    forward: list[Compute]
-    backward: list[Compute]
-    limit: int
+    forward: deque[Compute]
+    backward: deque[Compute]
+    limit: float
     free_at: int = 0
     running: Compute | None = None
     in_flight: int = 0
@@ -96,8 +118,8 @@ class _Rank:
 class _Play:
     """A step played through in time."""
 
-    def __init__(self, ranks: int, virtual: int, micro_batches: int):
-        self.count, self.last = ranks, ranks * virtual - 1
+    def __init__(self, ranks: int, virtual: int, micro_batches: int, *, backward: bool = True):
+        self.count, self.last, self.backward = ranks, ranks * virtual - 1, backward
         self.ranks = [self._rank(number, virtual, micro_batches) for number in range(ranks)]
         self.here: set[Compute] = set()  # passes whose input is on their rank
         self.waiting: list[tuple[int, int, Compute]] = []  # sender, receiver, the pass that has been made
@@ -106,9 +128,11 @@ class _Play:
     def _rank(self, number: int, virtual: int, micro_batches: int) -> _Rank:
         """Forward passes go round by groups of as many micro-batches as there are ranks, backward passes likewise."""
         every = [(n // self.count, chunk, n) for n in range(micro_batches) for chunk in range(virtual)]
-        forward = [Compute("forward", chunk * self.count + number, n) for _, chunk, n in sorted(every)]
+        forward = deque(Compute("forward", chunk * self.count + number, n) for _, chunk, n in sorted(every))
+        if not self.backward:
+            return _Rank(number, forward, deque(), float("inf"))
         back = sorted((group, -chunk, n) for group, chunk, n in every)
-        backward = [Compute("backward", -chunk * self.count + number, n) for _, chunk, n in back]
+        backward = deque(Compute("backward", -chunk * self.count + number, n) for _, chunk, n in back)
         return _Rank(number, forward, backward, tapes_in_flight(number, self.count, virtual))
 
     def through(self) -> Schedule:
@@ -130,7 +154,7 @@ class _Play:
         """The next forward pass if it can and may run, else the next backward pass if it can."""
         for queue, may in ((rank.forward, rank.in_flight < rank.limit), (rank.backward, True)):
             if queue and may and queue[0] in self.here:
-                rank.running = queue.pop(0)
+                rank.running = queue.popleft()
                 rank.free_at = now + _TIME[rank.running.direction]
                 rank.in_flight = rank.in_flight + (1 if rank.running.direction == "forward" else -1)
                 rank.actions.append(rank.running)
@@ -152,25 +176,23 @@ class _Play:
     def _following(self, made: Compute) -> Compute | None:
         stage, micro_batch = made.stage, made.micro_batch
         if made.direction == "forward":
-            return (
-                Compute("backward", stage, micro_batch)
-                if stage == self.last
-                else Compute("forward", stage + 1, micro_batch)
-            )
+            if stage < self.last:
+                return Compute("forward", stage + 1, micro_batch)
+            return Compute("backward", stage, micro_batch) if self.backward else None
         return Compute("backward", stage - 1, micro_batch) if stage > 0 else None
 
     def _travel(self) -> None:
         """Messages whose two ranks are both between computations go; each of these ranks makes one exchange."""
         free = {rank.number for rank in self.ranks if rank.running is None}
         going = [item for item in self.waiting if item[0] in free and item[1] in free]
-        self.waiting = [item for item in self.waiting if item not in going]
+        self.waiting = [item for item in self.waiting if item[0] not in free or item[1] not in free]
         sends: dict[int, list[Message]] = defaultdict(list)
         receives: dict[int, list[Message]] = defaultdict(list)
         for sender, receiver, made in going:
             sends[sender].append(Message(made, receiver))
             receives[receiver].append(Message(made, sender))
             following = self._following(made)
-            assert following is not None, "the last backward pass leaves nothing"
+            assert following is not None, "the last pass leaves nothing"
             self.here.add(following)
         for number in sorted({*sends, *receives}):
             self.ranks[number].actions.append(Exchange(tuple(sends[number]), tuple(receives[number])))

@@ -7,16 +7,41 @@ from collections import Counter
 
 import pytest
 
-from duetvl.parallel.schedule import Compute, Exchange, Schedule, one_f_one_b, tapes_in_flight
+from duetvl.parallel.schedule import (
+    Compute,
+    Direction,
+    Exchange,
+    Schedule,
+    formula,
+    forward_only,
+    one_f_one_b,
+    tapes_in_flight,
+)
 
-UNIFORM = [(1, 1, 1), (2, 1, 4), (4, 1, 8), (8, 1, 64), (4, 2, 8), (4, 3, 8), (8, 4, 32), (64, 1, 64), (16, 8, 64)]
-UNEVEN = [(4, 1, 3), (4, 2, 7), (3, 2, 5), (5, 3, 13), (4, 4, 1), (7, 1, 2), (64, 2, 9)]
+UNIFORM = [
+    (1, 1, 1),
+    (2, 1, 4),
+    (4, 1, 8),
+    (8, 1, 64),
+    (4, 2, 8),
+    (4, 3, 8),
+    (8, 4, 32),
+    (64, 1, 64),
+    (16, 8, 64),
+    (64, 8, 64),
+]
+UNEVEN = [(1, 3, 5), (3, 2, 0), (4, 1, 3), (4, 2, 7), (3, 2, 5), (5, 3, 13), (4, 4, 1), (7, 1, 2), (64, 2, 9)]
 CASES = UNIFORM + UNEVEN
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def made(request: pytest.FixtureRequest) -> tuple[tuple[int, int, int], Schedule]:
     return request.param, one_f_one_b(*request.param)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def forward(request: pytest.FixtureRequest) -> tuple[tuple[int, int, int], Schedule]:
+    return request.param, forward_only(*request.param)
 
 
 def following(made: Compute, last: int) -> Compute | None:
@@ -29,11 +54,23 @@ def following(made: Compute, last: int) -> Compute | None:
 
 def test_every_pass_is_made_once_on_its_rank(made: tuple[tuple[int, int, int], Schedule]) -> None:
     (ranks, virtual, micro_batches), schedule = made
+    check_passes(ranks, virtual, micro_batches, schedule, ("forward", "backward"))
+
+
+def test_forward_passes_alone_are_made_once_each(forward: tuple[tuple[int, int, int], Schedule]) -> None:
+    (ranks, virtual, micro_batches), schedule = forward
+    check_passes(ranks, virtual, micro_batches, schedule, ("forward",))
+
+
+def check_passes(
+    ranks: int, virtual: int, micro_batches: int, schedule: Schedule, directions: tuple[Direction, ...]
+) -> None:
+    assert len(schedule.actions) == ranks
     for rank, actions in enumerate(schedule.actions):
         passes = Counter(action for action in actions if isinstance(action, Compute))
         assert passes == Counter(
-            Compute(direction, chunk * ranks + rank, n)  # type: ignore[arg-type]
-            for direction in ("forward", "backward")
+            Compute(direction, chunk * ranks + rank, n)
+            for direction in directions
             for chunk in range(virtual)
             for n in range(micro_batches)
         )
@@ -52,8 +89,18 @@ def test_tapes_in_flight_are_bounded(made: tuple[tuple[int, int, int], Schedule]
 def test_messages_arrive_before_they_are_needed_with_nothing_buffered(
     made: tuple[tuple[int, int, int], Schedule],
 ) -> None:
+    simulate(*made)
+
+
+def test_messages_of_forward_passes_alone_arrive_before_they_are_needed(
+    forward: tuple[tuple[int, int, int], Schedule],
+) -> None:
+    simulate(*forward)
+
+
+def simulate(made_for: tuple[int, int, int], schedule: Schedule) -> None:
     """Ranks run at any speed; an exchange ends when every rank in it has come to its own, with the same messages."""
-    (ranks, virtual, micro_batches), schedule = made
+    ranks, virtual, micro_batches = made_for
     last = ranks * virtual - 1
     here: list[set[Compute]] = [set() for _ in range(ranks)]
     here[0] |= {Compute("forward", 0, n) for n in range(micro_batches)}
@@ -119,5 +166,8 @@ def complete(rank: int, exchange: Exchange, present: dict[int, Exchange]) -> boo
 @pytest.mark.parametrize(("ranks", "virtual", "micro_batches"), UNIFORM)
 def test_the_bubble_is_that_of_the_formula(ranks: int, virtual: int, micro_batches: int) -> None:
     """(p - 1) / (v m) of the computing time, arXiv:2104.04473 section 2.2."""
-    schedule = one_f_one_b(ranks, virtual, micro_batches)
-    assert schedule.idle / (1 - schedule.idle) == pytest.approx((ranks - 1) / (virtual * micro_batches))
+    expected = pytest.approx((ranks - 1) / (virtual * micro_batches))
+    assert formula(ranks, virtual, micro_batches) == expected
+    for make in (one_f_one_b, forward_only):
+        schedule = make(ranks, virtual, micro_batches)
+        assert schedule.idle / (1 - schedule.idle) == expected
