@@ -119,6 +119,7 @@ class Pipeline:
         self.model, self.backend, self.division = model, backend, division
         self.ranks = division.team(["pp"])
         self.at_once = 4 * division.stages.count
+        self.precision = backend.ops.dtype_of(next(iter(model.parameters.values())).tensor)  # of what travels
         trained = {stage.number: _trained(model.parameters_of(stage)) for stage in model.stages.values()}
         told: dict[int, tuple[bool, bool]] = {}
         for some in backend.collectives.gather_objects(trained):
@@ -221,7 +222,7 @@ class _Run:
             shape = self._shape(Compute("backward", act.stage, act.micro_batch))
             if shape is not None:
                 ops = self.pipeline.backend.ops
-                self.made[act] = ops.zeros(shape, self.pipeline.model.dtype) if back[0] is None else back[0]
+                self.made[act] = ops.zeros(shape, self.pipeline.precision) if back[0] is None else back[0]
         if act.stage == min(self._stages):
             del self.given[act.micro_batch]
 
@@ -235,7 +236,7 @@ class _Run:
         to = [(self.made.pop(message.made_by, None), message.peer) for message in action.sends]
         sends = [Send(tensor, self.pipeline.ranks[peer]) for tensor, peer in to if tensor is not None]
         due = [(message, shape) for message in action.receives if (shape := self._shape(message.made_by)) is not None]
-        receives = [Receive(shape, self.pipeline.model.dtype, self._rank(message)) for message, shape in due]
+        receives = [Receive(shape, self.pipeline.precision, self._rank(message)) for message, shape in due]
         if sends or receives:
             found = self.pipeline.backend.collectives.exchange(sends, receives)
             self.handed.update({message.made_by: x for (message, _), x in zip(due, found, strict=True)})

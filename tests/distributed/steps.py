@@ -18,7 +18,6 @@ from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.random import philox
 from duetvl.data.loading.loader import Step
-from duetvl.parallel.pipeline import InOrder
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
@@ -26,6 +25,7 @@ from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.differentiable import Team
 from duetvl.parallel.division import Division, VisionMode
+from duetvl.parallel.pipeline import InOrder
 from duetvl.parallel.tensor import TensorLayout
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import Objective, TokenLoss

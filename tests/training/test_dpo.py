@@ -11,8 +11,8 @@ from oracle import PAIRS
 
 from duetvl.core.batch import IGNORE, Batch
 from duetvl.data.loading.loader import Step
-from duetvl.parallel.pipeline import InOrder
 from duetvl.models.qwen_vl.loading import load_model
+from duetvl.parallel.pipeline import InOrder
 from duetvl.training.preference.dpo import (
     LOGGED,
     PreferenceLoss,
@@ -154,7 +154,10 @@ OPTIM = OptimSection(lr=3e-3, clip=None)
 def steps_of(tiny, be, name, batches, count, **settings) -> tuple[list, dict[str, np.ndarray]]:
     """Results of some steps from the model's weights against those as the reference, and the weights after them."""
     model = load_model(tiny.directory(name), backend=be)
-    objective, reference = PreferenceObjective(DpoSection(**settings), be), reference_of(InOrder(tiny.ours(name, be), be), be.ops)
+    objective, reference = (
+        PreferenceObjective(DpoSection(**settings), be),
+        reference_of(InOrder(tiny.ours(name, be), be), be.ops),
+    )
     trainer = Trainer(model, objective, be, OPTIM, reference=reference)
     work = Step(tuple(model.pack(given) for given in batches), ())
     results = [trainer.step(work, 3e-3) for _ in range(count)]
