@@ -163,6 +163,13 @@ class Division:
         joined = [sorted([*a, *b]) for a, b in zip(at_first, at_last, strict=True)]
         return sorted([*joined, *(group for group in groups if place[group[0]] not in (first, last))])
 
+    @property
+    def teams(self) -> Sequence[tuple[str, ...]]:
+        """The axes along which ranks of this grid may share a parameter, in an order that is the same on all of them,
+        whatever each has of the model."""
+        found = [EVERYONE] if self.mesh.tp == 1 else [REPLICAS, EVERYONE, ("tp",)]
+        return [*found, (*found[0], ENDS)] if self._spans_stages else found
+
     @cached_property
     def _spans_stages(self) -> bool:
         """Whether a tied embedding is on two ranks of the pipeline."""

@@ -5,7 +5,9 @@ updates them, as tensors of their own. The new rows of all ranks are then gather
 A parameter that one rank alone holds is owned by it as it is, so that in a run of one process nothing of this happens.
 
 What travels are buckets of parameters, in an order that follows from the list of parameters alone: in the reverse of
-their use, so that the backward pass fills them one after the other and each can go while it still runs.
+their use, so that the backward pass fills them one after the other and each can go while it still runs. In a pipeline
+they go after all backward passes: a rank that waited in a bucket would keep another from the pass that fills it. A
+tied embedding, which is on two stages, goes last, since the stages have no other bucket in common.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.ops import Ops
 from duetvl.core.params import Parameter
 from duetvl.parallel.differentiable import Team
-from duetvl.parallel.division import Division, Sharing, owned_rows
+from duetvl.parallel.division import ENDS, Division, Sharing, owned_rows
 
 Tensor = Any
+Teams = Mapping[tuple[str, ...], Team]
 
 BUCKET: Final = 2**25  # numbers in a bucket, unless a single parameter has more: 128 MB of gradients
 
@@ -43,7 +46,8 @@ class Zero:
     """
 
     def __init__(self, backend: Backend, division: Division, parameters: Iterable[Parameter], *, bucket: int = BUCKET):
-        """`parameters`: those that are trained, in the order of their use; every rank gives the same list.
+        """`parameters`: those of this rank that are trained, in the order of their use; the ranks of a stage give the
+        same list. All ranks of the run call it together.
 
         Raises ConfigError where the division is one over another number of ranks than the run has.
         """
@@ -53,11 +57,14 @@ class Zero:
                 f"the model is divided over {division.mesh.size} ranks and the run has {size}; give the division of "
                 f"this run, whose degrees multiply to {size}"
             )
-        shared = [_share(backend, division, p) for p in parameters]
+        # Made in one order on all ranks, which meet parameters in different ones.
+        teams = {axes: Team.of(backend, division.groups(axes)) for axes in division.teams}
+        shared = [_share(backend, division, teams, p) for p in parameters]
         self.owned: Mapping[str, Parameter] = {s.owned.path: s.owned for s in shared if s.owned is not None}
         travelling = [s for s in reversed(shared) if s.team.size > 1]
         self._buckets = _buckets(backend.ops, travelling, bucket * size)
         self._bucket_of = {s.parameter.path: b for b in self._buckets for s in b.members}
+        self._early = division.mesh.pp == 1  # buckets may go while the backward pass runs
         self._arrived: Counter[Bucket] = Counter()
         self._due: deque[Bucket] = deque()
         self._sent: deque[tuple[Bucket, Pending]] = deque()
@@ -79,7 +86,7 @@ class Zero:
         if bucket is None:
             return
         self._arrived.update([bucket])
-        while self._due and self._arrived[self._due[0]] == len(self._due[0].members):
+        while self._early and self._due and self._arrived[self._due[0]] == len(self._due[0].members):
             self._send()
 
     def reduce(self) -> None:
@@ -222,23 +229,22 @@ def _buckets(ops: Ops, shared: Sequence[Shared], size: int) -> list[Bucket]:
         filling.setdefault(kind, []).append(number)
         counts.update({kind: count})
     full.extend(filling.values())
-    full.sort(key=lambda numbers: numbers[-1])
+    full.sort(key=lambda numbers: (ENDS in shared[numbers[0]].sharing.axes, numbers[-1]))
     return [Bucket([shared[number] for number in numbers]) for numbers in full]
 
 
-def _share(backend: Backend, division: Division, p: Parameter) -> Shared:
+def _share(backend: Backend, division: Division, teams: Teams, p: Parameter) -> Shared:
     sharing = division.sharing(p.path, p.place.whole)
-    team = Team.of(backend, division.groups(sharing.axes))
+    team = teams[sharing.axes]
     if team.size == 1:
         return Shared(p, sharing, team, [range(p.shape[0])], p)
     rows = owned_rows(sharing.unit.shape[0], team.size, p.path)
-    return Shared(p, sharing, team, rows, _owned(backend, division, p, sharing, rows[team.index]))
+    unit = _whole_unit(teams["tp",], division, p) if _overlaps(division, p, sharing) else p.tensor
+    return Shared(p, sharing, team, rows, _owned(backend.ops, p, sharing, unit, rows[team.index]))
 
 
-def _owned(backend: Backend, division: Division, p: Parameter, sharing: Sharing, rows: range) -> Parameter | None:
-    """A parameter of its own with these rows of the unit. All ranks call it."""
-    ops = backend.ops
-    unit = _whole_unit(backend, division, p) if _overlaps(division, p, sharing) else p.tensor
+def _owned(ops: Ops, p: Parameter, sharing: Sharing, unit: Tensor, rows: range) -> Parameter | None:
+    """A parameter of its own with these rows of the unit."""
     if not rows:
         return None
     part = sharing.unit.rows(rows.start, rows.stop)
@@ -254,17 +260,16 @@ def _overlaps(division: Division, p: Parameter, sharing: Sharing) -> bool:
     return any(division.of_rank(rank).part(p.path, p.place.whole).shape != sharing.unit.shape for rank in team)
 
 
-def _whole_unit(backend: Backend, division: Division, p: Parameter) -> Tensor:
-    """All rows of what the ranks of tensor parallelism hold overlapping rows of."""
+def _whole_unit(team: Team, division: Division, p: Parameter) -> Tensor:
+    """All rows of what the ranks of a team, which lie along `tp`, hold overlapping rows of. They call it together."""
     mesh, whole = division.mesh, p.place.whole
-    team = Team.of(backend, mesh.groups("tp"))
     views = [division.of_rank(rank) for rank in mesh.ranks_along("tp", rank=division.rank)]
     firsts = [view.sharing(p.path, whole).first for view in views]
     counts = [view.part(p.path, whole).shape[0] for view in views]
     held = team.collectives.all_gather(p.tensor, team.group, counts)
     numbers = np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)])
     places = np.unique(numbers, return_index=True)[1]  # of each row of the unit, where it was gathered to first
-    return backend.ops.take_rows(held, backend.ops.from_numpy(places.astype(np.int32)))
+    return team.ops.take_rows(held, team.ops.from_numpy(places.astype(np.int32)))
 
 
 def _cut(ops: Ops, x: Tensor, sizes: Sequence[int]) -> list[list[Tensor]]:

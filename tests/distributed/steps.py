@@ -17,6 +17,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter
 from duetvl.core.random import philox
+from duetvl.core.stages import Stages
 from duetvl.data.loading.loader import Step
 from duetvl.models.lora import Adapters, Size
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -532,6 +533,47 @@ def summed(views: Sequence[Division], p: Parameter) -> np.ndarray:
         total[box.slices] += gradient_of(view, p.path, part.shape)
     copies = views[0].sharing(p.path, p.place.whole).copies
     return cut(total, p.place.slices) / copies
+
+
+def check_stages(be: Backend) -> None:
+    """Exact numbers in a pipeline: each rank has its stages' parameters, or none; a tied embedding is summed over both
+    its stages. Nothing is sent before all backward passes."""
+    grids = [Mesh(pp=2, dp=2), Mesh(pp=2, tp=2), Mesh(pp=2, cp=2), Mesh(pp=4)]
+    for mesh, virtual, dtype in zip(grids, (1, 2, 2, 1), ("float32", "bfloat16") * 2, strict=True):
+        stages = Stages.even(1, 4, mesh.pp, virtual)
+        first = Division(mesh, Heads(6, 3, 2), vision="shard", stages=stages, tied=True)
+        check_pipeline(be, [first.of_rank(rank) for rank in range(mesh.size)], dtype)
+
+
+def check_pipeline(be: Backend, views: Sequence[Division], dtype: str) -> None:
+    rank, shapes = be.collectives.rank, {
+        "model.embed_tokens.weight": (9, 4),
+        "model.layers.0.self_attn.k_proj.weight": (6, 4),
+        "model.layers.3.self_attn.k_proj.weight": (6, 4),
+        "model.layers.3.self_attn.o_proj.weight": (4, 12),
+        "model.norm.weight": (5,),
+    }  # fmt: skip
+    held = {path: shape for path, shape in shapes.items() if views[rank].holds(path)}
+    parameters = [started(be, views[rank], path, shape, dtype) for path, shape in held.items()]
+    zero = Zero(be, views[rank], parameters, bucket=6)
+    zero.begin(True)
+    for p in reversed(parameters):
+        p.main_grad = be.ops.from_numpy(gradient_of(views[rank], p.path, p.shape))
+        zero.ready(p)
+    assert all(p.main_grad is not None for p in parameters)
+    zero.reduce()
+    for path, p in zero.owned.items():
+        total = np.zeros(p.place.whole, np.float32)
+        for view in (view for view in views if view.holds(path)):
+            part = view.part(path, p.place.whole)
+            (box,) = part.slices.boxes
+            total[box.slices] += gradient_of(view, path, part.shape)
+        copies = views[rank].sharing(path, p.place.whole).copies
+        np.testing.assert_array_equal(be.to_numpy(p.main_grad), cut(total, p.place.slices) / copies)
+        be.ops.assign(p.tensor, be.ops.from_numpy(cut(-numbers(p.place.whole), p.place.slices), dtype))
+    zero.publish()
+    for p in parameters:
+        np.testing.assert_array_equal(be.to_numpy(p.tensor), cut(-numbers(p.place.whole), p.place.slices))
 
 
 def check_traffic(be: Backend) -> None:
