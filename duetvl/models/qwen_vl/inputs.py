@@ -10,7 +10,7 @@ import numpy as np
 from duetvl.core.batch import Batch
 from duetvl.core.ops import Ops
 from duetvl.models.attention import Attend, attend_within
-from duetvl.models.layout import Layout
+from duetvl.models.layout import Layout, Move, stay
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.language import Tokens
 from duetvl.models.qwen_vl.tables import VisionTables, batch_tables, rope_tables
@@ -22,20 +22,31 @@ Tensor = Any
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """Which token takes which merged feature: token row dst[i] takes feature row src[i], or row i where src is None."""
+    """Which token takes which merged feature: token row dst[i] takes feature row src[i], or row i where src is None,
+    of what `bring` makes of the tower's features: those that the tokens here take, from wherever they are."""
 
     dst: Tensor
     src: Tensor | None
+    bring: Move = stay
+
+    def taken(self, ops: Ops, features: Tensor) -> Tensor:
+        """Features (M, D) of the tower here -> those that tokens take (V, D), in the order of `dst`."""
+        brought = self.bring(features)
+        return brought if self.src is None else ops.take_rows(brought, self.src)
 
 
 @dataclass(frozen=True, eq=False)
 class ModelInput:
-    """ids (T,) of a batch, what its tokens bring to every layer, and its media: None of both where it has none."""
+    """ids (T,) of a batch, what its tokens bring to every layer, and its media: None of both where it has none.
+
+    Of some tokens of a batch, `rows` (T,) are their numbers among those of all.
+    """
 
     ids: Tensor
     tokens: Tokens
     visual: VisionInput | None = None
     routes: Routes | None = None
+    rows: np.ndarray | None = None
 
     def recomputing(self, vision: Recompute, language: Recompute) -> ModelInput:
         """The same input of a pass on a tape whose towers run again what these say."""
@@ -45,26 +56,29 @@ class ModelInput:
     def rows_of(self, module: str) -> np.ndarray | None:
         """The numbers of the rows that a module sees among those of the whole batch; None: it sees all."""
         if self.visual is None or not module.startswith("visual."):
-            return None
+            return self.rows
         return self.visual.merged_rows if module.startswith("visual.merger.") else self.visual.rows
 
 
 def model_input(ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str, layout: Layout) -> ModelInput:
-    """A whole batch, its media included, in the vision tower's order. `dtype`: that of the weights."""
-    tables = batch_tables(family.config, batch)
-    spans = tables.language.spans
-    angles = tables.language.cos, tables.language.sin
-    tokens = _tokens(ops, batch, angles, attend_within(ops, lambda layer: spans), layout)
-    ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst))
+    """A batch, its media included, in the vision tower's order, as far as this rank runs it. `dtype`: that of the
+    weights."""
+    tables, lengths = batch_tables(family.config, batch), np.diff(batch.cu_seqlens)
+    rows = layout.own_rows(lengths)
+    angles = tables.language.cos[rows], tables.language.sin[rows]
+    tokens = _tokens(ops, angles, layout.causal(ops, tables.language.spans), layout)
+    ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst)[rows])
+    given = ModelInput(ids, tokens, rows=None if len(rows) == batch.tokens else rows)
     if not len(batch.grids):
-        return ModelInput(ids, tokens)
-    visual, at_hand = vision_input(ops, family, batch, tables.vision, dtype, layout)
-    return ModelInput(ids, tokens, visual, _routes_from(ops, batch, tables.vision.inverse, at_hand))
+        return given
+    visual, _ = vision_input(ops, family, batch, tables.vision, dtype, layout)
+    return replace(given, visual=visual, routes=_routes_from(ops, family, batch, tables.vision, layout))
 
 
 def text_input(ops: Ops, family: QwenVLFamily, batch: Batch, attend: Attend, layout: Layout) -> ModelInput:
     """A batch whose merged features are at hand, in the order of `batch.visual_src`; `attend` keeps a cache."""
-    tokens = _tokens(ops, batch, rope_tables(family.config.text, batch.position_ids), attend, layout)
+    angles = rope_tables(family.config.text, batch.position_ids)
+    tokens = _tokens(ops, angles, layout.attend(attend), layout)
     ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst))
     if not len(batch.visual_dst):
         return ModelInput(ids, tokens)
@@ -78,7 +92,7 @@ def vision_input(
 ) -> tuple[VisionInput, np.ndarray]:
     """The patches of a batch that this rank's tower runs, in window order; and which merged rows of all come out."""
     vision = family.config.vision
-    tables = whole.of_frames(layout.frames([int(length) for length in whole.frame_spans.lengths]))
+    tables, at_hand = _own_frames(family, whole, layout)
     rows = batch.pixel_rows if tables.order is None else batch.pixel_rows[tables.order]
     merged = tables.merged_rows(vision.merge)
 
@@ -94,23 +108,35 @@ def vision_input(
         merged_rows=None if tables.rows is None else merged,
         enter=layout.enter_vision,
     )
+    return given, at_hand
+
+
+def _own_frames(family: QwenVLFamily, whole: VisionTables, layout: Layout) -> tuple[VisionTables, np.ndarray]:
+    """The tables of the frames that a rank's tower runs, and which merged rows of all come out."""
+    tables = whole.of_frames(layout.frames([int(length) for length in whole.frame_spans.lengths]))
+    merged = tables.merged_rows(family.config.vision.merge)
     out = layout.features(len(merged))
-    return given, merged[out.start : out.stop]
+    return tables, merged[out.start : out.stop]
 
 
-def _tokens(ops: Ops, batch: Batch, tables: tuple[np.ndarray, np.ndarray], attend: Attend, layout: Layout) -> Tokens:
+def _tokens(ops: Ops, tables: tuple[np.ndarray, np.ndarray], attend: Attend, layout: Layout) -> Tokens:
     cos, sin = tables
-    rows = layout.rows(batch.tokens)
-    return Tokens(ops.from_numpy(cos), ops.from_numpy(sin), layout.attend(attend), rows=rows)
+    return Tokens(ops.from_numpy(cos), ops.from_numpy(sin), attend, rows=layout.rows(len(cos)))
 
 
-def _routes_from(ops: Ops, batch: Batch, inverse: np.ndarray | None, at_hand: np.ndarray) -> Routes:
-    """`inverse` says where each feature lies in the output of the whole tower, None: in order; `at_hand` which rows of
-    that are here, ascending."""
-    src = batch.visual_src if inverse is None else inverse[batch.visual_src]
-    place = np.searchsorted(at_hand, src)
-    here = np.append(at_hand, -1)[place] == src
-    return _routes(ops, batch.visual_dst[here], place[here], len(at_hand))
+def _routes_from(ops: Ops, family: QwenVLFamily, batch: Batch, tables: VisionTables, layout: Layout) -> Routes:
+    """From the towers of all ranks that run some of the batch's tokens to the tokens of this one."""
+    lengths, inverse = np.diff(batch.cu_seqlens), tables.inverse
+    src = batch.visual_src if inverse is None else inverse[batch.visual_src]  # among the rows of the whole tower
+    at_hand = [_own_frames(family, tables, peer)[1] for peer in layout.peers]
+    wanted = [src[np.isin(batch.visual_dst, peer.own_rows(lengths))] for peer in layout.peers]
+    brought, bring = layout.bring(at_hand, wanted)
+    own = layout.own_rows(lengths)
+    here = np.isin(batch.visual_dst, own) & np.isin(src, brought)
+    order = np.argsort(brought)
+    place = order[np.searchsorted(brought, src[here], sorter=order)]
+    dst = np.searchsorted(own, batch.visual_dst[here]).astype(np.int32)
+    return replace(_routes(ops, dst, place, len(brought)), bring=bring)
 
 
 def _routes(ops: Ops, dst: np.ndarray, src: np.ndarray, count: int) -> Routes:

@@ -20,7 +20,7 @@ from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import require_matching
 from duetvl.models import vocabulary
 from duetvl.models.attention import Attend
-from duetvl.models.layout import UNDIVIDED, Layout
+from duetvl.models.layout import UNDIVIDED, Layout, Trained
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -102,7 +102,7 @@ class QwenVL:
         """
         backend = self.backend
         vision, language = towers(self.recompute, backend.autograd.checkpoint)
-        given, rows = self._input(batch).recomputing(vision, language), trained_rows(batch)
+        given, rows = self._input(batch).recomputing(vision, language), self._trained_here(batch)
 
         def stage(leaves: Mapping[str, Tensor]) -> Any:
             w = self._tree(leaves, key, given.rows_of)
@@ -113,19 +113,27 @@ class QwenVL:
     def evaluate(self, batch: Batch, last: LastStage) -> tuple[Tensor, ...]:
         """The same without a tape and without dropout."""
         with self.backend.autograd.no_grad():
-            hidden = self._rows(self._weights, self._input(batch), trained_rows(batch))
+            hidden = self._rows(self._weights, self._input(batch), self._trained_here(batch))
             return last(hidden, self._vocabulary(self._weights))
 
     def logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities (N,) float32 of the N trained tokens in the order of `batch.targets`, without a tape."""
-        ops = self.backend.ops
-        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE])
-        return self.evaluate(batch, lambda hidden, w: (vocabulary.logprobs(ops, w, hidden, labels),))[0]
+        ops, trained = self.backend.ops, trained_rows(batch.targets)
+        here = np.arange(len(trained))[self.trained(batch).here]
+        labels = ops.from_numpy(batch.targets[trained[here]])
+        found = self.evaluate(batch, lambda hidden, w: (vocabulary.logprobs(ops, w, hidden, labels),))[0]
+        return self.layout.all_rows(found, here, len(trained))
+
+    def trained(self, batch: Batch) -> Trained:
+        """Which of the batch's trained tokens `forward` and `evaluate` give to `last` on this rank."""
+        return self.layout.trained(trained_rows(batch.targets), np.diff(batch.cu_seqlens))
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (T, vocabulary) of every token, in the weights' dtype."""
+        rows = self.layout.own_rows(np.diff(batch.cu_seqlens))
         with self.backend.autograd.no_grad():
-            return self._logits(self._input(batch), np.arange(batch.tokens))
+            own = self._logits(self._input(batch), np.arange(len(rows)))
+            return self.layout.all_rows(own, rows, batch.tokens)
 
     def features(self, batch: Batch) -> Tensor:
         """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
@@ -203,8 +211,7 @@ class QwenVL:
         x_TD = vocabulary.embed(ops, w.model.embed_tokens, given.ids)
         if given.routes is not None:
             assert features is not None, "the batch has tokens of pictures and no features for them"
-            chosen = features if given.routes.src is None else ops.take_rows(features, given.routes.src)
-            x_TD = place_features(ops, x_TD, given.routes.dst, chosen)
+            x_TD = place_features(ops, x_TD, given.routes.dst, given.routes.taken(ops, features))
         x_TD = given.tokens.rows.join(x_TD)
         return decoder_layers(ops, text, w.model, given.tokens, range(text.num_layers), x_TD)
 
@@ -245,10 +252,14 @@ class QwenVL:
         records = {**adapters, **self.layout.records(self.parameters)}
         return Weights(ChainMap(dict[str, Any](records), leaves))  # type: ignore[arg-type]  # it is never written to
 
+    def _trained_here(self, batch: Batch) -> np.ndarray:
+        """The trained rows of this rank's pass, counted among its own."""
+        return trained_rows(batch.targets[self.layout.own_rows(np.diff(batch.cu_seqlens))])
+
     def _input(self, batch: Batch) -> ModelInput:
         return model_input(self.backend.ops, self.family, batch, self.dtype, self.layout)
 
 
-def trained_rows(batch: Batch) -> np.ndarray:
-    """The rows (N,) of a batch whose next token is trained."""
-    return np.flatnonzero(batch.targets != IGNORE)
+def trained_rows(targets: np.ndarray) -> np.ndarray:
+    """The rows (N,) whose next token is trained."""
+    return np.flatnonzero(targets != IGNORE)
