@@ -51,7 +51,6 @@ class OneStageModel(Protocol):
 class Passes(Protocol):
     """How micro-batches are run. All ranks that have the same ones call the same functions."""
 
-    overlaps: bool  # whether gradients may be sent while the backward pass runs
     at_once: int  # how many micro-batches an evaluation should run together
 
     def train(
@@ -84,7 +83,6 @@ class InOrder:
 
     model: OneStageModel
     backend: Backend
-    overlaps = True
     at_once = 1
 
     def train(
@@ -111,8 +109,6 @@ class InOrder:
 
 class Pipeline:
     """The `Passes` of a rank that has some stages of a model."""
-
-    overlaps = False  # a rank must not wait for a sum of gradients while another waits for its message
 
     def __init__(self, model: QwenVL, backend: Backend, division: Division):
         """All ranks call this together: each tells what it trains."""

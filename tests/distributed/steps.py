@@ -24,10 +24,9 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
-from duetvl.parallel.differentiable import Team
 from duetvl.parallel.division import Division, VisionMode
-from duetvl.parallel.pipeline import InOrder
-from duetvl.parallel.tensor import TensorLayout
+from duetvl.parallel.pipeline import passes_of, stages_of
+from duetvl.parallel.tensor import layout_of
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective, reference_of
@@ -111,21 +110,23 @@ class Tiny:
     dropout: float | None = None  # None: without adapters
     sequence: bool = False
     vision: VisionMode = "shard"
+    stages: Stages | None = None  # of a pipeline; they say how many layers there are
 
     def config(self) -> ModelConfig:
+        depth, layers = self.stages.layers if self.stages else (1, 1)
         return ModelConfig.from_dict(
             {
                 "model_type": self.family, "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 50,
-                "num_hidden_layers": 1, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+                "num_hidden_layers": layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
                 "rms_norm_eps": 1e-6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 16 // self.heads - 2]},
                 "tie_word_embeddings": self.family == "qwen2_5_vl", "vision_start_token_id": START,
                 "vision_end_token_id": END, "image_token_id": IMAGE, "video_token_id": 90,
-                "vision_config": VISION[self.family],
+                "vision_config": VISION[self.family] | {"depth": depth},
             }
         )  # fmt: skip
 
     def division(self, mesh: Mesh, rank: int) -> Division:
-        return Division.of(self.config(), mesh, rank, sequence=self.sequence, vision=self.vision)
+        return Division.of(self.config(), mesh, rank, sequence=self.sequence, vision=self.vision, stages=self.stages)
 
     def model(self, be: Backend, division: Division) -> QwenVL:
         """What this rank has of it."""
@@ -138,13 +139,20 @@ class Tiny:
             tensor = be.ops.from_numpy(np.ascontiguousarray(cut(array, part.slices), np.float32), dtype)
             return Parameter(path, tensor, part=None if part.shape == shape else part)
 
-        model = QwenVL(given, be, {path: parameter(path, shape, self.dtype) for path, shape in shapes.items()})
+        model = QwenVL(
+            given,
+            be,
+            {path: parameter(path, shape, self.dtype) for path, shape in shapes.items() if division.holds(path)},
+        )
         if self.dropout is not None:
             adapters = Adapters({module: Size(3, 6.0) for module in ADAPTED}, dropout=self.dropout)
-            own = {path: parameter(path, shape, "float32") for path, shape in adapters.shapes(shapes).items()}
+            own = {
+                path: parameter(path, shape, "float32")
+                for path, shape in adapters.shapes(shapes).items()
+                if division.holds(path)
+            }
             model.put_adapters(adapters, own)
-        if division.mesh.tp > 1:
-            model.layout = TensorLayout(division, Team.of(be, division.mesh.groups("tp")))
+        model.layout, model.stages = layout_of(division, be), stages_of(division)
         return model
 
 
@@ -258,7 +266,7 @@ def train(
     division = tiny.division(mesh, be.collectives.rank)
     model, goal = tiny.model(be, division), objective(be)
     if goal.needs_reference:
-        how["reference"] = reference_of(InOrder(tiny.model(be, division), be), be.ops)
+        how["reference"] = reference_of(passes_of(tiny.model(be, division), be, division), be.ops)
     trainer = Observed(model, goal, be, optim, division=division, **how)
     place = None if mesh.size == 1 else division.place("dp")
     results = [trainer.step(work(model, dealt, place), optim.lr, number) for number, dealt in enumerate(schedule)]
@@ -337,6 +345,36 @@ def same_state(found: Compared, share: float) -> None:
 
 
 # -- the checks --------------------------------------------------------------------------------------------------------
+
+
+def check_pipeline(be: Backend) -> None:
+    """A pipeline of two ranks, of text alone in one step; with the tower cut and shared; with more stages than packs."""
+    schedule = [deal(mixed(), 1), deal(text(), 1), deal(mixed()[:1], 1)]
+    for family in VISION:
+        compared(be, Tiny(family, stages=Stages((2, 0), (1, 1))), Mesh(pp=2), schedule)
+        compared(be, Tiny(family, stages=Stages((1, 1), (0, 3))), Mesh(pp=2), schedule)
+    compared(be, Tiny(stages=Stages((1, 1, 0, 0), (0, 1, 1, 2))), Mesh(pp=4), schedule)
+
+
+def check_virtual_stages(be: Backend) -> None:
+    """Stages without any layer of one tower, and the first and last of the language model on one rank."""
+    schedule = [deal(mixed(), 1), deal(text(), 1)]
+    for family in VISION:
+        compared(be, Tiny(family, stages=Stages((1, 1, 0, 0), (0, 1, 1, 1))), Mesh(pp=2), schedule)
+    compared(be, Tiny("qwen2_5_vl", stages=Stages((2, 0, 0, 0), (0, 0, 1, 1))), Mesh(pp=2), schedule)
+
+
+def check_pipelines_together(be: Backend) -> None:
+    """With data and tensor parallelism, adapters, and preferences."""
+    two = Stages((1, 0), (1, 2))
+    compared(be, Tiny("qwen2_5_vl", stages=two), Mesh(pp=2, dp=2), [deal(mixed(), 2), deal(text(), 2)])
+    compared(be, Tiny(stages=two, sequence=True, vision="divide"), Mesh(pp=2, tp=2), [deal(mixed(), 1)] * 2)
+    compared(be, Tiny(stages=two, dropout=0.3), Mesh(pp=2), [deal(mixed(), 1)] * 2, weights=1e-4)
+    pairs = [[pair(1, picture=True)], [pair(2), pair(3)], [pair(4, picture=True)]]
+    compared(
+        be, Tiny(stages=two), Mesh(pp=2), [deal(pairs, 1)] * 2,
+        objective=lambda be: PreferenceObjective(DpoSection(), be),
+    )  # fmt: skip
 
 
 def check_plain(be: Backend) -> None:
