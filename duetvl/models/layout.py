@@ -11,7 +11,7 @@ T tokens, N rows whose next token is trained, D width, M merged features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -39,7 +39,7 @@ class Trained:
     the gradient of each part.
     """
 
-    here: np.ndarray | slice = slice(None)
+    here: np.ndarray | slice = field(default_factory=lambda: slice(None))
     sum: Move = stay
 
 

@@ -132,6 +132,9 @@ class Tiny:
         """What this rank has of it."""
         given, shapes = self.config(), dict(parameter_shapes(self.config()))
 
+        def held(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
+            return [(path, shape) for path, shape in shapes.items() if division.holds(path)]
+
         def parameter(path: str, shape: tuple[int, ...], dtype: str) -> Parameter:
             array = philox(3, path).standard_normal(shape, dtype=np.float32)
             array = array / np.float32(np.sqrt(np.prod(shape[1:]))) if len(shape) > 1 else 1 + array * np.float32(0.1)
@@ -347,8 +350,8 @@ def same_state(found: Compared, share: float) -> None:
 # -- the checks --------------------------------------------------------------------------------------------------------
 
 
-def check_pipeline(be: Backend) -> None:
-    """A pipeline of two ranks, of text alone in one step; with the tower cut and shared; with more stages than packs."""
+def check_training_stages(be: Backend) -> None:
+    """Pipelines, with text alone in one step, the tower in one stage and in two, more stages than packs."""
     schedule = [deal(mixed(), 1), deal(text(), 1), deal(mixed()[:1], 1)]
     for family in VISION:
         compared(be, Tiny(family, stages=Stages((2, 0), (1, 1))), Mesh(pp=2), schedule)
