@@ -11,7 +11,7 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.boxes import Slices
-from duetvl.core.collectives import Collectives, Group, Pending
+from duetvl.core.collectives import Collectives, Group, Pending, Receive, Send
 from duetvl.core.composed import ComposedCollectives
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
@@ -82,6 +82,9 @@ class Some:
 
     def reduce_scatter_later(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Pending:
         return self.world.reduce_scatter_later(x, group or self.everyone, sizes)
+
+    def exchange(self, sends: Sequence[Send], receives: Sequence[Receive]) -> list[Any]:
+        return self.world.exchange(sends, receives)
 
     def gather_objects(self, value: Any, group: Group = None) -> list[Any]:
         return self.world.gather_objects(value, group or self.everyone)
