@@ -1,24 +1,49 @@
-"""How a model lies on the ranks of tensor parallelism, as its layers see it: a value in the tree, like an adapter.
+"""How a model lies on ranks that divide a pass among them, as its layers see it: a value in the tree, like an adapter.
 
 A layer does not know of ranks. Entering a divided region is a function that its input brings (`Tokens.rows`,
-`VisionInput.enter`), leaving it one that its leaf record may have (models/linear.py, models/vocabulary.py). On one rank
-each of them is the identity.
+`VisionInput.enter`), leaving it one that its leaf record may have (models/linear.py, models/vocabulary.py). Where a
+rank runs the layers on some of a batch's rows alone, its input has those, and attention sees the others. On one rank
+each of these is the identity.
 
 T tokens, N rows whose next token is trained, D width, M merged features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from duetvl.core.boxes import Part, Shape
+from duetvl.core.ops import Ops
 from duetvl.core.params import Parameter
-from duetvl.models.attention import Attend
+from duetvl.core.spans import Spans
+from duetvl.models.attention import Attend, attend_within
 
 Tensor = Any
+Move = Callable[[Tensor], Tensor]
+
+
+def stay(x: Tensor) -> Tensor:
+    """x: there is no region to enter, and nowhere to go."""
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Which of a batch's N trained tokens a rank's pass has, as an index of arrays (N,): by default all.
+
+    `sum` gives, of what the ranks that have the other ones add up each from its own, the sum; the gradient of that is
+    the gradient of each part.
+    """
+
+    here: np.ndarray | slice = slice(None)
+    sum: Move = stay
+
+
+EVERY_TOKEN: Final = Trained()
 
 
 class Rows(Protocol):
@@ -64,6 +89,28 @@ class Layout(Divided, Protocol):
         """How many key and value heads reach that attention; `whole`: those of the whole model."""
         ...
 
+    @property
+    def peers(self) -> Sequence[Layout]:
+        """That of each rank that runs the same layers on other rows of a batch, and this one's among them."""
+        ...
+
+    def own_rows(self, lengths: np.ndarray) -> np.ndarray:
+        """Which rows this rank runs of a batch whose sequences (S,) have these lengths, ascending."""
+        ...
+
+    def causal(self, ops: Ops, spans: Spans) -> Attend:
+        """Attention of the rows that this rank runs to those of all, inside of the batch's sequences."""
+        ...
+
+    def bring(self, at_hand: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> tuple[np.ndarray, Move]:
+        """Of features, which each of `peers` has and wants (their numbers, those at hand ascending): which come here,
+        and the function of those at hand here that brings them."""
+        ...
+
+    def trained(self, of: np.ndarray, lengths: np.ndarray) -> Trained:
+        """Which of the trained rows (N,) of a batch, of sequences (S,) of these lengths, are among `own_rows`."""
+        ...
+
     def rows(self, count: int) -> Rows:
         """The rows of a pass with `count` tokens."""
         ...
@@ -92,6 +139,10 @@ class Layout(Divided, Protocol):
         """x: the rows of (count, D) that came out here -> all of them, on every rank. Not differentiable."""
         ...
 
+    def all_rows(self, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+        """x: the rows of (count, ...) that `own_rows` led to -> all of them, on every rank. Not differentiable."""
+        ...
+
 
 class Undivided:
     """The layout of a model that one rank has whole."""
@@ -111,6 +162,27 @@ class Undivided:
     def kv_heads(self, whole: int) -> int:
         """All."""
         return whole
+
+    @property
+    def peers(self) -> Sequence[Layout]:
+        """Itself."""
+        return [self]
+
+    def own_rows(self, lengths: np.ndarray) -> np.ndarray:
+        """All."""
+        return np.arange(lengths.sum())
+
+    def causal(self, ops: Ops, spans: Spans) -> Attend:
+        """Within the spans."""
+        return attend_within(ops, lambda layer: spans)
+
+    def bring(self, at_hand: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> tuple[np.ndarray, Move]:
+        """They stay."""
+        return at_hand[0], stay
+
+    def trained(self, of: np.ndarray, lengths: np.ndarray) -> Trained:
+        """All."""
+        return EVERY_TOKEN
 
     def rows(self, count: int) -> Rows:
         """All of them are here."""
@@ -140,6 +212,10 @@ class Undivided:
         """x."""
         return x
 
+    def all_rows(self, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+        """x."""
+        return x
+
 
 class AllHere:
     """The `Rows` of one rank."""
@@ -163,8 +239,3 @@ class AllHere:
 
 UNDIVIDED: Layout = Undivided()
 ALL_HERE: Rows = AllHere()
-
-
-def stay(x: Tensor) -> Tensor:
-    """x: there is no region to enter."""
-    return x

@@ -9,20 +9,23 @@ are summed, each by the rank that has it, so that they need no communication of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Final
 
 import numpy as np
 
 from duetvl.core.backend import Backend
 from duetvl.core.boxes import Part, Shape
+from duetvl.core.ops import Ops
 from duetvl.core.params import Parameter
+from duetvl.core.spans import Spans
 from duetvl.core.stages import even_range, even_split
 from duetvl.models.attention import Attend
-from duetvl.models.layout import UNDIVIDED, Layout, Rows
+from duetvl.models.layout import UNDIVIDED, Layout, Move, Rows, Trained
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.sharding import FEATURES, shard_of
+from duetvl.parallel.context import Context, HeadShare
 from duetvl.parallel.differentiable import (
     Team,
     copy_to,
@@ -41,17 +44,44 @@ NO_TOKEN: Final = -1
 
 def layout_of(division: Division, backend: Backend) -> Layout:
     """How the model of a rank lies, for its `layout`. All ranks of the run call it together."""
-    if division.mesh.tp == 1:
+    mesh = division.mesh
+    if mesh.tp == mesh.cp == 1:
         return UNDIVIDED
-    return TensorLayout(division, Team.of(backend, division.mesh.groups("tp")))
+    context = Context.of(backend, mesh.groups("cp"), division.ulysses)
+    return RankLayout(division, Team.of(backend, mesh.groups("tp")), context)
 
 
 @dataclass(frozen=True)
-class TensorLayout:
-    """A `models.layout.Layout`: a model over the ranks of a team, which lie along the grid's axis `tp`."""
+class RankLayout:
+    """A `models.layout.Layout`: over a team that lies along the grid's axis `tp`, and ranks along `cp`."""
 
     division: Division
     team: Team
+    context: Context
+
+    @property
+    def peers(self) -> Sequence[RankLayout]:
+        """Those along `cp`."""
+        division = self.division
+        along = division.mesh.ranks_along("cp", rank=division.rank)
+        return [replace(self, division=division.of_rank(rank)) for rank in along]
+
+    def own_rows(self, lengths: np.ndarray) -> np.ndarray:
+        """This rank's piece."""
+        return self.context.rows(lengths, self.division.place("cp"))
+
+    def causal(self, ops: Ops, spans: Spans) -> Attend:
+        """Over the ranks along `cp`."""
+        return self.context.attend(spans.lengths, self.division.heads, self._share)
+
+    def bring(self, at_hand: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> tuple[np.ndarray, Move]:
+        """By one exchange along `cp`."""
+        return self.context.bring(at_hand, wanted)
+
+    def trained(self, of: np.ndarray, lengths: np.ndarray) -> Trained:
+        """Those of this rank's rows."""
+        own = np.isin(of, self.own_rows(lengths))
+        return Trained(np.flatnonzero(own), partial(reduce_from, self.context.team))
 
     def part(self, path: str, shape: Shape) -> Part:
         """What the division says."""
@@ -73,15 +103,12 @@ class TensorLayout:
 
     def attend(self, attend: Attend) -> Attend:
         """Where this rank's query heads do not fall evenly on its key and value heads, each gets its own copy."""
-        spread = self._spread
-        if spread is None:
-            return attend
-        return lambda layer, q, k, v: attend(layer, q, *(self._repeated(x, spread) for x in (k, v)))
+        share, ops = self._share, self.team.ops
+        return lambda layer, q, k, v: attend(layer, q, share.each_its_own(ops, k), share.each_its_own(ops, v))
 
     def kv_heads(self, whole: int) -> int:
         """Those that this rank has, or one for each of its query heads."""
-        queries, first, last = self._heads
-        return last - first if self._spread is None else len(queries)
+        return self._share.kv_heads
 
     def rows(self, count: int) -> Rows:
         """Pieces of them with sequence parallelism, else all of them on every rank."""
@@ -89,6 +116,8 @@ class TensorLayout:
 
     def looked_up(self, ids: np.ndarray, filled: np.ndarray) -> np.ndarray:
         """No rank's embedding knows a row that one of them fills with a feature."""
+        if self.team.size == 1:
+            return ids
         ids = ids.copy()
         ids[filled] = NO_TOKEN  # numpy
         return ids
@@ -98,8 +127,11 @@ class TensorLayout:
         return copy_to(self.team, x) if self.division.vision == "shard" else x
 
     def frames(self, patches: Sequence[int]) -> Sequence[int] | None:
-        """Those dealt to this rank, or all where the layers are divided."""
-        return None if self.division.vision == "shard" else dealt(patches, self.team.size)[self.team.index]
+        """Those dealt to this rank: among all of `cp` and `tp`, or of `cp` alone where the layers are divided."""
+        place, ranks = self.division.place("cp"), self.context.team.size
+        if self.division.vision == "divide":
+            place, ranks = place * self.team.size + self.team.index, ranks * self.team.size
+        return None if ranks == 1 else dealt(patches, ranks)[place]
 
     def features(self, count: int) -> range:
         """All of this rank's frames, or a piece of all where the layers are divided."""
@@ -111,32 +143,24 @@ class TensorLayout:
 
     def all_features(self, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
         """The sum over the ranks of rows that one of them has."""
-        ops = self.team.ops
-        blank = ops.zeros((count, x.shape[1]), ops.dtype_of(x))
-        own = ops.scatter_rows(blank, ops.from_numpy(rows.astype(np.int32)), x)
-        return self.team.collectives.all_reduce(own, self.team.group)
+        summed = _whole(self.team, x, rows, count)
+        return self.team.collectives.all_reduce(summed, self.context.team.group)
+
+    def all_rows(self, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+        """Likewise, over the ranks along `cp`."""
+        return _whole(self.context.team, x, rows, count)
 
     @cached_property
-    def _heads(self) -> tuple[range, int, int]:
-        """This rank's query heads, and the first key and value head that they need and the one behind the last."""
-        heads, place, ranks = self.division.heads, self.team.index, self.team.size
-        group = heads.query // heads.kv
-        queries = even_range(heads.query, place, ranks)
-        return queries, queries.start // group, -(-queries.stop // group)
+    def _share(self) -> HeadShare:
+        heads = self.division.heads
+        return HeadShare.of(heads, range(heads.query)).divided(heads, self.team.size)[self.team.index]
 
-    @cached_property
-    def _spread(self) -> Sequence[int] | None:
-        """For each query head of this rank the place among its key heads; None where that is i * G // H anyway."""
-        queries, first, last = self._heads
-        group = self.division.heads.query // self.division.heads.kv
-        places = [head // group - first for head in queries]
-        return None if places == [i * (last - first) // len(queries) for i in range(len(queries))] else places
 
-    def _repeated(self, x: Tensor, places: Sequence[int]) -> Tensor:
-        """(T, G, K) -> (T, H, K)"""
-        ops = self.team.ops
-        heads = ops.take_rows(ops.transpose(x, (1, 0, 2)), ops.from_numpy(np.array(places, np.int32)))
-        return ops.transpose(heads, (1, 0, 2))
+def _whole(team: Team, x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+    """(count, ...) whose `rows` are x on this rank, and others on others."""
+    ops = team.ops
+    blank = ops.zeros((count, *x.shape[1:]), ops.dtype_of(x))
+    return team.collectives.all_reduce(ops.scatter_rows(blank, ops.from_numpy(rows.astype(np.int32)), x), team.group)
 
 
 @dataclass(frozen=True)

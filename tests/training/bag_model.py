@@ -17,6 +17,7 @@ from duetvl.core.params import Parameter, Weights
 from duetvl.core.random import philox
 from duetvl.data.draft import Draft
 from duetvl.data.sources.records import Record
+from duetvl.models.layout import EVERY_TOKEN
 from duetvl.training.job import Job
 from duetvl.training.objective import TokenLoss
 

@@ -21,7 +21,7 @@ from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import require_matching
 from duetvl.models import vocabulary
 from duetvl.models.attention import Attend
-from duetvl.models.layout import UNDIVIDED, Layout
+from duetvl.models.layout import UNDIVIDED, Layout, Trained
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -114,7 +114,8 @@ class QwenVL:
         """What the stages of this rank need of a batch."""
         ops, tower = self.backend.ops, any(stage.vision for stage in self.stages.values())
         given = model_input(ops, self.family, batch, self.dtype, self.layout, tower=tower)
-        return StageInput(given, trained_rows(batch))
+        own = self.layout.own_rows(np.diff(batch.cu_seqlens))
+        return StageInput(given, trained_rows(batch.targets[own]))
 
     def run(
         self,
@@ -159,14 +160,22 @@ class QwenVL:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities (N,) float32 of the N trained tokens in the order of `batch.targets`, without a tape."""
-        ops = self.backend.ops
-        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE])
-        return self.evaluate(batch, lambda hidden, w: (vocabulary.logprobs(ops, w, hidden, labels),))[0]
+        ops, trained = self.backend.ops, trained_rows(batch.targets)
+        here = np.arange(len(trained))[self.trained(batch).here]
+        labels = ops.from_numpy(batch.targets[trained[here]])
+        found = self.evaluate(batch, lambda hidden, w: (vocabulary.logprobs(ops, w, hidden, labels),))[0]
+        return self.layout.all_rows(found, here, len(trained))
+
+    def trained(self, batch: Batch) -> Trained:
+        """Which of the batch's trained tokens `forward` and `evaluate` give to `last` on this rank."""
+        return self.layout.trained(trained_rows(batch.targets), np.diff(batch.cu_seqlens))
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (T, vocabulary) of every token, in the weights' dtype."""
+        rows = self.layout.own_rows(np.diff(batch.cu_seqlens))
         with self.backend.autograd.no_grad():
-            return self._logits(self.input(batch).model, np.arange(batch.tokens))
+            own = self._logits(self.input(batch).model, np.arange(len(rows)))
+            return self.layout.all_rows(own, rows, batch.tokens)
 
     def features(self, batch: Batch) -> Tensor:
         """Merged features (M, D) of the batch's images and videos, in the order of `batch.grids`."""
@@ -282,6 +291,6 @@ class StageInput:
     trained: np.ndarray
 
 
-def trained_rows(batch: Batch) -> np.ndarray:
-    """The rows (N,) of a batch whose next token is trained."""
-    return np.flatnonzero(batch.targets != IGNORE)
+def trained_rows(targets: np.ndarray) -> np.ndarray:
+    """The rows (N,) whose next token is trained."""
+    return np.flatnonzero(targets != IGNORE)

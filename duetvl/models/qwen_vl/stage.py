@@ -110,6 +110,5 @@ def _embedded(ops: Ops, w: Weights, given: ModelInput, features: Tensor | None) 
     x_TD = vocabulary.embed(ops, w.model.embed_tokens, given.ids)
     if given.routes is not None:
         assert features is not None, "the batch has tokens of pictures and no features for them"
-        chosen = features if given.routes.src is None else ops.take_rows(features, given.routes.src)
-        x_TD = place_features(ops, x_TD, given.routes.dst, chosen)
+        x_TD = place_features(ops, x_TD, given.routes.dst, given.routes.taken(ops, features))
     return given.tokens.rows.join(x_TD)
