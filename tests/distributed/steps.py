@@ -24,10 +24,9 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
-from duetvl.parallel.differentiable import Team
 from duetvl.parallel.division import Division, VisionMode
 from duetvl.parallel.pipeline import InOrder
-from duetvl.parallel.tensor import TensorLayout
+from duetvl.parallel.tensor import layout_of
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective, reference_of
@@ -143,8 +142,7 @@ class Tiny:
             adapters = Adapters({module: Size(3, 6.0) for module in ADAPTED}, dropout=self.dropout)
             own = {path: parameter(path, shape, "float32") for path, shape in adapters.shapes(shapes).items()}
             model.put_adapters(adapters, own)
-        if division.mesh.tp > 1:
-            model.layout = TensorLayout(division, Team.of(be, division.mesh.groups("tp")))
+        model.layout = layout_of(division, be)
         return model
 
 
@@ -213,8 +211,8 @@ class Spoiled(TokenLoss):
         super().__init__(ops)
         self.name, self.factor = name, factor
 
-    def prepare(self, batch: Batch, reference: Any = None) -> Any:
-        prepared = super().prepare(batch, reference)
+    def prepare(self, batch: Batch, *given: Any) -> Any:
+        prepared = super().prepare(batch, *given)
         return replace(prepared, scale=prepared.scale * (self.factor if self.name in batch.sample_ids else 1.0))
 
 
