@@ -102,7 +102,7 @@ class Model(QwenVL):
 
     def _loss_of(self, batch: Batch) -> LastStage:
         objective = TokenLoss(self.backend.ops)
-        return partial(objective.loss, prepared=objective.prepare(batch))
+        return partial(objective.loss, prepared=objective.prepare(batch, trained=self.trained(batch)))
 
     def loss_and_grads(self, batch: Batch) -> tuple[float, dict[str, Any]]:
         """Mean cross-entropy of the trained tokens, and its float32 gradient to every trainable parameter by name.

@@ -11,7 +11,7 @@ T tokens, N rows whose next token is trained, D width, M merged features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -33,17 +33,17 @@ def stay(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """Which of a batch's N trained tokens a rank's pass has, as an index of arrays (N,): by default all.
+    """Which of a batch's N trained tokens a rank's pass has, as an index of arrays (N,).
 
     `sum` gives, of what the ranks that have the other ones add up each from its own, the sum; the gradient of that is
     the gradient of each part.
     """
 
-    here: np.ndarray | slice = field(default_factory=lambda: slice(None))
+    here: np.ndarray | slice
     sum: Move = stay
 
 
-EVERY_TOKEN: Final = Trained()
+EVERY_TOKEN: Final = Trained(slice(None))
 
 
 class Rows(Protocol):

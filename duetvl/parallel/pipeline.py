@@ -17,6 +17,7 @@ from duetvl.core.batch import Batch
 from duetvl.core.boxes import Shape
 from duetvl.core.collectives import Receive, Send
 from duetvl.core.params import Parameter
+from duetvl.models.layout import Trained
 from duetvl.models.qwen_vl.model import QwenVL, StageInput
 from duetvl.models.qwen_vl.stage import Stage
 from duetvl.models.vocabulary import LastStage
@@ -29,10 +30,13 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A batch, what its last stage computes, which is asked for on the rank that has it, and the key of its pass."""
+    """A batch, what its last stage computes, which is asked for on the rank that has it, and the key of its pass.
+
+    It is asked with what the stage will be given of the batch's trained tokens.
+    """
 
     batch: Batch
-    last: Callable[[], LastStage]
+    last: Callable[[Trained], LastStage]
     key: tuple[int, ...] = ()
 
 
@@ -45,6 +49,10 @@ class OneStageModel(Protocol):
 
     def evaluate(self, batch: Batch, last: LastStage) -> Outputs:
         """The same without a tape."""
+        ...
+
+    def trained(self, batch: Batch) -> Trained:
+        """Which of the batch's trained tokens these give to `last` on this rank."""
         ...
 
 
@@ -96,7 +104,7 @@ class InOrder:
         found = []
         for place, one in enumerate(micro_batches, 1):
             before()
-            outputs, tape = self.model.forward(one.batch, one.last(), key=one.key)
+            outputs, tape = self.model.forward(one.batch, self._last(one), key=one.key)
             cotangents = [cotangent, *[None] * (len(outputs) - 1)]
             self.backend.autograd.backward(tape, cotangents, last=place == len(micro_batches), on_ready=on_ready)
             found.append(outputs)
@@ -104,7 +112,10 @@ class InOrder:
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
         """See `Passes`."""
-        return [self.model.evaluate(one.batch, one.last()) for one in micro_batches]
+        return [self.model.evaluate(one.batch, self._last(one)) for one in micro_batches]
+
+    def _last(self, one: MicroBatch) -> LastStage:
+        return one.last(self.model.trained(one.batch))
 
 
 class Pipeline:
@@ -199,7 +210,7 @@ class _Run:
 
     def _computed(self, act: Compute, stage: Stage, given: StageInput, x: Tensor | None, one: MicroBatch) -> Outputs:
         model = self.pipeline.model
-        last = one.last() if stage.ends else _no_last
+        last = one.last(model.trained(one.batch)) if stage.ends else _no_last
         needs = self.pipeline.leads_back(act.stage, one.batch)
         if self.cotangent is None or not (needs or any(p.trainable for p in model.parameters_of(stage))):
             return model.run_untaped(stage, given, x, last)

@@ -12,6 +12,7 @@ from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models import vocabulary
+from duetvl.models.layout import EVERY_TOKEN, Trained
 
 Tensor = Any
 # Batches -> a reference's log-probabilities (S,) of the whole answers of each, float32; nothing on a rank that has not
@@ -30,20 +31,24 @@ class Objective(Protocol):
     unit: str  # what weights count, for the log: tokens, pairs
     logged: tuple[str, ...]  # names of the values beside the loss
     needs_reference: bool  # whether `prepare` wants the log-probabilities of a reference
+    adds_up: bool  # whether ranks with some trained tokens each have parts of loss and values, or all have the sums
 
     def weight(self, batch: Batch) -> float:
         """What the micro-batch adds to the divisor: its trained tokens, samples, pairs. 0: it is not run at all."""
         ...
 
-    def prepare(self, batch: Batch, reference: Tensor | None = None) -> Any:
-        """What `loss` needs to know of the micro-batch, on the device; `reference` (S,) float32 of whole answers."""
+    def prepare(self, batch: Batch, reference: Tensor | None = None, trained: Trained = EVERY_TOKEN) -> Any:
+        """What `loss` needs to know of the micro-batch, on the device; `reference` (S,) float32 of whole answers.
+
+        trained: which of the micro-batch's trained tokens the model gives to `loss`.
+        """
         ...
 
     def loss(self, hidden: Tensor, w: Weights, prepared: Any) -> tuple[Tensor, ...]:
         """The micro-batch's loss, then its values in the order of `logged`: 0-d float32 sums of as many terms as
         `weight` says.
 
-        hidden (N, D): the rows behind the final norm whose next token is trained, in the order of `batch.targets`;
+        hidden (N, D): the rows behind the final norm of those trained tokens, in the order of `batch.targets`;
         w: the leaf record of the vocabulary's matrix (models/vocabulary.py).
         """
         ...
@@ -58,14 +63,14 @@ class Targets:
     scale: float
 
     @classmethod
-    def of(cls, ops: Ops, batch: Batch, weights: np.ndarray | None = None) -> Targets:
-        """Those of a batch; `weights` (N,) float32 in the order of `batch.targets`."""
-        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE])
+    def of(cls, ops: Ops, batch: Batch, weights: np.ndarray | None = None, trained: Trained = EVERY_TOKEN) -> Targets:
+        """Those of a batch, or some; `weights` float32 of all of them in the order of `batch.targets`."""
+        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE][trained.here])
         if weights is None:
             return cls(labels, None, 1.0)
         # The largest weight is taken out, to be applied in float32: the gradients of logits may be float16 numbers.
         scale = float(np.max(weights, initial=0.0))
-        relative = None if (weights == scale).all() else ops.from_numpy(weights / np.float32(scale))
+        relative = None if (weights == scale).all() else ops.from_numpy((weights / np.float32(scale))[trained.here])
         return cls(labels, relative, scale)
 
 
@@ -84,6 +89,7 @@ class TokenLoss:
 
     logged: tuple[str, ...] = ()
     needs_reference = False
+    adds_up = True
 
     def __init__(self, ops: Ops, mode: LossMode = "token"):
         self.ops, self.mode = ops, mode
@@ -95,9 +101,9 @@ class TokenLoss:
             return len(np.unique(trained_samples(batch)))
         return batch.trained_tokens if self.mode == "token" else min(1, batch.trained_tokens)
 
-    def prepare(self, batch: Batch, reference: Tensor | None = None) -> Targets:
+    def prepare(self, batch: Batch, reference: Tensor | None = None, trained: Trained = EVERY_TOKEN) -> Targets:
         """Labels and weights."""
-        return Targets.of(self.ops, batch, token_weights(batch, self.mode))
+        return Targets.of(self.ops, batch, token_weights(batch, self.mode), trained)
 
     def loss(self, hidden: Tensor, w: Weights, prepared: Targets) -> tuple[Tensor]:
         """The sum of the means, or of the tokens' losses."""

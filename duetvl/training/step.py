@@ -20,6 +20,7 @@ from duetvl.core.params import Parameter
 from duetvl.core.patterns import Parts
 from duetvl.core.ranks import Ranks
 from duetvl.data.loading.loader import Step
+from duetvl.models.layout import Trained
 from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.division import ALONE, Division
 from duetvl.parallel.pipeline import MicroBatch, Outputs, passes_of
@@ -51,6 +52,10 @@ class TrainableModel(Protocol):
 
     def evaluate(self, batch: Batch, last: LastStage) -> tuple[Tensor, ...]:
         """The same without a tape and without dropout."""
+        ...
+
+    def trained(self, batch: Batch) -> Trained:
+        """Which of the batch's trained tokens these give to `last` on this rank."""
         ...
 
 
@@ -167,7 +172,8 @@ class Trainer:
         self.passes = passes_of(model, backend, division)
         # Of the ranks that have the same packs one counts them, and those count losses that have a part of them.
         self._counts = all(division.place(axis) == 0 for axis in ("pp", "cp", "tp"))
-        self._has_loss = division.holds_last and division.place("tp") == 0
+        parts = objective.adds_up or division.place("cp") == 0
+        self._has_loss = division.holds_last and division.place("tp") == 0 and parts
         self.state: AdamWState = backend.optimizer.create(self.groups, dtype=optim.state_dtype, offload=optim.offload)
         halves = any(backend.ops.dtype_of(p.tensor) == "float16" for p in model.parameters.values())
         start, window = optim.loss_scale or START, optim.loss_scale_window or WINDOW
@@ -265,9 +271,9 @@ class Trainer:
             for batch, reference, key in zip(batches, references, keys, strict=True)
         ]
 
-    def _last_stage(self, batch: Batch, reference: Tensor | None) -> LastStage:
+    def _last_stage(self, batch: Batch, reference: Tensor | None, trained: Trained) -> LastStage:
         """The objective's function of the model's last rows, with what it needs to know of the batch."""
-        return partial(self.objective.loss, prepared=self.objective.prepare(batch, reference))
+        return partial(self.objective.loss, prepared=self.objective.prepare(batch, reference, trained))
 
     def _accumulate(self, packs: Mapping[int, Batch], number: int, scale: float) -> list[Outputs]:
         """`scale` times the gradients of all micro-batches into the main gradients.

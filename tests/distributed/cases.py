@@ -105,15 +105,16 @@ def a_start_that_one_rank_makes_otherwise_is_refused(be: Backend) -> None:
 # -- a model divided over ranks ----------------------------------------------------------------------------------------
 
 
-def team_of(be: Backend, ranks: int) -> Team:
-    """This rank's team of so many; of three, the fourth rank is alone."""
-    return Team.of(be, [[0, 1, 2], [3]] if ranks == 3 else None if ranks == WORLD else MESH.groups("tp"))
+def mesh_of(ranks: int) -> Mesh:
+    """Of tensor parallelism; of three ranks, the fourth is alone."""
+    return MESH if ranks == 2 else Mesh(tp=ranks)
 
 
-def divided(be: Backend, ranks: int, family: str, heads: tuple[int, int], *of: Any, **how: Any) -> None:
+def divided(be: Backend, over: int | Mesh, family: str, heads: tuple[int, int], *of: Any, **how: Any) -> None:
     import divided_models as models  # where the cases run; pytest, which reads their names, knows a package
 
-    models.check(be, models.Whole(family, *heads, *of), team_of(be, ranks), **how)
+    mesh = mesh_of(over) if isinstance(over, int) else over
+    models.check(be, models.Whole(family, *heads, *of), mesh, **how)
 
 
 @case
@@ -152,8 +153,8 @@ def adapters_of_every_kind_of_layer(be: Backend) -> None:
 def adapters_start_and_are_read_as_on_one_process(be: Backend) -> None:
     import divided_models as models
 
-    models.check_adapters(be, models.Whole("qwen2_vl", 4, 2), team_of(be, 2), sequence=True)
-    models.check_adapters(be, models.Whole("qwen2_5_vl", 8, 2), team_of(be, 4), vision="shard")
+    models.check_adapters(be, models.Whole("qwen2_vl", 4, 2), mesh_of(2), sequence=True)
+    models.check_adapters(be, models.Whole("qwen2_5_vl", 8, 2), mesh_of(4), vision="shard")
 
 
 @case
@@ -179,7 +180,60 @@ def answers_of_a_divided_model(be: Backend) -> None:
         (3, (8, 2), {"vision": "shard"}),
         (4, (8, 2), {"sequence": True, "vision": "shard"}),
     ):
-        models.check_cache(be, models.Whole("qwen2_5_vl", *heads), team_of(be, ranks), **how)
+        models.check_cache(be, models.Whole("qwen2_5_vl", *heads), mesh_of(ranks), **how)
+
+
+# -- context parallelism -----------------------------------------------------------------------------------------------
+
+
+@case
+def a_model_over_ranks_that_exchange_heads(be: Backend) -> None:
+    divided(be, Mesh(dp=2, cp=2), "qwen2_5_vl", (4, 2), recompute="full")
+    divided(be, Mesh(cp=3), "qwen2_vl", (8, 2))
+    divided(be, Mesh(cp=4), "qwen2_5_vl", (8, 2), recompute="language")
+
+
+@case
+def a_model_over_a_ring(be: Backend) -> None:
+    divided(be, Mesh(dp=2, cp=2), "qwen2_vl", (4, 2), ulysses=1, recompute="full")
+    divided(be, Mesh(cp=3), "qwen2_5_vl", (14, 2), ulysses=1)
+    divided(be, Mesh(cp=4), "qwen2_vl", (8, 2), ulysses=1, recompute="selective")
+
+
+@case
+def a_model_over_rings_of_ranks_that_exchange_heads(be: Backend) -> None:
+    divided(be, Mesh(cp=4), "qwen2_5_vl", (14, 2), ulysses=2)
+    divided(be, Mesh(cp=4), "qwen2_vl", (4, 2), ulysses=2, recompute="full")
+
+
+@case
+def a_model_over_context_and_tensor_parallelism(be: Backend) -> None:
+    divided(be, Mesh(cp=2, tp=2), "qwen2_5_vl", (8, 2), sequence=True, vision="shard", recompute="full")
+    divided(be, Mesh(cp=2, tp=2), "qwen2_vl", (14, 2))
+    divided(be, Mesh(cp=2, tp=2), "qwen2_5_vl", (4, 2), ulysses=1, sequence=True)
+    divided(be, Mesh(cp=2, tp=2), "qwen2_vl", (4, 2), ulysses=1, vision="shard")
+
+
+@case
+def adapters_over_context_parallelism(be: Backend) -> None:
+    """With dropout, whose masks are those of one process."""
+    divided(be, Mesh(dp=2, cp=2), "qwen2_5_vl", (4, 2), "lora", ulysses=1, recompute="selective", chosen=(0, 3))
+    divided(be, Mesh(cp=2, tp=2), "qwen2_vl", (4, 2), "dora", ulysses=1, sequence=True, chosen=(0,))
+    divided(be, Mesh(cp=4), "qwen2_5_vl", (4, 2), "lora", ("language", "vision"), ulysses=2, chosen=(2,))
+
+
+@case
+def pairs_over_context_parallelism(be: Backend) -> None:
+    divided(be, Mesh(dp=2, cp=2), "qwen2_5_vl", (4, 2), loss="ipo", chosen=(4, 2))
+    divided(be, Mesh(cp=2, tp=2), "qwen2_vl", (4, 2), loss="sigmoid", ulysses=1, sequence=True, chosen=(4, 2))
+
+
+@case
+def answers_of_a_model_over_context_parallelism(be: Backend) -> None:
+    import divided_models as models
+
+    models.check_cache(be, models.Whole("qwen2_5_vl", 4, 2), Mesh(cp=2, tp=2), sequence=True)
+    models.check_cache(be, models.Whole("qwen2_vl", 4, 2), Mesh(cp=4), ulysses=2)
 
 
 # -- training over ranks (steps.py) ------------------------------------------------------------------------------------

@@ -24,10 +24,14 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.recompute import RecomputeMode
+from duetvl.models.vocabulary import LastStage
+from duetvl.parallel.context import Context
 from duetvl.parallel.differentiable import Team
 from duetvl.parallel.division import Division
-from duetvl.parallel.tensor import TensorLayout
-from duetvl.training.objective import TokenLoss
+from duetvl.parallel.tensor import RankLayout
+from duetvl.training.objective import Objective, TokenLoss
+from duetvl.training.preference.dpo import PreferenceObjective
+from duetvl.training.recipe.sections import DpoSection
 
 VOCABULARY = 99  # no number of ranks divides it
 VIDEO, IMAGE, START, END = 90, 91, 92, 93
@@ -42,6 +46,7 @@ VISION = {
 KEY = (3, 1, 4)
 DORA = Adapters({}, dropout=0.3, dora=True)
 Kind = Literal["full", "lora", "dora"]
+Loss = Literal["sample", "ipo", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,11 @@ def sample(seed: int, text: int, image: tuple[int, ...] | None = None, video: tu
 
 @cache
 def packs() -> list[list[Sample | Pair]]:
-    """Pictures of different sizes, a video and text; no picture; one frame for all ranks, which two answers share; and
-    fewer rows than ranks."""
+    """Pictures of different sizes, a video and text; no picture; one frame for all ranks, which two answers share;
+    fewer rows than ranks; and pairs."""
     mixed = [sample(1, 9, (1, 8, 12), (3, 4, 4)), sample(2, 7), sample(3, 5, (1, 4, 6)), sample(4, 6, (1, 10, 4))]
-    return [mixed, [sample(5, 11)], [pair(sample(6, 4, (1, 4, 4)))], [sample(7, 3)]]
+    pairs = [pair(sample(8, 9, (1, 4, 6))), pair(sample(9, 5))]
+    return [mixed, [sample(5, 11)], [pair(sample(6, 4, (1, 4, 4)))], [sample(7, 3)], pairs]
 
 
 def pair(chosen: Sample) -> Pair:
@@ -149,24 +155,43 @@ class Given:
     gradients: dict[str, np.ndarray | None]
 
 
-def run(be: Backend, model: QwenVL, chosen: list[list[Sample | Pair]]) -> Given:
+def run(be: Backend, model: QwenVL, chosen: list[list[Sample | Pair]], loss: Loss = "sample") -> Given:
     """Forward and backward of the packs as micro-batches of a step, with dropout."""
-    objective, losses = TokenLoss(be.ops, "sample"), []  # with weights
+    objective, losses = objective_of(be, loss), []
     batches = [model.pack(samples) for samples in chosen]
-    lasts = [partial(objective.loss, prepared=objective.prepare(batch)) for batch in batches]
+    lasts = [last_of(be, objective, model, batch) for batch in batches]
     for number, batch in enumerate(batches):
-        (loss,), tape = model.forward(batch, lasts[number], key=(*KEY, number))
+        (found, *logged), tape = model.forward(batch, lasts[number], key=(*KEY, number))
         one = be.ops.from_numpy(np.array(1, np.float32))
-        be.autograd.backward(tape, [one], last=number == len(batches) - 1)
-        losses.append(float(be.to_numpy(loss)))
+        be.autograd.backward(tape, [one, *[None] * len(logged)], last=number == len(batches) - 1)
+        losses.append(total(be, objective, model.layout, found))
     trained = [p for p in model.parameters.values() if p.trainable]
     return Given(
         losses,
-        float(be.to_numpy(model.evaluate(batches[0], lasts[0])[0])),
+        total(be, objective, model.layout, model.evaluate(batches[0], lasts[0])[0]),
         array(be, model.logits(batches[0])),
         array(be, model.logprobs(batches[-1])),
         {p.path: None if p.main_grad is None else array(be, p.main_grad) for p in trained},
     )
+
+
+def objective_of(be: Backend, loss: Loss) -> Objective:
+    """Samples' means, which have weights, or a loss of pairs."""
+    if loss == "sample":
+        return TokenLoss(be.ops, "sample")
+    return PreferenceObjective(DpoSection(loss=loss, beta=0.3, pref_ftx=0.2), be)
+
+
+def last_of(be: Backend, objective: Objective, model: QwenVL, batch: Batch) -> LastStage:
+    """The objective's, which compares with a reference that says the same of every answer."""
+    reference = be.ops.from_numpy(np.full(len(batch.cu_seqlens) - 1, -9, np.float32))
+    return partial(objective.loss, prepared=objective.prepare(batch, reference, model.trained(batch)))
+
+
+def total(be: Backend, objective: Objective, layout: Layout, loss: Any) -> float:
+    """The loss of a batch, of which each rank along `cp` may have a part."""
+    parts = isinstance(layout, RankLayout) and objective.adds_up
+    return float(be.to_numpy(be.collectives.all_reduce(loss[None], layout.context.team.group)[0] if parts else loss))
 
 
 def array(be: Backend, x: Any) -> np.ndarray:
@@ -174,9 +199,9 @@ def array(be: Backend, x: Any) -> np.ndarray:
 
 
 @cache
-def expected(be: Backend, of: Whole, chosen: tuple[int, ...]) -> Given:
+def expected(be: Backend, of: Whole, chosen: tuple[int, ...], loss: Loss) -> Given:
     """What the whole model gives of these packs."""
-    return run(be, model_of(be, of), [packs()[number] for number in chosen])
+    return run(be, model_of(be, of), [packs()[number] for number in chosen], loss)
 
 
 def complete(be: Backend, layout: Layout, path: str, whole: tuple[int, ...], own: np.ndarray | None) -> Any:
@@ -185,12 +210,15 @@ def complete(be: Backend, layout: Layout, path: str, whole: tuple[int, ...], own
     if own is None:
         own = np.zeros(part.shape, np.float32)
     assert own.shape == part.shape, (path, own.shape, part.shape)
-    sharing = layout.division.sharing(path, whole) if isinstance(layout, TensorLayout) else None
-    if sharing is None or "tp" not in sharing.axes:
+    if not isinstance(layout, RankLayout):
         return part, own
+    sharing = layout.division.sharing(path, whole)
     rows = np.zeros(sharing.unit.shape, np.float32)
     rows[sharing.first : sharing.first + len(own)] = own
-    total = be.collectives.all_reduce(be.ops.from_numpy(rows), layout.team.group)
+    total = be.ops.from_numpy(rows)
+    for axis, team in (("cp", layout.context.team), ("tp", layout.team)):
+        if axis in sharing.axes:
+            total = be.collectives.all_reduce(total, team.group)
     return sharing.unit, array(be, total) / sharing.copies
 
 
@@ -199,14 +227,14 @@ def close(found: float, wanted: float) -> bool:
 
 
 def check(
-    be: Backend, of: Whole, team: Team, *, sequence: bool = False, vision: Literal["divide", "shard"] = "divide",
-    recompute: RecomputeMode = "none", chosen: tuple[int, ...] = (0, 1, 2, 3),
+    be: Backend, of: Whole, mesh: Mesh, *, recompute: RecomputeMode = "none",
+    chosen: tuple[int, ...] = (0, 1, 2, 3), loss: Loss = "sample", **how: Any,
 ) -> None:  # fmt: skip
     """Losses, gradients, log-probabilities and logits of the parts are those of the whole."""
-    layout = layout_over(of, team, sequence=sequence, vision=vision)
-    part, wanted = model_of(be, of, layout), expected(be, of, chosen)
+    layout = layout_over(be, of, mesh, **how)
+    part, wanted = model_of(be, of, layout), expected(be, of, chosen, loss)
     part.recompute = recompute
-    found = run(be, part, [packs()[number] for number in chosen])
+    found = run(be, part, [packs()[number] for number in chosen], loss)
     assert all(map(close, found.losses, wanted.losses)), (found.losses, wanted.losses)
     assert close(found.evaluated, wanted.evaluated), (found.evaluated, wanted.evaluated)
     np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=3e-5)
@@ -214,10 +242,13 @@ def check(
     check_gradients(be, layout, found, wanted)
 
 
-def layout_over(of: Whole, team: Team, **how: Any) -> Layout:
-    """This rank's; a team of one has nothing to divide."""
-    division = Division.of(of.config(), Mesh(tp=team.size), team.index, **how)
-    return UNDIVIDED if team.size == 1 else TensorLayout(division, team)
+def layout_over(be: Backend, of: Whole, mesh: Mesh, **how: Any) -> Layout:
+    """This rank's of `parallel.tensor.layout_of`, where the ranks behind those of the mesh are alone."""
+    alone = [[rank] for rank in range(mesh.size, be.collectives.size)]
+    division = Division.of(of.config(), mesh, min(be.collectives.rank, mesh.size - 1), **how)
+    team = Team.of(be, [*mesh.groups("tp"), *alone])
+    context = Context.of(be, [*mesh.groups("cp"), *alone], division.ulysses)
+    return UNDIVIDED if be.collectives.rank >= mesh.size else RankLayout(division, team, context)
 
 
 def check_gradients(be: Backend, layout: Layout, found: Given, wanted: Given) -> None:
@@ -236,9 +267,9 @@ def check_gradients(be: Backend, layout: Layout, found: Given, wanted: Given) ->
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-def check_adapters(be: Backend, of: Whole, team: Team, **how: Any) -> None:
+def check_adapters(be: Backend, of: Whole, mesh: Mesh, **how: Any) -> None:
     """They start and are read from PEFT's files as the cut of those of one process; without them the model is plain."""
-    whole, part = model_of(be, of), model_of(be, of, layout_over(of, team, **how))
+    whole, part = model_of(be, of), model_of(be, of, layout_over(be, of, mesh, **how))
     plain = part.logprobs(part.pack(packs()[0]))
     for model in (whole, part):
         add_adapters(model, replace(DORA, sizes={module: Size(3, 0.6) for module in layers(of.config()).modules}), 5)
@@ -254,7 +285,8 @@ def check_adapters(be: Backend, of: Whole, team: Team, **how: Any) -> None:
         np.testing.assert_array_equal(mine, theirs, err_msg=path)
     reference = array(be, part.without_adapters().logprobs(part.pack(packs()[0])))
     np.testing.assert_allclose(reference, array(be, plain), rtol=1e-6)
-    assert len(set(be.collectives.gather_objects(reference.tobytes(), team.group))) == 1  # the same on all ranks
+    same = be.collectives.gather_objects(reference.tobytes(), part.layout.team.group)
+    assert len(set(same)) == 1  # on all ranks
 
 
 def cut_alike(be: Backend, part: QwenVL, whole: QwenVL) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -269,10 +301,10 @@ def cut_alike(be: Backend, part: QwenVL, whole: QwenVL) -> Iterator[tuple[str, n
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def check_cache(be: Backend, of: Whole, team: Team, **how: Any) -> None:
+def check_cache(be: Backend, of: Whole, mesh: Mesh, **how: Any) -> None:
     """A prompt with pictures and one without, then one more token of each, give the logits of the whole model."""
     whole = model_of(be, of)
-    part = model_of(be, of, layout_over(of, team, **how))
+    part = model_of(be, of, layout_over(be, of, mesh, **how))
     for mine, theirs in zip(grown(be, part), grown(be, whole), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=3e-5)
 

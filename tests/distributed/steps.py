@@ -227,8 +227,8 @@ class Spoiled(TokenLoss):
         super().__init__(ops)
         self.name, self.factor = name, factor
 
-    def prepare(self, batch: Batch, reference: Any = None) -> Any:
-        prepared = super().prepare(batch, reference)
+    def prepare(self, batch: Batch, *given: Any) -> Any:
+        prepared = super().prepare(batch, *given)
         return replace(prepared, scale=prepared.scale * (self.factor if self.name in batch.sample_ids else 1.0))
 
 

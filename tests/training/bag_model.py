@@ -17,6 +17,7 @@ from duetvl.core.params import Parameter, Weights
 from duetvl.core.random import philox
 from duetvl.data.draft import Draft
 from duetvl.data.sources.records import Record
+from duetvl.models.layout import EVERY_TOKEN
 from duetvl.training.job import Job
 from duetvl.training.objective import TokenLoss
 
@@ -46,6 +47,9 @@ class BagModel:
     def forward(self, batch, last, *, key=()):
         parameters = tuple(self.parameters.values())
         return self.backend.autograd.run_stage(lambda leaves: self._last(Weights(leaves), batch, last), (), parameters)
+
+    def trained(self, batch):
+        return EVERY_TOKEN
 
     def evaluate(self, batch, last):
         with self.backend.autograd.no_grad():

@@ -66,8 +66,10 @@ class ModelInput:
 
     def rows_of(self, module: str) -> np.ndarray | None:
         """The numbers of the rows that a module sees among those of the whole batch; None: it sees all."""
-        if self.visual is None or not module.startswith("visual."):
+        if not module.startswith("visual."):
             return self.rows
+        if self.visual is None:
+            return None
         return self.visual.merged_rows if module.startswith("visual.merger.") else self.visual.rows
 
 
@@ -79,22 +81,18 @@ def model_input(
 
     tower: whether this rank runs any of the vision tower; without it no pixels go to the device.
     """
-    tables, lengths = batch_tables(family.config, batch), np.diff(batch.cu_seqlens)
-    rows = layout.own_rows(lengths)
+    tables = batch_tables(family.config, batch)
+    rows = layout.own_rows(np.diff(batch.cu_seqlens))
     angles = tables.language.cos[rows], tables.language.sin[rows]
     tokens = _tokens(ops, angles, layout.causal(ops, tables.language.spans), layout)
     ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst)[rows])
-    sizes = Sizes(_kept(tokens, len(rows)))
-    given = ModelInput(ids, tokens, sizes, rows=None if len(rows) == batch.tokens else rows)
+    sizes, seen = Sizes(_kept(tokens, len(rows))), None if len(rows) == batch.tokens else rows
     if not len(batch.grids):
-        return given
+        return ModelInput(ids, tokens, sizes, rows=seen)
     own, at_hand = _own_frames(family, tables.vision, layout)
-    return replace(
-        given,
-        sizes=replace(sizes, patches=len(own.cos), features=len(at_hand)),
-        visual=_vision_input(ops, family, batch, own, dtype, layout) if tower else None,
-        routes=_routes_from(ops, family, batch, tables.vision, layout),
-    )
+    visual = _vision_input(ops, family, batch, own, dtype, layout) if tower else None
+    sizes = replace(sizes, patches=len(own.cos), features=len(at_hand))
+    return ModelInput(ids, tokens, sizes, visual, _routes_from(ops, family, batch, tables.vision, layout), seen)
 
 
 def text_input(ops: Ops, family: QwenVLFamily, batch: Batch, attend: Attend, layout: Layout) -> ModelInput:
@@ -118,8 +116,16 @@ def vision_input(
     return _vision_input(ops, family, batch, own, dtype, layout), at_hand
 
 
+def _own_frames(family: QwenVLFamily, whole: VisionTables, layout: Layout) -> tuple[VisionTables, np.ndarray]:
+    """The tables of the frames that a rank's tower runs, and which merged rows of all come out."""
+    tables = whole.of_frames(layout.frames([int(length) for length in whole.frame_spans.lengths]))
+    merged = tables.merged_rows(family.config.vision.merge)
+    out = layout.features(len(merged))
+    return tables, merged[out.start : out.stop]
+
+
 def _kept(tokens: Tokens, count: int) -> int:
-    """How many of `count` rows of hidden states are kept here."""
+    """How many rows of hidden states are kept here, of a pass with `count` rows."""
     return len(tokens.rows.here(np.arange(count)))
 
 
@@ -142,14 +148,6 @@ def _vision_input(
         merged_rows=None if tables.rows is None else merged,
         enter=layout.enter_vision,
     )
-
-
-def _own_frames(family: QwenVLFamily, whole: VisionTables, layout: Layout) -> tuple[VisionTables, np.ndarray]:
-    """The tables of the frames that a rank's tower runs, and which merged rows of all come out."""
-    tables = whole.of_frames(layout.frames([int(length) for length in whole.frame_spans.lengths]))
-    merged = tables.merged_rows(family.config.vision.merge)
-    out = layout.features(len(merged))
-    return tables, merged[out.start : out.stop]
 
 
 def _tokens(ops: Ops, tables: tuple[np.ndarray, np.ndarray], attend: Attend, layout: Layout) -> Tokens:

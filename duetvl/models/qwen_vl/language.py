@@ -65,9 +65,13 @@ def mlp(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, x_TD: Tensor) 
 def self_attention(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, layer: int, x_TD: Tensor) -> Tensor:
     """Grouped-query attention with rotary positions."""
     q, k, v = (
-        ops.reshape(linear(ops, projection, x_TD), (x_TD.shape[0], -1, config.head_dim))
-        for projection in (w.q_proj, w.k_proj, w.v_proj)
+        heads_of(ops, linear(ops, projection, x_TD), config.head_dim) for projection in (w.q_proj, w.k_proj, w.v_proj)
     )
     q, k = ops.rope(q, tokens.cos, tokens.sin), ops.rope(k, tokens.cos, tokens.sin)
     out = tokens.attend(layer, q, k, v)
-    return linear(ops, w.o_proj, ops.reshape(out, (x_TD.shape[0], -1)))
+    return linear(ops, w.o_proj, ops.reshape(out, (out.shape[0], out.shape[1] * config.head_dim)))
+
+
+def heads_of(ops: Ops, x: Tensor, size: int) -> Tensor:
+    """(T, H * K) -> (T, H, K), also of no rows."""
+    return ops.reshape(x, (x.shape[0], x.shape[1] // size, size))

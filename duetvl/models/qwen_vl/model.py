@@ -114,8 +114,8 @@ class QwenVL:
         """What the stages of this rank need of a batch."""
         ops, tower = self.backend.ops, any(stage.vision for stage in self.stages.values())
         given = model_input(ops, self.family, batch, self.dtype, self.layout, tower=tower)
-        own = batch.targets[self.layout.own_rows(np.diff(batch.cu_seqlens))]
-        return StageInput(given, trained_rows(own))
+        own = self.layout.own_rows(np.diff(batch.cu_seqlens))
+        return StageInput(given, trained_rows(batch.targets[own]))
 
     def run(
         self,

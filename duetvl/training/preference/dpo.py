@@ -26,6 +26,7 @@ from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models import vocabulary
+from duetvl.models.layout import EVERY_TOKEN, Trained
 from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.pipeline import MicroBatch, Passes
 from duetvl.training.objective import Reference, trained_samples
@@ -46,9 +47,11 @@ LOGGED: Final = (
 
 @dataclass(frozen=True, eq=False)
 class PreparedPairs:
-    """A batch of pairs, the tokens (N,) that are trained, and the reference's log-probabilities (S,)."""
+    """A batch of pairs, its trained tokens as far as they are here, with their labels, and the reference's
+    log-probabilities (S,)."""
 
     batch: Batch
+    trained: Trained
     labels: Tensor
     reference: Tensor
 
@@ -63,6 +66,7 @@ class PreferenceObjective:
     unit = "pairs"
     logged: tuple[str, ...] = LOGGED
     needs_reference = True
+    adds_up = False  # each rank needs an answer's whole log-probability, and so has all of the loss
 
     def __init__(self, settings: DpoSection, backend: Backend):
         self.ops = backend.ops
@@ -72,24 +76,25 @@ class PreferenceObjective:
         """The number of pairs."""
         return pairs(batch)
 
-    def prepare(self, batch: Batch, reference: Tensor | None = None) -> PreparedPairs:
+    def prepare(self, batch: Batch, reference: Tensor | None = None, trained: Trained = EVERY_TOKEN) -> PreparedPairs:
         """Labels, beside what the reference says."""
         assert reference is not None
-        return PreparedPairs(batch, self.ops.from_numpy(batch.targets[batch.targets != IGNORE]), reference)
+        labels = self.ops.from_numpy(batch.targets[batch.targets != IGNORE][trained.here])
+        return PreparedPairs(batch, trained, labels, reference)
 
     def loss(self, hidden: Tensor, w: Weights, prepared: PreparedPairs) -> tuple[Tensor, ...]:
         """The sums over pairs."""
         logprobs = vocabulary.logprobs(self.ops, w, hidden, prepared.labels)
-        loss, values = self.answer_loss(prepared.batch, logprobs, prepared.reference)
+        loss, values = self.answer_loss(prepared.batch, logprobs, prepared.reference, prepared.trained)
         return loss, *(values[name] for name in LOGGED)
 
 
 def reference_of(passes: Passes, ops: Ops) -> Reference:
     """A model as a reference, by the way in which this rank runs it."""
 
-    def last(batch: Batch) -> LastStage:
-        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE])
-        return lambda hidden, w: (answer_sums(ops, batch, vocabulary.logprobs(ops, w, hidden, labels)),)
+    def last(batch: Batch, trained: Trained) -> LastStage:
+        labels = ops.from_numpy(batch.targets[batch.targets != IGNORE][trained.here])
+        return lambda hidden, w: (answer_sums(ops, batch, vocabulary.logprobs(ops, w, hidden, labels), trained),)
 
     def sums(batches: Sequence[Batch]) -> list[Tensor]:
         return [found for (found,) in passes.evaluate([MicroBatch(batch, partial(last, batch)) for batch in batches])]
@@ -107,10 +112,10 @@ def trained_counts(batch: Batch) -> np.ndarray:
     return np.bincount(trained_samples(batch), minlength=len(batch.cu_seqlens) - 1)
 
 
-def answer_sums(ops: Ops, batch: Batch, logprobs: Tensor) -> Tensor:
-    """Log-probability (S,) of each sequence's trained tokens together, from those (N,) of the tokens."""
-    owned = trained_samples(batch) == np.arange(len(batch.cu_seqlens) - 1)[:, None]
-    return ops.sum(ops.from_numpy(owned.astype(np.float32)) * logprobs[None, :], 1)
+def answer_sums(ops: Ops, batch: Batch, logprobs: Tensor, trained: Trained = EVERY_TOKEN) -> Tensor:
+    """Log-probability (S,) of each sequence's trained tokens together, from those (N,) of the tokens that are here."""
+    owned = trained_samples(batch)[trained.here] == np.arange(len(batch.cu_seqlens) - 1)[:, None]
+    return trained.sum(ops.sum(ops.from_numpy(owned.astype(np.float32)) * logprobs[None, :], 1))
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -123,13 +128,15 @@ class PreferenceLoss:
     settings: DpoSection
     backend: Backend
 
-    def __call__(self, batch: Batch, logprobs: Tensor, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, batch: Batch, logprobs: Tensor, reference: Tensor, trained: Trained = EVERY_TOKEN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the pairs' losses, a float32 0-d tensor, and sums over the pairs of what TRL logs, by its names.
 
-        logprobs (N,) of the trained tokens under the policy; reference (S,) of whole answers.
+        logprobs (N,) of the trained tokens that are here, under the policy; reference (S,) of whole answers.
         """
         ops = self.backend.ops
-        policy = answer_sums(ops, batch, logprobs)
+        policy = answer_sums(ops, batch, logprobs, trained)
         per_token = ops.from_numpy((1.0 / np.maximum(trained_counts(batch), 1)).astype(np.float32))
         means = policy * per_token
         if self.settings.loss == "ipo":
