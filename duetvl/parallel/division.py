@@ -53,8 +53,8 @@ class Division:
     parallelism. vision: whether these ranks "divide" the frames of the vision tower among themselves, each with all of
     its weights, or "shard" its layers. stages: which layers each stage of the model has, stage s being on the ranks
     whose place along `pp` is s % pp. tied: whether the embedding is the last product's matrix too.
-    ulysses: how many ranks of context parallelism exchange heads with each other, while these teams pass keys and values
-    round; `cp` or 1 where there is but one of the two.
+    ulysses: how many ranks of context parallelism exchange heads with each other, while these teams pass keys and
+    values round; `cp` or 1 where there is but one of the two.
     """
 
     mesh: Mesh = field(default_factory=Mesh)

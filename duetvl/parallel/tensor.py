@@ -20,7 +20,7 @@ from duetvl.core.boxes import Part, Shape
 from duetvl.core.params import Parameter
 from duetvl.core.stages import even_range, even_split
 from duetvl.models.attention import Attend
-from duetvl.models.layout import UNDIVIDED, Layout, Rows
+from duetvl.models.layout import UNDIVIDED, Layout, Rows, Undivided
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.sharding import FEATURES, shard_of
 from duetvl.parallel.differentiable import (
@@ -42,8 +42,19 @@ NO_TOKEN: Final = -1
 def layout_of(division: Division, backend: Backend) -> Layout:
     """How the model of a rank lies, for its `layout`. All ranks of the run call it together."""
     if division.mesh.tp == 1:
-        return UNDIVIDED
+        return UNDIVIDED if division.mesh.pp == 1 else StageLayout(division)
     return TensorLayout(division, Team.of(backend, division.mesh.groups("tp")))
+
+
+@dataclass(frozen=True)
+class StageLayout(Undivided):
+    """A `models.layout.Layout`: whole layers, of which each rank has some."""
+
+    division: Division
+
+    def holds(self, path: str) -> bool:
+        """What the division says."""
+        return self.division.holds(path)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,10 @@ class TensorLayout:
 
     division: Division
     team: Team
+
+    def holds(self, path: str) -> bool:
+        """What the division says."""
+        return self.division.holds(path)
 
     def part(self, path: str, shape: Shape) -> Part:
         """What the division says."""

@@ -196,8 +196,9 @@ def imported(module: str, name: str) -> None:
 
 
 for each in (
-    "check_rows", "check_stages", "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided",
-    "check_adapters", "check_preferences", "check_half", "check_overflow", "check_not_finite", "check_edges",
+    "check_rows", "check_stages", "check_traffic", "check_another_world", "check_plain", "check_uneven",
+    "check_divided", "check_adapters", "check_preferences", "check_half", "check_overflow", "check_not_finite",
+    "check_edges",
 ):  # fmt: skip
     imported("steps", each)
 
