@@ -32,7 +32,7 @@ def plan() -> Adapters:
 
 def start_values() -> Iterator[tuple[str, np.ndarray]]:
     """Their first numbers, by path."""
-    return initial_values(plan(), linear_shapes(ModelConfig.from_dict(model_config())), seed=0)
+    return initial_values(plan().shapes(linear_shapes(ModelConfig.from_dict(model_config()))), seed=0)
 
 
 def duetvl_model(directory: Path, framework: str) -> Any:

@@ -69,6 +69,10 @@ class Rows(Protocol):
 class Divided(Protocol):
     """What reading a model's weights asks of its division."""
 
+    def holds(self, path: str) -> bool:
+        """Whether this rank has any of a parameter."""
+        ...
+
     def part(self, path: str, shape: Shape) -> Part:
         """What this rank has of a parameter whose whole has this shape."""
         ...
@@ -146,6 +150,10 @@ class Layout(Divided, Protocol):
 
 class Undivided:
     """The layout of a model that one rank has whole."""
+
+    def holds(self, path: str) -> bool:
+        """It has every one."""
+        return True
 
     def part(self, path: str, shape: Shape) -> Part:
         """All of it."""

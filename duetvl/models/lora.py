@@ -95,13 +95,14 @@ def is_adapter(path: str) -> bool:
     return _LEAF.search(path) is not None
 
 
-def initial_values(adapters: Adapters, weights: Mapping[str, Shape], seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """First values of all A and B, float32; the magnitudes are the norms of the rows of the weights.
+def initial_values(shapes: Mapping[str, Shape], seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """First values of all A and B among these shapes (`Adapters.shapes`), float32; the magnitudes are the norms of the
+    rows of the weights.
 
     As in PEFT: A uniform within 1 / sqrt(in) (He et al., arXiv:1502.01852, with a = sqrt(5)), B zero. Each has a random
     stream of its own.
     """
-    for path, shape in adapters.shapes(weights).items():
+    for path, shape in shapes.items():
         if path.endswith(A):
             bound = 1 / math.sqrt(shape[1])
             yield path, philox(seed, path).uniform(-bound, bound, shape).astype(np.float32)

@@ -45,7 +45,7 @@ NO_TOKEN: Final = -1
 def layout_of(division: Division, backend: Backend) -> Layout:
     """How the model of a rank lies, for its `layout`. All ranks of the run call it together."""
     mesh = division.mesh
-    if mesh.tp == mesh.cp == 1:
+    if mesh.pp == mesh.tp == mesh.cp == 1:
         return UNDIVIDED
     context = Context.of(backend, mesh.groups("cp"), division.ulysses)
     return RankLayout(division, Team.of(backend, mesh.groups("tp")), context)
@@ -82,6 +82,10 @@ class RankLayout:
         """Those of this rank's rows."""
         own = np.isin(of, self.own_rows(lengths))
         return Trained(np.flatnonzero(own), partial(reduce_from, self.context.team))
+
+    def holds(self, path: str) -> bool:
+        """What the division says."""
+        return self.division.holds(path)
 
     def part(self, path: str, shape: Shape) -> Part:
         """What the division says."""

@@ -202,17 +202,19 @@ def load_parameters(
     dtype: str,
     *,
     part_of: Callable[[str, Shape], Part] = lambda name, shape: Part.all_of(shape),
+    holds: Callable[[str], bool] = lambda name: True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Read parameters straight to the device, one after the other, in the order of `shapes`.
 
-    `shapes` are those of the whole tensors; `part_of` says which part of each is held, and the rest of it takes no
-    memory. At no time is more held than the result and one part. `progress` is called with the bytes of each part.
+    `shapes` are those of the whole tensors. `holds` says which of them are read, and `part_of` which part of each; the
+    rest takes no memory. At no time is more held than the result and one part. `progress` is called with the bytes of
+    each part.
     CheckpointError when `weights` are not exactly these tensors, before any is read.
     """
     weights.check(shapes)
-    loaded: dict[str, Tensor | None] = dict.fromkeys(shapes)
-    for name in sorted(shapes, key=weights.place):
+    loaded: dict[str, Tensor | None] = dict.fromkeys(filter(holds, shapes))
+    for name in sorted(loaded, key=weights.place):
         spec, part = weights.spec(name), part_of(name, shapes[name])
         read = partial(weights.read, name, shape=shapes[name])
         loaded[name] = load_boxes(backend, read, spec.dtype, dtype, part, shapes[name])

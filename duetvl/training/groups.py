@@ -8,16 +8,22 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.optimizer import ParameterGroup
 from duetvl.core.params import Parameter
 from duetvl.core.patterns import Parts, require_matching
+from duetvl.parallel.inventory import Inventory
 from duetvl.training.recipe.sections import OptimSection
 
 
-def parameter_groups(parameters: Mapping[str, Parameter], optim: OptimSection, parts: Parts) -> list[ParameterGroup]:
-    """The trainable parameters, grouped by learning-rate scale and weight decay.
+def parameter_groups(
+    parameters: Mapping[str, Parameter], everything: Inventory, optim: OptimSection, parts: Parts
+) -> list[ParameterGroup]:
+    """The trainable ones of this rank's parameters, grouped by learning-rate scale and weight decay; it may have none.
 
-    What has one axis (norms, biases) does not decay, nor what `optim.no_decay` names. Raises ConfigError where nothing
-    is trainable, or a pattern matches no parameter, trainable or not.
+    What has one axis (norms, biases) does not decay, nor what `optim.no_decay` names. Raises ConfigError where of
+    `everything`, which all ranks have together, nothing is trainable, or a pattern matches no parameter, trainable or
+    not.
     """
-    paths = list(parameters)
+    if not any(entry.trainable for entry in everything.values()):
+        raise ConfigError("nothing would be trained: every parameter is frozen; take something out of model.freeze")
+    paths = list(everything)
     scales = learning_rate_scales(paths, optim, parts)
     spared = _union(require_matching("optim.no_decay", optim.no_decay, paths, parts))
     members: dict[tuple[float, float], list[Parameter]] = {}
@@ -25,8 +31,6 @@ def parameter_groups(parameters: Mapping[str, Parameter], optim: OptimSection, p
         if p.trainable:
             decay = optim.weight_decay if len(p.shape) > 1 and path not in spared else 0.0
             members.setdefault((scales.get(path, 1.0), decay), []).append(p)
-    if not members:
-        raise ConfigError("nothing would be trained: every parameter is frozen; take something out of model.freeze")
     return [ParameterGroup(chosen, lr_scale=scale, weight_decay=decay) for (scale, decay), chosen in members.items()]
 
 

@@ -23,13 +23,13 @@ class Job:
     """What is trained: a model, to which end, how a record becomes a sample of it, how it is written for others.
 
     `export` writes a checkpoint, of which the weights are verified, as a directory for others: one process does that,
-    without a framework. `stored`: the parameters that a checkpoint keeps, those of `model` by default. `base`: what a
+    without a framework. `keeps` says of a parameter's path whether a checkpoint has it. `base`: what a
     checkpoint says of the model that these belong to, and `reference` of the one that a policy is compared with: they
     must be the same (by `fingerprint`, wherever they lie) when the run goes on. `flops` counts the operations that a
-    micro-batch asks for, forward and backward, for the utilisation shown; none is shown without it. `before` is called
-    once with the data, while the model has its starting weights also where a run is resumed. `compared_with` gives what
-    the objective needs of a reference, if it needs one. `memory` estimates what a step takes, from some drafts.
-    `division` says which part of the model this rank has.
+    micro-batch asks for of each rank that runs a share of it, forward and backward, for the utilisation shown; none is
+    shown without it. `before` is called once with the data, while the model has its starting weights also where a run
+    is resumed. `compared_with` gives what the objective needs of a reference, if any. `memory` estimates what a
+    step takes, from some drafts. `division` says which part of the model this rank has.
     """
 
     model: TrainableModel
@@ -37,7 +37,7 @@ class Job:
     encoder: Encoder
     export: Callable[[CheckpointRef, Path], None]
     model_config: Mapping[str, Any] = field(default_factory=dict)
-    stored: Sequence[Parameter] | None = None
+    keeps: Callable[[str], bool] = lambda path: True
     base: Mapping[str, Any] = field(default_factory=dict)
     reference: Mapping[str, Any] = field(default_factory=dict)
     flops: Flops | None = None
@@ -47,5 +47,5 @@ class Job:
     division: Division = field(default_factory=Division)
 
     def checkpointed(self) -> Sequence[Parameter]:
-        """The parameters that a checkpoint keeps."""
-        return tuple(self.model.parameters.values()) if self.stored is None else self.stored
+        """The parameters that this rank has of those that a checkpoint keeps."""
+        return tuple(p for path, p in self.model.parameters.items() if self.keeps(path))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from duetvl.core.params import Parameter
 from duetvl.models.lora import Adapters, Size, is_adapter
 from duetvl.models.peft_files import StoredAdapter
 from duetvl.models.qwen_vl.adapters import (
@@ -65,11 +64,9 @@ def adapt(model: QwenVL, recipe: Recipe, plan: AdapterPlan | None) -> None:
     model.freeze(recipe.model.freeze)
 
 
-def stored_parameters(model: QwenVL) -> list[Parameter] | None:
-    """What a checkpoint keeps: with adapters, those alone; None for everything."""
-    if model.adapters is None:
-        return None
-    return [parameter for path, parameter in model.parameters.items() if is_adapter(path)]
+def kept(model: QwenVL) -> Callable[[str], bool]:
+    """Whether a checkpoint keeps a parameter: with adapters, those alone; else everything."""
+    return is_adapter if model.adapters is not None else lambda path: True
 
 
 def base_of(model: QwenVL) -> Mapping[str, Any]:

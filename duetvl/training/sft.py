@@ -18,12 +18,14 @@ from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
+from duetvl.parallel.division import Division
+from duetvl.parallel.inventory import Inventory, inventory
 from duetvl.parallel.pipeline import stages_of
 from duetvl.parallel.tensor import layout_of
 from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.job import Job
-from duetvl.training.lora import AdapterPlan, adapt, base_of, plan_adapters, stored_parameters
+from duetvl.training.lora import AdapterPlan, adapt, base_of, kept, plan_adapters
 from duetvl.training.memory import division_of, memory_of
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
@@ -52,10 +54,10 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
         encoder,
         partial(export_checkpoint, kind=wanted_kind(recipe), source=source, overwrite=True),
         model.config.to_dict(),
-        stored=stored_parameters(model),
+        keeps=kept(model),
         base=base_of(model),
         reference=reference_identity(recipe),
-        flops=_flops(recipe, model),
+        flops=_flops(recipe, model, inventory(model.parameters.values(), backend, division), division),
         before=reference.prepare if isinstance(reference, CachedReference) else None,
         compared_with=reference,
         memory=partial(memory_of, recipe, model.config, plan.adapters if plan else None),
@@ -86,13 +88,15 @@ def _objective(recipe: Recipe, backend: Backend) -> Objective:
     return PreferenceObjective(recipe.dpo, backend)
 
 
-def _flops(recipe: Recipe, model: QwenVL) -> Flops:
-    """What a micro-batch asks for: of the model, and of a reference that runs beside it."""
-    policy = partial(training_flops, model.config, model.parameters)
+def _flops(recipe: Recipe, model: QwenVL, everything: Inventory, division: Division) -> Flops:
+    """What a micro-batch asks for of each of the ranks that run it together: of the model, and of a reference that runs
+    beside it."""
+    together = division.mesh.size // division.mesh.dp
+    policy = partial(training_flops, model.config, everything)
     if recipe.dpo is None or recipe.dpo.cache is not None:
-        return policy
+        return lambda batch: policy(batch) / together
     reference = reference_model(recipe).config
-    return lambda batch: policy(batch) + inference_flops(reference, batch)
+    return lambda batch: (policy(batch) + inference_flops(reference, batch)) / together
 
 
 def record_encoder(recipe: Recipe, processor: Processor | None = None) -> AnswerEncoder:

@@ -23,6 +23,7 @@ from duetvl.data.loading.loader import Step
 from duetvl.models.layout import Trained
 from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.division import ALONE, Division
+from duetvl.parallel.inventory import inventory
 from duetvl.parallel.pipeline import MicroBatch, Outputs, passes_of
 from duetvl.parallel.zero import Zero
 from duetvl.training.groups import parameter_groups
@@ -133,8 +134,9 @@ class Evaluation:
 class Trainer:
     """A model, an objective, the optimizer's state, and the update that a step makes.
 
-    Of many ranks each updates a part of what is trained: `owned` are these rows by path, and `state` is of them. All
-    ranks call the same functions, and what these return or raise is the same on all.
+    Of many ranks each updates a part of what is trained: `owned` are these rows by path, and `state` is of them.
+    `everything` is what the model has on all ranks together. All ranks call the same functions, and what these return
+    or raise is the same on all.
     """
 
     def __init__(
@@ -161,9 +163,10 @@ class Trainer:
         self.seed, self.on_nonfinite = seed, on_nonfinite
         self.backend = backend
         self.optim = optim
-        groups = parameter_groups(model.parameters, optim, model.parts)
-        self.trained = [p for group in groups for p in group.parameters]
-        self.zero = Zero(backend, division, [p for p in model.parameters.values() if p.trainable])
+        self.trained = [p for p in model.parameters.values() if p.trainable]
+        self.zero = Zero(backend, division, self.trained)
+        self.everything = inventory(model.parameters.values(), backend, division)
+        groups = parameter_groups(model.parameters, self.everything, optim, model.parts)
         self.owned = self.zero.owned
         self.groups = [
             replace(group, parameters=[self.owned[p.path] for p in group.parameters if p.path in self.owned])
@@ -175,7 +178,7 @@ class Trainer:
         parts = objective.adds_up or division.place("cp") == 0
         self._has_loss = division.holds_last and division.place("tp") == 0 and parts
         self.state: AdamWState = backend.optimizer.create(self.groups, dtype=optim.state_dtype, offload=optim.offload)
-        halves = any(backend.ops.dtype_of(p.tensor) == "float16" for p in model.parameters.values())
+        halves = any(entry.dtype == "float16" for entry in self.everything.values())
         start, window = optim.loss_scale or START, optim.loss_scale_window or WINDOW
         self.loss_scale = LossScale(start, window) if halves else None
         self.give_up: Callable[[], bool] = lambda: False  # asked before every micro-batch

@@ -13,6 +13,7 @@ from duetvl.data.loading.loader import Step
 from duetvl.models.qwen_vl import language, vision
 from duetvl.models.qwen_vl import model as whole
 from duetvl.models.qwen_vl.parameters import PARTS
+from duetvl.parallel.inventory import own_entries
 from duetvl.training.groups import check_patterns, parameter_groups
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.sections import OptimSection
@@ -20,7 +21,8 @@ from duetvl.training.step import Trainer
 
 
 def groups_of(model, **settings):
-    found = parameter_groups(model.parameters, OptimSection(**settings), model.parts)
+    everything = own_entries(model.parameters.values(), model.backend)
+    found = parameter_groups(model.parameters, everything, OptimSection(**settings), model.parts)
     return {tuple(p.path for p in group.parameters): (group.lr_scale, group.weight_decay) for group in found}
 
 

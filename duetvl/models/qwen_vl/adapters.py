@@ -57,14 +57,14 @@ def add_adapters(model: QwenVL, adapters: Adapters, seed: int) -> None:
 
     The ranks of a model that is divided call it together.
     """
-    ops, shapes = model.backend.ops, linear_shapes(model.config)
-    parts = _parts(model, adapters)
+    ops, parts = model.backend.ops, _parts(model, adapters)
+    whole = {path: part.whole for path, part in parts.items()}
     tensors = {
         path: ops.from_numpy(np.ascontiguousarray(parts[path].of(values)))
-        for path, values in initial_values(adapters, shapes, seed)
+        for path, values in initial_values(whole, seed)
     }
     leaves = model.layout.records(model.parameters)
-    for module in adapters.sizes if adapters.dora else ():
+    for module in filter(model.layout.holds, adapters.sizes if adapters.dora else ()):
         weight, leave = model.parameters[f"{module}.weight"].tensor, leaves.get(f"{module}.leave")
         a, b = (tensors[f"{module}.{letter}"] for letter in (A, B))
         tensors[f"{module}.{MAGNITUDE}"] = row_norms(ops, weight, a, b, adapters.scale(module), leave)
@@ -84,14 +84,14 @@ def open_adapter_for(config: ModelConfig, directory: str | Path) -> StoredAdapte
 def load_adapter(model: QwenVL, stored: AdapterTensors) -> None:
     """Lay an adapter from disk on a model, in float32 and in the place of any that it has."""
     parts = _parts(model, stored.adapters)
-    tensors = {path: load_part(model.backend, *stored.read(path), "float32", parts[path]) for path in stored.tensors}
+    tensors = {path: load_part(model.backend, *stored.read(path), "float32", part) for path, part in parts.items()}
     model.put_adapters(stored.adapters, _parameters(tensors, parts))
 
 
 def _parts(model: QwenVL, adapters: Adapters) -> dict[str, Part]:
-    """What this rank has of each of their tensors."""
+    """Those of their tensors that this rank holds, and what it has of each."""
     shapes = adapters.shapes(linear_shapes(model.config))
-    return {path: model.layout.part(path, shape) for path, shape in shapes.items()}
+    return {path: model.layout.part(path, shape) for path, shape in shapes.items() if model.layout.holds(path)}
 
 
 def _parameters(tensors: Mapping[str, Tensor], parts: Mapping[str, Part]) -> dict[str, Parameter]:

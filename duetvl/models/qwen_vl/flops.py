@@ -7,13 +7,14 @@ whose next one is trained meet the vocabulary. Nothing is counted twice because 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from duetvl.core.batch import Batch
-from duetvl.core.params import Parameter
+from duetvl.core.boxes import Shape
 from duetvl.models.qwen_vl.config import ModelConfig, TextConfig, VisionConfig
 from duetvl.models.qwen_vl.parameters import PARTS
 
@@ -53,24 +54,39 @@ def inference_flops(config: ModelConfig, batch: Batch) -> float:
     return sum(cost.weights + cost.attention + cost.pixels for cost in forward_flops(config, batch).values())
 
 
-def training_flops(config: ModelConfig, parameters: Mapping[str, Parameter], batch: Batch) -> float:
-    """Operations of one pass forward and backward.
+class Weight(Protocol):
+    """A parameter as far as it is counted."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor."""
+        ...
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it is trained."""
+        ...
+
+
+def training_flops(config: ModelConfig, parameters: Mapping[str, Weight], batch: Batch) -> float:
+    """Operations of one pass forward and backward of a model with all these parameters.
 
     Backward, a product asks for the gradient of its input where one flows there (never to pixels), and for that of its
     weight where that is trained; adapters themselves are not counted, what flows through their part is.
     """
     total, flows = 0.0, False  # gradients flow through a part where it or one before it is trained
     for part, cost in forward_flops(config, batch).items():
-        own = [p for path, p in parameters.items() if path.startswith(PARTS[part])]
-        flows = flows or any(p.trainable for p in own)
+        own = {path: p for path, p in parameters.items() if path.startswith(PARTS[part])}
+        flows = flows or any(p.trainable for p in own.values())
         share = _trained_share(own)
         total += cost.weights * (1 + flows + share) + cost.attention * (1 + 2 * flows) + cost.pixels * (1 + share)
     return total
 
 
-def _trained_share(parameters: Iterable[Parameter]) -> float:
+def _trained_share(parameters: Mapping[str, Weight]) -> float:
     """Of the weights that are matrices, how many are trained."""
-    sizes = [(float(np.prod(p.shape)), p.trainable) for p in parameters if len(p.shape) > 1 and "lora_" not in p.path]
+    matrices = [p for path, p in parameters.items() if len(p.shape) > 1 and "lora_" not in path]
+    sizes = [(float(np.prod(p.shape)), p.trainable) for p in matrices]
     return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
 

@@ -39,20 +39,22 @@ def load_model(
     """Read a model, given by directory or id, slice by slice straight to the device.
 
     `dtype` is the one the weights are held in; `progress` is called with the bytes of each tensor read. Of a model
-    that is divided over ranks the `division`'s part of each tensor is read; such a model needs its `layout` too before
-    it runs (`parallel.tensor.layout_of`). Raises CheckpointError for what is missing or damaged, ConfigError for what
-    duetvl does not implement.
+    that is divided over ranks the `division`'s part is read of each tensor that this rank holds; such a model needs its
+    `layout` too before it runs (`parallel.tensor.layout_of`). Raises CheckpointError for what is missing or damaged,
+    whether this rank reads it or not, ConfigError for what duetvl does not implement.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     source = open_model(model)
     shapes = parameter_shapes(source.config)
-    tensors = load_parameters(shapes, source.weights, backend, dtype, part_of=division.part, progress=progress)
+    tensors = load_parameters(
+        shapes, source.weights, backend, dtype, part_of=division.part, holds=division.holds, progress=progress
+    )
     parameters = {
         name: Parameter.of(name, tensor, division.part(name, shapes[name])) for name, tensor in tensors.items()
     }
     loaded = make(source.config, backend, parameters)
-    loaded.source = source
+    loaded.source, loaded.dtype = source, dtype
     return loaded
 
 

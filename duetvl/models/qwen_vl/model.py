@@ -16,6 +16,7 @@ import numpy as np
 from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
+from duetvl.core.boxes import Shape
 from duetvl.core.kv_cache import Append, Cache
 from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import require_matching
@@ -28,7 +29,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
 from duetvl.models.qwen_vl.memory import BYTES, Load, generation_pass
-from duetvl.models.qwen_vl.parameters import PARTS
+from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.models.qwen_vl.stage import Stage
 from duetvl.models.qwen_vl.tables import vision_tables
 from duetvl.models.qwen_vl.vision import vision_tower
@@ -41,17 +42,23 @@ Tensor = Any
 class QwenVL:
     """A model on one backend. `parameters` maps the Hugging Face name of each weight to it.
 
-    `adapters` says which layers have a low-rank adapter; its tensors are parameters like others.
+    `adapters` says which layers have a low-rank adapter; its tensors are parameters like others. Of a model whose
+    layers lie on several ranks, `parameters` are those of this rank.
     """
 
     parts = PARTS
 
-    def __init__(self, config: ModelConfig, backend: Backend, parameters: Mapping[str, Parameter]):
+    def __init__(
+        self, config: ModelConfig, backend: Backend, parameters: Mapping[str, Parameter], dtype: str | None = None
+    ):
+        """`dtype` is that of the weights of all ranks, by default the one of these."""
         self.config = config
         self.backend = backend
         self.parameters = dict(parameters)
         self.family = QwenVLFamily(config)
         self.adapters: Adapters | None = None
+        weights = (p.tensor for path, p in self.parameters.items() if not is_adapter(path))
+        self.dtype = dtype or next(map(backend.ops.dtype_of, weights), "float32")
         self.layout: Layout = UNDIVIDED  # over ranks; the parameters are this rank's parts
         self.stages: Mapping[int, Stage] = {0: Stage.whole(config)}  # those that this rank runs
         self.recompute: RecomputeMode = "none"  # what a pass on a tape does not keep
@@ -61,9 +68,9 @@ class QwenVL:
     def freeze(self, patterns: Sequence[str]) -> None:
         """Train everything but what the patterns name, see `core.patterns.matching`; with adapters, those alone.
 
-        The parts are `PARTS`. Raises ConfigError where a pattern matches nothing.
+        The parts are `PARTS`. Raises ConfigError where a pattern matches nothing, on whatever rank.
         """
-        found = require_matching("model.freeze", patterns, list(self.parameters), self.parts)
+        found = require_matching("model.freeze", patterns, list(self.shapes), self.parts)
         frozen = {path for chosen in found.values() for path in chosen}
         for path, parameter in self.parameters.items():
             may = self.adapters is None or is_adapter(path)
@@ -82,9 +89,16 @@ class QwenVL:
     def without_adapters(self) -> QwenVL:
         """The model that the adapters were laid beside, sharing its weights: a reference for preference training."""
         base = {path: parameter for path, parameter in self.parameters.items() if not is_adapter(path)}
-        plain = QwenVL(self.config, self.backend, base)
+        plain = QwenVL(self.config, self.backend, base, self.dtype)
         plain.layout, plain.stages = self.layout, self.stages
         return plain
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of every parameter of the whole model, whatever this rank has of it, in the order of computation; those of
+        adapters last."""
+        shapes = parameter_shapes(self.config)
+        return shapes | (self.adapters.shapes(shapes) if self.adapters else {})
 
     def _mark_conditional(self) -> None:
         for path, parameter in self.parameters.items():
@@ -260,12 +274,6 @@ class QwenVL:
         w, (only,) = self._weights, self.stages.values()
         hidden = only.run(self.backend.ops, self.config, w, given, features)
         return vocabulary.logits(self.backend.ops, self._vocabulary(w), self._normed(w, given, rows, hidden))
-
-    @property
-    def dtype(self) -> str:
-        """The storage dtype of the weights."""
-        own = next(p for path, p in self.parameters.items() if not is_adapter(path))
-        return self.backend.ops.dtype_of(own.tensor)
 
     @cached_property
     def _weights(self) -> Weights:
