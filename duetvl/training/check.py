@@ -27,7 +27,6 @@ from duetvl.training.layout import layout_lines
 from duetvl.training.lora import plan_adapters
 from duetvl.training.memory import disk_of, division_of, estimate, host_memory, load_of
 from duetvl.training.preference.reference import describe
-from duetvl.training.recipe.reading import check_layers
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import total_steps
 from duetvl.training.sft import recipe_processor, record_encoder
@@ -78,7 +77,6 @@ def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
 def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
     """Configuration, the headers of the weights, and adapters."""
     config = source.config
-    check_layers(recipe.parallel, config)
     division_of(recipe, config)
     shapes = parameter_shapes(config)
     plan = plan_adapters(recipe, config)

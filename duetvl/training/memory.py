@@ -23,6 +23,7 @@ from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Unit
 from duetvl.parallel.division import Division, owned_rows
 from duetvl.parallel.zero import BUCKET
+from duetvl.training.recipe.placement import exchanging, stages_of
 from duetvl.training.recipe.sections import Recipe
 
 
@@ -153,9 +154,20 @@ def estimate(
 
 
 def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
-    """How a rank sees a recipe's model divided. Raises ConfigError for degrees that the model cannot have."""
+    """How a rank sees a recipe's model divided.
+
+    Raises ConfigError for degrees that the model cannot have, and for stages that its layers do not fit.
+    """
     parallel = recipe.parallel
-    return Division.of(config, parallel.mesh, rank, sequence=parallel.sequence, vision=parallel.vision)
+    return Division.of(
+        config,
+        parallel.mesh,
+        rank,
+        sequence=parallel.sequence,
+        vision=parallel.vision,
+        stages=stages_of(parallel, config),
+        ulysses=exchanging(parallel, config),
+    )
 
 
 def held_sizes(config: ModelConfig, division: Division) -> Held:
