@@ -232,6 +232,37 @@ def test_virtual_stages(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("ulysses_cp_algo", ("ulysses", None)),
+        ("megatron_cp_algo", ("ring", None)),
+        ("adaptive_cp_algo", ("ring", None)),
+        ("hybrid_cp_algo --ulysses-degree-in-cp 2", ("hybrid", 2)),
+        ("hybrid_adaptive_cp_algo --ulysses-degree-in-cp 4", ("hybrid", 4)),
+        ("hybrid_cp_algo", ("hybrid", None)),
+        ("megatron_cp_algo --ulysses-degree-in-cp 2", ("ring", None)),
+    ],
+)
+def test_context_parallelism(tmp_path, arguments, expected):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--context-parallel-algo ulysses_cp_algo", f"--context-parallel-algo {arguments}")
+    made = import_run(*files, variables={"CP": "4"})
+    parallel = recipe_of(made).parallel
+    assert (parallel.cp, parallel.cp_algorithm, parallel.ulysses) == (4, *expected)
+    changed = "--context-parallel-algo" in notes(made, "changed")
+    assert changed == ("adaptive" in arguments)
+    if "ulysses-degree" in arguments:
+        assert "--ulysses-degree-in-cp" in notes(made, "used" if expected[1] else "not needed")
+
+
+def test_a_degree_that_does_not_divide_context_parallelism(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "ulysses_cp_algo", "hybrid_cp_algo --ulysses-degree-in-cp 3")
+    with pytest.raises(ConfigError, match="degree-in-cp 3 does not divide --context-parallel-size 4; .* 1, 2, 4$"):
+        import_run(*files, variables={"CP": "4"})
+
+
+@pytest.mark.parametrize(
     ("argument", "expected"),
     [
         ("--calculate-per-token-loss", "train.loss=token"),
