@@ -258,7 +258,7 @@ def test_context_parallelism(tmp_path, arguments, expected):
 def test_a_degree_that_does_not_divide_context_parallelism(tmp_path):
     files = runs.write(tmp_path, SMALL)
     change(files[2], "ulysses_cp_algo", "hybrid_cp_algo --ulysses-degree-in-cp 3")
-    with pytest.raises(ConfigError, match="degree-in-cp 3 does not divide --context-parallel-size 4; .* 1, 2, 4$"):
+    with pytest.raises(ConfigError, match=r"degree-in-cp 3 does not divide --context-parallel-size 4; .* 1, 2, 4$"):
         import_run(*files, variables={"CP": "4"})
 
 
