@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
     )
+    check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline there")
 
     _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
 
@@ -260,7 +261,9 @@ def _launch(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from duetvl.training.check import check
 
-    for line in check(args.recipe, _overrides(args), decode=args.decode):
+    if args.schedule is not None:
+        _check_picture(args.schedule, "--schedule")
+    for line in check(args.recipe, _overrides(args), decode=args.decode, schedule=args.schedule):
         _say(line)
     return 0
 
@@ -380,19 +383,21 @@ def _preview(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_target(path: Path) -> None:
+def _check_target(path: Path, option: str = "-o") -> None:
     """Raise ConfigError, before any work is done, where no file can be made at `path`."""
     if path.is_dir():
-        raise ConfigError(f"-o {path}: is a directory; give the name of a file")
+        raise ConfigError(f"{option} {path}: is a directory; give the name of a file")
     if not path.parent.is_dir():
-        raise ConfigError(f"-o {path}: there is no directory {path.parent}; create it, or choose another place")
+        raise ConfigError(f"{option} {path}: there is no directory {path.parent}; create it, or choose another place")
 
 
-def _check_picture(path: Path) -> None:
+def _check_picture(path: Path, option: str = "-o") -> None:
     """The same for a PNG file, which may replace a picture and nothing else."""
-    _check_target(path)
+    _check_target(path, option)
     if path.exists() and not _is_png(path):
-        raise ConfigError(f"-o {path}: exists already and is not a PNG file; choose another name, or move it away")
+        raise ConfigError(
+            f"{option} {path}: exists already and is not a PNG file; choose another name, or move it away"
+        )
 
 
 def _is_png(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from PIL import Image
 
 from duetvl import doctor
 from duetvl.cli import _overrides, _parse, main
@@ -107,13 +108,32 @@ def test_check_shows_a_layout_for_many_processes_on_one(capsys, recipe):
         "layout: pp 2 x dp 1 x cp 1 x tp 2 needs 4 processes, vision layers [[2, 0]], language layers [[1, 1]]" in told
     )
     flat = "parallel.pp=1 parallel.vision_layers=null parallel.language_layers=null"
-    assert f"  pp above 1 is not built yet; {flat} takes the same steps with tp and dp alone\n" in told
     lines = told.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("  tp ")] == ["  tp 0", "  tp 1"]
     assert any(line.startswith("  a rank sends about ") for line in lines)
     assert main(["train", str(recipe), "parallel.tp=2"]) == 2
     assert main(["check", str(recipe), "parallel.tp=2", "parallel.pp=2", *layers, *flat.split(), "parallel.tp=1"]) == 0
-    assert "layout:" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "layout:" not in told and "schedule:" not in told
+
+
+def test_check_draws_the_schedule_of_a_pipeline(capsys, recipe):
+    picture = recipe.parent / "schedule.png"
+    argv = ["check", str(recipe), "parallel.pp=2", "data.pack=false", "--schedule", str(picture)]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("schedule: ")]
+    assert lines[at] == "schedule: 2 ranks, 4 micro-batches: bubble 25.0 %, formula 25.0 %"
+    assert [line[:8] for line in lines[at + 1 : at + 3]] == ["  rank 0", "  rank 1"]
+    assert lines[at + 3] == f"  drawn: {picture}"
+    assert Image.open(picture).format == "PNG"
+
+
+def test_a_schedule_that_cannot_be_drawn_is_refused_at_once(capsys, recipe):
+    told = error_of(capsys, "check", str(recipe), "--schedule", str(recipe.parent / "s.png"))
+    assert told == "error: --schedule: parallel.pp is 1, so there is no pipeline to draw; give parallel.pp=2 or more"
+    told = error_of(capsys, "check", str(recipe), "parallel.pp=2", "--schedule", str(recipe))
+    assert told.startswith(f"error: --schedule {recipe}: exists already and is not a PNG file")
 
 
 def test_an_unknown_backend_is_refused_by_every_command_that_reads_a_recipe(capsys, recipe, monkeypatch):

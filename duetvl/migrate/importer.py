@@ -18,7 +18,7 @@ from duetvl.migrate.script import training_start
 from duetvl.migrate.tables import DATA, MODEL, SCRIPT
 from duetvl.migrate.training_keys import Wanted, sections
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.training.recipe.reading import make_recipe, not_built
+from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.yaml_values import write_yaml
 
 _PATH = "dataset_param.preprocess_parameters.model_name_or_path"
@@ -61,8 +61,6 @@ def import_run(
         f"{what}, pp {mesh.pp} x dp {mesh.dp} x cp {mesh.cp} x tp {mesh.tp} on {mesh.size} "
         f"device{'s' * (mesh.size > 1)}, {recipe.train.global_batch} samples a step"
     )
-    if unbuilt := not_built(recipe.parallel):
-        summary += f"; {unbuilt}"
     return Imported(_text(made, data, model, script), report, summary)
 
 

@@ -100,6 +100,24 @@ def _context(script: Values, cp: int, report: Report) -> dict[str, Any]:
     if cp == 1:
         report.add("not needed", "--context-parallel-algo", "sequences are not divided")
         return {}
-    kind = "changed" if algorithm.startswith(("hybrid", "adaptive")) else "used"
-    report.add(kind, "--context-parallel-algo", f"{algorithm}: parallel.cp_algorithm: {ours}")  # type: ignore[arg-type]
-    return {"cp_algorithm": ours}
+    said = f"{algorithm}: parallel.cp_algorithm: {ours}"
+    if "adaptive" in algorithm:
+        report.add("changed", "--context-parallel-algo", f"{said} - no pass of the ring is left out")
+    else:
+        report.add("used", "--context-parallel-algo", said)
+    return {"cp_algorithm": ours} | (_exchanging(script, cp, report) if ours == "hybrid" else {})
+
+
+def _exchanging(script: Values, cp: int, report: Report) -> dict[str, Any]:
+    """How many ranks exchange heads with each other; where the script does not say, as many as the heads allow."""
+    argument = "--ulysses-degree-in-cp"
+    degree = script.whole(argument)
+    if degree is None:
+        return {}
+    if degree < 1 or cp % degree:
+        possible = ", ".join(str(number) for number in range(1, cp + 1) if cp % number == 0)
+        raise ConfigError(
+            f"{SCRIPT.title}: {argument} {degree} does not divide --context-parallel-size {cp}; possible are {possible}"
+        )
+    report.add("used", argument, f"parallel.ulysses: {degree}")
+    return {"ulysses": degree}

@@ -12,7 +12,8 @@ from duetvl.migrate.script import setting
 from duetvl.migrate.shell.simple import Script
 from duetvl.migrate.tables import FAMILIES, MODEL, PARTS, SHAPES
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
-from duetvl.training.recipe.reading import check_layers, make_recipe
+from duetvl.training.recipe.placement import stages_of
+from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.text import show
 
 _VISION_LAYERS: Final = "image_encoder.vision_encoder.pipeline_num_layers"
@@ -156,7 +157,7 @@ def layers(model: Values, script: Values, pp: int, config: ModelConfig | None, r
         )  # fmt: skip
     checked = make_recipe({"model": {"path": "-"}, "data": {"train": "-"}, "parallel": {"pp": pp, **rows}})
     if config is not None:
-        check_layers(checked.parallel, config)
+        stages_of(checked.parallel, config)
     for name in rows:
         text = f"parallel.{name}: {json.dumps(found[name])}" if pp > 1 or virtual > 1 else "one stage has all layers"
         report.add("used", "pipeline_num_layers", text)

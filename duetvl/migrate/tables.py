@@ -216,6 +216,7 @@ SCRIPT: Final = Table(
         "--optimizer": "AdamW is the one there is",
         "--tensor-model-parallel-size": "parallel.tp", "--pipeline-model-parallel-size": "parallel.pp",
         "--context-parallel-size": "parallel.cp", "--context-parallel-algo": "parallel.cp_algorithm",
+        "--ulysses-degree-in-cp": "parallel.ulysses",
         "--virtual-pipeline-model-parallel-size": "compared with the rows of pipeline_num_layers",
         "--sequence-parallel": "parallel.sequence",
         "--lora-r": "lora.rank", "--lora-alpha": "lora.alpha", "--lora-dropout": "lora.dropout",
@@ -287,7 +288,6 @@ SCRIPT: Final = Table(
         **_each("--matched-adamw-rms --muon-momentum --ns-steps", "of Muon, which is not there"),
         **_each("--recompute-method --recompute-num-layers --recompute-skip-core-attention "
                 "--recompute-num-layers-skip-core-attention", _RECOMPUTE),
-        "--ulysses-degree-in-cp": "`parallel.cp_algorithm` is one of ulysses and ring",
         **_each("--cp-attention-mask-type --use-cp-mask", "attention is causal within each sample"),
         **_each("--swap-attention --swap-modules --swap-optimizer --swap-optimizer-times "
                 "--adaptive-memory-optimization "
@@ -417,8 +417,8 @@ SHAPES: Final[Mapping[str, str]] = {
 }
 FAMILIES: Final = {"qwen2vl": "Qwen2-VL", "qwen2_5vl": "Qwen2.5-VL"}
 
-CP_ALGORITHMS: Final = {"ulysses_cp_algo": "ulysses", "megatron_cp_algo": "ring", "hybrid_cp_algo": "ring",
-                        "adaptive_cp_algo": "ring", "hybrid_adaptive_cp_algo": "ring"}  # fmt: skip
+CP_ALGORITHMS: Final = {"ulysses_cp_algo": "ulysses", "megatron_cp_algo": "ring", "hybrid_cp_algo": "hybrid",
+                        "adaptive_cp_algo": "ring", "hybrid_adaptive_cp_algo": "hybrid"}  # fmt: skip
 
 # Defaults of its data pipeline, which hold where data.json leaves a key out.
 PIXEL_DEFAULTS: Final = {"image_max_pixels": 768 * 768, "image_min_pixels": 32 * 32, "video_max_pixels": 256 * 256,

@@ -53,11 +53,33 @@ Action = Compute | Exchange
 
 
 @dataclass(frozen=True)
+class Timed:
+    """A pass in units of a forward pass's time."""
+
+    compute: Compute
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """When it ends."""
+        return self.start + _TIME[self.compute.direction]
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """What each rank does in a step, in order, and how long the step takes in units of a forward pass."""
+    """What each rank does in a step, in order, and how long the step takes in units of a forward pass.
+
+    starts: when each rank begins each of its passes.
+    """
 
     actions: tuple[tuple[Action, ...], ...]
     length: int
+    starts: tuple[tuple[int, ...], ...]
+
+    def timed(self, rank: int) -> list[Timed]:
+        """A rank's passes with their times."""
+        passes = [action for action in self.actions[rank] if isinstance(action, Compute)]
+        return [Timed(one, start) for one, start in zip(passes, self.starts[rank], strict=True)]
 
     @property
     def idle(self) -> float:
@@ -109,6 +131,7 @@ class _Rank:
     running: Compute | None = None
     in_flight: int = 0
     actions: list[Action] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -148,7 +171,8 @@ class _Play:
             ends = [rank.free_at for rank in self.ranks if rank.running is not None]
             now = min(ends, default=now)
             assert ends or all(rank.done for rank in self.ranks), "every rank waits for another one"
-        return Schedule(tuple(tuple(rank.actions) for rank in self.ranks), now)
+        actions = tuple(tuple(rank.actions) for rank in self.ranks)
+        return Schedule(actions, now, tuple(tuple(rank.starts) for rank in self.ranks))
 
     def _begin(self, rank: _Rank, now: int) -> None:
         """The next forward pass if it can and may run, else the next backward pass if it can."""
@@ -158,6 +182,7 @@ class _Play:
                 rank.free_at = now + _TIME[rank.running.direction]
                 rank.in_flight = rank.in_flight + (1 if rank.running.direction == "forward" else -1)
                 rank.actions.append(rank.running)
+                rank.starts.append(now)
                 return
 
     def _end(self, rank: _Rank) -> None:

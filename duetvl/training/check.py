@@ -21,13 +21,13 @@ from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.training.checkpoints.run_directory import Start, find_start
 from duetvl.training.checkpoints.space import Space, in_words
+from duetvl.training.drawn_schedule import check_drawable, draw, schedule_lines
 from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.layout import layout_lines
 from duetvl.training.lora import plan_adapters
 from duetvl.training.memory import disk_of, division_of, estimate, host_memory, load_of
 from duetvl.training.preference.reference import describe
-from duetvl.training.recipe.reading import check_layers
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import total_steps
 from duetvl.training.sft import recipe_processor, record_encoder
@@ -36,14 +36,21 @@ from duetvl.training.walk import walk
 
 
 def check(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = (), *, decode: bool = False
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    decode: bool = False,
+    schedule: Path | None = None,
 ) -> Iterator[str]:
     """What the recipe will do, line by line. Raises whatever training would meet on as many processes as it asks for.
 
     All records are read, tokenised and measured by the headers of their media; with `decode` their pixels are made as
-    well, which finds truncated pictures and takes as long as training's data side does.
+    well, which finds truncated pictures and takes as long as training's data side does. The
+    schedule of a pipeline is drawn into the PNG file `schedule`.
     """
     given = read_recipe(recipe, overrides)
+    if schedule is not None:
+        check_drawable(given)
     yield f"backend: {choose_backend(given.backend.name, given.backend.device)}, device {given.backend.device}"
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
@@ -65,7 +72,7 @@ def check(
         yield from _walked("data.val", val, sets.val_count, maker, way)
     steps = total_steps(given, sets.per_epoch)
     drafts = maker.drafts(list(islice(sets.train_refs(), FIRST)))
-    yield from _room_lines(given, source, start, steps, drafts)
+    yield from _room_lines(given, source, start, steps, drafts, schedule)
 
 
 def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
@@ -78,7 +85,6 @@ def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
 def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
     """Configuration, the headers of the weights, and adapters."""
     config = source.config
-    check_layers(recipe.parallel, config)
     division_of(recipe, config)
     shapes = parameter_shapes(config)
     plan = plan_adapters(recipe, config)
@@ -94,9 +100,12 @@ def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
 
 
 def _room_lines(
-    recipe: Recipe, source: ModelDirectory, start: Start, steps: int, outcomes: Iterable[Any]
+    recipe: Recipe, source: ModelDirectory, start: Start, steps: int, outcomes: Iterable[Any], picture: Path | None
 ) -> Iterator[str]:
-    """The estimate of memory, from the sizes of the first samples, and what to say where that or the disk is short."""
+    """The estimates from the sizes of the first samples: memory, layout and schedule, and the disk.
+
+    With what to say where memory or disk are short.
+    """
     config = source.config
     plan = plan_adapters(recipe, config)
     adapters = plan.adapters if plan else None
@@ -107,11 +116,24 @@ def _room_lines(
         if _on_cpu(recipe) and (warning := memory.warning(host_memory(), "cpu")):
             yield warning
     yield from layout_lines(recipe, config, adapters, load)
+    if load is not None and recipe.parallel.pp > 1:
+        yield from _schedule_lines(recipe, load[1], picture)
     space = Space.with_export(*disk_of(config, recipe, adapters), recipe)
     yield f"disk: a checkpoint takes {in_words(space.checkpoint)}"
     left = steps - (start.checkpoint.step if start.checkpoint else 0)
     if left > 0 and (warning := space.warning(start.run_dir, recipe.checkpoint, left)):
         yield warning
+
+
+def _schedule_lines(recipe: Recipe, micro_batches: int, picture: Path | None) -> Iterator[str]:
+    shape = recipe.parallel.pp, recipe.parallel.virtual, micro_batches
+    yield from schedule_lines(*shape)
+    if picture is not None:
+        try:
+            draw(*shape, picture)
+        except OSError as error:
+            raise ConfigError(f"--schedule {picture}: cannot be written: {error.strerror or error}") from None
+        yield f"  drawn: {picture}"
 
 
 def _on_cpu(recipe: Recipe) -> bool:

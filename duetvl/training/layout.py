@@ -15,7 +15,6 @@ from duetvl.parallel.division import Division
 from duetvl.parallel.traffic import step_traffic
 from duetvl.training.checkpoints.space import in_words
 from duetvl.training.memory import division_of, estimate
-from duetvl.training.recipe.reading import not_built
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import show
 
@@ -40,8 +39,6 @@ def layout_lines(
     placed = {"vision": parallel.vision_layers, "language": parallel.language_layers}
     stages = "".join(f", {name} layers {show(rows)}" for name, rows in placed.items() if rows)
     yield f"layout: {degrees(recipe)} needs {mesh.size} processes{stages}"
-    if unbuilt := not_built(parallel):
-        yield f"  {unbuilt}"
     if mesh.tp > 1:
         yield from _parts(recipe, config, adapters, load)
     if load is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from duetvl.core.stages import Stages, even_range
+from duetvl.core.stages import even_range
 from duetvl.data.draft import Draft
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -23,6 +23,7 @@ from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Unit
 from duetvl.parallel.division import Division, owned_rows
 from duetvl.parallel.zero import BUCKET
+from duetvl.training.recipe.placement import exchanging, stages_of
 from duetvl.training.recipe.sections import Recipe
 
 
@@ -153,7 +154,10 @@ def estimate(
 
 
 def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
-    """How a rank sees a recipe's model divided. Raises ConfigError for degrees that the model cannot have."""
+    """How a rank sees a recipe's model divided.
+
+    Raises ConfigError for degrees that the model cannot have, and for stages that its layers do not fit.
+    """
     parallel = recipe.parallel
     return Division.of(
         config,
@@ -161,17 +165,9 @@ def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
         rank,
         sequence=parallel.sequence,
         vision=parallel.vision,
-        stages=_stages(recipe, config),
-        ulysses=parallel.cp if parallel.cp_algorithm == "ulysses" else 1,
+        stages=stages_of(parallel, config),
+        ulysses=exchanging(parallel, config),
     )
-
-
-def _stages(recipe: Recipe, config: ModelConfig) -> Stages:
-    """The layers of each stage; those that the recipe does not place are where `Stages.even` has them."""
-    parallel = recipe.parallel
-    even = Stages.even(config.vision.depth, config.text.num_layers, parallel.pp, parallel.virtual)
-    vision, language = parallel.vision_layers or (even.vision,), parallel.language_layers or (even.language,)
-    return Stages.of_rows(vision, language)
 
 
 def held_sizes(config: ModelConfig, division: Division) -> Held:

@@ -19,7 +19,7 @@ from duetvl.migrate.reading import read_keys
 from duetvl.migrate.tables import TABLES
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.training.lora import plan_adapters
-from duetvl.training.recipe.reading import load_recipe, make_recipe, not_built
+from duetvl.training.recipe.reading import load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import parse_yaml
 from duetvl.training.train import train
@@ -229,6 +229,37 @@ def test_virtual_stages(tmp_path):
     assert not notes(made, "contradiction")
     change(files[2], "parallel-size 3", "parallel-size 2")
     assert "2, but pipeline_num_layers has 3 rows" in str(notes(import_run(*files), "contradiction"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("ulysses_cp_algo", ("ulysses", None)),
+        ("megatron_cp_algo", ("ring", None)),
+        ("adaptive_cp_algo", ("ring", None)),
+        ("hybrid_cp_algo --ulysses-degree-in-cp 2", ("hybrid", 2)),
+        ("hybrid_adaptive_cp_algo --ulysses-degree-in-cp 4", ("hybrid", 4)),
+        ("hybrid_cp_algo", ("hybrid", None)),
+        ("megatron_cp_algo --ulysses-degree-in-cp 2", ("ring", None)),
+    ],
+)
+def test_context_parallelism(tmp_path, arguments, expected):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--context-parallel-algo ulysses_cp_algo", f"--context-parallel-algo {arguments}")
+    made = import_run(*files, variables={"CP": "4"})
+    parallel = recipe_of(made).parallel
+    assert (parallel.cp, parallel.cp_algorithm, parallel.ulysses) == (4, *expected)
+    changed = "--context-parallel-algo" in notes(made, "changed")
+    assert changed == ("adaptive" in arguments)
+    if "ulysses-degree" in arguments:
+        assert "--ulysses-degree-in-cp" in notes(made, "used" if expected[1] else "not needed")
+
+
+def test_a_degree_that_does_not_divide_context_parallelism(tmp_path):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "ulysses_cp_algo", "hybrid_cp_algo --ulysses-degree-in-cp 3")
+    with pytest.raises(ConfigError, match=r"degree-in-cp 3 does not divide --context-parallel-size 4; .* 1, 2, 4$"):
+        import_run(*files, variables={"CP": "4"})
 
 
 @pytest.mark.parametrize(
@@ -746,12 +777,7 @@ def test_the_command_writes_a_recipe_once(tmp_path, capsys, monkeypatch):
     target = tmp_path / "made.yaml"
     assert main(["import-mindspeed", *files, "-o", str(target), "NPUS_PER_NODE=4"]) == 0
     told = capsys.readouterr().out
-    flat = "parallel.pp=1 parallel.vision_layers=null parallel.language_layers=null"
-    assert told.endswith(
-        f"{target}: sft with lora, pp 2 x dp 2 x cp 1 x tp 1 on 4 devices, 96 samples a step; "
-        f"pp above 1 is not built yet; {flat} takes the same steps with tp and dp alone\n"
-    )
-    assert not not_built(load_recipe(target, flat.split()).parallel)
+    assert told.endswith(f"{target}: sft with lora, pp 2 x dp 2 x cp 1 x tp 1 on 4 devices, 96 samples a step\n")
     assert load_recipe(target).lora is not None
     before = target.read_text()
     assert main(["import-mindspeed", *files, "-o", str(target)]) == 2

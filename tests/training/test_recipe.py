@@ -10,10 +10,12 @@ import pytest
 
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
+from duetvl.core.stages import Stages
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.training.memory import division_of
 from duetvl.training.recipe import text
-from duetvl.training.recipe.reading import check_layers, check_world, for_world, load_recipe, make_recipe
+from duetvl.training.recipe.placement import exchanging, stages_of
+from duetvl.training.recipe.reading import check_world, for_world, load_recipe, make_recipe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import recipe_reference
 from duetvl.training.recipe.yaml_values import parse_yaml, write_yaml
@@ -213,8 +215,12 @@ def test_another_number_of_processes_is_refused_in_one_line():
         check_world(make("parallel.dp=2", "parallel.tp=2"), 3)
     with pytest.raises(ConfigError, match=r"needs 1 process, and 2 were started; .* parallel.dp=auto"):
         check_world(make(), 2)
-    with pytest.raises(ConfigError, match=r"pp above 1 is not built yet; parallel.pp=1 takes the same"):
-        check_world(make("parallel.pp=2"), 2)
+    placed = make("parallel.pp=2", "parallel.language_layers=[1, 1]")
+    with pytest.raises(
+        ConfigError, match=r"or parallel.pp=1 parallel.language_layers=null takes the same steps on one"
+    ):
+        check_world(placed, 1)
+    check_world(placed, 2)
     check_world(make(), 1)
     check_world(make("parallel.dp=2", "parallel.tp=2"), 4)
 
@@ -270,23 +276,90 @@ def test_layers_of_stages_are_flat_or_a_row_for_each_virtual_stage():
         (("parallel.vision_layers=[[1], 2]",), "parallel.vision_layers: found 2, allowed: numbers of layers"),
         (("parallel.vision_layers=[]",), "parallel.vision_layers: found [], allowed: numbers of layers"),
         (("parallel.cp_algorithm=ulises",), "parallel.cp_algorithm: found 'ulises', allowed: ulysses, ring"),
+        (("parallel.cp=4", "parallel.ulysses=2"), "is for parallel.cp_algorithm hybrid, which is ulysses; give"),
+        (
+            ("parallel.cp=4", "parallel.cp_algorithm=hybrid", "parallel.ulysses=3"),
+            "parallel.ulysses 3 does not divide parallel.cp 4; possible are 1, 2, 4",
+        ),
+        (("parallel.cp_algorithm=hybrid", "parallel.ulysses=0"), "parallel.ulysses: found 0, allowed: "),
     ],
 )
 def test_layers_that_cannot_be_placed(overrides, expected):
     assert expected in message(*overrides)
 
 
+def placed(*overrides: str, model: str = "Qwen2.5-VL-7B") -> Stages:
+    return stages_of(make(*overrides).parallel, published_config(model))
+
+
 def test_layers_add_up_to_the_model():
-    model = published_config("Qwen2.5-VL-7B")
-    check_layers(make("parallel.pp=2", "parallel.language_layers=[12, 16]").parallel, model)
+    assert placed("parallel.pp=2", "parallel.language_layers=[12, 16]") == Stages((32, 0), (12, 16))
     with pytest.raises(ConfigError) as caught:
-        check_layers(make("parallel.pp=2", "parallel.language_layers=[12, 15]").parallel, model)
+        placed("parallel.pp=2", "parallel.language_layers=[12, 15]")
     assert str(caught.value) == (
         "parallel.language_layers [[12, 15]] places 27 layers, the language model has 28; "
         "evenly over 2 stages they would be [14, 14]"
     )
     with pytest.raises(ConfigError, match="places 31 layers, the vision tower has 32"):
-        check_layers(make("parallel.vision_layers=[31]").parallel, model)
+        placed("parallel.vision_layers=[31]")
+
+
+def test_a_tower_without_a_list_is_placed_by_default():
+    assert placed() == Stages((32,), (28,))
+    assert placed("parallel.pp=3") == Stages((32, 0, 0), (10, 9, 9))
+    language = "parallel.language_layers=[[0,1,8],[8,8,3]]"
+    assert placed("parallel.pp=3", language) == Stages((32, 0, 0, 0, 0, 0), (0, 1, 8, 8, 8, 3))
+    vision = "parallel.vision_layers=[16,16,0]"
+    assert placed("parallel.pp=3", vision) == Stages((16, 16, 0), (0, 14, 14))
+    assert placed("parallel.pp=3", vision, language) == Stages((16, 16, 0, 0, 0, 0), (0, 1, 8, 8, 8, 3))
+    rows = "parallel.vision_layers=[[31,0],[1,0]]"
+    assert placed("parallel.pp=2", rows) == Stages((31, 0, 1, 0), (0, 0, 14, 14))
+    assert placed("parallel.language_layers=[[10],[18]]") == Stages((32, 0), (10, 18))
+
+
+def test_every_rank_of_a_pipeline_has_a_layer():
+    assert placed("parallel.pp=28").language == (1,) * 28
+    with pytest.raises(ConfigError) as caught:
+        placed("parallel.pp=29")
+    assert str(caught.value) == (
+        "parallel.pp 29: rank 28 of the pipeline has no layer of the model; possible without lists are 1 to 28"
+    )
+    with pytest.raises(ConfigError, match=r"rank 1 of the pipeline has no layer of the model; give it some in"):
+        placed("parallel.pp=3", "parallel.language_layers=[12, 0, 16]")
+    # A stage may have none where its rank has some in another row.
+    placed("parallel.pp=2", "parallel.language_layers=[[0, 0], [14, 14]]")
+
+
+def test_ranks_that_exchange_heads_have_one_each():
+    model = published_config("Qwen2.5-VL-7B")  # 28 query heads
+
+    def degree(*overrides: str) -> int:
+        return exchanging(make(*overrides).parallel, model)
+
+    assert [degree(), degree("parallel.cp=28"), degree("parallel.cp=5")] == [1, 28, 5]
+    assert degree("parallel.cp=64", "parallel.cp_algorithm=ring") == 1
+    hybrid = "parallel.cp_algorithm=hybrid"
+    assert degree("parallel.cp=64", hybrid) == 16
+    assert degree("parallel.cp=64", hybrid, "parallel.tp=4") == 4
+    assert degree("parallel.cp=64", hybrid, "parallel.ulysses=2") == 2
+    with pytest.raises(ConfigError) as caught:
+        degree("parallel.cp=8", "parallel.tp=4")
+    assert str(caught.value) == (
+        "parallel.cp 8 with parallel.cp_algorithm ulysses: a rank has 7 query heads, of which each rank that exchanges "
+        "them needs one at least; possible are 1 to 7, or any number with parallel.cp_algorithm=hybrid or ring"
+    )
+    with pytest.raises(ConfigError, match=r"parallel.ulysses 32: the model has 28 .*; possible are 1, 2, 4, 8, 16$"):
+        degree("parallel.cp=64", hybrid, "parallel.ulysses=32")
+
+
+def test_a_division_has_the_stages_and_teams_of_its_recipe():
+    recipe = make(
+        "parallel.pp=2", "parallel.language_layers=[12,16]", "parallel.cp=4", "parallel.cp_algorithm=hybrid",
+        "parallel.ulysses=2",
+    )  # fmt: skip
+    division = division_of(recipe, published_config("Qwen2.5-VL-7B"), 4)
+    assert division.ulysses == 2 and division.stages == Stages((32, 0), (12, 16))
+    assert division.holds("model.layers.12.mlp.up_proj.weight") and not division.holds("visual.merger.mlp.0.weight")
 
 
 def test_yaml_and_json_files(tmp_path):

@@ -34,14 +34,18 @@ class ParallelSection(Section):
     other, or layers of one alone.
     """
 
-    pp: int = Field(default=1, ge=1, description="Pipeline stages; not built yet, 1 alone is trained.")
+    pp: int = Field(
+        default=1, ge=1, description="Pipeline parallelism: ranks that the model's layers are divided over."
+    )
     dp: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=1,
         description="Data-parallel replicas, which divide the samples of a step; auto: as many as the processes that "
         "are started allow. No result depends on it.",
     )
     cp: int = Field(
-        default=1, ge=1, description="Context parallelism: pieces of a sequence; not built yet, 1 alone is trained."
+        default=1,
+        ge=1,
+        description="Context parallelism: ranks that the tokens of each micro-batch are divided over.",
     )
     tp: int = Field(default=1, ge=1, description="Tensor parallelism: pieces of a layer.")
     sequence: bool = Field(
@@ -54,17 +58,43 @@ class ParallelSection(Section):
         description="What the tensor-parallel ranks do with the vision tower: `divide` the pictures and frames, each "
         "rank with all of the tower's weights, or `shard` its layers.",
     )
-    cp_algorithm: Literal["ulysses", "ring"] = Field(
+    cp_algorithm: Literal["ulysses", "ring", "hybrid"] = Field(
         default="ulysses",
-        description="How attention sees all of a sequence that `cp` divides: heads are exchanged, or keys and values "
-        "go round.",
+        description="How attention sees all of a sequence that `cp` divides: `ulysses` exchanges heads, `ring` passes "
+        "keys and values round, `hybrid` exchanges heads among some ranks, whose teams pass keys and values round.",
+    )
+    ulysses: int | None = Field(
+        default=None,
+        ge=1,
+        description="With `cp_algorithm: hybrid`, how many ranks exchange heads with each other, a divisor of `cp`; "
+        "null: as many as the model's heads allow.",
     )
     vision_layers: StageLayers | None = Field(
-        default=None, description="Layers of the vision tower in each stage; null: all in the first."
+        default=None,
+        description="Layers of the vision tower in each stage; null: all in the first. It may have fewer rows than "
+        "`language_layers`.",
     )
     language_layers: StageLayers | None = Field(
-        default=None, description="Layers of the language model in each stage; null: divided evenly."
+        default=None,
+        description="Layers of the language model in each stage; null: divided evenly, over the stages from the last "
+        "one with vision layers on.",
     )
+
+    @model_validator(mode="after")
+    def _teams(self) -> ParallelSection:
+        if self.ulysses is None:
+            return self
+        if self.cp_algorithm != "hybrid":
+            raise contradiction(
+                f"parallel.ulysses {self.ulysses} is for parallel.cp_algorithm hybrid, which is {self.cp_algorithm}; "
+                f"give parallel.cp_algorithm=hybrid, or parallel.ulysses=null"
+            )
+        if self.cp % self.ulysses:
+            possible = ", ".join(str(n) for n in range(1, self.cp + 1) if self.cp % n == 0)
+            raise contradiction(
+                f"parallel.ulysses {self.ulysses} does not divide parallel.cp {self.cp}; possible are {possible}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _placed(self) -> ParallelSection:

@@ -16,8 +16,6 @@ from pydantic import ValidationError
 
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import AXES
-from duetvl.core.stages import even_split
-from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import allowed, elsewhere, fields, no_field, no_section, one_line, show
@@ -66,14 +64,12 @@ def for_world(recipe: Recipe, processes: int) -> Recipe:
 
 
 def check_world(recipe: Recipe, processes: int) -> None:
-    """Raise ConfigError unless the recipe's degrees fit the number of processes, and all of the layout is built."""
+    """Raise ConfigError unless the recipe's degrees fit the number of processes."""
     parallel, mesh = recipe.parallel, recipe.parallel.mesh
-    if unbuilt := not_built(parallel):
-        raise ConfigError(f"parallel: {_degrees(parallel, AXES)}: {unbuilt}")
     if processes != mesh.size:
         one = processes == 1
-        fields = " ".join(f"parallel.{axis}=1" for axis in AXES if getattr(mesh, axis) > 1)
-        way = f"{fields} takes the same steps on one" if one else "change the degrees: parallel.dp=auto takes the rest"
+        alone = f"{_undivided(parallel)} takes the same steps on one"
+        way = alone if one else "change the degrees: parallel.dp=auto takes the rest"
         raise ConfigError(
             f"parallel: {_degrees(parallel, AXES)} needs {mesh.size} process{'es' * (mesh.size > 1)}, and {processes} "
             f"{'was' if one else 'were'} started; start {mesh.size} (duetvl launch --nproc {mesh.size} -- train ...), "
@@ -81,36 +77,16 @@ def check_world(recipe: Recipe, processes: int) -> None:
         )
 
 
+def _undivided(parallel: ParallelSection) -> str:
+    """The fields that make a layout one process."""
+    ones = [f"parallel.{axis}=1" for axis in AXES if getattr(parallel.mesh, axis) > 1]
+    placed = [name for name in ("vision_layers", "language_layers") if parallel.pp > 1 and getattr(parallel, name)]
+    team = ["parallel.ulysses=null"] if parallel.ulysses not in (None, 1) else []
+    return " ".join([*ones, *(f"parallel.{name}=null" for name in placed), *team])
+
+
 def _degrees(parallel: ParallelSection, axes: Sequence[str]) -> str:
     return " x ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
-
-
-def not_built(parallel: ParallelSection) -> str:
-    """What of a layout is not built yet, and the fields with which it trains; empty where all of it is."""
-    asked = [f"{axis} above 1" for axis in ("pp", "cp") if getattr(parallel, axis) > 1]
-    placed = [name for name in ("vision_layers", "language_layers") if getattr(parallel, name)]
-    if not asked and not placed:
-        return ""
-    fields = [f"parallel.{axis}=1" for axis in ("pp", "cp") if getattr(parallel, axis) > 1]
-    fields += [f"parallel.{name}=null" for name in placed]
-    what = " and ".join(asked) if asked else f"parallel.{placed[0]}"
-    return f"{what} is not built yet; {' '.join(fields)} takes the same steps with tp and dp alone"
-
-
-def check_layers(parallel: ParallelSection, config: ModelConfig) -> None:
-    """Raise ConfigError unless the stages' layers add up to the model's."""
-    placed = (
-        ("vision_layers", parallel.vision_layers, config.vision.depth, "vision tower"),
-        ("language_layers", parallel.language_layers, config.text.num_layers, "language model"),
-    )
-    for name, rows, layers, part in placed:
-        if rows is not None and (total := sum(map(sum, rows))) != layers:
-            stages = parallel.pp * len(rows)
-            even = list(even_split(layers, stages))
-            raise ConfigError(
-                f"parallel.{name} {show(rows)} places {total} layers, the {part} has {layers}; "
-                f"evenly over {stages} stages they would be {even}"
-            )
 
 
 def _apply_override(sections: dict[str, Any], override: str) -> None:
