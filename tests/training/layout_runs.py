@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 LIMIT = 300.0  # seconds for all runs of one start
 SIZES = {
-    "hidden_size": 48, "intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 2,
     "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
 }  # fmt: skip
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -57,6 +57,18 @@ LAYOUTS = {
     "dp2tp2": Layout(4, {"dp": 2, "tp": 2}),
     "dp2tp2s": Layout(4, {"dp": 2, "tp": 2, "sequence": True}),
     "dp4": Layout(4, {"dp": 4}),
+    "pp2": Layout(2, {"pp": 2}),
+    "pp4": Layout(4, {"pp": 4, "vision_layers": [2, 0, 0, 0], "language_layers": [0, 1, 1, 2]}),
+    "pp2v2": Layout(2, {"pp": 2, "vision_layers": [[1, 1], [0, 0]], "language_layers": [[0, 1], [2, 1]]}),
+    "pp2tp2": Layout(4, {"pp": 2, "tp": 2, "sequence": True}),
+    "pp2dp2": Layout(4, {"pp": 2, "dp": 2}),
+    "cp2": Layout(2, {"cp": 2}),
+    "cp3": Layout(3, {"cp": 3}),
+    "cp2r": Layout(2, {"cp": 2, "cp_algorithm": "ring"}),
+    "cp4r": Layout(4, {"cp": 4, "cp_algorithm": "ring"}),
+    "dp2cp2": Layout(4, {"dp": 2, "cp": 2}),
+    "pp2cp2": Layout(4, {"pp": 2, "cp": 2, "cp_algorithm": "ring"}),
+    "all": Layout(8, {"pp": 2, "cp": 2, "tp": 2, "sequence": True}),
 }
 
 
