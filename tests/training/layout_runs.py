@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 
 LIMIT = 300.0  # seconds for all runs of one start
 SIZES = {
-    "hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2,
     "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
 }  # fmt: skip
 KINDS: Mapping[str, Mapping[str, Any]] = {

@@ -20,8 +20,8 @@ IN_CI = (
     "sft:2.5:tp2", "sft:2:tp2s", "sft:2:dp2",
     "sft:2.5:tp3", "lora:2:tp3s", "sft:2.5:dp3",
     "sft:2.5:tp4s", "sft:2:dp2tp2", "lora:2.5:dp2tp2s", "dpo:2:dp2tp2", "cached:2.5:dp2tp2s", "dora:2:dp2tp2s",
-    "sft:2.5:pp2", "sft:2:pp4", "sft:2.5:pp2v2", "sft:2:pp2tp2", "sft:2.5:pp2dp2", "sft:2.5:cp2", "sft:2:cp3", "sft:2.5:cp2r",
-    "lora:2:cp4r", "sft:2:pp2cp2", "dpo:2.5:dp2cp2", "cached:2:pp2cp2",
+    "sft:2.5:pp2", "sft:2:pp4", "sft:2.5:pp2v2", "sft:2:pp2tp2", "sft:2.5:pp2dp2", "sft:2.5:cp2",
+    "sft:2:cp3", "sft:2.5:cp2r", "lora:2:cp4r", "sft:2:pp2cp2", "dpo:2.5:dp2cp2", "cached:2:pp2cp2",
 )  # fmt: skip
 ALL = tuple(f"{kind}:{family}:{layout}" for kind in KINDS for family in ("2", "2.5") for layout in LAYOUTS)
 
@@ -105,7 +105,7 @@ def test_the_run_is_that_of_one_process(runs: Runs, name: str) -> None:
     kind = name.split(":")[0]
     # What starts at zero is the sum of its updates, which near eps amplify the rounding of a gradient: most of all the
     # small ones of adapters.
-    share = 1e-4 if kind in ("lora", "dora") else 1e-5
+    share = {"lora": 1e-4, "dora": 1e-4, "sft": 1e-5}.get(kind, 4e-5)
     for path, weight in weights.items():
         allowed = max(1e-6 * float(np.linalg.norm(weight)), share * KINDS[kind]["optim"]["lr"] * weight.size**0.5)
         assert float(np.linalg.norm(ours[path] - weight)) <= allowed, path
