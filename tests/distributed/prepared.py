@@ -54,7 +54,8 @@ def compare(be: Backend, job: Job, batch: Batch, wanted: np.ndarray) -> None:
     if job.before is not None:
         job.before(Pairs(batch))
         job.before(Pairs(batch))  # it is complete then, and nothing is run
-    found = np.array(be.to_numpy(job.compared_with(batch)))
+    (sums,) = job.compared_with([batch])
+    found = np.array(be.to_numpy(sums))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(be.collectives.gather_objects(found.tobytes()))) == 1
 
