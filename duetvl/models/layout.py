@@ -178,7 +178,7 @@ class Undivided:
 
     def own_rows(self, lengths: np.ndarray) -> np.ndarray:
         """All."""
-        return np.arange(lengths.sum())
+        return np.arange(int(np.sum(lengths)))
 
     def causal(self, ops: Ops, spans: Spans) -> Attend:
         """Within the spans."""

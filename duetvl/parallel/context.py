@@ -53,7 +53,7 @@ class Pieces:
     def count(self, member: int) -> int:
         """The rows of a ring place."""
         front, back = self._chunks(member)
-        return int(front.sum() + back.sum())
+        return int(np.sum(front) + np.sum(back))
 
     def spans(self, member: int, source: int) -> Spans:
         """Which keys of the ring place `source` the rows of `member` see."""
@@ -69,7 +69,7 @@ class Pieces:
     def _cuts(self) -> np.ndarray:
         """(S, 2 * ring) the chunks of each sequence."""
         chunks = [even_split(int(length), 2 * self.ring) for length in self.lengths]
-        return np.array(chunks, np.int64).reshape(len(chunks), 2 * self.ring)
+        return np.reshape(np.array(chunks, np.int64), (-1, 2 * self.ring))
 
     def _chunks(self, member: int) -> tuple[Any, Any]:
         """(S,) rows that a ring place has of each sequence: from the front, and from the back."""
@@ -77,12 +77,12 @@ class Pieces:
 
     def _ring_rows(self, member: int) -> np.ndarray:
         owners = np.tile([*range(self.ring), *reversed(range(self.ring))], len(self.lengths))
-        return np.flatnonzero(np.repeat(owners, self._cuts.reshape(-1)) == member)
+        return np.flatnonzero(np.repeat(owners, np.ravel(self._cuts)) == member)
 
 
 def _in_turn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a[0], b[0], a[1], b[1], ..."""
-    return np.stack([a, b], axis=1).reshape(-1)
+    return np.ravel(np.stack([a, b], axis=1))
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,12 @@ class Division:
                 "there; give it one at least"
             )
         ulysses = mesh.cp if ulysses is None else ulysses
+        if ulysses > (most := max(1, heads.query // mesh.tp)):
+            raise ConfigError(
+                f"parallel.cp {mesh.cp}: {ulysses} ranks would exchange heads, and a rank has {most} query heads; let "
+                f"keys and values go round instead: parallel.cp_algorithm=ring, or hybrid with parallel.ulysses of at "
+                f"most {most}"
+            )
         return cls(mesh, heads, rank, sequence, vision, stages, config.tie_word_embeddings, ulysses)
 
     def for_model(self, config: ModelConfig) -> Division:

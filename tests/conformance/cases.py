@@ -243,6 +243,10 @@ def rows() -> Iterator[Case]:
         "take_rows", "of none", (normal(0, 4), np.zeros(0, np.int32)), lambda ops, x, i: ops.take_rows(x, i),
         lambda x, i: x[i.long()],
     )  # fmt: skip
+    yield Case(
+        "take_rows", "without elements", (normal(3, 0, 4), np.array([2, 0, 0, 1], np.int32)),
+        lambda ops, x, i: ops.take_rows(x, i), lambda x, i: x[i.long()],
+    )  # fmt: skip
     many = integers(50, 3000)
     yield Case(
         "take_rows", "many repeats", (normal(50, 8), many), lambda ops, x, i: ops.take_rows(x, i),

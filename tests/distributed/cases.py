@@ -257,6 +257,10 @@ for each in (
     imported("steps", each)
 
 
+for each in ("check_context", "check_context_in_pipelines", "check_context_of_pairs", "check_context_not_finite"):
+    imported("context_steps", each)
+
+
 # -- whole runs (whole_runs.py) ----------------------------------------------------------------------------------------
 
 for each in (

@@ -114,6 +114,7 @@ class Tiny:
     sequence: bool = False
     vision: VisionMode = "shard"
     stages: Stages | None = None  # of a pipeline; they say how many layers there are
+    ulysses: int | None = None  # ranks that exchange heads; None: all of context parallelism
 
     def config(self) -> ModelConfig:
         depth, layers = self.stages.layers if self.stages else (1, 1)
@@ -129,7 +130,8 @@ class Tiny:
         )  # fmt: skip
 
     def division(self, mesh: Mesh, rank: int) -> Division:
-        return Division.of(self.config(), mesh, rank, sequence=self.sequence, vision=self.vision, stages=self.stages)
+        how = {"sequence": self.sequence, "vision": self.vision, "stages": self.stages, "ulysses": self.ulysses}
+        return Division.of(self.config(), mesh, rank, **how)
 
     def model(self, be: Backend, division: Division) -> QwenVL:
         """What this rank has of it."""

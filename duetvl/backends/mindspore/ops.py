@@ -112,8 +112,8 @@ class MindSporeOps(ComposedOps):
         return ops.reshape(y, (*x.shape[:-1], weight.shape[0]))
 
     def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        if 0 in index.shape:
-            return self._nothing((0, *x.shape[1:]), x)
+        if 0 in (*index.shape, *x.shape):
+            return self._nothing((*index.shape, *x.shape[1:]), x)
         return ops.gather(x, index, 0)
 
     def _nothing(self, shape: Sequence[int], *sources: Tensor) -> Tensor:
