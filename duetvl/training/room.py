@@ -27,8 +27,8 @@ def room_warnings(state: RunState, ranks: Ranks, steps: int) -> list[str]:
 
 
 def _disk(state: RunState, steps: int) -> str | None:
-    recipe, job = state.recipe, state.job
-    space = Space.of(job.checkpointed(), job.model.parameters, state.trainer.state, recipe, state.backend)
+    recipe = state.recipe
+    space = Space.of(state.kept, state.trainer.everything, state.trainer.state.dtype, recipe)
     return space.warning(Path(recipe.train.output_dir), recipe.checkpoint, steps, refuse=True)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from duetvl.core.backend import Backend
 from duetvl.core.errors import CheckpointError
+from duetvl.parallel.inventory import Inventory
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import load_checkpoint, take_snapshot
@@ -26,6 +27,11 @@ class RunState:
         self.step = 0
         self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
 
+    @property
+    def kept(self) -> Inventory:
+        """What a checkpoint keeps of the model, whatever of it this rank has."""
+        return {path: entry for path, entry in self.trainer.everything.items() if self.job.keeps(path)}
+
     def snapshot(self, *, copy: bool) -> Snapshot:
         """What this rank writes of a checkpoint of this moment."""
         return take_snapshot(
@@ -34,6 +40,7 @@ class RunState:
             owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
             division=self.job.division,
+            everything=self.kept,
             meta=Meta(
                 recipe=self.recipe.model_dump(mode="json"),
                 model_config=self.job.model_config,
@@ -59,6 +66,7 @@ class RunState:
             parameters=self.job.checkpointed(),
             owned=self.trainer.owned,
             optimizer_state=self.trainer.state,
+            everything=self.kept,
             backend=self.backend,
         )
         self.step = ref.step

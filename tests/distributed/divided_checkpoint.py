@@ -25,15 +25,16 @@ def check(be: Backend) -> None:
     """Float32 in the foreground, and bfloat16 with its masters in the background."""
     ranks = Ranks(be.collectives)
     place = Path(ranks.agree(tempfile.mkdtemp() if ranks.writes else ""))
-    for half in (False, True):
-        _check(be, ranks, place / str(half), half=half)
+    for layout in ("dp 2 x tp 2", "pp 2 x cp 2 tied in virtual stages"):
+        for half in (False, True):
+            _check(be, ranks, place / layout / str(half), layout, half=half)
     be.collectives.barrier()
     if ranks.writes:
         shutil.rmtree(place)
 
 
-def _check(be: Backend, ranks: Ranks, place: Path, *, half: bool) -> None:
-    division, numbers = LAYOUTS["dp 2 x tp 2"].of_rank(ranks.index), whole(1, half)
+def _check(be: Backend, ranks: Ranks, place: Path, writer: str, *, half: bool) -> None:
+    division, numbers = LAYOUTS[writer].of_rank(ranks.index), whole(1, half)
     told: list[Any] = []
 
     def make(array: np.ndarray) -> Any:
@@ -51,7 +52,12 @@ def _check(be: Backend, ranks: Ranks, place: Path, *, half: bool) -> None:
         for reader in ranks_of(layout)[ranks.index % layout.mesh.size :: ranks.count]:
             found = held(reader, whole(2, half), make)
             load_checkpoint(
-                ref, parameters=found.parameters, owned=found.owned, optimizer_state=found.optimizer, backend=be
+                ref,
+                parameters=found.parameters,
+                owned=found.owned,
+                optimizer_state=found.optimizer,
+                everything=found.everything,
+                backend=be,
             )
             for kind, path, part, tensor in found.tensors():
                 wanted = cut(numbers[kind][path], part)

@@ -208,7 +208,7 @@ def check_memory_of_one_rank(be: Backend) -> None:
         def take(*, copy: bool) -> Snapshot:
             if copy and ranks.index == 1:
                 raise MemoryError
-            return Snapshot(step=1, meta=Meta(), optimizer_steps={}, pieces=(), written_by={})
+            return Snapshot(step=1, meta=Meta(), optimizer_steps={}, pieces=(), written_by={}, wanted={})
 
         warned, saved = list[str](), list[int]()
         with Saver(

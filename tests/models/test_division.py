@@ -7,6 +7,7 @@ import pytest
 
 from duetvl.core.boxes import Part
 from duetvl.core.mesh import Mesh
+from duetvl.core.stages import Stages
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.division import Division, dealt, owned_rows
 
@@ -24,6 +25,8 @@ def shapes(heads: Heads) -> dict[str, tuple[int, ...]]:
         f"{LAYER}.k_proj.lora_A.weight": (3, width),
         f"{LAYER}.o_proj.weight": (width, width),
         "model.layers.0.input_layernorm.weight": (width,),
+        "model.layers.3.mlp.down_proj.weight": (width, 10),
+        "model.norm.weight": (width,),
         "model.embed_tokens.weight": (97, width),
         "visual.blocks.0.attn.qkv.weight": (3 * heads.vision * HEAD, 8),
         "visual.blocks.0.attn.proj.bias": (8,),
@@ -50,15 +53,43 @@ def number(whole: np.ndarray, part: Part) -> np.ndarray:
 )
 def test_every_number_is_held_and_updated_by_one_rank(heads: Heads, mesh: Mesh, sequence: bool, vision: str) -> None:
     """The gradient of each number, as the ranks compute its parts, is summed to itself, once."""
-    first = Division(mesh, heads, 0, sequence, vision)
-    ranks = [first.of_rank(rank) for rank in range(mesh.size)]
+    check_numbers(Division(mesh, heads, 0, sequence, vision))
+
+
+EVEN, ENDS = Stages.even(1, 4, 2), Stages((1, 0, 0, 0), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vision", ["divide", "shard"])
+@pytest.mark.parametrize(
+    ("mesh", "stages"),
+    [
+        (Mesh(pp=2), EVEN),
+        (Mesh(pp=2, dp=2), ENDS),
+        (Mesh(pp=2, dp=2, cp=2, tp=3), EVEN),
+        (Mesh(pp=2, tp=2), Stages((0, 1, 0, 0), (0, 2, 2, 0))),  # empty stages first and last; ends on both ranks
+        (Mesh(pp=4, cp=3), Stages((1, 0, 0, 0), (0, 4, 0, 0))),  # a tied embedding's ends on one rank
+        (Mesh(cp=3, tp=2), Stages.even(1, 4, 1)),
+    ],
+    ids=str,
+)
+def test_every_number_of_a_pipeline_is_updated_by_one_rank(mesh: Mesh, stages: Stages, vision: str, tied: bool) -> None:
+    check_numbers(Division(mesh, Heads(16, 2, 16), 0, False, vision, stages, tied))
+
+
+def check_numbers(first: Division) -> None:
+    """Those of every parameter, over all ranks of its stages."""
+    heads, mesh = first.heads, first.mesh
+    views = [first.of_rank(rank) for rank in range(mesh.size)]
     for path, shape in shapes(heads).items():
+        ranks = {rank: view for rank, view in enumerate(views) if view.holds(path)}
         whole = np.arange(np.prod(shape)).reshape(shape)
         updated = np.zeros(whole.size, int)
-        for rank, division in enumerate(ranks):
+        for rank, division in ranks.items():
             part, sharing = division.part(path, shape), division.sharing(path, shape)
             held, unit = number(whole, part), number(whole, sharing.unit)
             np.testing.assert_array_equal(held, unit[sharing.first : sharing.first + len(held)])
+            assert sharing.axes in division.teams
             team = ranks[rank].team(sharing.axes)
             for other in team:
                 theirs = ranks[other].sharing(path, shape)

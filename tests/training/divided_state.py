@@ -10,8 +10,10 @@ from duetvl.core.half import narrowed
 from duetvl.core.mesh import Mesh
 from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
+from duetvl.core.stages import Stages
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.division import Division, owned_rows
+from duetvl.parallel.inventory import Entry, Inventory
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 
@@ -32,12 +34,16 @@ SHAPES = {
     f"{LAYER}.mlp.down_proj.lora_A.weight": (2, 10),
     f"{LAYER}.mlp.down_proj.lora_B.weight": (6, 2),
     f"{LAYER}.input_layernorm.weight": (6,),
+    "model.layers.1.mlp.up_proj.weight": (10, 6),
+    "model.layers.2.self_attn.k_proj.weight": (6, 6),
     "model.norm.weight": (2,),
 }
 FROZEN = (
     "visual.blocks.0.attn.qkv.weight", "visual.blocks.0.attn.proj.weight", f"{LAYER}.self_attn.k_proj.weight",
     f"{LAYER}.self_attn.k_proj.bias", f"{LAYER}.mlp.down_proj.weight", f"{LAYER}.input_layernorm.weight",
+    "model.layers.2.self_attn.k_proj.weight",
 )  # fmt: skip
+EVEN, ENDS = Stages.even(1, 3, 2), Stages((1, 0, 0, 0), (1, 1, 0, 1))  # ENDS: two virtual stages on each of two ranks
 LAYOUTS = {
     "one process": Division(),
     "dp 2 x tp 2": Division(Mesh(dp=2, tp=2), HEADS),
@@ -47,6 +53,14 @@ LAYOUTS = {
     "tp 4 with sequence": Division(Mesh(tp=4), HEADS, sequence=True, vision="shard"),
     "dp 2 x tp 3": Division(Mesh(dp=2, tp=3), HEADS),
     "dp 16": Division(Mesh(dp=16), HEADS),
+    "dp 2 x cp 2": Division(Mesh(dp=2, cp=2), HEADS),
+    "cp 2 x tp 3": Division(Mesh(cp=2, tp=3), HEADS, vision="shard"),
+    "pp 2": Division(Mesh(pp=2), HEADS, stages=EVEN),
+    "pp 2 tied": Division(Mesh(pp=2), HEADS, stages=EVEN, tied=True),
+    "pp 2 x tp 3 tied": Division(Mesh(pp=2, tp=3), HEADS, stages=EVEN, tied=True),
+    "pp 2 x dp 2 in virtual stages": Division(Mesh(pp=2, dp=2), HEADS, stages=ENDS),
+    "pp 2 x cp 2 tied in virtual stages": Division(Mesh(pp=2, cp=2), HEADS, stages=ENDS, tied=True),
+    "pp 4 with empty stages": Division(Mesh(pp=4), HEADS, stages=Stages((1, 0, 0, 0), (0, 2, 0, 1)), tied=True),
 }
 
 
@@ -57,6 +71,7 @@ class State:
     parameters: list[Parameter]
     owned: dict[str, Parameter]
     optimizer: AdamWState
+    everything: Inventory
 
     def tensors(self):
         """(kind, path, part, tensor) of all that is read."""
@@ -87,7 +102,9 @@ def cut(array, part):
 def held(division, numbers, make=np.array, seed=0):
     """The state of a rank, of `numbers` as `whole` gives them; `make` makes a tensor of an array's bits."""
     parameters, owned, state = [], {}, AdamWState()
-    for path, shape in SHAPES.items():
+    dtype = "bfloat16" if "master" in numbers else "float32"
+    everything = {path: Entry(shape, dtype, path not in FROZEN) for path, shape in SHAPES.items()}
+    for path, shape in ((path, shape) for path, shape in SHAPES.items() if division.holds(path)):
         part = division.part(path, shape)
         p = Parameter(path, make(cut(numbers["weights"][path], part)), trainable=path not in FROZEN)
         p.part = None if division.mesh.size == 1 else part
@@ -98,7 +115,7 @@ def held(division, numbers, make=np.array, seed=0):
             for kind, slot in state.slots().items():
                 if kind in numbers:
                     slot[path] = make(cut(numbers[kind][path], mine.place))
-    return State(parameters, owned, state)
+    return State(parameters, owned, state, everything)
 
 
 def rows_of(division, p, numbers, make):
@@ -119,6 +136,7 @@ def snapshot(state, division, backend, step=7, copy=False):
         owned=state.owned,
         optimizer_state=state.optimizer,
         division=division,
+        everything=state.everything,
         meta=Meta(recipe={"written by": step}),
         backend=backend,
         copy=copy,

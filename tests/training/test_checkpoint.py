@@ -367,7 +367,8 @@ def test_several_writers_and_any_reader(tmp_path):
             Piece(kind, "w", Part((6, 8), Slices((box,))), {"weights": weight, "exp_avg": moment}[kind][box.slices])
             for kind, box in boxes.items()
         ]
-        mine = writing.Snapshot(3, META, {"w": 3}, tuple(on_host(pieces, numpy_backend())), {})
+        wanted = {kind: {"w": (6, 8)} for kind in boxes}
+        mine = writing.Snapshot(3, META, {"w": 3}, tuple(on_host(pieces, numpy_backend())), {}, wanted)
         written.append(writing.write_share(staging, mine, rank, 2))
     with pytest.raises(ValueError, match="do not make up"):
         writing.make_manifest(mine, written[:1])

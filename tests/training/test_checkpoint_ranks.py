@@ -36,6 +36,7 @@ def load(ref, division, numbers, backend, make=np.array):
         parameters=state.parameters,
         owned=state.owned,
         optimizer_state=state.optimizer,
+        everything=state.everything,
         backend=backend,
     )
     return state
@@ -107,6 +108,20 @@ def test_another_model_is_refused_by_a_rank_that_owns_no_row_of_it(tmp_path):
             )
 
 
+def test_what_no_rank_has_written_is_missed(tmp_path):
+    """Rank 0 has not all parameters itself: it asks for those of the whole model."""
+    division, backend = LAYOUTS["pp 2 tied"], numpy_backend()
+    staging, written = writing.begin_save(tmp_path, 7, 0), []
+    for one in ranks_of(division):
+        state = held(one, whole(1))
+        state.parameters = [p for p in state.parameters if p.path != "model.layers.2.self_attn.k_proj.weight"]
+        state.optimizer.exp_avg.pop("model.norm.weight", None)
+        taken = snapshot(state, one, backend)
+        written.append(writing.write_share(staging, taken, one.rank, 2))
+    with pytest.raises(ValueError, match=r"'exp_avg of model.norm.weight', 'weights of model.layers.2.self_attn.k_pro"):
+        writing.make_manifest(taken, written)
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("first", "second"), [("torch_npu", "mindspore"), ("mindspore", "torch_npu")])
 def test_there_and_back_over_backends_and_layouts_is_bit_for_bit(tmp_path, first, second, half):
@@ -123,7 +138,7 @@ def test_there_and_back_over_backends_and_layouts_is_bit_for_bit(tmp_path, first
 
         return be, make, lambda tensor: be.checkpoint_io.save(tensor)[0]
 
-    journey = [("dp 2 x tp 2", first), ("one process", second), ("tp 3", second), ("dp 2", first)]
+    journey = [("dp 2 x tp 2", first), ("pp 2 x tp 3 tied", second), ("tp 3", second), ("dp 2 x cp 2", first)]
     for number, (layout, name) in enumerate(journey):
         be, make, bits = tools(name)
         for one in ranks_of(LAYOUTS[layout]) if number else ():

@@ -17,10 +17,11 @@ from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.memory import Load
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import shard_of
+from duetvl.parallel.inventory import own_entries
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 from duetvl.training.checkpoints.space import Space
-from duetvl.training.lora import stored_parameters
+from duetvl.training.lora import kept
 from duetvl.training.memory import Memory, disk_of, division_of, estimate, host_memory, largest_load
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import make_recipe
@@ -176,13 +177,13 @@ def test_a_checkpoint_takes_what_is_told_before_it(tiny, dtype, targets):
         add_adapters(model, adapters, 0)
     model.freeze(recipe.model.freeze)
     trainer = Trainer(model, TokenLoss(be.ops), be, recipe.optim)
-    stored = stored_parameters(model) or model.parameters.values()
+    stored = [p for path, p in model.parameters.items() if kept(model)(path)]
     taken = take_snapshot(step=1, parameters=stored, optimizer_state=trainer.state, meta=Meta(), backend=be, copy=False)
     checkpoint, weights, whole = disk_of(model.config, recipe, adapters)
     assert checkpoint == sum(piece.spec.nbytes for piece in taken.pieces)
     assert weights == sum(p.tensor.nbytes for p in stored)
     assert whole == plain
-    found = Space.of(stored, model.parameters, trainer.state, recipe, be)
+    found = Space.of(own_entries(stored, be), trainer.everything, trainer.state.dtype, recipe)
     assert found == Space.with_export(checkpoint, weights, whole, recipe)
 
 

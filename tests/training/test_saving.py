@@ -291,7 +291,7 @@ def test_the_latest_is_never_removed_to_make_room(tmp_path, monkeypatch, keep_la
         return np.zeros(3, np.float32)
 
     piece = HostPiece("weights", "w", (3,), Box.whole((3,)), "float32", fetch)
-    save_snapshot(tmp_path, writing.Snapshot(3, Meta(), {}, (piece,), {}), keep_last)
+    save_snapshot(tmp_path, writing.Snapshot(3, Meta(), {}, (piece,), {}, {"weights": {"w": (3,)}}), keep_last)
     assert seen == [step_name(step) for step in meanwhile]
     assert find_checkpoint(tmp_path).step == 3
 

@@ -6,7 +6,7 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from duetvl.core.errors import CheckpointError
 from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
 from duetvl.parallel.division import Division
+from duetvl.parallel.inventory import Inventory, own_entries
 from duetvl.storage.checkpoint_format import Manifest, Meta, StoredCheckpoint
 from duetvl.storage.files import write_text
 from duetvl.storage.finding import CheckpointRef, checkpoints_dir
@@ -40,26 +41,40 @@ def take_snapshot(
     backend: Backend,
     owned: Mapping[str, Parameter] | None = None,
     division: Division | None = None,
+    everything: Inventory | None = None,
     copy: bool = False,
 ) -> Snapshot:
     """What this rank writes of a checkpoint of this moment.
 
     parameters: those that are stored, as this rank holds them; frozen ones as well, if given. owned: the rows of
-    trained ones that it updates, of which `optimizer_state` is; by default all of them. With `copy` every tensor is
-    copied to host memory now; writing then needs no framework and may happen in a thread while training goes on, and
-    gives each copy's memory back once it is written. Without it a tensor is fetched when its turn comes, and must not
-    change before.
+    trained ones that it updates, of which `optimizer_state` is; by default all of them. everything: what all ranks
+    store together; by default the parameters. With `copy` every tensor is copied to host memory now; writing then needs
+    no framework and may happen in a thread while training goes on, and gives each copy's memory back once it is
+    written. Without it a tensor is fetched when its turn comes, and must not change before.
     """
     parameters = tuple(parameters)
     owned = trained(parameters) if owned is None else owned
     pieces = written_pieces(parameters, owned, optimizer_state, division or Division())
+    everything = own_entries(parameters, backend) if everything is None else everything
     return Snapshot(
         step=step,
         meta=meta,
+        wanted=_stored_shapes(everything, optimizer=optimizer_state is not None),
         optimizer_steps=dict(optimizer_state.step) if optimizer_state else {},
         pieces=tuple(on_host(pieces, backend, copy=copy)),
         written_by=writer_names(backend),
     )
+
+
+def _stored_shapes(everything: Inventory, *, optimizer: bool) -> dict[str, dict[str, Shape]]:
+    """By kind and path, what a checkpoint of these parameters has."""
+    weights = {path: entry.shape for path, entry in everything.items()}
+    if not optimizer:
+        return {"weights": weights}
+    updated = {path: entry for path, entry in everything.items() if entry.trainable}
+    moments = {path: entry.shape for path, entry in updated.items()}
+    masters = {path: entry.shape for path, entry in updated.items() if entry.dtype != "float32"}
+    return {"weights": weights, **dict.fromkeys(_MOMENTS, moments), "master": masters}
 
 
 def trained(parameters: Iterable[Parameter]) -> dict[str, Parameter]:
@@ -93,16 +108,18 @@ def load_checkpoint(
     optimizer_state: AdamWState | None,
     backend: Backend,
     owned: Mapping[str, Parameter] | None = None,
+    everything: Inventory | None = None,
 ) -> Meta:
     """Write a checkpoint's numbers into this rank's tensors, one at a time; bit for bit where dtypes are the same.
 
-    parameters and owned are as in `take_snapshot`, whatever ranks have written. `optimizer_state` is a fresh one of the
-    owned rows, or None to load weights alone. Where a parameter's dtype is not the stored one, it comes from the
-    float32 master if there is one, and a master that was not stored comes from the weights. CheckpointError, with
-    nothing written, for the checkpoint of another model.
+    parameters, owned and everything are as in `take_snapshot`, whatever ranks have written. `optimizer_state` is a
+    fresh one of the owned rows, or None to load weights alone. Where a parameter's dtype is not the stored one, it
+    comes from the float32 master if there is one, and a master that was not stored comes from the weights. CheckpointError,
+    with nothing written, for the checkpoint of another model.
     """
     parameters = tuple(parameters)
-    _check_same_model(ref, parameters, moments=optimizer_state is not None)
+    everything = own_entries(parameters, backend) if everything is None else everything
+    _check_same_model(ref, everything, moments=optimizer_state is not None)
     owned = trained(parameters) if owned is None else owned
     load_pieces(ref, read_pieces(parameters, owned, optimizer_state), backend)
     if optimizer_state:
@@ -130,13 +147,12 @@ def _joined(stored: StoredCheckpoint, kind: str, piece: Piece) -> tuple[np.ndarr
     return (np.concatenate([bits for bits, _ in read], slices.axis) if len(read) > 1 else raw), dtype
 
 
-def _check_same_model(ref: CheckpointRef, parameters: Sequence[Parameter], *, moments: bool) -> None:
-    """Names and shapes of what is stored, and of what is trained. A master may be absent on either side: it depends on
-    the dtype alone."""
-    whole = {parameter.path: parameter.place.whole for parameter in parameters}
-    _check_same(ref, "weights", whole, "another model")
-    updated = {path: whole[path] for path in trained(parameters)}
-    if moments and updated:
+def _check_same_model(ref: CheckpointRef, everything: Inventory, *, moments: bool) -> None:
+    """Names and shapes of what is stored, and of what is trained, by all ranks. A master may be absent on either side:
+    it depends on the dtype alone."""
+    wanted = _stored_shapes(everything, optimizer=moments)
+    _check_same(ref, "weights", wanted["weights"], "another model")
+    if updated := wanted.get("exp_avg"):
         _check_same(ref, "exp_avg", updated, "a run that trained other parameters")
 
 

@@ -78,8 +78,8 @@ def written_pieces(
     """What this rank writes: the rows that it updates with all that AdamW remembers of them, and its share of what is
     frozen.
 
-    parameters: those that are stored, the same on all ranks and in the same order, each as this rank holds it. owned:
-    by path, the rows of trained ones that this rank updates.
+    parameters: those that are stored and that this rank has, each as it holds it. owned: by path, the rows of trained
+    ones that it updates.
     """
     for parameter in parameters:
         if rows := owned.get(parameter.path):

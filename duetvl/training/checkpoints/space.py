@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
-from duetvl.core.optimizer import AdamWState
-from duetvl.core.params import Parameter
 from duetvl.models.lora import is_adapter
+from duetvl.parallel.inventory import Entry, Inventory
 from duetvl.storage.files import free_space
 from duetvl.storage.finding import STEP, checkpoints_dir
 from duetvl.storage.tensor_files import TensorSpec
@@ -31,22 +28,20 @@ class Space:
     @classmethod
     def of(
         cls,
-        stored: Iterable[Parameter],
-        parameters: Mapping[str, Parameter],
-        state: AdamWState,
+        stored: Inventory,
+        everything: Inventory,
+        state_dtype: str,
         recipe: Recipe,
-        backend: Backend,
     ) -> Space:
         """Of a run whose checkpoints keep the stored parameters, and whose model has all of these, adapters included.
 
-        What all ranks write, since it goes to one file system; any rank knows it.
+        What all ranks write, since it goes to one file system.
         """
-        stored = tuple(stored)
-        weights = sum(_whole(p, backend.ops.dtype_of(p.tensor)) for p in stored)
-        model = sum(_whole(p, backend.ops.dtype_of(p.tensor)) for path, p in parameters.items() if not is_adapter(path))
-        updated = [p for p in stored if p.trainable]
-        moments = sum(2 * _whole(p, state.dtype) for p in updated)
-        masters = sum(_whole(p, "float32") for p in updated if backend.ops.dtype_of(p.tensor) != "float32")
+        weights = sum(_bytes(entry, entry.dtype) for entry in stored.values())
+        model = sum(_bytes(entry, entry.dtype) for path, entry in everything.items() if not is_adapter(path))
+        updated = [entry for entry in stored.values() if entry.trainable]
+        moments = sum(2 * _bytes(entry, state_dtype) for entry in updated)
+        masters = sum(_bytes(entry, "float32") for entry in updated if entry.dtype != "float32")
         return cls.with_export(weights + moments + masters, weights, model, recipe)
 
     @classmethod
@@ -82,9 +77,9 @@ class Space:
         return f"warning: {found}, all at one time {in_words(needed)}, {have}"
 
 
-def _whole(parameter: Parameter, dtype: str) -> int:
-    """Bytes of all of a parameter, whatever part of it is here, in this dtype."""
-    return TensorSpec(dtype, parameter.place.whole).nbytes
+def _bytes(entry: Entry, dtype: str) -> int:
+    """Of all of a parameter in this dtype."""
+    return TensorSpec(dtype, entry.shape).nbytes
 
 
 def in_words(count: float) -> str:

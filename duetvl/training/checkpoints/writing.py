@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from duetvl.core.boxes import Shape
 from duetvl.core.composed.collectives import time_limit
 from duetvl.core.errors import CheckpointError
 from duetvl.storage.checkpoint_format import (
@@ -49,13 +50,17 @@ _AGAIN: Final = 0.5  # seconds until a record that could not be written is tried
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank writes of a checkpoint, before it is written: its boxes and what its optimizer has counted."""
+    """What one rank writes of a checkpoint, before it is written: its boxes and what its optimizer has counted.
+
+    wanted: by kind and path, the shapes of all tensors that the ranks write together.
+    """
 
     step: int
     meta: Meta
     optimizer_steps: Mapping[str, int]
     pieces: tuple[HostPiece, ...]
     written_by: Mapping[str, str]
+    wanted: Mapping[str, Mapping[str, Shape]]
 
     @property
     def nbytes(self) -> int:
@@ -176,15 +181,20 @@ def _read_record(path: Path) -> Written:
 
 
 def make_manifest(taken: Snapshot, written: Sequence[Written]) -> Manifest:
-    """Join what all ranks have written; ValueError unless their boxes make up every tensor."""
+    """Join what all ranks have written; ValueError unless their boxes make up every tensor that is wanted."""
     tensors: dict[str, dict[str, StoredTensor]] = {kind: {} for kind in KINDS}
     for part in written:
         for kind, stored in part.tensors.items():
             for path, one in stored.items():
                 tensors[kind][path] = _joined(path, tensors[kind].get(path), one)
-    broken = [f"{kind} of {path}" for kind in KINDS for path, one in tensors[kind].items() if not one.complete()]
+    broken = [
+        f"{kind} of {path}"
+        for kind in KINDS
+        for path in tensors[kind].keys() | taken.wanted.get(kind, {}).keys()
+        if not _is_whole(tensors[kind].get(path), taken.wanted.get(kind, {}).get(path))
+    ]
     if broken:
-        raise ValueError(f"the pieces written do not make up {broken[:3]}")
+        raise ValueError(f"the pieces written do not make up {sorted(broken)[:3]}")
     return Manifest(
         step=taken.step,
         meta=taken.meta,
@@ -193,6 +203,11 @@ def make_manifest(taken: Snapshot, written: Sequence[Written]) -> Manifest:
         tensors=tensors,
         written_by=dict(taken.written_by),
     )
+
+
+def _is_whole(found: StoredTensor | None, wanted: Shape | None) -> bool:
+    """Whether a tensor is as it is wanted, and all of it is there."""
+    return found is not None and found.shape == wanted and found.complete()
 
 
 def _joined(path: str, before: StoredTensor | None, more: StoredTensor) -> StoredTensor:
