@@ -132,7 +132,7 @@ def replacements() -> list[tuple[str, int, str, float, float]]:
 
 def common_fields() -> list[str]:
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"`pp` above 1 add `([^`]+)`", text)
+    found = re.search(r"`pp` above 1 without stages, add `([^`]+)`", text)
     assert found
     return found[1].split()
 

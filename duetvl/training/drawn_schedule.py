@@ -26,8 +26,9 @@ def check_drawable(recipe: Recipe) -> None:
 def schedule_lines(ranks: int, virtual: int, micro_batches: int) -> Iterator[str]:
     """A step's schedule with its bubble, and a line for each rank where F is a forward and B a backward pass.
 
-    The bubble is a share of the computing time. Behind F and B is the number of the micro-batch, and with virtual stages a letter for the stage of the rank. All
-    stages are drawn alike, a backward pass with twice the time of a forward pass.
+    The bubble is a share of the computing time. Behind F and B is the number of the micro-batch, and with virtual
+    stages a letter for the stage of the rank. All stages are drawn alike, a backward pass with twice the time of a
+    forward pass.
     """
     schedule = one_f_one_b(ranks, virtual, micro_batches)
     bubble, by_formula = _percent(_bubble(schedule)), _percent(formula(ranks, virtual, micro_batches))
