@@ -15,14 +15,16 @@ from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.boxes import Shape
-from duetvl.core.collectives import Receive, Send
+from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.params import Parameter
 from duetvl.models.layout import Trained
 from duetvl.models.qwen_vl.model import QwenVL, StageInput
-from duetvl.models.qwen_vl.stage import Stage
+from duetvl.models.qwen_vl.sharding import Tower
+from duetvl.models.qwen_vl.stage import Between, Run, Stage
 from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.division import Division
 from duetvl.parallel.schedule import Compute, Exchange, Message, Schedule, forward_only, one_f_one_b
+from duetvl.parallel.tensor import layout_of
 
 Tensor = Any
 Outputs = tuple[Tensor, ...]
@@ -269,6 +271,48 @@ class _Run:
     @property
     def _stages(self) -> Mapping[int, Stage]:
         return self.pipeline.model.stages
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The `models.qwen_vl.stage.Relay` of a pipeline: one stage after the other, while the others wait."""
+
+    backend: Backend
+    division: Division
+    group: Group
+
+    def __call__(
+        self, first: Tower, last: Tower, run: Run, x: Tensor | None, between: Between, end: Shape, dtype: str
+    ) -> Tensor:
+        """See `Relay`."""
+        division = self.division
+        stages, ranks = division.stages, division.team(["pp"])
+        numbers = range(stages.holding(first, 0), stages.holding(last, sum(getattr(stages, last)) - 1) + 1)
+        for number in numbers:
+            stage, here = Stage.of(stages, number), ranks[number % len(ranks)]
+            if division.rank == here:
+                x = run(stage, x)
+            if number != numbers[-1]:
+                x = self._handed_on(x, here, ranks[(number + 1) % len(ranks)], between(stage), dtype)
+        result = x if division.rank == here else self.backend.ops.zeros(end, dtype)
+        return self.backend.collectives.broadcast(result, here, self.group)
+
+    def _handed_on(self, x: Tensor | None, here: int, to: int, shape: Shape | None, dtype: str) -> Tensor | None:
+        exchange = self.backend.collectives.exchange
+        if shape is not None and self.division.rank == here:
+            exchange([Send(x, to)], [])
+        elif shape is not None and self.division.rank == to:
+            (x,) = exchange([], [Receive(shape, dtype, here)])
+        return x
+
+
+def placed(model: QwenVL, division: Division, backend: Backend) -> QwenVL:
+    """Tell a model how it lies on the ranks, its parameters being this rank's. All ranks call it together."""
+    model.layout = layout_of(division, backend)
+    if division.mesh.pp > 1:
+        group = backend.collectives.groups(division.groups(["pp"]))
+        model.stages, model.relay = stages_of(division), Chain(backend, division, group)
+    return model
 
 
 def _no_last(hidden: Tensor, w: Any) -> Outputs:

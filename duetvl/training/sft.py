@@ -20,8 +20,7 @@ from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.parallel.division import Division
 from duetvl.parallel.inventory import Inventory, inventory
-from duetvl.parallel.pipeline import stages_of
-from duetvl.parallel.tensor import layout_of
+from duetvl.parallel.pipeline import placed
 from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.job import Job
@@ -44,7 +43,7 @@ def prepare(recipe: Recipe, backend: Backend) -> Job:
     ranks = Ranks(backend.collectives)
     source, encoder, plan, model = ranks.together(lambda: _loaded(recipe, backend))
     division = division_of(recipe, source.config, backend.collectives.rank)
-    model.layout, model.stages = layout_of(division, backend), stages_of(division)
+    placed(model, division, backend)
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
     reference = None if recipe.dpo is None else make_reference(recipe, model, backend, division)

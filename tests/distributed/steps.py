@@ -25,8 +25,7 @@ from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.division import Division, VisionMode
-from duetvl.parallel.pipeline import passes_of, stages_of
-from duetvl.parallel.tensor import layout_of
+from duetvl.parallel.pipeline import passes_of, placed
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective, reference_of
@@ -160,8 +159,7 @@ class Tiny:
                 if division.holds(path)
             }
             model.put_adapters(adapters, own)
-        model.layout, model.stages = layout_of(division, be), stages_of(division)
-        return model
+        return placed(model, division, be)
 
 
 def cut(array: np.ndarray, part: Slices) -> np.ndarray:

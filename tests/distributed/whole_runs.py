@@ -162,14 +162,19 @@ def check_watching(be: Backend) -> None:
         more = ("log.generate=2", "log.generate_tokens=4", "log.tensorboard=true", "checkpoint.minutes=1e-9")
         more += ("checkpoint.keep_last=null", "train.eval_every=2")
         answers = []
-        for name, degrees in (("grid", ("parallel.dp=2", "parallel.tp=2")), ("copies", ("parallel.dp=auto",))):
+        layouts = {
+            "grid": ("parallel.dp=2", "parallel.tp=2"),
+            "copies": ("parallel.dp=auto",),
+            "stages": ("parallel.pp=2", "parallel.cp=2"),
+        }
+        for name, degrees in layouts.items():
             assert trains(name, *degrees, *more, callbacks=[SampleAnswers()]).step == 3
             answers.append((place / name / "samples.jsonl").read_text())
             assert len(answers[-1].splitlines()) == 2 * 2, "two samples after two evaluations"
             assert len(list((place / name).rglob("*tfevents*"))) == 1
             saved = sorted(path.name for path in (place / name / "checkpoints").glob("step-*"))
             assert saved == ["step-0000001", "step-0000002", "step-0000003"]
-        assert answers[0] == answers[1]
+        assert answers[0] == answers[1] == answers[2]
         assert losses(place / "grid") == pytest.approx(losses(place / "copies"), rel=1e-5)
         peaks = ranks.each(be.device.peak_memory())
         logged = [row["peak_memory"] for row in read_metrics(place / "copies") if "loss" in row]

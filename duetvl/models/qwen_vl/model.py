@@ -30,9 +30,9 @@ from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.inputs import ModelInput, model_input, text_input, vision_input
 from duetvl.models.qwen_vl.memory import BYTES, Load, generation_pass
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
-from duetvl.models.qwen_vl.stage import Stage
+from duetvl.models.qwen_vl.sharding import Tower
+from duetvl.models.qwen_vl.stage import AllHere, Relay, Stage
 from duetvl.models.qwen_vl.tables import vision_tables
-from duetvl.models.qwen_vl.vision import vision_tower
 from duetvl.models.recompute import RecomputeMode, towers
 from duetvl.models.vocabulary import LastStage
 
@@ -60,7 +60,9 @@ class QwenVL:
         weights = (p.tensor for path, p in self.parameters.items() if not is_adapter(path))
         self.dtype = dtype or next(map(backend.ops.dtype_of, weights), "float32")
         self.layout: Layout = UNDIVIDED  # over ranks; the parameters are this rank's parts
-        self.stages: Mapping[int, Stage] = {0: Stage.whole(config)}  # those that this rank runs
+        whole = Stage.whole(config)
+        self.stages: Mapping[int, Stage] = {0: whole}  # those that this rank runs
+        self.relay: Relay = AllHere(whole)  # how a pass without a tape goes through the stages of all ranks
         self.recompute: RecomputeMode = "none"  # what a pass on a tape does not keep
         self.source: ModelDirectory | None = None  # what it was read from
         self._mark_conditional()
@@ -90,7 +92,7 @@ class QwenVL:
         """The model that the adapters were laid beside, sharing its weights: a reference for preference training."""
         base = {path: parameter for path, parameter in self.parameters.items() if not is_adapter(path)}
         plain = QwenVL(self.config, self.backend, base, self.dtype)
-        plain.layout, plain.stages = self.layout, self.stages
+        plain.layout, plain.stages, plain.relay = self.layout, self.stages, self.relay
         return plain
 
     @property
@@ -188,7 +190,7 @@ class QwenVL:
         """Logits (T, vocabulary) of every token, in the weights' dtype."""
         rows = self.layout.own_rows(np.diff(batch.cu_seqlens))
         with self.backend.autograd.no_grad():
-            own = self._logits(self.input(batch).model, np.arange(len(rows)))
+            own = self._logits("vision", self.input(batch).model, np.arange(len(rows)))
             return self.layout.all_rows(own, rows, batch.tokens)
 
     def features(self, batch: Batch) -> Tensor:
@@ -196,9 +198,15 @@ class QwenVL:
         ops = self.backend.ops
         tables = vision_tables(self.config.vision, batch.grids)
         given, here = vision_input(ops, self.family, batch, tables, self.dtype, self.layout)
+        vision, count = self.config.vision, len(batch.pixel_rows) // self.config.vision.merge**2
+
+        def run(stage: Stage, x: Tensor | None) -> Tensor:
+            out = stage.see(ops, self.config, self._weights, given, x)
+            return self.layout.all_features(out, here, count) if stage.merges else out
+
+        patches, end = (len(given.cos), vision.hidden_size), (count, vision.out_hidden_size)
         with self.backend.autograd.no_grad():
-            out = vision_tower(ops, self.config.vision, self._weights.visual, given)
-            merged = self.layout.all_features(out, here, len(batch.pixel_rows) // self.config.vision.merge**2)
+            merged = self.relay("vision", "vision", run, None, lambda stage: patches, end, self.dtype)
             return merged if tables.inverse is None else ops.take_rows(merged, ops.from_numpy(tables.inverse))
 
     # -- sequences that grow ----------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ class QwenVL:
         """A key-value cache of `blocks` blocks of the backend's `kv_cache.block_size` tokens."""
         text, kv_cache = self.config.text, self.backend.kv_cache
         return kv_cache.cache_create(
-            layers=text.num_layers,
+            layers=len(self._own_layers),
             blocks=blocks,
             block_size=kv_cache.block_size,
             kv_heads=self.layout.kv_heads(text.num_kv_heads),
@@ -217,10 +225,10 @@ class QwenVL:
 
     @property
     def cache_block_bytes(self) -> int:
-        """What a block of `create_cache` takes, keys and values of all layers, on this rank."""
+        """What a block of `create_cache` takes, keys and values of all layers that this rank has."""
         text = self.config.text
         row = self.layout.kv_heads(text.num_kv_heads) * text.head_dim * BYTES[self.dtype]
-        return 2 * text.num_layers * self.backend.kv_cache.block_size * row
+        return 2 * len(self._own_layers) * self.backend.kv_cache.block_size * row
 
     def pass_bytes(self, tokens: int, sequences: int, patches: int, kept: int) -> int:
         """What a pass of `extend` over `tokens` tokens takes at most, and the tower's before it over `patches` patches,
@@ -244,17 +252,22 @@ class QwenVL:
         attend = self._attend_cached(cache, append)
         with self.backend.autograd.no_grad():
             given = text_input(self.backend.ops, self.family, batch, attend, self.layout)
-            return self._logits(given, batch.cu_seqlens[1:] - 1, features)
+            return self._logits("language", given, batch.cu_seqlens[1:] - 1, features)
 
     def _attend_cached(self, cache: Cache, append: Append) -> Attend:
         store = self.backend.kv_cache
-        plan = store.plan(cache, append)
+        plan, number = store.plan(cache, append), {layer: place for place, layer in enumerate(self._own_layers)}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store.cache_append(cache, layer, k, v, plan)
-            return store.attention_cached(q, cache, layer, plan)
+            store.cache_append(cache, number[layer], k, v, plan)
+            return store.attention_cached(q, cache, number[layer], plan)
 
         return attend
+
+    @property
+    def _own_layers(self) -> list[int]:
+        """The layers of the language model that this rank runs."""
+        return [layer for stage in self.stages.values() for layer in stage.language]
 
     # -- the model as a function of its weights ---------------------------------------------------------------------
 
@@ -270,10 +283,19 @@ class QwenVL:
         head: Weights = w.model.embed_tokens if self.config.tie_word_embeddings else w.lm_head
         return head
 
-    def _logits(self, given: ModelInput, rows: np.ndarray, features: Tensor | None = None) -> Tensor:
-        w, (only,) = self._weights, self.stages.values()
-        hidden = only.run(self.backend.ops, self.config, w, given, features)
-        return vocabulary.logits(self.backend.ops, self._vocabulary(w), self._normed(w, given, rows, hidden))
+    def _logits(self, begin: Tower, given: ModelInput, rows: np.ndarray, features: Tensor | None = None) -> Tensor:
+        """Logits (N, V) of some rows, from the first stage with layers of a tower on, into which features may go."""
+        ops, w = self.backend.ops, self._weights
+
+        def run(stage: Stage, x: Tensor | None) -> Tensor:
+            out = stage.run(ops, self.config, w, given, x)
+            return vocabulary.logits(ops, self._vocabulary(w), self._normed(w, given, rows, out)) if stage.ends else out
+
+        def between(stage: Stage) -> Shape | None:
+            return stage.hands_on(self.config, given)
+
+        end = len(rows), self.config.text.vocab_size
+        return self.relay(begin, "language", run, features, between, end, self.dtype)
 
     @cached_property
     def _weights(self) -> Weights:

@@ -7,8 +7,9 @@ its own rows of them, which are those of the rank with the same place in the nex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from duetvl.core.boxes import Shape
 from duetvl.core.ops import Ops
@@ -18,8 +19,8 @@ from duetvl.models import vocabulary
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.inputs import ModelInput
 from duetvl.models.qwen_vl.language import decoder_layers, place_features
-from duetvl.models.qwen_vl.sharding import owner_of
-from duetvl.models.qwen_vl.vision import merger, patch_embedding, vision_blocks
+from duetvl.models.qwen_vl.sharding import Tower, owner_of
+from duetvl.models.qwen_vl.vision import VisionInput, merger, patch_embedding, vision_blocks
 
 Tensor = Any
 
@@ -80,19 +81,20 @@ class Stage:
     def run(self, ops: Ops, config: ModelConfig, w: Weights, given: ModelInput, x: Tensor | None) -> Tensor | None:
         """What it hands on, from what the stage before it did; None: nothing, as of the vision tower without media."""
         if given.visual is not None and self.vision:
-            x = self._vision(ops, config, w.visual, given, x)
+            x = self.see(ops, config, w, given.visual, x)
         if self.embeds:
             x = _embedded(ops, w, given, x)
         if self.language:
             x = decoder_layers(ops, config.text, w.model, given.tokens, self.language, x)
         return x
 
-    def _vision(self, ops: Ops, config: ModelConfig, w: Weights, given: ModelInput, x: Tensor | None) -> Tensor:
-        assert given.visual is not None
+    def see(self, ops: Ops, config: ModelConfig, w: Weights, given: VisionInput, x: Tensor | None) -> Tensor:
+        """Its part of the vision tower."""
+        vision, visual = config.vision, w.visual
         if self.begins:
-            x = patch_embedding(ops, config.vision, w.patch_embed, given.visual.pixels)
-        x = vision_blocks(ops, config.vision, w, given.visual, self.vision, x)
-        return merger(ops, config.vision, w.merger, given.visual, x) if self.merges else x
+            x = patch_embedding(ops, vision, visual.patch_embed, given.pixels)
+        x = vision_blocks(ops, vision, visual, given, self.vision, x)
+        return merger(ops, vision, visual.merger, given, x) if self.merges else x
 
     def hands_on(self, config: ModelConfig, given: ModelInput) -> Shape | None:
         """The shape of what comes out of `run` on this rank, from the input alone."""
@@ -103,6 +105,37 @@ class Stage:
         if self.vision.stop == self.depth:
             return given.sizes.features, config.vision.out_hidden_size
         return (given.sizes.patches, config.vision.hidden_size) if self.vision.stop else None
+
+
+Run = Callable[[Stage, Tensor | None], Tensor]  # (a stage of this rank, what the stage before it made) -> what it makes
+
+
+Between = Callable[[Stage], Shape | None]
+
+
+class Relay(Protocol):
+    """How a pass without a tape goes through the stages of all ranks, one after the other, each of which calls this."""
+
+    def __call__(
+        self, first: Tower, last: Tower, run: Run, x: Tensor | None, between: Between, end: Shape, dtype: str
+    ) -> Tensor:
+        """From x, which goes into the first stage with layers of `first`, what the last one of `last` makes, on every
+        rank. `between` gives the shape of what a stage hands on, `end` that of the result, of this dtype like the rest.
+        """
+        ...
+
+
+class AllHere:
+    """The `Relay` of one rank that has the whole model."""
+
+    def __init__(self, whole: Stage):
+        self.whole = whole
+
+    def __call__(
+        self, first: Tower, last: Tower, run: Run, x: Tensor | None, between: Between, end: Shape, dtype: str
+    ) -> Tensor:
+        """What the one stage makes of x."""
+        return run(self.whole, x)
 
 
 def _embedded(ops: Ops, w: Weights, given: ModelInput, features: Tensor | None) -> Tensor:

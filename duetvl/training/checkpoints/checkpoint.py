@@ -114,8 +114,8 @@ def load_checkpoint(
 
     parameters, owned and everything are as in `take_snapshot`, whatever ranks have written. `optimizer_state` is a
     fresh one of the owned rows, or None to load weights alone. Where a parameter's dtype is not the stored one, it
-    comes from the float32 master if there is one, and a master that was not stored comes from the weights. CheckpointError,
-    with nothing written, for the checkpoint of another model.
+    comes from the float32 master if there is one, and a master that was not stored comes from the weights.
+    CheckpointError, with nothing written, for the checkpoint of another model.
     """
     parameters = tuple(parameters)
     everything = own_entries(parameters, backend) if everything is None else everything

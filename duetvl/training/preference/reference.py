@@ -27,8 +27,7 @@ from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.parallel.division import ALONE, Division
-from duetvl.parallel.pipeline import Passes, passes_of, stages_of
-from duetvl.parallel.tensor import layout_of
+from duetvl.parallel.pipeline import Passes, passes_of, placed
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
 from duetvl.training.preference.reference_cache import Add, ReferenceCache, reference_name, short_hash
@@ -186,8 +185,7 @@ def _held(recipe: Recipe, policy: QwenVL, backend: Backend, division: Division) 
     own = division.for_model(source.config)
     loaded = partial(load_model, source, backend=backend, dtype=recipe.model.dtype, division=own)
     model: QwenVL = Ranks(backend.collectives).together(loaded)
-    model.layout, model.stages = layout_of(own, backend), stages_of(own)
-    return model
+    return placed(model, own, backend)
 
 
 def reference_identity(recipe: Recipe) -> dict[str, Any]:
