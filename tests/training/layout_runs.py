@@ -69,6 +69,8 @@ LAYOUTS = {
     "cp4r": Layout(4, {"cp": 4, "cp_algorithm": "ring"}),
     "dp2cp2": Layout(4, {"dp": 2, "cp": 2}),
     "pp2cp2": Layout(4, {"pp": 2, "cp": 2, "cp_algorithm": "ring"}),
+    "cp4h": Layout(4, {"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}),
+    "cp2tp2s": Layout(4, {"cp": 2, "cp_algorithm": "ring", "tp": 2, "sequence": True}),
     "all": Layout(8, {"pp": 2, "cp": 2, "tp": 2, "sequence": True}),
 }
 
