@@ -110,7 +110,12 @@ def _sent(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: 
     trained = Trained.of(config, recipe.model.dtype, recipe.model.freeze, adapters)
     division = division_of(recipe, config)
     sent = step_traffic(config, trained, division, load, micro_batches, recipe.train.recompute)
-    parts = {"activations": sent.activations, "what stages hand on": sent.stages, "gradients": sent.gradients, "new weights": sent.weights}
+    parts = {
+        "activations": sent.activations,
+        "what stages hand on": sent.stages,
+        "gradients": sent.gradients,
+        "new weights": sent.weights,
+    }
     listed = ", ".join(f"{in_words(number)} of {name}" for name, number in parts.items() if number)
     more = recipe.parallel.pp > 1 or recipe.parallel.cp > 1
     besides = "; besides, what goes between stages and pieces of sequences" if more else ""
