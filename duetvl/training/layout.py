@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Final
+from typing import Final, Literal
 
 from duetvl.core.mesh import AXES
 from duetvl.core.stages import even_range
@@ -14,7 +14,7 @@ from duetvl.models.qwen_vl.memory import Load, Trained
 from duetvl.parallel.division import Division
 from duetvl.parallel.traffic import step_traffic
 from duetvl.training.checkpoints.space import in_words
-from duetvl.training.memory import division_of, estimate
+from duetvl.training.memory import division_of, estimate, stage_ranks
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import show
 
@@ -39,23 +39,45 @@ def layout_lines(
     placed = {"vision": parallel.vision_layers, "language": parallel.language_layers}
     stages = "".join(f", {name} layers {show(rows)}" for name, rows in placed.items() if rows)
     yield f"layout: {degrees(recipe)} needs {mesh.size} processes{stages}"
+    if mesh.pp > 1:
+        yield from _stages(recipe, config, adapters, load)
     if mesh.tp > 1:
         yield from _parts(recipe, config, adapters, load)
     if load is not None:
         yield _sent(recipe, config, adapters, *load)
 
 
+def _stages(
+    recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: tuple[Load, int] | None
+) -> Iterator[str]:
+    """What each rank of a pipeline has."""
+    for place, rank in enumerate(stage_ranks(recipe)):
+        division = division_of(recipe, config, rank)
+        towers: tuple[Literal["vision", "language"], ...] = ("vision", "language")
+        own = {
+            tower: [layer for stage in division.own_stages for layer in division.stages.of(tower, stage)]
+            for tower in towers
+        }
+        listed = ", ".join(f"{tower} layers {_ranges(layers)}" for tower, layers in own.items() if layers)
+        yield f"  pp {place}: {listed}{_peak(recipe, config, adapters, load, division)}"
+
+
+def _peak(
+    recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: tuple[Load, int] | None, division: Division
+) -> str:
+    if load is None:
+        return ""
+    memory = estimate(config, recipe, *load, adapters, division)
+    return f"; about {in_words(memory.peak)} at the peak, {in_words(memory.weights)} of them weights"
+
+
 def _parts(
     recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: tuple[Load, int] | None
 ) -> Iterator[str]:
-    """What each rank of tensor parallelism holds; those of every replica and stage alike."""
+    """What each rank of tensor parallelism holds; those of every replica alike, with a pipeline on its first rank."""
     for place in range(min(recipe.parallel.tp, _LISTED)):
         division = division_of(recipe, config, place)
-        peak = ""
-        if load is not None:
-            memory = estimate(config, recipe, *load, adapters, division)
-            peak = f"; about {in_words(memory.peak)} at the peak, {in_words(memory.weights)} of them weights"
-        yield f"  tp {place}: {_held(config, division)}{peak}"
+        yield f"  tp {place}: {_held(config, division)}{_peak(recipe, config, adapters, load, division)}"
     if recipe.parallel.tp > _LISTED:
         yield f"  and so on up to tp {recipe.parallel.tp - 1}"
 

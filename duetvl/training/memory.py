@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from duetvl.core.stages import even_range
 from duetvl.data.draft import Draft
@@ -22,6 +22,7 @@ from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Unit
 from duetvl.parallel.division import Division, owned_rows
+from duetvl.parallel.schedule import tapes_in_flight
 from duetvl.parallel.zero import BUCKET
 from duetvl.training.recipe.placement import exchanging, stages_of
 from duetvl.training.recipe.sections import Recipe
@@ -122,35 +123,55 @@ def estimate(
     adapters: Adapters | None = None,
     division: Division | None = None,
 ) -> Memory:
-    """Memory of a training step on one rank, of micro-batches of this load; by default on rank 0, which has most.
+    """Memory of a training step on one rank, of micro-batches of this load; by default on the one that has most.
 
-    A DPO run that holds a reference model has its weights beside its own. Pipeline stages and pieces of sequences,
-    which are not built yet, are counted as even shares of parameters and of activations.
+    A DPO run that holds a reference model has its weights beside its own. A rank of a pipeline has its stages' layers,
+    and tapes of as many micro-batches as the schedule allows.
     """
-    layout = recipe.parallel
-    division = division or division_of(recipe, config)
-    whole = _trained(config, recipe, adapters)
+    if division is None:
+        of_stages = (division_of(recipe, config, rank) for rank in stage_ranks(recipe))
+        found = (estimate(config, recipe, load, micro_batches, adapters, one) for one in of_stages)
+        return max(found, key=lambda memory: memory.peak)
+    every = _trained(config, recipe, adapters)
+    whole = every.only(division.holds)
     trained = whole.cut(lambda path, shape: division.part(path, shape).shape)
     weights = trained.stored(trained.shapes)
     if recipe.dpo is not None and recipe.dpo.cache is None and (adapters is None or recipe.dpo.reference is not None):
-        weights += trained.stored(parameter_shapes(config))
+        weights += trained.stored(filter(division.holds, parameter_shapes(config)))
     owned, copied = _owned(whole, division)
     weights += owned.stored(copied)
     gradients, state = trained.gradients(), owned.optimizer_state(recipe.optim.state_dtype)
-    work = activations(config, trained, load, recipe.train.recompute, held_sizes(config, division))
+    cp = division.mesh.cp
+    own = Load(math.ceil(load.tokens / cp), math.ceil(load.trained / cp), load.patches)
+    work = activations(config, every, own, recipe.train.recompute, held_sizes(config, division))
+    kept = math.ceil(work.kept * _tapes(division, micro_batches))
     before = gradients if micro_batches > 1 else 0
     backward = work.backward + _bucket(whole, division)
-    most = max(before + work.kept + max(work.forward, backward), gradients + work.end)
-    pp, cp = layout.pp, layout.cp
+    most = max(before + kept + max(work.forward, backward), gradients + work.end)
     return Memory(
-        weights=weights // pp,
-        gradients=gradients // pp,
-        optimizer=state // pp,
-        activations=work.kept // cp,
-        passing=max(work.forward, backward, work.end) // cp,
-        peak=(weights + state + before) // pp + (most - before) // cp,
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        activations=kept,
+        passing=max(work.forward, backward, work.end),
+        peak=weights + state + most,
         offload=recipe.optim.offload,
     )
+
+
+def stage_ranks(recipe: Recipe) -> range:
+    """The first rank at each place of the pipeline."""
+    mesh = recipe.parallel.mesh
+    return range(0, mesh.size, mesh.size // mesh.pp)
+
+
+def _tapes(division: Division, micro_batches: int) -> float:
+    """How many micro-batches' tapes of all of its stages a rank has at once."""
+    virtual = division.virtual
+    if division.mesh.pp == 1 and virtual == 1:
+        return 1.0
+    most = tapes_in_flight(division.place("pp"), division.mesh.pp, virtual)
+    return min(most, micro_batches * virtual) / virtual
 
 
 def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
@@ -184,11 +205,18 @@ def held_sizes(config: ModelConfig, division: Division) -> Held:
         held("number", whole.inner),
         held("number", whole.vocabulary),
     )
-    rows = 1 / tp if division.sequence else 1.0
+    rows, cp = 1 / tp if division.sequence else 1.0, division.mesh.cp
+    layers = (_layers(division, "vision"), _layers(division, "language"))
     if division.vision == "divide":
-        return Held(*language, whole.vision_heads, whole.vision_inner, rows, 1 / tp)
+        return Held(*language, whole.vision_heads, whole.vision_inner, rows, 1 / (tp * cp), *layers)
     vision = held("vision_head", heads.vision), held("number", whole.vision_inner)
-    return Held(*language, *vision, rows)
+    return Held(*language, *vision, rows, 1 / cp, *layers)
+
+
+def _layers(division: Division, tower: Literal["vision", "language"]) -> frozenset[int] | None:
+    if division.stages.count == 1:
+        return None
+    return frozenset(layer for stage in division.own_stages for layer in division.stages.of(tower, stage))
 
 
 def _owned(trained: Trained, division: Division) -> tuple[Trained, list[str]]:

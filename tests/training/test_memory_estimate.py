@@ -122,6 +122,33 @@ def test_options_that_save_memory_save_it(tiny):
     )
 
 
+@pytest.mark.parametrize("model", ["qwen2.5-tied", "qwen2-untied"])
+def test_stages_hold_their_layers(tiny, model):
+    """All ranks together: the moments once; of one micro-batch the activations once, beside the rotary tables."""
+    config, load = load_config(tiny.directory(model)), Load(400, 200, 96)
+    recipe = recipe_of(parallel={"pp": 2})
+    whole = estimate(config, recipe_of(), load)
+    ranks = [estimate(config, recipe, load, division=division_of(recipe, config, rank)) for rank in range(2)]
+    assert sum(rank.optimizer for rank in ranks) == whole.optimizer
+    tables = 4 * load.tokens * config.text.head_dim
+    assert sum(rank.activations for rank in ranks) == whole.activations + tables
+    embedding = 4 * math.prod(parameter_shapes(config)["model.embed_tokens.weight"])
+    twice = 2 if config.tie_word_embeddings else 0  # on both ends, and each the half that it updates
+    assert sum(rank.weights for rank in ranks) == whole.weights + twice * embedding
+    several = [estimate(config, recipe, load, 4, division=division_of(recipe, config, rank)) for rank in range(2)]
+    assert several[0].activations == 2 * ranks[0].activations and several[1].activations == ranks[1].activations
+    assert estimate(config, recipe, load, 4) == max(several, key=lambda memory: memory.peak)
+
+
+def test_ranks_of_a_sequence_hold_their_rows(tiny):
+    config, load = load_config(tiny.directory("qwen2.5-tied")), Load(400, 200, 96)
+    whole = estimate(config, recipe_of(), load)
+    divided = estimate(config, recipe_of(parallel={"cp": 4}), load)
+    assert divided.activations == pytest.approx(whole.activations / 4, rel=0.01)
+    assert divided.gradients == whole.gradients
+    assert divided.optimizer == pytest.approx(whole.optimizer / 4, rel=0.05)
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 def test_ranks_hold_their_parts(tiny, sequence):
     """All ranks together: the weights once for each that holds them, the moments once in all."""

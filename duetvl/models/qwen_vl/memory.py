@@ -56,6 +56,11 @@ class Trained:
         """The same parameters where a rank holds parts of them, of the shapes that `part` says."""
         return replace(self, shapes={path: part(path, shape) for path, shape in self.shapes.items()})
 
+    def only(self, which: Callable[[str], bool]) -> Trained:
+        """Those that a rank has."""
+        shapes = {path: shape for path, shape in self.shapes.items() if which(path)}
+        return replace(self, shapes=shapes, paths=self.paths & shapes.keys())
+
     def under(self, *prefixes: str) -> bool:
         """Whether anything below these paths is trained."""
         return any(path.startswith(prefixes) for path in self.paths)
@@ -85,7 +90,8 @@ class Held:
     """What one rank has of the sizes inside a model's blocks. The width of the residual stream is never cut.
 
     heads, kv_heads, inner, vocabulary: of the language model; vision_heads, vision_inner: of the vision tower. rows:
-    its share of the rows of norms and residuals in the language model; patches: of the patches.
+    its share of the rows of norms and residuals in the language model; patches: of the patches. vision_layers,
+    language_layers: which it has; None: all.
     """
 
     heads: int
@@ -96,6 +102,12 @@ class Held:
     vision_inner: int
     rows: float = 1.0
     patches: float = 1.0
+    vision_layers: frozenset[int] | None = None
+    language_layers: frozenset[int] | None = None
+
+    def has(self, layers: frozenset[int] | None, number: int) -> bool:
+        """Whether it has a layer of a tower."""
+        return layers is None or number in layers
 
     @classmethod
     def all_of(cls, config: ModelConfig) -> Held:
@@ -173,28 +185,31 @@ def _tape(config: ModelConfig, held: Held, load: Load, trained: Trained, recompu
     for layer in range(text.num_layers):
         prefix = f"model.layers.{layer}."
         tape.flows = tape.flows or trained.under(prefix)
-        if tape.flows:
+        if tape.flows and held.has(held.language_layers, layer):
             whole, mlp = _language_layer(text, held, load.tokens, _inputs(trained, prefix), narrow)
             entry = round(held.rows * load.tokens) * narrow * text.hidden_size
             tape.add_block(whole, mlp, entry, language_mode)
-    tape.bytes += round((held.rows + 1) * load.trained) * narrow * text.hidden_size  # before and after the norm
+    if held.has(held.language_layers, text.num_layers - 1):
+        tape.bytes += round((held.rows + 1) * load.trained) * narrow * text.hidden_size  # before and after the norm
     tape.bytes += 4 * load.tokens * text.head_dim  # rotary tables
     return tape
 
 
 def _keep_vision(tape: _Tape, config: VisionConfig, held: Held, patches: int, trained: Trained, mode: Again) -> None:
     width, narrow = config.hidden_size, trained.narrow
-    tape.bytes += (narrow if narrow < 4 else 0) * patches * config.patch_row + 4 * patches * config.patch_row
-    tape.bytes += 4 * patches * config.head_dim
+    if held.has(held.vision_layers, 0):
+        tape.bytes += (narrow if narrow < 4 else 0) * patches * config.patch_row + 4 * patches * config.patch_row
+    tape.bytes += 4 * patches * config.head_dim * (held.vision_layers is None or len(held.vision_layers) > 0)
     tape.flows = trained.under("visual.patch_embed.")
     for layer in range(config.depth):
         prefix = f"visual.blocks.{layer}."
         tape.flows = tape.flows or trained.under(prefix)
-        if tape.flows:
+        if tape.flows and held.has(held.vision_layers, layer):
             whole, mlp = _vision_block(config, held, patches, _inputs(trained, prefix), narrow)
             tape.add_block(whole, mlp, narrow * patches * width, mode)
     if tape.flows or trained.under("visual.merger."):
         tape.flows = True
+    if tape.flows and held.has(held.vision_layers, config.depth - 1):
         tape.bytes += 4 * narrow * patches * width  # norm's input, both layers' inputs, the activation's
 
 
@@ -242,8 +257,11 @@ def _passing(config: ModelConfig, held: Held, load: Load, trained: Trained) -> t
     logits = rows * held.vocabulary * (3 * 4 + half)  # logits, softmax, its gradient, and that in the weight's dtype
     sums = 4 * vocabulary * (1 if rows == load.trained else 3) + half * vocabulary  # the weight's gradient, added up
     hidden = 4 * load.trained * text.hidden_size
-    widest = max(load.tokens * held.inner, load.patches * held.vision_inner)
+    has_language, has_vision = held.language_layers != frozenset(), held.vision_layers != frozenset()
+    widest = max(load.tokens * held.inner * has_language, load.patches * held.vision_inner * has_vision)
     block = 6 * narrow * widest  # SwiGLU's gradient
+    if not held.has(held.language_layers, text.num_layers - 1):
+        return block, block, trained.under("model.embed_tokens.") * narrow * vocabulary
     forward = logits + hidden + head * sums
     backward = hidden + head * (2 * 4 + half) * vocabulary
     waiting = head * narrow * vocabulary  # of a tied weight, until the embedding's gradient comes
