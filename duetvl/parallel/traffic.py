@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from duetvl.core.boxes import Shape
 from duetvl.models.qwen_vl.config import ModelConfig
@@ -37,10 +37,11 @@ def step_traffic(
 ) -> Traffic:
     """Of a step of `micro_batches` passes over loads like this one; activations travel in the weights' dtype.
 
-    `trained` are the parameters of the whole model.
+    `trained` are the parameters of the whole model. What goes between stages, and between the ranks that divide a
+    sequence, is not counted.
     """
     passes = micro_batches * _pass(config, trained, division, load, recompute)
-    shared = [_shared(trained, division, path) for path in trained.paths]
+    shared = [_shared(trained, division, path) for path in trained.paths if division.holds(path)]
     gradients = sum(4 * share * math.prod(unit) for share, unit, _ in shared)
     weights = sum(narrow * share * math.prod(unit) for share, unit, narrow in shared)
     return Traffic(round(passes), round(gradients), round(weights))
@@ -52,6 +53,12 @@ def _shared(trained: Trained, division: Division, path: str) -> tuple[float, Sha
     team = division.team(sharing.axes)
     narrow = trained.stored([path]) // max(1, trained.numbers([path]))
     return _ring(len(team)), sharing.unit.shape, narrow
+
+
+def _own_layers(division: Division, tower: Literal["vision", "language"], layers: int) -> int:
+    if division.stages.count == 1:
+        return layers
+    return sum(len(division.stages.of(tower, stage)) for stage in division.own_stages)
 
 
 def _ring(ranks: int) -> float:
@@ -67,7 +74,7 @@ def _pass(config: ModelConfig, trained: Trained, division: Division, load: Load,
     vision_mode, language_mode = RUNS_AGAIN[recompute]
     text, narrow, ring = config.text, trained.narrow, _ring(division.mesh.tp)
     row = narrow * text.hidden_size
-    crossings = text.num_layers * (4 + _AGAIN[language_mode])
+    crossings = _own_layers(division, "language", text.num_layers) * (4 + _AGAIN[language_mode])
     sums = load.tokens * (crossings + 1)  # the embedding's as well
     sums = sums + load.trained  # and the gradients of rows that meet the vocabulary
     tower = _vision(config, division, load.patches, narrow, vision_mode) if load.patches else 0.0
@@ -80,6 +87,6 @@ def _vision(config: ModelConfig, division: Division, patches: int, narrow: int, 
     vision, ring = config.vision, _ring(division.mesh.tp)
     merged = patches // vision.merge**2
     features = ring * narrow * merged * vision.out_hidden_size
-    blocks = vision.depth * (4 + _AGAIN[mode]) * narrow * patches * vision.hidden_size
+    blocks = _own_layers(division, "vision", vision.depth) * (4 + _AGAIN[mode]) * narrow * patches * vision.hidden_size
     into_merger = 2 * ring * narrow * patches * vision.hidden_size
     return 2 * ring * blocks + 2 * features + into_merger

@@ -112,4 +112,6 @@ def _sent(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: 
     sent = step_traffic(config, trained, division, load, micro_batches, recipe.train.recompute)
     parts = {"activations": sent.activations, "gradients": sent.gradients, "new weights": sent.weights}
     listed = ", ".join(f"{in_words(number)} of {name}" for name, number in parts.items() if number)
-    return f"  a rank sends about {in_words(sum(parts.values()))} in a step: {listed}"
+    more = recipe.parallel.pp > 1 or recipe.parallel.cp > 1
+    besides = "; besides, what goes between stages and pieces of sequences" if more else ""
+    return f"  a rank sends about {in_words(sum(parts.values()))} in a step: {listed or 'nothing'}{besides}"
