@@ -8,13 +8,14 @@ softmax statistics), are not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from duetvl.core.boxes import Shape
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.memory import Load, Trained
+from duetvl.models.qwen_vl.sharding import Tower
 from duetvl.models.recompute import RUNS_AGAIN, Again, RecomputeMode
 from duetvl.parallel.division import Division
 
@@ -25,11 +26,15 @@ _AGAIN: Final[Mapping[Again, int]] = {"nothing": 0, "mlp": 0, "block": 1}
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends in a step: between the ranks of tensor parallelism, and gradients and new weights."""
+    """Bytes that one rank sends in a step: activations and their gradients, gradients of weights, and new weights.
+
+    stages: to the stages before and behind its own; activations: between the ranks of tensor parallelism.
+    """
 
     activations: int
     gradients: int
     weights: int
+    stages: int = 0
 
 
 def step_traffic(
@@ -37,14 +42,41 @@ def step_traffic(
 ) -> Traffic:
     """Of a step of `micro_batches` passes over loads like this one; activations travel in the weights' dtype.
 
-    `trained` are the parameters of the whole model. What goes between stages, and between the ranks that divide a
-    sequence, is not counted.
+    `trained` are the parameters of the whole model.
     """
+    cp = division.mesh.cp
+    load = Load(math.ceil(load.tokens / cp), math.ceil(load.trained / cp), math.ceil(load.patches / cp))
     passes = micro_batches * _pass(config, trained, division, load, recompute)
-    shared = [_shared(trained, division, path) for path in trained.paths if division.holds(path)]
+    between = micro_batches * _between_stages(config, trained, division, load)
+    shared = [_shared(trained, division, path) for path in filter(division.holds, trained.paths)]
     gradients = sum(4 * share * math.prod(unit) for share, unit, _ in shared)
     weights = sum(narrow * share * math.prod(unit) for share, unit, narrow in shared)
-    return Traffic(round(passes), round(gradients), round(weights))
+    return Traffic(round(passes), round(gradients), round(weights), round(between))
+
+
+def _between_stages(config: ModelConfig, trained: Trained, division: Division, load: Load) -> float:
+    """Bytes of a pass through a rank's stages: what each hands on, and gradients of what it was handed."""
+    crossings = [_crossing(config, division, stage, load) for stage in range(division.stages.count - 1)]
+    flows = [_flows(trained, division, stage) for stage in range(division.stages.count - 1)]
+    numbers = sum(crossings[stage] for stage in division.own_stages if stage < len(crossings))
+    back = sum(crossings[stage - 1] * flows[stage - 1] for stage in division.own_stages if stage > 0)
+    return trained.narrow * (numbers + back) * (division.mesh.pp > 1)
+
+
+def _flows(trained: Trained, division: Division, stage: int) -> bool:
+    """Whether gradients flow back over the boundary behind a stage: whether it or one before it is trained."""
+    return any(division.stages_of(path)[0] <= stage for path in trained.paths)
+
+
+def _crossing(config: ModelConfig, division: Division, stage: int, load: Load) -> float:
+    """Numbers that cross the boundary behind a stage: patch rows, merged features, or hidden rows."""
+    stages, vision, tp = division.stages, config.vision, division.mesh.tp
+    if any(stages.language[: stage + 1]):
+        return load.tokens * config.text.hidden_size / (tp if division.sequence else 1)
+    patches = load.patches / (tp if division.vision == "divide" else 1)
+    if sum(stages.vision[: stage + 1]) < vision.depth:
+        return patches * vision.hidden_size
+    return patches / vision.merge**2 * vision.out_hidden_size
 
 
 def _shared(trained: Trained, division: Division, path: str) -> tuple[float, Shape, int]:
@@ -53,12 +85,6 @@ def _shared(trained: Trained, division: Division, path: str) -> tuple[float, Sha
     team = division.team(sharing.axes)
     narrow = trained.stored([path]) // max(1, trained.numbers([path]))
     return _ring(len(team)), sharing.unit.shape, narrow
-
-
-def _own_layers(division: Division, tower: Literal["vision", "language"], layers: int) -> int:
-    if division.stages.count == 1:
-        return layers
-    return sum(len(division.stages.of(tower, stage)) for stage in division.own_stages)
 
 
 def _ring(ranks: int) -> float:
@@ -74,19 +100,28 @@ def _pass(config: ModelConfig, trained: Trained, division: Division, load: Load,
     vision_mode, language_mode = RUNS_AGAIN[recompute]
     text, narrow, ring = config.text, trained.narrow, _ring(division.mesh.tp)
     row = narrow * text.hidden_size
-    crossings = _own_layers(division, "language", text.num_layers) * (4 + _AGAIN[language_mode])
-    sums = load.tokens * (crossings + 1)  # the embedding's as well
-    sums = sums + load.trained  # and the gradients of rows that meet the vocabulary
+    layers = _layers(division, "language", text.num_layers)
+    sums = load.tokens * len(layers) * (4 + _AGAIN[language_mode])
+    sums = sums + load.tokens * (0 in layers)  # the embedding's as well
+    sums = sums + load.trained * (text.num_layers - 1 in layers)  # and gradients of rows that meet the vocabulary
     tower = _vision(config, division, load.patches, narrow, vision_mode) if load.patches else 0.0
     return 2 * ring * row * sums + tower
+
+
+def _layers(division: Division, tower: Tower, depth: int) -> Collection[int]:
+    """The layers of a tower that a rank runs."""
+    if division.mesh.pp == 1:
+        return range(depth)
+    return [layer for stage in division.own_stages for layer in division.stages.of(tower, stage)]
 
 
 def _vision(config: ModelConfig, division: Division, patches: int, narrow: int, mode: Again) -> float:
     if division.vision == "divide":
         return 0.0  # features travel with the embedding's sum
     vision, ring = config.vision, _ring(division.mesh.tp)
-    merged = patches // vision.merge**2
-    features = ring * narrow * merged * vision.out_hidden_size
-    blocks = _own_layers(division, "vision", vision.depth) * (4 + _AGAIN[mode]) * narrow * patches * vision.hidden_size
-    into_merger = 2 * ring * narrow * patches * vision.hidden_size
+    layers, merged = _layers(division, "vision", vision.depth), patches // vision.merge**2
+    last = vision.depth - 1 in layers
+    features = last * ring * narrow * merged * vision.out_hidden_size
+    blocks = len(layers) * (4 + _AGAIN[mode]) * narrow * patches * vision.hidden_size
+    into_merger = last * 2 * ring * narrow * patches * vision.hidden_size
     return 2 * ring * blocks + 2 * features + into_merger

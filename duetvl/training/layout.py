@@ -117,6 +117,5 @@ def _sent(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: 
         "new weights": sent.weights,
     }
     listed = ", ".join(f"{in_words(number)} of {name}" for name, number in parts.items() if number)
-    more = recipe.parallel.pp > 1 or recipe.parallel.cp > 1
-    besides = "; besides, what goes between stages and pieces of sequences" if more else ""
+    besides = "; besides, what goes between pieces of sequences" if recipe.parallel.cp > 1 else ""
     return f"  a rank sends about {in_words(sum(parts.values()))} in a step: {listed or 'nothing'}{besides}"
