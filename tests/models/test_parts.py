@@ -10,12 +10,15 @@ import pytest
 
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.mesh import Mesh
+from duetvl.core.stages import Stages
 from duetvl.models.lora import Adapters, Size, is_adapter
 from duetvl.models.qwen_vl.adapters import add_adapters, layers, load_adapter, open_adapter_for, save_adapter
 from duetvl.models.qwen_vl.loading import load_model
+from duetvl.parallel.context import Context
+from duetvl.parallel.differentiable import Team
 from duetvl.parallel.division import EMBEDDING, Division
 from duetvl.parallel.inventory import own_entries
-from duetvl.parallel.tensor import StageLayout
+from duetvl.parallel.tensor import RankLayout
 from duetvl.storage.weights_dir import open_weights, write_shards
 from duetvl.training.groups import parameter_groups
 from duetvl.training.recipe.sections import OptimSection
@@ -23,14 +26,21 @@ from duetvl.training.recipe.sections import OptimSection
 NAMES = ["qwen2-untied", "qwen2.5-tied"]
 
 
+def laid(be, division):
+    """The layout of a rank of a pipeline, whose layers are whole."""
+    return RankLayout(division, Team.of(be), Context.of(be, [[0]], 1))
+
+
 def on_ranks(tiny, be, name, count=3):
-    """The model as each rank of a pipeline has it."""
+    """The model as each rank of a pipeline has it; those in the middle have no layer."""
     whole = load_model(tiny.directory(name), backend=be)
-    first = Division.of(whole.config, Mesh(pp=count), 0)
+    middle, vision, layers = (0,) * (count - 2), whole.config.vision.depth, whole.config.text.num_layers
+    stages = Stages((vision, *middle, 0), (1, *middle, layers - 1))
+    first = Division.of(whole.config, Mesh(pp=count), 0, stages=stages)
     parts = []
     for division in map(first.of_rank, range(count)):
         parts.append(load_model(tiny.directory(name), backend=be, dtype="bfloat16", division=division))
-        parts[-1].layout = StageLayout(division)
+        parts[-1].layout = laid(be, division)
     return whole, parts
 
 
@@ -48,7 +58,7 @@ def test_every_parameter_is_read_by_its_stage_alone(tiny, be, name):
 
 
 def test_a_stage_without_layers_has_nothing_and_a_dtype(tiny, be):
-    part = on_ranks(tiny, be, "qwen2-untied", 7)[1][3]
+    part = on_ranks(tiny, be, "qwen2-untied", 5)[1][1]
     assert (part.parameters, part.dtype) == ({}, "bfloat16")
     part.freeze(["vision"])
     everything = own_entries(load_model(tiny.directory("qwen2-untied"), backend=be).parameters.values(), be)
@@ -79,7 +89,7 @@ def test_adapters_begin_as_in_one_process_and_are_read_by_their_stage(tiny, be, 
     save_adapter(whole, tmp_path / "adapter")
     stored = open_adapter_for(whole.config, tmp_path / "adapter")
     for view, part in zip(views, parts, strict=True):
-        part.layout = StageLayout(view)
+        part.layout = laid(be, view)
         for lay in (lambda part=part: add_adapters(part, adapters, 5), lambda part=part: load_adapter(part, stored)):
             lay()
             assert {p for p in part.parameters if is_adapter(p)} == set(filter(view.holds, stored.tensors))

@@ -10,8 +10,7 @@ import duetvl
 from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError
 from duetvl.data.loading.loader import Step
-from duetvl.models.qwen_vl import language, vision
-from duetvl.models.qwen_vl import model as whole
+from duetvl.models.qwen_vl import language, stage, vision
 from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.parallel.inventory import own_entries
 from duetvl.training.groups import check_patterns, parameter_groups
@@ -77,7 +76,7 @@ class Recorded:
     def __init__(self, be, monkeypatch):
         self.be, self.found = be, {"vision": [], "projector": [], "language": []}
         self._wrap(monkeypatch, vision, "vision_block", "vision")
-        self._wrap(monkeypatch, whole, "vision_tower", "projector")
+        self._wrap(monkeypatch, stage, "merger", "projector")
         self._wrap(monkeypatch, language, "decoder_layer", "language")
 
     def _wrap(self, monkeypatch, module, name, part):
