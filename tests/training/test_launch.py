@@ -162,6 +162,18 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_start_goes_on(launch: L
     assert read_failures(launch.run) == [] and (launch.run / "failures-before" / "1" / "rank-00000.json").exists()
 
 
+def test_a_stage_that_is_killed_is_named(launch: Launch) -> None:
+    process = launch.start("parallel.pp=2", "parallel.dp=1")
+    launch.wait_for(lambda: launch.steps() >= 2, process)
+    launch.send(signal.SIGKILL, 1)
+    told = launch.end(process)
+    assert process.returncode == 1, told
+    assert re.search(r"launch: .*rank 1 \(process \d+\) w(as|ere) killed", told), told
+    (failure,) = read_failures(launch.run)
+    assert failure["rank"] == 0 and failure["consequence"]
+    assert "rank 1" in failure["message"], failure
+
+
 def test_a_rank_that_is_stopped_is_given_up(launch: Launch, full: bool) -> None:
     only_on(launch, "torch_npu", full)
     process = launch.start()

@@ -190,7 +190,8 @@ class ComposedCollectives(Collectives):
         away = [s for s in sends if s.to != self.rank and not _empty(s.tensor.shape)]
         wanted = [r for r in receives if r.source != self.rank and not _empty(r.shape)]
         self._count("exchange", sum(self._bytes(s.tensor) for s in away))
-        with self._failing("exchange"):
+        peers = sorted({*(s.to for s in away), *(r.source for r in wanted)})
+        with self._failing(f"exchange with rank {' and '.join(map(str, peers))}"):
             arrived = iter(self.raw_exchange(away, wanted) if away or wanted else [])
         results = []
         for r in receives:
