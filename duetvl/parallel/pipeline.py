@@ -146,7 +146,7 @@ class Pipeline:
         on_ready: Callable[[Parameter], None],
         before: Callable[[], None] = lambda: None,
     ) -> list[Outputs]:
-        """See `Passes`; nothing is told to `on_ready`."""
+        """See `Passes`; `on_ready` is not called."""
         run = _Run(self, micro_batches, cotangent, before)
         return run.through(self._schedule(one_f_one_b, len(micro_batches)))
 

@@ -37,7 +37,7 @@ def schedule_lines(ranks: int, virtual: int, micro_batches: int) -> Iterator[str
 
 
 def cells(schedule: Schedule, virtual: int, columns: int = _COLUMNS) -> Iterator[str]:
-    """The lines of all ranks, cut with `...` where they are longer than so many columns."""
+    """A line for each rank, cut with `...` beyond `columns`."""
     ranks = [schedule.timed(rank) for rank in range(len(schedule.actions))]
     width = 1 + max((len(_label(one, len(ranks), virtual)) for passes in ranks for one in passes), default=1)
     name = len(f"  rank {len(ranks) - 1}")

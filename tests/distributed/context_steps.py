@@ -47,7 +47,7 @@ def check_context_of_pairs(be: Backend) -> None:
 
 
 def check_context_not_finite(be: Backend) -> None:
-    """A loss that is not finite is told by the name of its sample once, though several ranks have a part of it."""
+    """The error about a loss that is not finite names its sample once, though several ranks have a part of it."""
     spoiled = lambda be: Spoiled(be.ops, "s12", float("nan"))  # noqa: E731
     schedule = [deal(mixed(), 2), deal(text(), 2)]
     found = compared(be, Tiny(), Mesh(dp=2, cp=2), schedule, PLAIN, objective=spoiled, on_nonfinite="skip")
