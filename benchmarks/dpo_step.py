@@ -41,12 +41,13 @@ def duetvl_step(directory: Path, framework: str) -> Step:
     import duetvl
     from duetvl.core.batch import Pair
     from duetvl.data.loading import loader
+    from duetvl.parallel.pipeline import InOrder
     from duetvl.training.preference.dpo import PreferenceObjective, reference_of
     from duetvl.training.recipe.sections import DpoSection, OptimSection
     from duetvl.training.step import Trainer
 
     model = duetvl_model(directory, framework)
-    reference = reference_of(model.without_adapters(), model.backend.ops)
+    reference = reference_of(InOrder(model.without_adapters(), model.backend), model.backend.ops)
     objective = PreferenceObjective(DpoSection(beta=BETA), model.backend)
     trainer = Trainer(model, objective, model.backend, OptimSection(lr=LR), reference=reference)
     no_pixels: dict[str, Any] = {"pixel_values": None}

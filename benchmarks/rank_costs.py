@@ -28,6 +28,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2, sequence": {"parallel": {"tp": 2, "sequence": True}},
     "tp 2, vision shard": {"parallel": {"tp": 2, "vision": "shard"}},
     "tp 4, sequence": {"parallel": {"tp": 4, "sequence": True}},
+    "pp 2": {"parallel": {"pp": 2}},
+    "pp 2 x tp 2, sequence": {"parallel": {"pp": 2, "tp": 2, "sequence": True}},
     "dp 2 x tp 2, sequence": {"parallel": {"dp": 2, "tp": 2, "sequence": True}},
     "dp 2 x tp 2, bfloat16": {"parallel": {"dp": 2, "tp": 2}, "model": {"dtype": "bfloat16"}},
     "tp 2, recompute full": {"parallel": {"tp": 2}, "train": {"recompute": "full"}},
@@ -51,7 +53,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
     from duetvl.models.qwen_vl.config import load_config
     from duetvl.models.qwen_vl.loading import load_model
     from duetvl.models.qwen_vl.memory import Load, Trained
-    from duetvl.parallel.tensor import layout_of
+    from duetvl.parallel.pipeline import placed
     from duetvl.parallel.traffic import step_traffic
     from duetvl.training.lora import adapt, plan_adapters
     from duetvl.training.memory import division_of, estimate
@@ -68,7 +70,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
     plan = plan_adapters(recipe, config)
     division = division_of(recipe, config, backend.collectives.rank)
     made = load_model(model, backend=backend, dtype=recipe.model.dtype, division=division)
-    made.layout = layout_of(division, backend)
+    placed(made, division, backend)
     adapt(made, recipe, plan)
     made.recompute = recipe.train.recompute
     trainer = Trainer(made, TokenLoss(backend.ops), backend, recipe.optim, division=division)

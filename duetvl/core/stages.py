@@ -71,12 +71,6 @@ class Stages:
         count = ranks * virtual
         return cls((vision, *[0] * (count - 1)), even_split(language, count))
 
-    @classmethod
-    def of_rows(cls, vision: Rows, language: Rows) -> Stages:
-        """As they are typed; where the language model has more virtual stages, the vision tower has no layers there."""
-        missing = (0,) * (sum(map(len, language)) - sum(map(len, vision)))
-        return cls((*(n for row in vision for n in row), *missing), tuple(n for row in language for n in row))
-
     @property
     def count(self) -> int:
         """How many stages there are."""

@@ -47,12 +47,6 @@ class VisionInput:
     enter: Callable[[Tensor], Tensor] = stay
 
 
-def vision_tower(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput) -> Tensor:
-    """Merged features (M, out_hidden_size), still in the tower's order."""
-    x_PD = patch_embedding(ops, config, w.patch_embed, given.pixels)
-    return merger(ops, config, w.merger, given, vision_blocks(ops, config, w, given, range(config.depth), x_PD))
-
-
 def patch_embedding(ops: Ops, config: VisionConfig, w: Weights, pixels: Tensor) -> Tensor:
     """Patch rows (P, C) -> (P, D): the convolution as a product, as its stride is its kernel."""
     return ops.linear(pixels, ops.reshape(w.proj.weight, (-1, config.patch_row)))
