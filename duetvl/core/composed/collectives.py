@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +111,7 @@ class ComposedCollectives(Collectives):
         dtype = self.ops.dtype_of(x)
         wide = self._summable(x, dtype)
         self._count("all_reduce", self._bytes(wide) * 2 * (count - 1) // count)
-        with self._failing("all_reduce"):
+        with self._failing("all_reduce", self.group_ranks(group)):
             return self.ops.cast(self.raw_all_reduce(wide, group, op), dtype)
 
     def all_gather(self, x: Tensor, group: Group = None, sizes: Sequence[int] | None = None) -> Tensor:
@@ -125,7 +125,7 @@ class ComposedCollectives(Collectives):
             return self.ops.zeros((sum(sizes), *x.shape[1:]), self.ops.dtype_of(x))
         piece = self._pad(x, longest)
         self._count("all_gather", self._bytes(piece) * (len(ranks) - 1))
-        with self._failing("all_gather"):
+        with self._failing("all_gather", self.group_ranks(group)):
             whole = self.raw_all_gather(piece, group)
         if min(sizes) == longest:
             return whole
@@ -149,11 +149,11 @@ class ComposedCollectives(Collectives):
             pieces = self.ops.split(wide, sizes, 0)
             wide = self.ops.concat([self._pad(piece, longest) for piece in pieces], 0)
         self._count("reduce_scatter", self._bytes(wide) * (len(ranks) - 1) // len(ranks))
-        with self._failing("reduce_scatter"):
+        with self._failing("reduce_scatter", self.group_ranks(group)):
             wait = self.raw_reduce_scatter_later(wide, group)
 
         def finish() -> Tensor:
-            with self._failing("reduce_scatter"):
+            with self._failing("reduce_scatter", self.group_ranks(group)):
                 piece = wait()
             return self.ops.cast(piece if rows == longest else piece[:rows], dtype)
 
@@ -174,14 +174,14 @@ class ComposedCollectives(Collectives):
             return self.ops.zeros((sum(receive), *x.shape[1:]), self.ops.dtype_of(x))
         row = math.prod(x.shape[1:]) * BYTES[self.ops.dtype_of(x)]
         self._count("all_to_all", row * (sum(send) - send[own]))
-        with self._failing("all_to_all"):
+        with self._failing("all_to_all", self.group_ranks(group)):
             return self.raw_all_to_all(x, group, send, receive)
 
     def broadcast(self, x: Tensor, source: int, group: Group = None) -> Tensor:
         if len(self.group_ranks(group)) == 1 or _empty(x.shape):
             return x
         self._count("broadcast", self._bytes(x) if self.rank == source else 0)
-        with self._failing("broadcast"):
+        with self._failing("broadcast", self.group_ranks(group)):
             return self.raw_broadcast(x, source, group)
 
     def exchange(self, sends: Sequence[Send], receives: Sequence[Receive]) -> list[Tensor]:
@@ -190,8 +190,8 @@ class ComposedCollectives(Collectives):
         away = [s for s in sends if s.to != self.rank and not _empty(s.tensor.shape)]
         wanted = [r for r in receives if r.source != self.rank and not _empty(r.shape)]
         self._count("exchange", sum(self._bytes(s.tensor) for s in away))
-        peers = sorted({*(s.to for s in away), *(r.source for r in wanted)})
-        with self._failing(f"exchange with rank {' and '.join(map(str, peers))}"):
+        peers = sorted({s.to for s in away} | {r.source for r in wanted})
+        with self._failing("exchange", peers):
             arrived = iter(self.raw_exchange(away, wanted) if away or wanted else [])
         results = []
         for r in receives:
@@ -205,13 +205,13 @@ class ComposedCollectives(Collectives):
         if len(self.group_ranks(group)) == 1:
             return [value]
         self._called("gather_objects")
-        with self._failing("gather_objects"):
+        with self._failing("gather_objects", self.group_ranks(group)):
             return self.raw_gather_objects(value, group)
 
     def barrier(self, group: Group = None) -> None:
         if len(self.group_ranks(group)) > 1:
             self._called("barrier")
-            with self._failing("barrier"):
+            with self._failing("barrier", self.group_ranks(group)):
                 self.raw_barrier(group)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
@@ -236,14 +236,16 @@ class ComposedCollectives(Collectives):
         return self.ops.concat([x, blank], 0)
 
     @contextmanager
-    def _failing(self, name: str) -> Iterator[None]:
+    def _failing(self, name: str, ranks: Iterable[int]) -> Iterator[None]:
+        """Tell an engine's error as one of this call, which these ranks make together."""
         try:
             yield
         except BackendError as error:
             raise BackendError(f"{name} failed on rank {self.rank} of {self.size}: {error}") from None
         except RuntimeError as error:
+            others = ", ".join(f"rank {rank}" for rank in ranks if rank != self.rank)
             raise BackendError(
-                f"{name} failed on rank {self.rank} of {self.size}: {_plain(error)}; see the other ranks' logs"
+                f"{name} failed on rank {self.rank} of {self.size}: {_plain(error)}; see the logs of {others}"
             ) from error
 
 
