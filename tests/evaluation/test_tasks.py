@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -316,3 +317,17 @@ def test_an_unknown_task_has_a_nearest_name() -> None:
         find_task("ai2d_tset")
     with pytest.raises(ConfigError, match=r"own\.yaml: no such file"):
         find_task("nowhere/own.yaml")
+
+
+def test_the_examples_of_the_docs_work(data: dict[str, Path], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation_tasks.md").read_text()
+    (task_file,) = re.findall(r"```yml\n(.*?)```", text, re.DOTALL)
+    _, path = miniatures.custom(tmp_path / "own")
+    question = find_task(own_task(tmp_path, task_file)).questions(path, QWEN2_VL)[3]
+    assert question.cluster and question.groups == {"shop": "south"} and not question.problem
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert len(names["INFOVQA"].questions(data["docvqa_val"], QWEN2_VL)) == 40
+    assert {name for name in TASKS if f"| `{name}` |" in text} == set(TASKS)
+    assert {name for name in PROFILES if f"| `{name}` |" in text} == set(PROFILES)
