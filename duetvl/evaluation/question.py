@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -40,6 +40,27 @@ class Question:
     problem: str = ""
 
 
+class Questions:
+    """The questions of a data set by number, in its order.
+
+    Each is made when it is asked for, with its pictures, and not kept: a data set need not fit into memory.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Question]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Question:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._make(index)
+
+    def __iter__(self) -> Iterator[Question]:
+        return map(self._make, range(self._count))
+
+
 class Score(NamedTuple):
     """What an answer is worth, from 0 to 1, and what was read in it.
 
@@ -70,12 +91,11 @@ class Task(Protocol):
         """Names of the prompt profiles that it has a prompt for."""
         ...
 
-    def questions(self, path: Path, profile: Profile) -> Sequence[Question]:
-        """The questions of a data set, in its order.
+    def questions(self, path: Path, profile: Profile) -> Questions:
+        """The questions of a data set, which is looked through once.
 
-        Each is read when it is asked for, and not kept: a data set need not fit into memory. Its length is known from
-        the start. Raises DataError for a file that is missing or damaged, or lacks a column; ConfigError where the
-        task has no prompt in this profile.
+        Raises DataError for a file that is missing or damaged, or lacks a column; ConfigError where the task has no
+        prompt in this profile. What is wrong with one question alone is its `problem`.
         """
         ...
 
