@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from duetvl.core.batch import Pair, Sample
+from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.conversation import Conversation, ImagePart, Preference, Turn, VideoPart
 from duetvl.data.digest import digest, digest_of
 from duetvl.data.encode import Processor, conversation_of
 from duetvl.data.sources.catalog import Records
 from duetvl.data.sources.records import Record
+from duetvl.inference.answering import sample_of
 
 PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS: Final = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -29,12 +30,7 @@ class Ask:
 
     def sample(self, processor: Processor) -> Sample:
         """The prompt with its pixels. Raises DataError naming it."""
-        try:
-            made = processor.load(processor.draft(self.read(), id=self.id, add_generation_prompt=True))
-        except DataError as error:
-            raise DataError(str(error) if self.id in str(error) else f"{self.id}: {error}") from None
-        assert not isinstance(made, Pair)
-        return made
+        return sample_of(processor, self.read(), self.id)
 
     def key(self, way: str) -> str:
         """32 digits that change when what is asked does, or how (`way`); of media in files their size and time."""

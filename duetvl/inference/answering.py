@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
-from duetvl.core.batch import Sample
-from duetvl.core.errors import DuetvlError
+from duetvl.core.batch import Pair, Sample
+from duetvl.core.errors import DataError, DuetvlError
+from duetvl.data.conversation import Conversation
+from duetvl.data.encode import Processor
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.engine import Engine
 from duetvl.inference.output import spelt
@@ -17,6 +19,16 @@ from duetvl.inference.request import Completion, Request
 AHEAD: Final = 4  # prompts whose pixels are made while others are answered
 Row = Mapping[str, Any]
 Prepared = Iterator[tuple[int, Sample | DuetvlError]]
+
+
+def sample_of(processor: Processor, conversation: Conversation, id: str) -> Sample:
+    """A prompt with its pixels. Raises DataError naming it."""
+    try:
+        sample = processor.load(processor.draft(conversation, id=id, add_generation_prompt=True))
+    except DataError as error:
+        raise DataError(str(error) if id in str(error) else f"{id}: {error}") from None
+    assert not isinstance(sample, Pair)
+    return sample
 
 
 def ahead(numbers: Iterable[int], make: Callable[[int], Sample]) -> Prepared:
