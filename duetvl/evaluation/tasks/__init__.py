@@ -1,0 +1,1 @@
+"""The benchmarks, each in a file that reads like its definition."""
