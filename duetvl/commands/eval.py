@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 from duetvl.commands.infer import way_name
+from duetvl.commands.options import PRESETS
 from duetvl.commands.processes import end_with_parent, run_processes
 from duetvl.commands.session import Opened, Say, Way, check_way, guides_of, load, make_engine, open_for_answers, way_of
 from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.evaluation.answers import ANSWERS, Asked, RunAnswers, data_md5, open_run
 from duetvl.evaluation.profiles import Profile, default_profile, find_profile
-from duetvl.evaluation.question import Task
 from duetvl.evaluation.run import Answers, Running, engine_answers, keep
 from duetvl.evaluation.tasks.registry import find_task
 from duetvl.inference.defaults import Defaults
@@ -102,7 +101,7 @@ def _check(args: argparse.Namespace) -> None:
         if number is not None and number < 1:
             raise ConfigError(f"--{name} {number}: expected at least 1")
     if args.server is not None and (args.nproc or 1) > 1:
-        raise ConfigError("--nproc belongs to a model in this process; a server is asked --concurrency questions at once")
+        raise ConfigError("--nproc: a server is asked --concurrency questions at once, by one process")
     check_way(args)
 
 
@@ -111,6 +110,8 @@ def profile_of(args: argparse.Namespace, family: str) -> Profile:
     profile = default_profile(family) if args.profile is None else find_profile(args.profile)
     pixels = {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(args, name)) is not None}
     frames = {name: value for name in ("fps", "max_frames") if (value := getattr(args, name)) is not None}
+    if args.video_preset is not None:
+        frames = {"fps": PRESETS[args.video_preset], **frames}
     low, high = (pixels.get(name, getattr(profile.pixels, name)) for name in ("min_pixels", "max_pixels"))
     if low is not None and high is not None and not 0 < low <= high:
         raise ConfigError(f"pictures of {low} to {high} pixels make no sense; give --min-pixels and --max-pixels")
@@ -149,7 +150,8 @@ def _model(args: argparse.Namespace, say: Say) -> Source:
     backend = choose_backend(args.backend or "auto", args.device or "auto")
     told = {
         "backend": backend,
-        **{name: how[name] for name in ("weights", "adapter", "dtype", "guided", "media")},
+        **{name: how[name] for name in ("weights", "adapter", "dtype")},
+        "guided": how["guided"] if any(how["guided"]) else None,
         **{name: value for name, value in how["way"].items() if name != "max_new_tokens"},
     }
     more = {"model": args.model, "device": args.device or "auto"}

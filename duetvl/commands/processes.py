@@ -81,7 +81,8 @@ def end_with_parent() -> None:
     """End this process, one of `run_processes`, when the parent has gone."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not by sys.stdin, whose lock must be free when Python ends
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
