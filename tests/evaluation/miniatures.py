@@ -96,15 +96,13 @@ def chartqa(folder: Path, count: int = 40) -> Path:
 
 def docvqa(folder: Path, count: int = 40) -> Path:
     """DocVQA_VAL.tsv with a byte order mark: several truths each, three questions a page, pages by reference."""
-    rows = [
-        {
-            "index": number,
-            "image": picture_cell(NAMES[number // 3 % 8], size=(90, 120)) if number % 3 == 0 else number - number % 3,
-            "question": f"Who signed letter {number}?",
-            "answer": repr([f"J. Smith {number}", f"john smith {number}"]),
-        }
-        for number in range(count)
-    ]
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        first = number - number % 3
+        image = picture_cell(NAMES[number // 3 % 8], size=(90 + number, 120)) if number == first else first
+        truths = [f"J. Smith {number}", f"john smith {number}"]
+        question = f"Who signed letter {number}?"
+        rows.append({"index": number, "image": image, "question": question, "answer": repr(truths)})
     return write_tsv(folder / "DocVQA_VAL.tsv", rows, start="\ufeff")
 
 

@@ -88,7 +88,10 @@ def _fields(row: bytes, where: str) -> list[str]:
 
 def _split(row: str) -> list[str] | None:
     """The fields of a row; None where a quoted one is not closed."""
-    row = row.rstrip("\r\n") if '"' not in row else re.sub(r"\r?\n\Z", "", row)
+    if '"' not in row:
+        row = row.rstrip("\r\n")
+    elif row.endswith("\n"):  # not by a regular expression, which reads through the pictures
+        row = row[:-1].removesuffix("\r")
     fields, at = [], 0
     while True:
         quoted = _QUOTED.match(row, at) if row.startswith('"', at) else None

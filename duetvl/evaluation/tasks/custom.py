@@ -114,7 +114,7 @@ class CustomTask:
             truths=truths,
             options=options,
             groups={name: row.text(name) for name in self.file.groups if name in row.cells},
-            cluster=row.text(self.file.cluster) if self.file.cluster else video or row.cluster,
+            cluster=row.text(self.file.cluster or "") or video or row.cluster,  # the picture's own is no cell
             problem=problem,
         )
 
