@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,14 +19,17 @@ from duetvl.commands.session import Opened, Say, Way, check_way, guides_of, load
 from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.evaluation.answers import ANSWERS, Asked, RunAnswers, data_md5, open_run
+from duetvl.evaluation.endpoint import open_endpoint, server_answers
 from duetvl.evaluation.profiles import Profile, default_profile, find_profile
 from duetvl.evaluation.run import Answers, Running, engine_answers, keep
 from duetvl.evaluation.tasks.registry import find_task
 from duetvl.inference.defaults import Defaults
+from duetvl.inference.sampling import Sampling
 from duetvl.storage.answers_file import Row, alone
 from duetvl.training.watching.metrics import Progress
 
 FAILED: Final = 1
+CONCURRENCY: Final = 16  # questions that a server has at once
 Ask = Callable[[list[int]], Answers]
 
 
@@ -168,7 +172,34 @@ def _engine_asker(args: argparse.Namespace, opened: Opened, way: Way, say: Say, 
 
 
 def _server(args: argparse.Namespace) -> Source:
-    raise ConfigError("--server: not yet")
+    """A model on a server. Its tokenizer, its pixels where it takes no bounds, and its weights are its own business."""
+    endpoint = open_endpoint(args.server, args.model, "--server")
+    older = re.search(r"qwen2[-_]vl", endpoint.model, re.IGNORECASE)
+    if args.logprobs is not None or any(value is not None for value in (args.json_schema, args.regex, args.choice)):
+        raise ConfigError("--logprobs and grammars belong to a model in this process, and not to --server")
+    way = way_of(args, Defaults())
+    sampling = {name: value for name, value in vars(way.sampling).items() if value != getattr(Sampling(), name)}
+    told = {"server": endpoint.url, "served": endpoint.model, "sampling": sampling, "stop": way.stop}
+
+    def asker(asked: Asked) -> Ask:
+        options = {
+            "max_tokens": asked.profile.max_new_tokens,
+            **sampling,
+            "temperature": way.sampling.temperature,
+            "seed": way.sampling.seed,
+            **({"stop": list(way.stop)} if way.stop else {}),
+            **_bounds(asked.profile),
+        }
+        return lambda numbers: server_answers(endpoint, asked, numbers, args.concurrency or CONCURRENCY, options)
+
+    return Source("qwen2_vl" if older else "qwen2_5_vl", told, {"model": endpoint.model}, asker)
+
+
+def _bounds(profile: Profile) -> dict[str, Any]:
+    """Bounds of pictures in vLLM's words, which duetvl serve and others understand as well."""
+    sizes = {"min_pixels": profile.pixels.min_pixels, "max_pixels": profile.pixels.max_pixels, "fps": profile.video.fps}
+    bounds = {name: value for name, value in sizes.items() if value is not None}
+    return {"mm_processor_kwargs": bounds} if bounds else {}
 
 
 # -- asking ----------------------------------------------------------------------------------------------------------

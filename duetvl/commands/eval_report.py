@@ -11,10 +11,12 @@ from duetvl.commands.session import Say
 from duetvl.core.errors import ConfigError, DuetvlError
 from duetvl.evaluation.answers import Asked, data_md5, read_answers, read_run
 from duetvl.evaluation.compare import compare_runs, comparison_lines, write_comparison
+from duetvl.evaluation.endpoint import open_endpoint
+from duetvl.evaluation.judge import Judge
 from duetvl.evaluation.page import PAGE, write_comparison_page, write_page
 from duetvl.evaluation.profiles import find_profile
 from duetvl.evaluation.question import Question
-from duetvl.evaluation.report import Report, markdown, write_report
+from duetvl.evaluation.report import Report, beside_published, markdown, notes, write_report
 from duetvl.evaluation.scoring import mark, summarize
 from duetvl.evaluation.spreadsheet import SHEET, available, write_spreadsheet
 from duetvl.evaluation.tasks.registry import find_task
@@ -26,8 +28,17 @@ def report(args: argparse.Namespace, out: Say, say: Say) -> bool:
     run = read_run(directory)
     asked, remarks = asked_again(args, run)
     rows = read_answers(directory)
-    marked = list(mark(asked.task, asked.profile, asked, rows))
-    result = Report(run, marked, summarize(marked, asked.task.groups), remarks=remarks)
+    judge = Judge(open_endpoint(args.judge, args.judge_model, "--judge"), directory) if args.judge else None
+    marked = list(mark(asked.task, asked.profile, asked, rows, judge))
+    summary = summarize(marked, asked.task.groups)
+    result = Report(
+        run,
+        marked,
+        summary,
+        published=beside_published(str(run["told"].get("model", "")), asked.task.name, summary),
+        judge=None if judge is None else judge.summary(),
+        remarks=[*remarks, *notes(marked)],
+    )
     write_report(result, directory)
     write_page(result, directory, asked.questions.__getitem__)
     if available():
@@ -37,7 +48,7 @@ def report(args: argparse.Namespace, out: Say, say: Say) -> bool:
     for line in markdown(result):
         out(line)
     whole = result.summary.whole
-    failed = f"; {whole.unanswered} questions have no answer, see there" if whole.unanswered else ""
+    failed = f"; {whole.unanswered} questions have no answer" if whole.unanswered else ""
     say(f"{directory / PAGE}: {whole.n} answers{failed}")
     return bool(whole.unanswered)
 

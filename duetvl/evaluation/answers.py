@@ -25,6 +25,7 @@ from duetvl.version import __version__
 RUN: Final = "run.json"
 ANSWERS: Final = "answers.jsonl"
 TABLES: Final = (".json", ".jsonl", ".tsv", ".csv", ".yaml", ".yml")
+DIRECTORIES: Final = ("", "Eval_QA", "answer")  # of a directory of data, where its tables lie
 _CHUNK: Final = 2**22
 
 
@@ -151,7 +152,8 @@ def data_md5(path: Path) -> str:
     try:
         if path.is_file():
             return _md5(path)
-        tables = sorted(file for file in path.rglob("*") if file.suffix in TABLES and file.is_file())
+        places = [place for name in DIRECTORIES for place in (path / name).glob("*")]
+        tables = sorted(file for file in places if file.suffix in TABLES and file.is_file())
         told = "".join(f"{file.relative_to(path)} {_md5(file)}\n" for file in tables)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None

@@ -23,7 +23,7 @@ from duetvl.data.media.video import FrameRule, plan_frames, read_frames
 from duetvl.data.media.video_index import read_index
 from duetvl.evaluation.compare import Comparison, verdict
 from duetvl.evaluation.question import Question
-from duetvl.evaluation.report import Report, notes, tallies
+from duetvl.evaluation.report import Report, tallies
 from duetvl.evaluation.scoring import VERDICTS, Marked
 from duetvl.storage.files import write_text
 
@@ -82,11 +82,12 @@ def _run(run: Mapping[str, Any], report: Report | None = None) -> dict[str, Any]
     """The head of the page: scores and settings of one run."""
     head = {"name": str(run["told"].get("model") or run["told"].get("server") or ""), "settings": list(_settings(run))}
     if report is None:
-        return head | {"tallies": [], "published": None, "remarks": []}
+        return head | {"tallies": [], "published": None, "judge": None, "remarks": []}
     return head | {
         "tallies": [{"name": name, **asdict(one)} for name, one in tallies(report.summary)],
         "published": report.published,
-        "remarks": [*report.remarks, *notes(report.marked)],
+        "judge": report.judge,
+        "remarks": list(report.remarks),
     }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError
+from duetvl.evaluation.published import published
 from duetvl.evaluation.scoring import Marked, Summary, Tally
 from duetvl.storage.files import json_value, write_text
 
@@ -26,6 +27,9 @@ SCORES: Final = "scores.json"
 TABLE: Final = "scores.csv"
 RESULTS: Final = "results.jsonl"
 MINDIE: Final = "mindie.csv"
+JUDGED: Final = ("asked", "cached", "undecided", "failed")
+_MOST_NOTES: Final = 10
+_MOST_PROBLEMS: Final = 3
 _COLUMNS: Final = ("score", "low", "high", "n", "unparsed", "truncated", "unanswered", "clusters")
 
 
@@ -71,7 +75,7 @@ def scores(report: Report) -> dict[str, Any]:
         },
         "published": report.published,
         "judge": report.judge,
-        "remarks": [*report.remarks, *notes(report.marked)],
+        "remarks": list(report.remarks),
         "settings": asked,
         "run": report.run["told"],
     }
@@ -91,9 +95,39 @@ def read_results(directory: Path) -> list[Marked]:
 
 
 def notes(marked: Sequence[Marked]) -> list[str]:
-    """What the data of some questions make a reader want to know, and of how many."""
+    """What a reader of the scores should know of the questions: what is odd about some, and why some have no answer."""
     counts = Counter(note for one in marked for note in one.notes)
-    return [f"{count} question{'s' * (count > 1)}: {note}" for note, count in counts.most_common()]
+    odd = [f"{_questions(count)}: {note}" for note, count in counts.most_common(_MOST_NOTES)]
+    if len(counts) > _MOST_NOTES:
+        odd.append(f"{len(counts) - _MOST_NOTES} more such notes stand beside their questions in {RESULTS}")
+    problems = [one for one in marked if one.value is None]
+    first = [f"{one.id}: {one.problem}" for one in problems[:_MOST_PROBLEMS]]
+    if problems:
+        odd.append(f"{_questions(len(problems))} without an answer, which no score counts: {'; '.join(first)}")
+    return odd
+
+
+def beside_published(model: str, task: str, summary: Summary) -> dict[str, Any] | None:
+    """The published score of a model with ours beside it, and what is to be said of the two; None where none is."""
+    known = published(model, task)
+    if known is None:
+        return None
+    ours = summary.whole
+    if known.group is not None:
+        ours = summary.groups.get(known.group[0], {}).get(known.group[1], ours)
+    words = f"{known.model} {known.score:.1f} on {known.split}{'' if known.checked else ' (unchecked)'}"
+    if ours.score is not None:
+        where = "" if known.group is None else f" on {known.group[1]}"
+        words += f", here{where} {ours.score:.1f} ({span(ours)}): {ours.score - known.score:+.1f}"
+    return {
+        **asdict(known),
+        "ours": ours.score,
+        "text": ". ".join(filter(None, (words, known.warning.rstrip("."), known.expect.rstrip(".")))),
+    }
+
+
+def _questions(count: int) -> str:
+    return f"{count} question{'s' * (count != 1)}"
 
 
 # -- on the screen ---------------------------------------------------------------------------------------------------
@@ -103,11 +137,15 @@ def markdown(report: Report) -> Iterator[str]:
     """The lines of the report as Markdown, with columns that stand below each other."""
     yield f"{report.name}: {_in_words(report.summary.whole)}"
     yield ""
-    yield from table(_lines(report), ("", "score", "95% interval", "n", "unparsed", "truncated", "unanswered"))
+    rules = list(report.summary.whole.others)
+    titles = ("", "score", "95% interval", "n", "unparsed", "truncated", "unanswered", *rules)
+    yield from table(_lines(report, rules), titles)
     if report.published:
         yield ""
         yield f"published: {report.published['text']}"
-    for remark in (*report.remarks, *notes(report.marked)):
+    if report.judge:
+        yield f"judge {report.judge['model']}: " + ", ".join(f"{name} {report.judge[name]}" for name in JUDGED)
+    for remark in report.remarks:
         yield f"note: {remark}"
 
 
@@ -125,14 +163,19 @@ def table(rows: Iterator[Sequence[str]], titles: Sequence[str]) -> Iterator[str]
     yield from map(line, content[1:])
 
 
-def _lines(report: Report) -> Iterator[Sequence[str]]:
+def _lines(report: Report, rules: Sequence[str]) -> Iterator[Sequence[str]]:
     for name, one in tallies(report.summary):
-        others = "".join(f"; {rule} {value:.1f}" for rule, value in one.others.items())
         yield (
-            name + others,
-            *((f"{one.score:.1f}", span(one)) if one.score is not None else ("-", "-")),
+            name,
+            _number(one.score),
+            span(one),
             *(str(count) for count in (one.n, one.unparsed, one.truncated, one.unanswered)),
+            *(_number(one.others.get(rule)) for rule in rules),
         )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def tallies(summary: Summary) -> Iterator[tuple[str, Tally]]:
@@ -150,7 +193,7 @@ def span(one: Tally) -> str:
 def _in_words(one: Tally) -> str:
     if one.score is None:
         return "no question has an answer"
-    return f"{one.score:.1f}% ({span(one)}) of {one.n} question{'s' * (one.n != 1)}"
+    return f"{one.score:.1f}% ({span(one)}) of {_questions(one.n)}"
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
