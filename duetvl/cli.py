@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import duetvl
-from duetvl.commands.options import add_bench, add_chat, add_infer
+from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer
 from duetvl.core.errors import ConfigError, DuetvlError, one_line
 from duetvl.core.streams import discard_output, open_streams
 
@@ -92,7 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if wrong:
         hint = "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5" * hasattr(args, "recipe")
         parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
-    args.overrides = rest
+    args.overrides, args.argv = rest, argv
     return args
 
 
@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands.add_parser("data", help="convert data sets, look at samples"))
 
     add_infer(commands.add_parser("infer", help="answers to a prompt, to records, to a directory of pictures"))
+    add_eval(commands.add_parser("eval", help="a model's scores on benchmarks; two runs compared"))
     add_chat(commands.add_parser("chat", help="talk with a model in the terminal"))
     bench = commands.add_parser("bench", help="how fast a model is here")
     add_bench(bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="answering"))
@@ -229,7 +230,7 @@ def _run(args: argparse.Namespace) -> int:
     commands = {
         "train": _train, "launch": _launch, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed,
         "doctor": _doctor, "export": _export, "merge": _merge, "plot": _plot, "infer": _infer, "chat": _chat,
-        "bench": _bench,
+        "bench": _bench, "eval": _eval,
     }  # fmt: skip
     return commands[args.command](args)
 
@@ -344,6 +345,12 @@ def _infer(args: argparse.Namespace) -> int:
     if args.output is not None:
         _check_target(args.output)
     return infer(args, _show, _tell)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from duetvl.commands.eval import evaluate
+
+    return evaluate(args, lambda text: _say(text), _tell)
 
 
 def _chat(args: argparse.Namespace) -> int:

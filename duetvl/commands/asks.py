@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from duetvl.core.batch import Pair, Sample
+from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.conversation import Conversation, ImagePart, Preference, Turn, VideoPart
+from duetvl.data.digest import digest, digest_of
 from duetvl.data.encode import Processor, conversation_of
 from duetvl.data.sources.catalog import Records
 from duetvl.data.sources.records import Record
+from duetvl.inference.answering import sample_of
 
 PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS: Final = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -31,45 +30,14 @@ class Ask:
 
     def sample(self, processor: Processor) -> Sample:
         """The prompt with its pixels. Raises DataError naming it."""
-        try:
-            made = processor.load(processor.draft(self.read(), id=self.id, add_generation_prompt=True))
-        except DataError as error:
-            raise DataError(str(error) if self.id in str(error) else f"{self.id}: {error}") from None
-        assert not isinstance(made, Pair)
-        return made
+        return sample_of(processor, self.read(), self.id)
 
     def key(self, way: str) -> str:
         """32 digits that change when what is asked does, or how (`way`); of media in files their size and time."""
-        content: list[Any]
         try:
-            found = self.read()
-            parts = [_told(part) for turn in found.turns for part in (turn.role, *turn.parts)]
-            content = [parts, list(found.tools)]
+            return digest(self.read(), way)
         except DataError as error:
-            content = [self.id, str(error)]
-        return hashlib.sha256(json.dumps([way, content], default=str).encode()).hexdigest()[:32]
-
-
-def _told(part: Any) -> Any:
-    """A part of a turn by its content: text as it is, of a file its name, size and time."""
-    if isinstance(part, ImagePart | VideoPart):
-        sources = part.source if isinstance(part.source, list | tuple) else [part.source]
-        rest = [
-            type(part).__name__,
-            *(str(value) for name, value in vars(part).items() if name not in ("source", "root")),
-        ]
-        return [rest, *map(_source, sources)]
-    return part if isinstance(part, str) else repr(part)
-
-
-def _source(source: Any) -> Any:
-    if isinstance(source, str | Path):
-        try:
-            found = os.stat(str(source).removeprefix("file://"))
-        except (OSError, ValueError):
-            return hashlib.sha256(str(source).encode()).hexdigest()
-        return [str(source), found.st_size, found.st_mtime_ns]
-    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else repr(source)
+            return digest_of([way, [self.id, str(error)]])
 
 
 def asks_of(args: argparse.Namespace) -> Sequence[Ask]:

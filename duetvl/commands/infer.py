@@ -6,30 +6,23 @@ import argparse
 import json
 import sys
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
-from duetvl.commands.answers_file import AnswersFile, Row, alone
 from duetvl.commands.asks import Ask, asks_of
 from duetvl.commands.session import Opened, Say, Way, check_way, guides_of, load, make_engine, open_for_answers, way_of
-from duetvl.core.batch import Sample
-from duetvl.core.errors import ConfigError, DuetvlError
-from duetvl.data.tokenizer import TextTokenizer
-from duetvl.inference.engine import Engine
+from duetvl.core.errors import ConfigError
+from duetvl.inference.answering import ahead, answers
 from duetvl.inference.guided import Guides
-from duetvl.inference.output import spelt
-from duetvl.inference.request import Completion
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.adapters import open_adapter_for
+from duetvl.storage.answers_file import AnswersFile, alone
 from duetvl.training.watching.metrics import Progress
 
-AHEAD: Final = 4  # prompts whose pixels are made while others are answered
 FAILED: Final = 1
 
 
@@ -85,12 +78,12 @@ def _answer_all(args: argparse.Namespace, opened: Opened, way: Way, guides: Guid
         say(f"-o {args.output}: {distinct - len(missing)} of {distinct} answers are there already")
     if missing:
         engine = make_engine(load(args, opened, say), args)
+        request = partial(way.request, guide=guides)
         done = distinct - len(missing)
         progress = Progress(distinct, done=done, unit="answer", stream=sys.stderr, every=max(1, distinct // 20))
-        add = file.adder()
-        with closing(progress):
+        with closing(progress), file.adding() as add:
             prepared = ahead(missing, lambda number: asks[number].sample(opened.processor))
-            for number, row in answers(engine, prepared, way, guides, opened.processor.tokenizer):
+            for number, row in answers(engine, prepared, request, opened.processor.tokenizer):
                 add(file.keys[number], row)
                 done += 1
                 progress.step({"step": done})
@@ -117,83 +110,3 @@ def way_name(args: argparse.Namespace, source: ModelDirectory, way: Way) -> str:
         "dtype": args.dtype,
     }
     return json.dumps(parts, sort_keys=True, default=str)
-
-
-def ahead(numbers: Iterable[int], make: Callable[[int], Sample]) -> Iterator[tuple[int, Sample | DuetvlError]]:
-    """Samples that a thread makes before they are asked for; what is wrong with one is a value."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[int, Future[Sample]]] = deque()
-        try:
-            for number in numbers:
-                waiting.append((number, pool.submit(make, number)))
-                if len(waiting) > AHEAD:
-                    yield _taken(*waiting.popleft())
-            while waiting:
-                yield _taken(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _taken(number: int, made: Future[Sample]) -> tuple[int, Sample | DuetvlError]:
-    try:
-        return number, made.result()
-    except DuetvlError as error:
-        return number, error
-
-
-def answers(
-    engine: Engine,
-    prepared: Iterator[tuple[int, Sample | DuetvlError]],
-    way: Way,
-    guides: Guides | None,
-    tokenizer: TextTokenizer,
-) -> Iterator[tuple[int, Row]]:
-    """Number and row of every answer, as they are finished. As many wait as the engine has room for, and no more."""
-    most, waiting, more = 2 * engine.limits.max_sequences, 0, True
-    while more or waiting:
-        while more and waiting < most:
-            found = next(prepared, None)
-            if found is None:
-                more = False
-                break
-            number, sample = found
-            try:
-                if isinstance(sample, DuetvlError):
-                    raise sample
-                engine.submit(way.request(sample, str(number), guide=guides))
-                waiting += 1
-            except DuetvlError as error:
-                yield number, failure(error)
-        for delta in engine.step():
-            if delta.completion is not None:
-                waiting -= 1
-                yield int(delta.id), row_of(delta.completion, tokenizer)
-
-
-def failure(error: Exception) -> Row:
-    """The row of what could not be answered."""
-    return {"text": None, "finish_reason": "error", "error": str(error)}
-
-
-def row_of(done: Completion, tokenizer: TextTokenizer) -> Row:
-    """The row of an answer. Seconds: from its arrival in the engine."""
-    if done.error is not None:
-        return failure(done.error)
-    times = done.timings
-    seconds = {
-        "queue": None if times.started is None else round(times.started - times.arrived, 6),
-        "first_token": None if times.first_token is None else round(times.first_token - times.arrived, 6),
-        "total": round(times.finished - times.arrived, 6),
-    }
-    row: dict[str, Any] = {
-        "text": done.text,
-        "token_ids": done.token_ids,
-        "finish_reason": done.finish_reason,
-        "prompt_tokens": done.prompt_tokens,
-        "cached_tokens": done.cached_tokens,
-        "completion_tokens": len(done.token_ids),
-        "seconds": seconds,
-    }
-    if done.logprobs is not None:
-        row["logprobs"] = [spelt(tokenizer, one) for one in done.logprobs]
-    return row

@@ -1,12 +1,14 @@
-"""`duetvl infer --from-mindspeed`: options from an inference_*.json, where the user gives none."""
+"""`--from-mindspeed` of `duetvl infer` and `duetvl eval`: options of MindSpeed-MM's files where none are given."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from duetvl.convert.mindspeed import is_mindspeed
+from duetvl.migrate.evaluation_keys import read_evaluation
 from duetvl.migrate.inference_keys import read_inference
 
 
@@ -17,6 +19,19 @@ def apply(args: argparse.Namespace) -> Iterator[str]:
     if args.prompt is None and args.input is None:
         args.prompt = asked["prompt"]
         args.media = args.media or asked["media"]
+    _take(args, options, pretrained)
+    return report.lines()
+
+
+def apply_evaluation(args: argparse.Namespace) -> Iterator[str]:
+    """Put what an evaluate_*.json says into the options of `duetvl eval`; the lines of the report. ConfigError."""
+    options, report = read_evaluation(args.from_mindspeed, allow_unknown=args.allow_unknown)
+    _take(args, options, options.pop("pretrained"))
+    return report.lines()
+
+
+def _take(args: argparse.Namespace, options: dict[str, Any], pretrained: str | None) -> None:
+    """What the user has given comes first."""
     for name, value in options.items():
         if value is not None and getattr(args, name) is None:
             setattr(args, name, value)
@@ -24,4 +39,3 @@ def apply(args: argparse.Namespace) -> Iterator[str]:
         args.model = pretrained
     elif args.base is None and pretrained and is_mindspeed(Path(args.model)):
         args.base = pretrained
-    return report.lines()

@@ -56,6 +56,36 @@ def add_infer(parser: argparse.ArgumentParser) -> None:
     _add_media(parser)
 
 
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """`duetvl eval`."""
+    _add_model(parser, optional=True)
+    parser.add_argument("--task", metavar="NAME", help="benchmark, such as ai2d_test, or the YAML file of your own")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="its data file or directory")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="directory of this run; a run that ended is gone on with"
+    )
+    parser.add_argument("--profile", metavar="NAME", help="prompt profile; default: the one of the model's family")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions; default: all")
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes, each with a device of its own: 1")
+    parser.add_argument(
+        "--server", metavar="URL", help="ask an OpenAI-compatible server; MODEL is its name there, if it has several"
+    )
+    parser.add_argument("--concurrency", type=int, metavar="N", help="questions that a server has at once: 16")
+    parser.add_argument("--rescore", action="store_true", help="score the answers of -o DIR again, without the model")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two runs on the same questions")
+    parser.add_argument(
+        "--judge", metavar="URL", help="OpenAI-compatible server that reads choices which the task's rule cannot read"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="its model; default: the one that it has")
+    parser.add_argument(
+        "--from-mindspeed", type=Path, metavar="JSON", help="evaluate_*.json of MindSpeed-MM; options replace its keys"
+    )
+    parser.add_argument("--allow-unknown", action="store_true", help="leave out its keys that are not known")
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)  # of `--nproc`, as their parent starts them
+    _add_sampling(parser)
+    _add_media(parser)
+
+
 def add_chat(parser: argparse.ArgumentParser) -> None:
     """`duetvl chat`."""
     _add_model(parser)

@@ -23,16 +23,19 @@ _NOT_DONE: Final[Mapping[str, tuple[Any, ...]]] = {**NOT_DONE, "num_return_seque
 _NO_BEAMS: Final = "about beams, which there are none of"
 _HOW: Final = "about how it is computed or returned there; the tokens do not depend on it"
 
+# What files of inference and of evaluation have alike.
+HOW_IT_RUNS: Final = {
+    "device": "--device", "dtype": "--dtype", "min_pixels": "--min-pixels", "max_pixels": "--max-pixels",
+    "tokenizer.from_pretrained": "MODEL where none is given, else --base of a MindSpeed-MM directory",
+    f"{_GENERATION}do_sample": "--temperature 0 where it is false",
+    f"{_GENERATION}max_new_tokens": "--max-new-tokens", f"{_GENERATION}min_new_tokens": "--min-new-tokens",
+    f"{_GENERATION}eos_token_id": "--stop-token", f"{_GENERATION}stop_strings": "--stop",
+    **{_GENERATION + name: f"--{name.replace('_', '-')}" for name in TAKEN},
+}  # fmt: skip
 INFERENCE: Final = Table(
     "inference.json",
     used={
-        "image_path": "--image", "video_path": "--video", "prompts": "--prompt", "device": "--device",
-        "dtype": "--dtype", "min_pixels": "--min-pixels", "max_pixels": "--max-pixels",
-        "tokenizer.from_pretrained": "MODEL where none is given, else --base of a MindSpeed-MM directory",
-        f"{_GENERATION}do_sample": "--temperature 0 where it is false",
-        f"{_GENERATION}max_new_tokens": "--max-new-tokens", f"{_GENERATION}min_new_tokens": "--min-new-tokens",
-        f"{_GENERATION}eos_token_id": "--stop-token", f"{_GENERATION}stop_strings": "--stop",
-        **{_GENERATION + name: f"--{name.replace('_', '-')}" for name in TAKEN},
+        "image_path": "--image", "video_path": "--video", "prompts": "--prompt", **HOW_IT_RUNS,
     },
     not_needed={
         **MODEL.not_needed,
@@ -78,11 +81,7 @@ def read_inference(path: Path, *, allow_unknown: bool = False) -> tuple[dict[str
         raise ConfigError(f"{path}: is no inference_*.json: it has none of prompts, generation_config, pipeline_class")
     report = Report(allow_unknown)
     values = Values(INFERENCE, flat_keys(content), report)
-    options = {**_asked(values, report), **_chosen(values, report)}
-    for key, nothing in _NOT_DONE.items():
-        value = values.peek(f"{_GENERATION}{key}")
-        if changes_tokens(value, nothing):
-            report.lacks(INFERENCE.title, f"{_GENERATION}{key}", f" is {show(value)}, which is not done")
+    options = {**_asked(values, report), **where_it_runs(values, report), **how_tokens_are_chosen(values, report)}
     values.account()
     return options, report
 
@@ -99,25 +98,33 @@ def _asked(values: Values, report: Report) -> dict[str, Any]:
     if prompts is not None and not isinstance(prompts, str):
         raise ConfigError(f"{INFERENCE.title}: prompts is {show(prompts)}, expected one text; give others to --input")
     found["prompt"] = prompts
+    if prompts is not None:
+        report.add("used", "prompts", f"--prompt {prompts}")
     for name in ("min_pixels", "max_pixels"):
-        found[name] = values.whole(name)
-        if found[name] is not None:
-            report.add("changed", name, f"--{name.replace('_', '-')} {found[name]}; MindSpeed-MM's pipeline ignores it")
-    dtype = values.text("dtype")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"{INFERENCE.title}: dtype is {show(dtype)}, expected one of {', '.join(_DTYPES)}")
-    found["dtype"] = None if dtype is None else _DTYPES[dtype]
-    found["device"], found["pretrained"] = values.text("device"), values.text("tokenizer.from_pretrained")
-    for key, option in (("prompts", "prompt"), ("dtype", "dtype"), ("device", "device")):
-        if found[option] is not None:
-            report.add("used", key, f"--{option} {found[option]}")
-    if found["pretrained"]:
-        report.add("used", "tokenizer.from_pretrained", INFERENCE.used["tokenizer.from_pretrained"])
+        if values.peek(name) is not None:
+            option = f"--{name.replace('_', '-')} {values.peek(name)}"
+            report.add("changed", name, f"{option}; MindSpeed-MM's pipeline ignores it")
     return found
 
 
-def _chosen(values: Values, report: Report) -> dict[str, Any]:
-    """How tokens are chosen, and what ends an answer."""
+def where_it_runs(values: Values, report: Report) -> dict[str, Any]:
+    """The model, its device and dtype, and the bounds of pictures."""
+    found: dict[str, Any] = {name: values.whole(name) for name in ("min_pixels", "max_pixels")}
+    dtype = values.text("dtype")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"{values.table.title}: dtype is {show(dtype)}, expected one of {', '.join(_DTYPES)}")
+    found["dtype"] = None if dtype is None else _DTYPES[dtype]
+    found["device"], found["pretrained"] = values.text("device"), values.text("tokenizer.from_pretrained")
+    for name in ("min_pixels", "max_pixels", "dtype", "device"):
+        if found[name] is not None and not report.mentions(name):
+            report.add("used", name, f"--{name.replace('_', '-')} {found[name]}")
+    if found["pretrained"]:
+        report.add("used", "tokenizer.from_pretrained", values.table.used["tokenizer.from_pretrained"])
+    return found
+
+
+def how_tokens_are_chosen(values: Values, report: Report) -> dict[str, Any]:
+    """How tokens are chosen, and what ends an answer; what would change that and is not done is refused or noted."""
     found: dict[str, Any] = {name: values.number(_GENERATION + name) for name in TAKEN}
     found["top_k"] = values.whole(f"{_GENERATION}top_k")
     for name in ("max_new_tokens", "min_new_tokens"):
@@ -130,7 +137,7 @@ def _chosen(values: Values, report: Report) -> dict[str, Any]:
     ends = values.get(f"{_GENERATION}eos_token_id")
     ends = ends if isinstance(ends, list) or ends is None else [ends]
     if ends is not None and not all(isinstance(number, int) and not isinstance(number, bool) for number in ends):
-        raise ConfigError(f"{INFERENCE.title}: eos_token_id is {show(ends)}, expected token ids")
+        raise ConfigError(f"{values.table.title}: eos_token_id is {show(ends)}, expected token ids")
     found["stop_token"] = ends
     stops = values.get(f"{_GENERATION}stop_strings")
     found["stop"] = [stops] if isinstance(stops, str) else stops
@@ -138,4 +145,8 @@ def _chosen(values: Values, report: Report) -> dict[str, Any]:
         key = {"stop_token": "eos_token_id", "stop": "stop_strings"}.get(name, name)
         if value is not None and not report.mentions(f"{_GENERATION}{key}"):
             report.add("used", _GENERATION + key, f"--{name.replace('_', '-')} {value}")
+    for key, nothing in _NOT_DONE.items():
+        value = values.peek(f"{_GENERATION}{key}")
+        if changes_tokens(value, nothing):
+            report.lacks(values.table.title, f"{_GENERATION}{key}", f" is {show(value)}, which is not done")
     return found

@@ -52,8 +52,8 @@ def check_task(path: Path) -> None:
         task = next((kind for kind in found if kind in OTHER_TASKS.values()), "")
     if task:
         raise ConfigError(
-            f"{path}: describes {task}, which is not imported: `duetvl infer --from-mindspeed` takes inference_*.json; "
-            f"give the files of a training run"
+            f"{path}: describes {task}, which is not imported: `duetvl infer --from-mindspeed` takes inference_*.json, "
+            f"`duetvl eval --from-mindspeed` evaluate_*.json; give the files of a training run"
         )
 
 

@@ -344,7 +344,7 @@ def test_mistakes_are_one_line(run: Any, words: list[str], message: str) -> None
 
 
 def test_two_runs_into_one_file(run: Any, here: Path, tmp_path: Path) -> None:
-    from duetvl.commands.answers_file import alone
+    from duetvl.storage.answers_file import alone
 
     with alone(tmp_path / "out.jsonl"):
         status, _, told = run("model", "--input", "data.jsonl", "-o", str(tmp_path / "out.jsonl"))

@@ -233,6 +233,7 @@ def _has_room(stream: IO[str]) -> bool:
 # What a line shows, in this order: loss with places enough for a small improvement, the rest short.
 _FORMS: dict[str, Callable[[Any], str]] = {
     "loss": "loss {:.4f}".format,
+    "score": "score {:.1f}%".format,
     "grad_norm": "grad_norm {:.3g}".format,
     "lr": "lr {:.3g}".format,
     "rewards/accuracies": "accuracy {:.0%}".format,

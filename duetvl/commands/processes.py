@@ -1,0 +1,93 @@
+"""A command in several processes on this machine, each with a device of its own; none outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from duetvl.core.errors import DuetvlError
+
+_PERIOD: Final = 0.5
+_PATIENCE: Final = 10.0  # seconds that a process has to end by itself
+
+
+class ProcessFailed(DuetvlError):
+    """One of several processes has ended with an error."""
+
+
+def run_processes(words: Sequence[str], count: int, logs: Path, look: Callable[[], None]) -> None:
+    """Run `duetvl WORDS --process 0`, 1, ... up to `count`; what they print goes to files in `logs`.
+
+    `look` is called twice a second meanwhile. Where one fails the others are ended, and ProcessFailed names it.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = [logs / f"process_{number}.log" for number in range(count)]
+        started = [stack.enter_context(_Process(words, number, count, file)) for number, file in enumerate(files)]
+        while any(process.status is None for process in started):
+            time.sleep(_PERIOD)
+            look()
+            for number, process in enumerate(started):
+                if process.status:
+                    raise ProcessFailed(
+                        f"process {number} of {count} ended with status {process.status}: {_last_line(files[number])} "
+                        f"(log: {files[number]}); what is answered is kept: start again to go on"
+                    )
+
+
+class _Process:
+    """A process; leaving the context ends it."""
+
+    def __init__(self, words: Sequence[str], number: int, count: int, log: Path):
+        # Both frameworks' ways to say which device of the machine is meant.
+        environment = {**os.environ, "LOCAL_RANK": str(number), "DEVICE_ID": str(number)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        with open(log, "wb") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "duetvl", *words, "--process", str(number)],
+                stdin=subprocess.PIPE,  # its end tells the process that we are gone, however we ended
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+
+    @property
+    def status(self) -> int | None:
+        """What it ended with, None while it runs."""
+        return self._process.poll()
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+def end_with_parent() -> None:
+    """End this process, one of `run_processes`, when the parent has gone."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # not by sys.stdin, whose lock must be free when Python ends
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else "it printed nothing"
