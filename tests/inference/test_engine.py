@@ -647,7 +647,7 @@ def test_streams_over_one_thread(be, models, theirs):
         assert len(deltas) < 3 * NEW / 2, "a reader who is late gets much at a time"
         for end in ends:
             own = [delta for delta in deltas if (delta.id, delta.choice) == (end.id, end.choice)]
-            assert sum((delta.token_ids for delta in own), []) == end.token_ids
+            assert [token for delta in own for token in delta.token_ids] == end.token_ids
         again = engine.generate([ask(prompt) for prompt in prompts])  # by the same thread
         assert [one.token_ids for one in again] == [theirs(name, prompt) for prompt in prompts]
         with pytest.raises(ConfigError, match="the engine's own thread runs it"):
