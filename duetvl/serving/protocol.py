@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
 
 from duetvl.core.errors import did_you_mean, shown
 from duetvl.inference.output import LONGEST_STOP
@@ -159,10 +159,23 @@ class Function(Body):
 
 
 class Tool(Body):
-    """OpenAI's wrapper of a function."""
+    """OpenAI's wrapper of a function; `as_sent` is what goes into the prompt, its keys in the client's order."""
 
     type: Literal["function"]
     function: Function
+    _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, value: Any, check: ModelWrapValidatorHandler[Tool]) -> Tool:
+        tool = check(value)
+        tool._sent = value
+        return tool
+
+    @property
+    def as_sent(self) -> dict[str, Any]:
+        """The tool as the client wrote it."""
+        return self._sent
 
 
 class FunctionName(Body):
