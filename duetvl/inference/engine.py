@@ -131,6 +131,11 @@ class Engine:
         return bool(self._known)
 
     @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer may have together: the context, or fewer where the cache is smaller."""
+        return min(self.context, self.scheduler.pool.size * self.scheduler.block_size)
+
+    @property
     def stopped(self) -> bool:
         """Whether it takes no more requests: it was closed, or its thread has ended with an error."""
         return self._stopping

@@ -89,9 +89,7 @@ class Prompts:
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
-    def _conversation(
-        self, messages: Sequence[Message], tools: Sequence[Tool], options: MediaOptions
-    ) -> Conversation:
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Tool], options: MediaOptions) -> Conversation:
         system, rest = _split(messages)
         self.media.check_count(sum(not isinstance(part, TextPart) for message in rest for part in _parts(message)))
         turns = [_system_turn(system)] if system else []
