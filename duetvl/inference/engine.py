@@ -11,7 +11,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -296,7 +296,7 @@ class Engine:
             self._kept = self.step()
         return done.get()
 
-    async def stream(self, *requests: Request) -> AsyncIterator[Delta]:
+    async def stream(self, *requests: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of requests as they come, by the engine's thread, which is started if need be.
 
         The last delta of each choice has its completion. A stream that is left early cancels its requests. A reader who

@@ -302,7 +302,7 @@ class CompletionRequest(Asked):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [[int(token) for token in self.prompt]]  # type: ignore[arg-type]
+            return [[int(token) for token in self.prompt]]
         return [one if isinstance(one, str) else list(one) for one in self.prompt]  # type: ignore[arg-type]
 
 
