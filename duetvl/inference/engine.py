@@ -78,6 +78,7 @@ class Engine:
         pool = BlockPool(blocks, consecutive=kv_cache.consecutive)
         self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
         self.runner = Runner(self.models, blocks, vision, padding)
+        self.ran_pass: Callable[[int], None] | None = None  # told the rows of each pass, on the thread that runs it
         self._ops, self._vocabulary = backend.ops, model.family.vocabulary
         self._changed = threading.Condition()  # holds for the six below
         self._arrivals: list[list[Job]] = []
@@ -221,6 +222,8 @@ class Engine:
             logits = self.runner.run(plan)
             chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
             self.scheduler.ran(plan)
+            if self.ran_pass is not None:
+                self.ran_pass(sum(piece.stop - piece.start for piece in plan.pieces))
         except BaseException as error:  # of whatever kind: it ends the requests of this pass, not the others
             self.scheduler.restart()
             if not isinstance(error, Exception):  # Ctrl-C: the pass is half done, and its requests are as before

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
@@ -29,8 +29,16 @@ from duetvl.serving.errors import ServerError
 from duetvl.serving.grammars import Grammar, KnownGrammars, grammar_of
 from duetvl.serving.limits import Admission, Limits
 from duetvl.serving.media import Media
+from duetvl.serving.metrics import Metrics
 from duetvl.serving.prompts import Prompts
-from duetvl.serving.protocol import Asked, ChatRequest, CompletionRequest, read_request
+from duetvl.serving.protocol import (
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    read_request,
+)
 from duetvl.serving.streaming import Answers, ChatAnswers, Heading, TextAnswers
 
 THREADS: Final = 4  # that prepare requests
@@ -55,6 +63,7 @@ class Prepared:
     requests: tuple[Request, ...]
     answers: Answers
     stream: bool
+    caller: Caller
 
 
 class Answering:
@@ -68,10 +77,14 @@ class Answering:
         *,
         media: Media,
         limits: Limits,
+        metrics: Metrics,
         threads: int = THREADS,
     ) -> None:
         """names: served name -> the engine's adapter, "" for the model without any; the first is the model's own."""
         self.engine, self.processor, self.names, self.limits = engine, processor, dict(names), limits
+        self.metrics = metrics
+        engine.ran_pass = metrics.ran_pass
+        metrics.show_engine(engine)
         longest = engine.longest - 1
         self.prompts = Prompts(processor, media, min(longest, limits.prompt_tokens or longest))
         self.admission = Admission(limits)
@@ -88,9 +101,7 @@ class Answering:
     @contextmanager
     def admitted(self, caller: Caller) -> Iterator[None]:
         """A request is under way as long as this lasts. Raises ServerError where the server takes none."""
-        if self.draining:
-            raise _shutting_down()
-        self.check_alive()
+        self.check_ready()
         with self.admission.enter(caller.tenant):
             yield
 
@@ -98,6 +109,12 @@ class Answering:
         """Raise ServerError where the engine has ended."""
         if self.engine.stopped:
             raise ServerError("the engine has stopped", status=HTTPStatus.SERVICE_UNAVAILABLE, kind="server_error")
+
+    def check_ready(self) -> None:
+        """Raise ServerError where no request is taken."""
+        if self.draining:
+            raise _shutting_down()
+        self.check_alive()
 
     async def in_pool(self, work: Callable[[], Result]) -> Result:
         """Run what takes time beside the loop."""
@@ -117,7 +134,28 @@ class Answering:
         )
         make = ChatAnswers if isinstance(asked, ChatRequest) else TextAnswers
         answers = make(heading, self.processor.tokenizer, calls=_reads_calls(asked))
-        return Prepared(requests, answers, asked.stream)
+        return Prepared(requests, answers, asked.stream, caller)
+
+    def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+        """The tokens of a text or of messages, in the shape that vLLM gives them."""
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ServerError("tokenize takes a prompt or messages", param="prompt")
+        if asked.model is not None:
+            self.adapter_of(asked.model)
+        if asked.messages is not None:
+            ids = self.prompts.draft(asked.messages, asked.tools).input_ids.tolist()
+        else:
+            ids = self.prompts.ids(asked.prompt or "")
+        spelling = self.processor.tokenizer.spelling
+        strings = [spelling(number).decode("utf-8", "replace") for number in ids] if asked.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self.engine.longest, "tokens": ids, "token_strs": strings}
+
+    def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+        """The text of tokens, control tokens spelt out."""
+        if asked.model is not None:
+            self.adapter_of(asked.model)
+        self.prompts.check_ids(asked.tokens, "tokens")
+        return {"prompt": self.processor.decode(asked.tokens, skip_special_tokens=False)}
 
     def adapter_of(self, name: str) -> str:
         """The engine's adapter of a served name. Raises ServerError (404)."""
@@ -217,24 +255,24 @@ class Answering:
         """
         if self.aborted:
             raise _shutting_down()
-        answers = prepared.answers
-        ids = {request.id for request in prepared.requests}
-        self._under_way |= ids
+        answers, model = prepared.answers, prepared.answers.heading.model
+        requests = {request.id: request for request in prepared.requests}
+        self._under_way |= requests.keys()
         try:
-            async with aclosing(self.engine.stream(*prepared.requests)) as deltas:
-                begun = False
-                async for delta in deltas:
-                    for chunk in () if begun else answers.begin():
-                        yield chunk
-                    begun = True
-                    for chunk in answers.add(delta):
-                        yield chunk
+            with ExitStack() as watching:
+                watch = partial(self.metrics.watch, model, prepared.caller.arrived)
+                watches = {id: watching.enter_context(watch(one.n)) for id, one in requests.items()}
+                async with aclosing(self.engine.stream(*requests.values())) as deltas:
+                    async for delta in deltas:
+                        watches[delta.id].delta(delta)
+                        for chunk in answers.add(delta):
+                            yield chunk
             for chunk in answers.end():
                 yield chunk
         except DuetvlError as error:
-            raise as_server_error(error, ids) from None
+            raise as_server_error(error, requests) from None
         finally:
-            self._under_way -= ids
+            self._under_way -= requests.keys()
 
     async def whole(self, prepared: Prepared) -> dict[str, Any]:
         """The answer at its end, as the body of a response. Raises as `chunks`."""

@@ -37,5 +37,10 @@ class ServerError(DuetvlError):
         return {"error": {"message": str(self), "type": self.kind, "param": param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Headers of the response beside its body's: `Retry-After` in whole seconds, where that is known."""
+        """Headers of the response beside its body's: `Retry-After` in whole seconds, where that is known.
+
+        OpenAI's clients try again after every 5xx; one that ran out of time would do so once more, for all to bear.
+        """
+        if self.status == HTTPStatus.GATEWAY_TIMEOUT:
+            return {"x-should-retry": "false"}
         return {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}

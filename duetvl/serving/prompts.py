@@ -13,8 +13,9 @@ from typing import Final, Literal
 import numpy as np
 
 from duetvl.core.batch import Pair, Sample
-from duetvl.core.errors import DataError
+from duetvl.core.errors import DataError, shown
 from duetvl.data.conversation import Conversation, ImagePart, Part, Turn, VideoPart
+from duetvl.data.draft import Draft
 from duetvl.data.encode import Processor
 from duetvl.data.formats.tools import calls_text
 from duetvl.data.media.images import Resize
@@ -53,34 +54,47 @@ class Prompts:
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: MediaOptions | None = None
     ) -> Sample:
         """A conversation up to where the assistant is to answer, with its pixels. Raises ServerError."""
-        self._check_letters(_texts(messages))
+        draft = self.draft(messages, tools, options)
         try:
-            conversation = self._conversation(messages, tools, options or _PLAIN)
-            draft = self.processor.draft(conversation, add_generation_prompt=True)
-            self._check_tokens(len(draft.input_ids))
             sample = self.processor.load(draft, as_bytes=True)
         except DataError as error:
             raise ServerError(error, param="messages") from None
         assert not isinstance(sample, Pair)
         return sample
 
+    def draft(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: MediaOptions | None = None
+    ) -> Draft:
+        """The same without its pixels: all tokens, and the sizes of pictures and videos. Raises ServerError."""
+        self._check_letters(_texts(messages))
+        try:
+            conversation = self._conversation(messages, tools, options or _PLAIN)
+            draft = self.processor.draft(conversation, add_generation_prompt=True)
+        except DataError as error:
+            raise ServerError(error, param="messages") from None
+        self._check_tokens(len(draft.input_ids))
+        return draft
+
     def of_text(self, prompt: str | Sequence[int]) -> Sample:
         """A text, or tokens, as they are: no turns are put around it. Raises ServerError."""
-        if isinstance(prompt, str):
-            self._check_letters([prompt])
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise ServerError("the prompt holds half of a character", param="prompt") from None
-            prompt = self.processor.tokenizer.encode(prompt)
-        self._check_tokens(len(prompt))
-        vocabulary = self.processor.family.vocabulary
-        if not prompt:
+        ids = self.ids(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_tokens(len(ids))
+        if not ids:
             raise ServerError("the prompt is empty: it has no token", param="prompt")
-        if not all(0 <= token < vocabulary for token in prompt):
-            raise ServerError(f"a token of the prompt is none of the model's {vocabulary}", param="prompt")
-        ids, grids = np.array(prompt, np.int64), np.zeros((0, 3), np.int64)
-        return Sample(input_ids=ids, labels=np.full_like(ids, -100), image_grid_thw=grids, video_grid_thw=grids)
+        self.check_ids(ids, "prompt")
+        return Sample(input_ids=np.array(ids, np.int64))
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text. Raises ServerError for one that is too long to be read."""
+        self._check_letters([text])
+        return self.processor.tokenizer.encode(text)
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Raise ServerError for what is no token of the model's."""
+        vocabulary = self.processor.family.vocabulary
+        wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise ServerError(f"{field}: {shown(wrong)} is none of the model's {vocabulary} tokens", param=field)
 
     def media_tokens(self, sample: Sample) -> int:
         """Tokens of a prompt that stand for pictures and videos."""

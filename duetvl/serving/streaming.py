@@ -45,6 +45,7 @@ class _Choice:
     completion: Completion | None = None
     reader: CallReader | None = None
     letters: int = 0
+    begun: bool = False
 
     @property
     def text(self) -> str:
@@ -73,13 +74,16 @@ class Answers(ABC):
         """calls: whether calls of functions are read from the texts."""
         self.heading, self._tokenizer = heading, tokenizer
         self._number = {id: number for number, id in enumerate(heading.prompts)}
-        count = len(heading.prompts) * heading.n
-        self._choices = [_Choice(reader=CallReader() if calls else None) for _ in range(count)]
+        self.count = len(heading.prompts) * heading.n
+        self._choices = [_Choice(reader=CallReader() if calls else None) for _ in range(self.count)]
 
     def add(self, delta: Delta) -> Iterator[dict[str, Any]]:
         """The chunks that a delta makes. Raises what `check_finish` does."""
         index = self._number[delta.id] * self.heading.n + delta.choice
         choice = self._choices[index]
+        if not choice.begun:
+            choice.begun = True
+            yield from self._first(index)
         if delta.completion is not None:
             check_finish(delta.completion)
             choice.completion = delta.completion
@@ -91,10 +95,6 @@ class Answers(ABC):
         choice.letters += sum(len(piece) for piece in pieces if isinstance(piece, str))
         if delta.completion is not None:
             yield self._chunk(self._last(index, choice))
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """Chunks before anything has come."""
-        return iter(())
 
     def end(self) -> Iterator[dict[str, Any]]:
         """Chunks after everything has."""
@@ -135,6 +135,10 @@ class Answers(ABC):
         assert choice.completion is not None
         return "tool_calls" if choice.calls else choice.completion.finish_reason
 
+    def _first(self, index: int) -> Iterator[dict[str, Any]]:
+        """Chunks at the beginning of a choice."""
+        return iter(())
+
     @abstractmethod
     def _chunks(
         self, index: int, choice: _Choice, pieces: Sequence[str | Call], logprobs: list[TokenLogprob]
@@ -155,10 +159,9 @@ class ChatAnswers(Answers):
 
     object, chunk = "chat.completion", "chat.completion.chunk"
 
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """The role of every choice."""
-        for index in range(len(self._choices)):
-            yield self._of(index, {"role": "assistant", "content": ""})
+    def _first(self, index: int) -> Iterator[dict[str, Any]]:
+        """Whose message it is."""
+        yield self._of(index, {"role": "assistant", "content": ""})
 
     def _chunks(
         self, index: int, choice: _Choice, pieces: Sequence[str | Call], logprobs: list[TokenLogprob]
