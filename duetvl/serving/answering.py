@@ -84,7 +84,7 @@ class Answering:
         self.engine, self.processor, self.names, self.limits = engine, processor, dict(names), limits
         self.metrics = metrics
         engine.ran_pass = metrics.ran_pass
-        metrics.show_engine(engine)
+        metrics.show_engine(engine.scheduler)
         longest = engine.longest - 1
         self.prompts = Prompts(processor, media, min(longest, limits.prompt_tokens or longest))
         self.admission = Admission(limits)
