@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -34,7 +34,7 @@ from duetvl.version import __version__
 OPEN_PATHS: Final = ("/health", "/ready", "/", "/page/")  # they say nothing of users; the page asks for the key itself
 STALL: Final = 120.0  # seconds that a client may take to read what is sent
 _JSON: Final = "application/json"
-_GET: Final = ["GET", "HEAD"]
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 def create_app(answering: Answering, keys: Keys, *, stall: float = STALL) -> App:
@@ -194,12 +194,12 @@ def _add_models(app: _Server, answering: Answering) -> None:
             "max_model_len": answering.engine.longest,
         }
 
-    @app.api_route("/v1/models", methods=_GET)
+    @app.read("/v1/models")
     async def models() -> Response:
         """The model and its adapters under the names that requests give."""
         return JSONResponse({"object": "list", "data": [described(name) for name in answering.names]})
 
-    @app.api_route("/v1/models/{name:path}", methods=_GET)
+    @app.read("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One of them."""
         answering.adapter_of(name)
@@ -210,24 +210,24 @@ def _add_models(app: _Server, answering: Answering) -> None:
 
 
 def _add_operation(app: _Server, answering: Answering) -> None:
-    @app.api_route("/health", methods=_GET)
+    @app.read("/health")
     async def health() -> Response:
         """Whether the process can go on: 503 where the engine has ended."""
         answering.check_alive()
         return JSONResponse({"status": "ok"})
 
-    @app.api_route("/ready", methods=_GET)
+    @app.read("/ready")
     async def ready() -> Response:
         """Whether requests are taken: 503 while the server shuts down."""
         answering.check_ready()
         return JSONResponse({"status": "ready"})
 
-    @app.api_route("/version", methods=_GET)
+    @app.read("/version")
     async def version() -> Response:
         """Of duetvl."""
         return JSONResponse({"version": __version__})
 
-    @app.api_route("/metrics", methods=_GET)
+    @app.read("/metrics")
     async def metrics() -> Response:
         """For Prometheus, under vLLM's names."""
         content, kind = answering.metrics.text()
@@ -243,7 +243,7 @@ def _add_page(app: _Server) -> None:
         return Response(file.content, media_type=file.content_type, headers=dict(file.headers))
 
     for path in ("/", "/page/{name}"):
-        app.add_api_route(path, page, methods=_GET, include_in_schema=False)
+        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -293,6 +293,16 @@ class _Server(FastAPI):
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         self._parts = {**getattr(self, "_parts", {}), **schema.pop("$defs", {})}
         return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
+
+    def read(self, path: str) -> Callable[[Handler], Handler]:
+        """A route of GET, and of HEAD, of which the schema need not tell."""
+
+        def add(handler: Handler) -> Handler:
+            self.add_api_route(path, handler, methods=["GET"])
+            self.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+            return handler
+
+        return add
 
     def openapi(self) -> dict[str, Any]:
         """The schema, with what the bodies are made of."""
