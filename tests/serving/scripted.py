@@ -43,7 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         """Models and the page's files."""
         if self.path == "/v1/models":
             if self.known():
-                self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.script.models]})
+                self.reply(
+                    200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.script.models]}
+                )
         elif file := page_file(self.path):
             self.send(200, file.content, {"Content-Type": file.content_type, **file.headers})
         else:
