@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -92,6 +93,7 @@ def _answering(
     from duetvl.serving.media import Media
     from duetvl.serving.metrics import Metrics
 
+    model.processor.media = replace(model.processor.media, decode_seconds=policy.decode_seconds)
     beside = {name: model.with_adapter(directory) for name, directory in adapters.items()}
     engine = make_engine(model, args, adapters=beside, defaults=opened.defaults, context=args.context)
     return Answering(
