@@ -24,6 +24,7 @@ from duetvl.models.attention import Attend
 from duetvl.models.layout import Move, stay
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.differentiable import Team, all_to_all
+from duetvl.parallel.division import Division
 
 Tensor = Any
 
@@ -104,6 +105,11 @@ class HeadShare:
         parts = (even_range(len(self.queries), place, ranks) for place in range(ranks))
         return [HeadShare.of(heads, self.queries[part.start : part.stop]) for part in parts]
 
+    @property
+    def heads(self) -> int:
+        """Of queries, keys and values together."""
+        return len(self.queries) + 2 * len(self.keys)
+
     @cached_property
     def spread(self) -> Sequence[int] | None:
         """For each query head the place of its key head among these; None where each has as many, in their order."""
@@ -126,6 +132,17 @@ class HeadShare:
             return d
         copies = ops.split(d, [self.spread.count(place) for place in range(len(self.keys))], 1)
         return ops.concat([ops.sum(x, axis=1, keepdims=True) for x in copies], 1)
+
+
+def shares_of(division: Division) -> list[HeadShare]:
+    """Of the heads that a rank has in its layers, those of each of the ranks that exchange heads for rows."""
+    return own_share(division).divided(division.heads, division.ulysses)
+
+
+def own_share(division: Division) -> HeadShare:
+    """The heads that a rank has in its layers."""
+    heads, mesh = division.heads, division.mesh
+    return HeadShare.of(heads, range(heads.query)).divided(heads, mesh.tp)[division.place("tp")]
 
 
 def take_heads(ops: Ops, x: Tensor, places: Sequence[int]) -> Tensor:
