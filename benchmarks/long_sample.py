@@ -1,8 +1,8 @@
-"""One long video over ranks of context parallelism: `python benchmarks/long_sample.py [--tokens 65536] [--write]`.
+"""One long video over ranks of context parallelism: `python benchmarks/long_sample.py [--tokens N] [--layers N]`.
 
 A sample of so many tokens, nearly all of them of one video clip, which is written first, goes the way of a training
 run: it is decoded, packed and trained on for one step, by real processes (torchrun, gloo). The model is a random
-Qwen2.5-VL with heads of the published sizes (128 numbers, and 80 in the vision tower) and few of them, in float32.
+Qwen2.5-VL with heads of the published sizes (128 numbers, and 80 in the vision tower) and few of them and few layers, in float32.
 Memory is that of the rank with most: with a malloc that gives back what is freed (MALLOC_MMAP_THRESHOLD_), the peak of
 the resident set in the step above that of the imported program, less the batch, which lies in the host's memory.
 `--write` puts the table into results/long_sample.md.
@@ -40,7 +40,7 @@ VISION = {
 }  # fmt: skip
 SIZES: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 2, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 }  # fmt: skip
 COLUMNS = {
     "memory": "peak", "of one process": "share", "estimate": "estimate", "tape and step": "step", "batch": "batch",
@@ -48,13 +48,13 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def write_inputs(place: Path, tokens: int) -> None:
+def write_inputs(place: Path, tokens: int, layers: int) -> None:
     """The model, and a record about a clip of as many frames as give nearly so many tokens."""
     import av
     import tiny_run
 
     tiny_run.FAMILIES["qwen2_5_vl"]["vision_config"] = VISION
-    tiny_run.write_model(place / "model", **SIZES)
+    tiny_run.write_model(place / "model", num_hidden_layers=layers, **SIZES)
     blocks = np.random.default_rng(0)
     with av.open(str(place / "clip.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=2)
@@ -173,6 +173,7 @@ def main() -> None:
     """Measure all layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--layers", type=int, default=1, help="of the language model")
     parser.add_argument("--only", help="one layout by its name")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -185,15 +186,15 @@ def main() -> None:
             say(json.dumps(row))
         return
     with tempfile.TemporaryDirectory() as directory:
-        write_inputs(Path(directory), arguments.tokens)
+        write_inputs(Path(directory), arguments.tokens, arguments.layers)
         rows = {}
         for name in [arguments.only] if arguments.only else LAYOUTS:
             rows[name] = started(name, Path(directory), arguments.tokens)
+            page = report(rows, " ".join(["benchmarks/long_sample.py", *sys.argv[1:]]))
+            if arguments.write:
+                (ROOT / "benchmarks" / "results" / "long_sample.md").write_text(page)
             say(name, rows[name])
-    page = report(rows, " ".join(["benchmarks/long_sample.py", *sys.argv[1:]]))
     say(page)
-    if arguments.write:
-        (ROOT / "benchmarks" / "results" / "long_sample.md").write_text(page)
 
 
 if __name__ == "__main__":
