@@ -2,10 +2,10 @@
 
 A sample of so many tokens, nearly all of them of one video clip, which is written first, goes the way of a training
 run: it is decoded, packed and trained on for one step, by real processes (torchrun, gloo). The model is a random
-Qwen2.5-VL with heads of the published sizes (128 numbers, and 80 in the vision tower) and few of them and few layers, in float32.
-Memory is that of the rank with most: with a malloc that gives back what is freed (MALLOC_MMAP_THRESHOLD_), the peak of
-the resident set in the step above that of the imported program, less the batch, which lies in the host's memory.
-`--write` puts the table into results/long_sample.md.
+Qwen2.5-VL with heads of the published sizes (128 numbers, and 80 in the vision tower), few of them and few layers, in
+float32. Memory is that of the rank with most: with a malloc that gives back what is freed (MALLOC_MMAP_THRESHOLD_), the
+peak of the resident set in the step above that of the imported program, less the batch, which lies in the host's
+memory. `--write` puts the table into results/long_sample.md.
 """
 
 from __future__ import annotations
