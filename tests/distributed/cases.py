@@ -259,7 +259,7 @@ for each in (
 
 for each in (
     "check_context", "check_context_in_pipelines", "check_context_of_pairs", "check_context_not_finite",
-    "check_half_over_a_ring",
+    "check_context_traffic", "check_half_over_a_ring",
 ):  # fmt: skip
     imported("context_steps", each)
 

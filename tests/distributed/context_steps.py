@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from steps import PLAIN, VISION, Spoiled, Tiny, compared, deal, mixed, pair, text
+from steps import PLAIN, VISION, Spoiled, Tiny, compared, deal, mixed, pair, sample, text, work
 
 from duetvl.core.backend import Backend
 from duetvl.core.mesh import Mesh
 from duetvl.core.spans import Spans
 from duetvl.core.stages import Stages
 from duetvl.models.attention import Attend, attend_within
+from duetvl.models.qwen_vl.memory import Load
+from duetvl.models.qwen_vl.memory import Trained as Weights
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.context import Context, HeadShare
+from duetvl.parallel.traffic import step_traffic
 from duetvl.training.objective import TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
 from duetvl.training.recipe.sections import DpoSection
-from duetvl.training.step import StepResult
+from duetvl.training.step import StepResult, Trainer
 
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 from tolerances import TOLERANCES, error  # after its directory is known
@@ -70,6 +73,21 @@ def check_context_not_finite(be: Backend) -> None:
 def logged(result: StepResult | None) -> list[float]:
     assert result is not None
     return list(result.values.values())
+
+
+def check_context_traffic(be: Backend) -> None:
+    """Two rings of two ranks that exchange heads send what is counted for them, to the byte, where rows are even."""
+    tiny, mesh, counted = Tiny(ulysses=2), Mesh(cp=4), be.collectives
+    division = tiny.division(mesh, counted.rank)
+    model, packs = tiny.model(be, division), [[sample(3)], [sample(7)]]  # of eight tokens each
+    trainer = Trainer(model, TokenLoss(be.ops), be, PLAIN, division=division)
+    for mode in ("none", "full") if be.capabilities.recomputation else ("none",):
+        model.recompute = mode
+        before = dict(counted.traffic)
+        trainer.step(work(model, [packs], 0), 1e-3)
+        sent = {kind: counted.traffic[kind] - before.get(kind, 0) for kind in ("all_to_all", "exchange")}
+        of_all = Weights.of(tiny.config(), "float32")
+        assert sum(sent.values()) == step_traffic(tiny.config(), of_all, division, Load(8, 7), 2, mode).pieces, sent
 
 
 def check_half_over_a_ring(be: Backend) -> None:
