@@ -116,7 +116,7 @@ def mindie_textvqa(entries: Sequence[Mapping[str, Any]], answer: str) -> float:
     Only punctuation of the truths is processed, and only where they differ, so a truth with a capital letter is never
     met. Equal entries without an `answer_id` leave each other out.
     """
-    said = vqa_words(_cut_at_marks(answer.lstrip() or "-1"))
+    said = vqa_words(_cut_at_marks(answer.lstrip() if answer else "-1"))
     entries = list(entries)
     if len({entry["answer"] for entry in entries}) > 1:
         entries = [{**entry, "answer": _without_punctuation(entry["answer"])} for entry in entries]
