@@ -52,7 +52,7 @@ class VideoBench:
         for name in sets:
             if name not in _FILES:
                 raise ConfigError(f"videobench has no set {shown(name)}{did_you_mean(name, _FILES)}")
-        return replace(self, sets=sets)
+        return replace(self, sets=tuple(dict.fromkeys(sets)))
 
     def questions(self, path: Path, profile: Profile) -> Questions:
         """See `Task`."""
