@@ -21,6 +21,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Unit
+from duetvl.parallel.context import shares_of
 from duetvl.parallel.division import Division, owned_rows
 from duetvl.parallel.schedule import tapes_in_flight
 from duetvl.parallel.zero import BUCKET
@@ -194,18 +195,21 @@ def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
 def held_sizes(config: ModelConfig, division: Division) -> Held:
     """What a rank has of the sizes inside a model's blocks."""
     tp, place, heads, whole = division.mesh.tp, division.place("tp"), division.heads, Held.all_of(config)
+    ulysses, cp = division.ulysses, division.mesh.cp
+    share = shares_of(division)[division.place("cp") % ulysses]  # on the rows of all ranks that exchange heads
+    kv_heads = share.kv_heads if ulysses == cp else len(share.keys)  # a ring keeps no copies
 
     def held(unit: Unit, size: int) -> int:
         units = heads.held(unit, place, tp)
         return len(even_range(size, place, tp) if units is None else units[0])
 
     language = (
-        held("head", heads.query),
-        held("kv_head", heads.kv),
+        ulysses * len(share.queries),
+        ulysses * kv_heads,
         held("number", whole.inner),
         held("number", whole.vocabulary),
     )
-    rows, cp = 1 / tp if division.sequence else 1.0, division.mesh.cp
+    rows = 1 / tp if division.sequence else 1.0
     layers = (_layers(division, "vision"), _layers(division, "language"))
     if division.vision == "divide":
         return Held(*language, whole.vision_heads, whole.vision_inner, rows, 1 / (tp * cp), *layers)

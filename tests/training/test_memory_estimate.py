@@ -141,12 +141,19 @@ def test_stages_hold_their_layers(tiny, model):
 
 
 def test_ranks_of_a_sequence_hold_their_rows(tiny):
+    """A quarter; of heads that are exchanged for rows, the keys and values that several ranks need are there more
+    often."""
     config, load = load_config(tiny.directory("qwen2.5-tied")), Load(400, 200, 96)
     whole = estimate(config, recipe_of(), load)
-    divided = estimate(config, recipe_of(parallel={"cp": 4}), load)
+    divided = estimate(config, recipe_of(parallel={"cp": 4, "cp_algorithm": "ring"}), load)
+    exchanged = estimate(config, recipe_of(parallel={"cp": 4, "cp_algorithm": "ulysses"}), load)
     assert divided.activations == pytest.approx(whole.activations / 4, rel=0.01)
     assert divided.gradients == whole.gradients
     assert divided.optimizer == pytest.approx(whole.optimizer / 4, rel=0.05)
+    text = config.text
+    assert (text.num_heads, text.num_kv_heads) == (4, 2), "each of four ranks needs one of two"
+    row = 2 * 4 * text.head_dim * text.num_layers
+    assert exchanged.activations - divided.activations == (4 * 1 - 2) * row * load.tokens // 4
 
 
 @pytest.mark.parametrize("sequence", [False, True])
