@@ -30,6 +30,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 4, sequence": {"parallel": {"tp": 4, "sequence": True}},
     "pp 2": {"parallel": {"pp": 2}},
     "pp 2 x tp 2, sequence": {"parallel": {"pp": 2, "tp": 2, "sequence": True}},
+    "cp 2, ulysses": {"parallel": {"cp": 2, "cp_algorithm": "ulysses"}},
+    "cp 2, ring": {"parallel": {"cp": 2, "cp_algorithm": "ring"}},
+    "cp 2, ring, bfloat16": {"parallel": {"cp": 2, "cp_algorithm": "ring"}, "model": {"dtype": "bfloat16"}},
+    "pp 2 x cp 2, ring": {"parallel": {"pp": 2, "cp": 2, "cp_algorithm": "ring"}},
     "dp 2 x tp 2, sequence": {"parallel": {"dp": 2, "tp": 2, "sequence": True}},
     "dp 2 x tp 2, bfloat16": {"parallel": {"dp": 2, "tp": 2}, "model": {"dtype": "bfloat16"}},
     "tp 2, recompute full": {"parallel": {"tp": 2}, "train": {"recompute": "full"}},
@@ -86,7 +90,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
     trained = Trained.of(config, recipe.model.dtype, recipe.model.freeze, adapters)
     least = step_traffic(config, trained, division, load, MICRO_BATCHES, recipe.train.recompute)
     row = {"measured": status("VmHWM") - baseline, "estimate": found.peak, "sent": sum(sent.values()), "calls": calls}
-    rows = backend.collectives.gather_objects({**row, "least": sum(vars(least).values()), "ranks": division.mesh.size})
+    rows = backend.collectives.gather_objects({**row, "least": least.total, "ranks": division.mesh.size})
     backend.collectives.barrier()
     backend.collectives.stop()
     return max(rows, key=lambda one: one["measured"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import duetvl
-from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer
+from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer, add_serve
 from duetvl.core.errors import ConfigError, DuetvlError, one_line
 from duetvl.core.streams import discard_output, open_streams
 
@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add_infer(commands.add_parser("infer", help="answers to a prompt, to records, to a directory of pictures"))
     add_eval(commands.add_parser("eval", help="a model's scores on benchmarks; two runs compared"))
     add_chat(commands.add_parser("chat", help="talk with a model in the terminal"))
+    add_serve(commands.add_parser("serve", help="an OpenAI-compatible server with a chat page"))
     bench = commands.add_parser("bench", help="how fast a model is here")
     add_bench(bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="answering"))
     return parser
@@ -230,7 +231,7 @@ def _run(args: argparse.Namespace) -> int:
     commands = {
         "train": _train, "launch": _launch, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed,
         "doctor": _doctor, "export": _export, "merge": _merge, "plot": _plot, "infer": _infer, "chat": _chat,
-        "bench": _bench, "eval": _eval,
+        "bench": _bench, "eval": _eval, "serve": _serve,
     }  # fmt: skip
     return commands[args.command](args)
 
@@ -357,6 +358,12 @@ def _chat(args: argparse.Namespace) -> int:
     from duetvl.commands.chat import chat
 
     return chat(args, sys.stdin, _show, _tell)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from duetvl.commands.serve import serve
+
+    return serve(args, _tell)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
   [ -x "$venv/bin/python" ] && supported "$venv/bin/python" || "$python" -m venv --clear "$venv"
   echo "Installing into $venv ($("$venv/bin/python" --version)); MindSpore alone is 800 MB to download ..." >&2
   "$venv/bin/python" -m pip install --quiet --upgrade pip
-  "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[torch,mindspore,parquet,guided,eval,wandb,swanlab,dev]"
+  "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[torch,mindspore,parquet,guided,serve,eval,wandb,swanlab,dev]"
   printf '%s' "$wanted" > "$venv/.installed"
 fi
 export PATH="$venv/bin:$PATH"

@@ -4,4 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder  # all of them: two files at a time
 exec python -m pytest "$@"

@@ -12,6 +12,8 @@ from typing import Any
 
 # Tensors are tiny here: a second thread only waits, and on a busy machine it makes a test five times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Hundreds of processes are started: without compiled files each would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import numpy as np
 import oracle

@@ -109,7 +109,48 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the figures under MindIE's column names")
 
 
-def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """`duetvl serve`."""
+    _add_model(parser, adapters=True)
+    parser.add_argument(
+        "--served-name", action="append", metavar="NAME", help="of the model in requests; repeatable; default: its path"
+    )
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer; default: the model's")
+    group = parser.add_argument_group("where it listens, and to whom")
+    group.add_argument("--host", default="127.0.0.1", metavar="NAME", help="127.0.0.1; 0.0.0.0 for other machines")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="8000; 0 takes a free one")
+    group.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="a key, or NAME:KEY, a line; also in DUETVL_API_KEYS"
+    )
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="of the lines on stderr; text")
+    _add_limits(parser)
+    _add_media(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    for name, kind, what in (
+        ("max-requests", int, "under way at once, others get 429; default: 256"),
+        ("max-requests-per-key", int, "the same for each key; default: no limit"),
+        ("max-prompt-tokens", int, "default: what the context has room for"),
+        ("max-output-tokens", int, "of one answer; default: what the context has room for"),
+        ("timeout", float, "seconds from a request's arrival to the end of its answer; default: 600"),
+        ("drain", float, "seconds that answers may take to end after SIGTERM; default: 60"),
+        ("max-body-bytes", int, "of one request; default: 128 MiB"),
+        ("max-media", int, "pictures and videos of one request; default: 16"),
+        ("max-media-bytes", int, "of one of them; default: 64 MiB"),
+        ("max-media-pixels", int, "of a picture as it is sent; default: 64 million"),
+        ("max-video-seconds", float, "of a video as it is sent; default: 1800"),
+        ("prepare-threads", int, "that decode and tokenise; default: 4"),
+    ):  # fmt: skip
+        group.add_argument(f"--{name}", type=kind, metavar="X", help=what)
+    group.add_argument(
+        "--media-host", action="append", metavar="HOST", help="media are fetched from there; repeatable; default: none"
+    )
+    group.add_argument("--media-root", type=Path, metavar="DIR", help="file:// of media below this; default: none")
+
+
+def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False, adapters: bool = False) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -117,7 +158,14 @@ def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
         help="model directory or id of a hub; a run (runs/x, runs/x@1200); an adapter; a MindSpeed-MM directory",
     )
     parser.add_argument("--base", metavar="DIR", help="model that a MindSpeed-MM directory is of, or below an adapter")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter to lay on the model")
+    if adapters:
+        parser.add_argument(
+            "--adapter", action="append", dest="adapters", metavar="NAME=DIR", help="LoRA adapter served beside the "
+            "model under a name of its own; repeatable",
+        )  # fmt: skip
+        parser.set_defaults(adapter=None)
+    else:
+        parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter to lay on the model")
     parser.add_argument("--backend", metavar="NAME", help="torch_npu (or torch), mindspore, auto; default: auto")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, npu (ascend), auto; default: auto")
     parser.add_argument(

@@ -11,8 +11,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +20,7 @@ from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.blocks import BlockPool
 from duetvl.inference.defaults import Defaults
+from duetvl.inference.delivery import Delivery
 from duetvl.inference.jobs import Job, make_jobs
 from duetvl.inference.padding import find_padding
 from duetvl.inference.request import Completion, Delta, Finish, Request
@@ -78,6 +78,7 @@ class Engine:
         pool = BlockPool(blocks, consecutive=kv_cache.consecutive)
         self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
         self.runner = Runner(self.models, blocks, vision, padding)
+        self.ran_pass: Callable[[int], None] | None = None  # told the rows of each pass, on the thread that runs it
         self._ops, self._vocabulary = backend.ops, model.family.vocabulary
         self._changed = threading.Condition()  # holds for the six below
         self._arrivals: list[list[Job]] = []
@@ -129,6 +130,16 @@ class Engine:
     def busy(self) -> bool:
         """Whether any request is under way."""
         return bool(self._known)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer may have together: the context, or fewer where the cache is smaller."""
+        return min(self.context, self.scheduler.pool.size * self.scheduler.block_size)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it takes no more requests: it was closed, or its thread has ended with an error."""
+        return self._stopping
 
     def _prepared(self, request: Request, first: int) -> list[Job]:
         model = self.models.get(request.adapter)
@@ -211,6 +222,8 @@ class Engine:
             logits = self.runner.run(plan)
             chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
             self.scheduler.ran(plan)
+            if self.ran_pass is not None:
+                self.ran_pass(sum(piece.stop - piece.start for piece in plan.pieces))
         except BaseException as error:  # of whatever kind: it ends the requests of this pass, not the others
             self.scheduler.restart()
             if not isinstance(error, Exception):  # Ctrl-C: the pass is half done, and its requests are as before
@@ -286,28 +299,23 @@ class Engine:
             self._kept = self.step()
         return done.get()
 
-    async def stream(self, request: Request) -> AsyncIterator[Delta]:
-        """The deltas of a request as they come, by the engine's thread, which is started if need be.
+    async def stream(self, *requests: Request) -> AsyncGenerator[Delta, None]:
+        """The deltas of requests as they come, by the engine's thread, which is started if need be.
 
-        The last delta of each choice has its completion. A stream that is left early cancels its request.
+        The last delta of each choice has its completion. A stream that is left early cancels its requests. A reader who
+        is slower than the model gets several tokens at a time; what waits for it is never more than the answers.
         """
         self.start()
-        loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[Delta] = asyncio.Queue()
-
-        def tell(delta: Delta) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(deltas.put_nowait, delta)
-
-        id = await self._submitted(request, tell)
-        left = request.n
+        delivery = Delivery()
+        ids: list[str] = []
         try:
-            while left:
-                delta = await deltas.get()
-                left -= delta.completion is not None
+            for request in requests:
+                ids.append(await self._submitted(request, delivery.put))
+            async for delta in delivery.read(sum(request.n for request in requests)):
                 yield delta
         finally:
-            self.cancel(id)
+            for id in ids:
+                self.cancel(id)
 
     async def _submitted(self, request: Request, tell: Tell) -> str:
         """`submit` beside the loop; who is cancelled meanwhile leaves no request behind."""

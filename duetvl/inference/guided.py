@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -19,6 +19,8 @@ from duetvl.data.tokenizer import TextTokenizer
 
 LARGEST: Final = 64 * 1024  # characters of a grammar
 SECONDS: Final = 5.0  # that compiling it may take
+_NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
+_AS_TRAINED: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Guide(Protocol):
@@ -71,6 +73,25 @@ class Grammars:
         rule = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         self._check_size("the choice", rule)
         return self._compiled("the choice", self._library.LLMatcher.grammar_from_lark(rule))
+
+    def calls(self, functions: Mapping[str, Any], *, most: int = 1) -> Guides:
+        """One to `most` calls of functions, as training writes them (`data.formats.tools`).
+
+        functions: name -> JSON schema of the arguments, None for those without any.
+        """
+        if not functions:
+            raise ConfigError("there is no function to be called")
+        rules = [
+            f'start: call ("\\n" call){{0,{most - 1}}}',
+            "call: " + " | ".join(map("call_{}".format, range(len(functions)))),
+        ]
+        for number, (name, schema) in enumerate(functions.items()):
+            head, tail = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
+            arguments = json.dumps({**(schema or _NO_ARGUMENTS), "x-guidance": _AS_TRAINED})
+            rules.append(f"call_{number}: {json.dumps(head)} %json {arguments} {json.dumps(tail)}")
+        rule = "\n".join(rules)
+        self._check_size("the functions", rule)
+        return self._compiled("the schema of a function", self._library.LLMatcher.grammar_from_lark(rule))
 
     def _check_size(self, what: str, text: str) -> None:
         if len(text) > LARGEST:

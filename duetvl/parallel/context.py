@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from duetvl.models.attention import Attend
 from duetvl.models.layout import Move, stay
 from duetvl.models.qwen_vl.sharding import Heads
 from duetvl.parallel.differentiable import Team, all_to_all
+from duetvl.parallel.division import Division
 
 Tensor = Any
 
@@ -104,12 +105,17 @@ class HeadShare:
         parts = (even_range(len(self.queries), place, ranks) for place in range(ranks))
         return [HeadShare.of(heads, self.queries[part.start : part.stop]) for part in parts]
 
+    @property
+    def heads(self) -> int:
+        """Of queries, keys and values together."""
+        return len(self.queries) + 2 * len(self.keys)
+
     @cached_property
     def spread(self) -> Sequence[int] | None:
-        """For each query head the place of its key head among these; None where that is i * G // H anyway."""
+        """For each query head the place of its key head among these; None where each has as many, in their order."""
         places = [head // self.group - self.keys.start for head in self.queries]
-        even = [i * len(self.keys) // len(self.queries) for i in range(len(self.queries))]
-        return None if places == even else places
+        each, more = divmod(len(self.queries), len(self.keys))
+        return places if more or places != [i // each for i in range(len(places))] else None
 
     @property
     def kv_heads(self) -> int:
@@ -119,6 +125,24 @@ class HeadShare:
     def each_its_own(self, ops: Ops, x: Tensor) -> Tensor:
         """(T, G, K) -> (T, H, K) where query heads do not fall evenly on key heads, else x."""
         return x if self.spread is None else take_heads(ops, x, self.spread)
+
+    def back_to_keys(self, ops: Ops, d: Tensor) -> Tensor:
+        """The adjoint of `each_its_own`: the gradients of a key head's copies, added up."""
+        if self.spread is None:
+            return d
+        copies = ops.split(d, [self.spread.count(place) for place in range(len(self.keys))], 1)
+        return ops.concat([ops.sum(x, axis=1, keepdims=True) for x in copies], 1)
+
+
+def shares_of(division: Division) -> list[HeadShare]:
+    """Of the heads that a rank has in its layers, those of each of the ranks that exchange heads for rows."""
+    return own_share(division).divided(division.heads, division.ulysses)
+
+
+def own_share(division: Division) -> HeadShare:
+    """The heads that a rank has in its layers."""
+    heads, mesh = division.heads, division.mesh
+    return HeadShare.of(heads, range(heads.query)).divided(heads, mesh.tp)[division.place("tp")]
 
 
 def take_heads(ops: Ops, x: Tensor, places: Sequence[int]) -> Tensor:
@@ -155,12 +179,11 @@ class Context:
         parts, rows = share.divided(heads, team.size), pieces.sizes(self.ring.index)
         queries, keys = [len(part.queries) for part in parts], [len(part.keys) for part in parts]
         needed = [key - share.keys.start for part in parts for key in part.keys]
-        within, own = self._within(pieces), parts[team.index]
+        within = self._within(pieces, parts[team.index])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = all_to_all(team, q, 1, 0, queries, rows)
-            k, v = (all_to_all(team, take_heads(ops, x, needed), 1, 0, keys, rows) for x in (k, v))
-            out = within(q, own.each_its_own(ops, k), own.each_its_own(ops, v))
+            k, v = (take_heads(ops, x, needed) for x in (k, v))
+            out = within(*_heads_for_rows(team, (q, k, v), (queries, keys, keys), rows))
             return all_to_all(team, out, 0, 1, rows, queries)
 
         return attend
@@ -184,50 +207,76 @@ class Context:
     def _pieces(self, lengths: np.ndarray) -> Pieces:
         return Pieces(np.asarray(lengths, np.int64), self.ring.size, self.exchange.size)
 
-    def _within(self, pieces: Pieces) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Attention of whole rows of this rank's ring place."""
+    def _within(self, pieces: Pieces, share: HeadShare) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Attention of whole rows of this rank's ring place, with these heads."""
         place, ops = self.ring.index, self.ring.ops
         if self.ring.size == 1:
-            spans = pieces.spans(0, 0)
-            return lambda q, k, v: ops.attention(q, k, v, spans)[0]
-        ring = Ring(self.ring, [pieces.spans(place, source) for source in range(self.ring.size)],
+            spans, spread = pieces.spans(0, 0), partial(share.each_its_own, ops)
+            return lambda q, k, v: ops.attention(q, spread(k), spread(v), spans)[0]
+        ring = Ring(self.ring, share, [pieces.spans(place, source) for source in range(self.ring.size)],
                     [pieces.count(source) for source in range(self.ring.size)])  # fmt: skip
         return self.ring.autograd.custom_vjp(ring.forward, ring.backward)
 
 
+def _heads_for_rows(
+    team: Team, tensors: Sequence[Tensor], shares: Sequence[Sequence[int]], rows: Sequence[int]
+) -> Sequence[Tensor]:
+    """Of tensors (T, H, K) whose heads are cut into `shares`, a share for each rank: this rank's share on all rows, of
+    which the ranks have `rows`. All tensors travel in one exchange."""
+    if team.size == 1:
+        return tensors
+    ops = team.ops
+    for_ranks = zip(*(ops.split(x, share, 1) for x, share in zip(tensors, shares, strict=True)), strict=True)
+    sizes = [sum(heads) for heads in zip(*shares, strict=True)]
+    together = ops.concat([piece for pieces in for_ranks for piece in pieces], 1)
+    return ops.split(all_to_all(team, together, 1, 0, sizes, rows), [share[team.index] for share in shares], 1)
+
+
 @dataclass(frozen=True)
 class Ring:
-    """Attention over a ring of ranks, and its gradient; spans and rows are those of each member's keys."""
+    """Attention over a ring of ranks, and its gradient; spans and rows are those of each member's keys.
+
+    Keys and values travel as the model has them, and each query head gets its own copy where it is needed (`share`).
+    """
 
     team: Team
+    share: HeadShare
     spans: Sequence[Spans]
     rows: Sequence[int]
 
     def forward(self, needs: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Own keys first, of which every row sees one at least: so no sum of exponentials is ever empty."""
-        ops, own = self.team.ops, self.team.index
-        out, lse = ops.attention(q, k, v, self.spans[own])
-        out, held = ops.cast(out, "float32"), (k, v)
+        ops, held = self.team.ops, (k, v)
+        out, lse = ops.attention(q, *self._spread(held), self.spans[self.team.index])
+        out = ops.cast(out, "float32")
         for source in self._sources[1:]:
             held = self._pass_on(held, source)
-            out, lse = self._merged(out, lse, *ops.attention(q, *held, self.spans[source]))
+            out, lse = self._merged(out, lse, *ops.attention(q, *self._spread(held), self.spans[source]))
         out = ops.cast(out, ops.dtype_of(q))
         return out, (q, k, v, out, lse)
 
     def backward(self, needs: tuple[bool, ...], kept: tuple[Tensor, ...], d: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of keys and values go round with them, once more to arrive at home."""
-        ops = self.team.ops
-        q, k, v, out, lse = kept
-        held, grads, dq = (k, v), (), None
-        for source in self._sources:
-            if dq is not None:
-                held, grads = self._pass_on(held, source), self._pass_on(grads, source)
-            found = ops.attention_grad(d, q, *held, out, lse, self.spans[source])
-            own, *more = (ops.cast(x, "float32") for x in found)
-            dq = own if dq is None else dq + own
-            grads = tuple(more) if not grads else tuple(a + b for a, b in zip(grads, more, strict=True))
-        dk, dv = self._pass_on(grads, self.team.index)
+        """The gradients of keys and values go round with them, float32, and begin at the first member that is not their
+        own: what this one adds to its own waits here."""
+        ops, (q, k, v, out, lse) = self.team.ops, kept
+
+        def gradients(keys: Sequence[Tensor], source: int) -> tuple[Tensor, ...]:
+            dq, *dkv = ops.attention_grad(d, q, *self._spread(keys), out, lse, self.spans[source])
+            return ops.cast(dq, "float32"), *(self.share.back_to_keys(ops, ops.cast(x, "float32")) for x in dkv)
+
+        dq, *own = gradients((k, v), self.team.index)
+        held, travelling = (k, v), ()
+        for source in self._sources[1:]:
+            passed = self._pass_on((*held, *travelling), source)
+            held = passed[:2]
+            more, *dkv = gradients(held, source)
+            dq, travelling = dq + more, _added(passed[2:], dkv) if travelling else tuple(dkv)
+        dk, dv = _added(self._pass_on(travelling, self.team.index), own)
         return tuple(ops.cast(x, ops.dtype_of(like)) for x, like in ((dq, q), (dk, k), (dv, v)))
+
+    def _spread(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        keys, values = (self.share.each_its_own(self.team.ops, x) for x in held)
+        return keys, values
 
     @property
     def _sources(self) -> list[int]:
@@ -252,3 +301,7 @@ class Ring:
             return ops.cast(x, "float32") * ops.transpose(weight / total, (1, 0))[:, :, None]
 
         return weighted(out, old) + weighted(more, new), largest + ops.log(total)
+
+
+def _added(some: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(a + b for a, b in zip(some, others, strict=True))

@@ -8,6 +8,7 @@ anything before a stage is trained; behind a frozen tower none are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,11 +24,12 @@ from duetvl.models.qwen_vl.sharding import Tower
 from duetvl.models.qwen_vl.stage import Between, Run, Stage
 from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.division import Division
-from duetvl.parallel.schedule import Compute, Exchange, Message, Schedule, forward_only, one_f_one_b
+from duetvl.parallel.schedule import Action, Compute, Exchange, Message, Schedule, forward_only, one_f_one_b
 from duetvl.parallel.tensor import layout_of
 
 Tensor = Any
 Outputs = tuple[Tensor, ...]
+Around = Callable[[Action], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Pipeline:
         self.model, self.backend, self.division = model, backend, division
         self.ranks = division.team(["pp"])
         self.at_once = 4 * division.stages.count
+        self.around: Around = lambda action: nullcontext()  # entered for each action of a schedule, as to time it
         self.precision = backend.ops.dtype_of(next(iter(model.parameters.values())).tensor)  # of what travels
         trained = {stage.number: _trained(model.parameters_of(stage)) for stage in model.stages.values()}
         told: dict[int, tuple[bool, bool]] = {}
@@ -188,13 +191,17 @@ class _Run:
     def through(self, schedule: Schedule) -> list[Outputs]:
         """Follow the actions of this rank."""
         for action in schedule.actions[self.pipeline.division.place("pp")]:
-            if isinstance(action, Exchange):
-                self._exchange(action)
-            elif action.direction == "forward":
-                self._forward(action)
-            else:
-                self._backward(action)
+            with self.pipeline.around(action):
+                self._act(action)
         return [self.outputs[number] for number in sorted(self.outputs)]
+
+    def _act(self, action: Action) -> None:
+        if isinstance(action, Exchange):
+            self._exchange(action)
+        elif action.direction == "forward":
+            self._forward(action)
+        else:
+            self._backward(action)
 
     def _forward(self, act: Compute) -> None:
         pipeline, one = self.pipeline, self.micro_batches[act.micro_batch]

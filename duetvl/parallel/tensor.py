@@ -25,7 +25,7 @@ from duetvl.models.attention import Attend
 from duetvl.models.layout import UNDIVIDED, Layout, Move, Rows, Trained
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.sharding import FEATURES, shard_of
-from duetvl.parallel.context import Context, HeadShare
+from duetvl.parallel.context import Context, HeadShare, own_share
 from duetvl.parallel.differentiable import (
     Team,
     copy_to,
@@ -156,8 +156,7 @@ class RankLayout:
 
     @cached_property
     def _share(self) -> HeadShare:
-        heads = self.division.heads
-        return HeadShare.of(heads, range(heads.query)).divided(heads, self.team.size)[self.team.index]
+        return own_share(self.division)
 
 
 def _whole(team: Team, x: Tensor, rows: np.ndarray, count: int) -> Tensor:

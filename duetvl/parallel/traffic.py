@@ -2,7 +2,8 @@
 
 Sums and gathers are counted as a ring does them, which sends the least: all_reduce 2 (n - 1) / n of a tensor,
 reduce_scatter and all_gather (n - 1) / n. What is padded where pieces are uneven, and small things (losses, the
-softmax statistics), are not.
+softmax statistics), are not; nor are features of pictures that travel along `cp` to the ranks with their tokens: how
+many do depends on where a pack has them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.memory import Load, Trained
 from duetvl.models.qwen_vl.sharding import Tower
 from duetvl.models.recompute import RUNS_AGAIN, Again, RecomputeMode
+from duetvl.parallel.context import shares_of
 from duetvl.parallel.division import Division
 
 # Sums of activations that a block makes again in its backward pass, by what runs again there. The last one, behind the
@@ -28,13 +30,20 @@ _AGAIN: Final[Mapping[Again, int]] = {"nothing": 0, "mlp": 0, "block": 1}
 class Traffic:
     """Bytes that one rank sends in a step: activations and their gradients, gradients of weights, and new weights.
 
-    stages: to the stages before and behind its own; activations: between the ranks of tensor parallelism.
+    stages: to the stages before and behind its own; activations: between the ranks of tensor parallelism; pieces:
+    between those of context parallelism, which have pieces of the sequences.
     """
 
     activations: int
     gradients: int
     weights: int
     stages: int = 0
+    pieces: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.gradients + self.weights + self.stages + self.pieces
 
 
 def step_traffic(
@@ -48,10 +57,11 @@ def step_traffic(
     load = Load(math.ceil(load.tokens / cp), math.ceil(load.trained / cp), math.ceil(load.patches / cp))
     passes = micro_batches * _pass(config, trained, division, load, recompute)
     between = micro_batches * _between_stages(config, trained, division, load)
+    pieces = micro_batches * _between_pieces(config, trained.narrow, division, load.tokens, recompute)
     shared = [_shared(trained, division, path) for path in filter(division.holds, trained.paths)]
     gradients = sum(4 * share * math.prod(unit) for share, unit, _ in shared)
     weights = sum(narrow * share * math.prod(unit) for share, unit, narrow in shared)
-    return Traffic(round(passes), round(gradients), round(weights), round(between))
+    return Traffic(round(passes), round(gradients), round(weights), round(between), pieces)
 
 
 def _between_stages(config: ModelConfig, trained: Trained, division: Division, load: Load) -> float:
@@ -77,6 +87,22 @@ def _crossing(config: ModelConfig, division: Division, stage: int, load: Load) -
     if sum(stages.vision[: stage + 1]) < vision.depth:
         return patches * vision.hidden_size
     return patches / vision.merge**2 * vision.out_hidden_size
+
+
+def _between_pieces(config: ModelConfig, narrow: int, division: Division, rows: int, recompute: RecomputeMode) -> int:
+    """Bytes of a pass forward and backward between the pieces of sequences, of which this rank has `rows`.
+
+    Heads go out for rows before attention and come back behind it; in the backward pass their gradients go the other
+    way. Keys and values go round a ring in both passes, in the second one with their gradients, which are float32.
+    """
+    place, shares = division.place("cp") % division.ulysses, shares_of(division)
+    own, others = shares[place], [*shares[:place], *shares[place + 1 :]]
+    out = sum(share.heads for share in others) + len(others) * len(own.queries)
+    back = len(others) * own.heads + sum(len(share.queries) for share in others)
+    around = (division.mesh.cp // division.ulysses - 1) * division.ulysses * 2 * len(own.keys)
+    forward = 1 + (RUNS_AGAIN[recompute][1] == "block")
+    row = narrow * (forward * (out + around) + back + around) + 4 * around
+    return rows * config.text.head_dim * row * len(_layers(division, "language", config.text.num_layers))
 
 
 def _shared(trained: Trained, division: Division, path: str) -> tuple[float, Shape, int]:

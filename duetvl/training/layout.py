@@ -113,9 +113,9 @@ def _sent(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: 
     parts = {
         "activations": sent.activations,
         "what stages hand on": sent.stages,
+        "what pieces of sequences exchange": sent.pieces,
         "gradients": sent.gradients,
         "new weights": sent.weights,
     }
     listed = ", ".join(f"{in_words(number)} of {name}" for name, number in parts.items() if number)
-    besides = "; besides, what goes between pieces of sequences" if recipe.parallel.cp > 1 else ""
-    return f"  a rank sends about {in_words(sum(parts.values()))} in a step: {listed or 'nothing'}{besides}"
+    return f"  a rank sends about {in_words(sent.total)} in a step: {listed or 'nothing'}"

@@ -202,7 +202,7 @@ def a_model_over_a_ring(be: Backend) -> None:
 
 @case
 def a_model_over_rings_of_ranks_that_exchange_heads(be: Backend) -> None:
-    divided(be, Mesh(cp=4), "qwen2_5_vl", (14, 2), ulysses=2)
+    divided(be, Mesh(cp=4), "qwen2_5_vl", (6, 3), ulysses=2)  # the second of two ranks needs a copy of a key head
     divided(be, Mesh(cp=4), "qwen2_vl", (4, 2), ulysses=2, recompute="full")
 
 
@@ -211,7 +211,7 @@ def a_model_over_context_and_tensor_parallelism(be: Backend) -> None:
     divided(be, Mesh(cp=2, tp=2), "qwen2_5_vl", (8, 2), sequence=True, vision="shard", recompute="full")
     divided(be, Mesh(cp=2, tp=2), "qwen2_vl", (14, 2))
     divided(be, Mesh(cp=2, tp=2), "qwen2_5_vl", (4, 2), ulysses=1, sequence=True)
-    divided(be, Mesh(cp=2, tp=2), "qwen2_vl", (4, 2), ulysses=1, vision="shard")
+    divided(be, Mesh(cp=2, tp=2), "qwen2_vl", (6, 3), ulysses=1, vision="shard")
 
 
 @case
@@ -257,7 +257,10 @@ for each in (
     imported("steps", each)
 
 
-for each in ("check_context", "check_context_in_pipelines", "check_context_of_pairs", "check_context_not_finite"):
+for each in (
+    "check_context", "check_context_in_pipelines", "check_context_of_pairs", "check_context_not_finite",
+    "check_context_traffic", "check_half_over_a_ring",
+):  # fmt: skip
     imported("context_steps", each)
 
 

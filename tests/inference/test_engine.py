@@ -623,6 +623,14 @@ def test_streams_over_one_thread(be, models, theirs):
             break
         await stream.aclose()
 
+    async def read_late(engine: Engine) -> list[Delta]:
+        """What comes to a reader who takes nothing while the model answers."""
+        stream = engine.stream(ask(PROMPTS["text"], n=2), ask(PROMPTS["image"]))
+        deltas = [await anext(stream)]
+        while engine.busy:
+            await asyncio.sleep(0.001)
+        return [*deltas, *[delta async for delta in stream]]
+
     async def all_of_them(engine: Engine) -> list[tuple[list[int], str]]:
         found = await asyncio.gather(*(follow(engine, prompt) for prompt in prompts), leave(engine))
         with pytest.raises(ConfigError, match=r"request \d+: .*do not fit"):
@@ -633,6 +641,13 @@ def test_streams_over_one_thread(be, models, theirs):
     with Engine(models(name, be), cache_tokens=800) as engine:
         found = asyncio.run(all_of_them(engine))
         assert found == [(theirs(name, prompt), "length") for prompt in prompts]
+        deltas = asyncio.run(read_late(engine))
+        ends = [delta.completion for delta in deltas if delta.completion]
+        assert len(ends) == 3
+        assert len(deltas) < 3 * NEW / 2, "a reader who is late gets much at a time"
+        for end in ends:
+            own = [delta for delta in deltas if (delta.id, delta.choice) == (end.id, end.choice)]
+            assert [token for delta in own for token in delta.token_ids] == end.token_ids
         again = engine.generate([ask(prompt) for prompt in prompts])  # by the same thread
         assert [one.token_ids for one in again] == [theirs(name, prompt) for prompt in prompts]
         with pytest.raises(ConfigError, match="the engine's own thread runs it"):

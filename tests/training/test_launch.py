@@ -23,17 +23,20 @@ from duetvl.training.failures import read_failures
 from duetvl.training.watching.metrics import read_metrics
 
 PEER_TIMEOUT = 8  # seconds
+SLOW_START = 20  # the same where four ranks at once load what the first step needs
 ENDED = 40 + 20  # seconds in which all is over after a rank is lost; the second part for a machine with other work
-# What goes wrong on one rank alone, which reads this file before anything else.
+# What goes wrong on one rank alone, which reads this file before anything else; of several, one at each start.
 FAULT = """
 import os
-fault = os.environ.get("FAULT", "")
-if os.environ.get("RANK", os.environ.get("MS_NODE_ID")) == "1" and os.environ.get("MS_ROLE") != "MS_SCHED" and fault:
+faults = os.environ.get("FAULT", "")
+if os.environ.get("RANK", os.environ.get("MS_NODE_ID")) == "1" and os.environ.get("MS_ROLE") != "MS_SCHED" and faults:
     import sys
     class Finder:
         def find_spec(self, name, path=None, target=None):
             if name == "duetvl.training.loop":
                 sys.meta_path.remove(self)
+                again = sys.argv[1].rpartition("restart-")[2]
+                fault = faults.split(",")[int(again) if again.isdigit() else 0]
                 import duetvl.training.step as step
                 took = step.Trainer.step
                 def failing(self, work, lr, number=0, *more):
@@ -42,6 +45,18 @@ if os.environ.get("RANK", os.environ.get("MS_NODE_ID")) == "1" and os.environ.ge
                     return took(self, work, lr, number, *more)
                 if fault == "step":
                     step.Trainer.step = failing
+                elif fault != "data":
+                    from signal import SIGKILL, SIGSTOP
+                    from duetvl.models.qwen_vl.model import QwenVL
+                    ran, passes = QwenVL.run, []
+                    def run(self, *given, **more):
+                        passes.append(given)
+                        if len(passes) == 5 and fault == "raise":
+                            raise ZeroDivisionError("an accident in this stage")
+                        if len(passes) == 5:
+                            os.kill(os.getpid(), {"stop": SIGSTOP, "kill": SIGKILL}[fault])
+                        return ran(self, *given, **more)
+                    QwenVL.run = run
                 else:
                     import duetvl.data.loading.samples as samples
                     def thread_fails(self, refs):
@@ -64,13 +79,15 @@ class Launch:
     def run(self) -> Path:
         return self.place / "run"
 
-    def start(self, *overrides: str, options: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *overrides: str, ranks: int = 2, options: tuple[str, ...] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         for old in self.place.glob("logs/*"):
             old.rename(self.place / f"old-{old.name}")
         steps = [] if any(text.startswith("train.steps") for text in overrides) else ["train.steps=5000"]
         words = ["train", str(self.recipe), f"train.output_dir={self.run}", "log.every=1000", *steps, *overrides]
         (self.place / "sitecustomize.py").write_text(FAULT)
-        command = [sys.executable, "-m", "duetvl", "launch", "--nproc=2", f"--log-dir={self.place / 'logs'}"]
+        command = [sys.executable, "-m", "duetvl", "launch", f"--nproc={ranks}", f"--log-dir={self.place / 'logs'}"]
         self.started.append(
             subprocess.Popen(
                 [*command, f"--backend={self.backend}", *options, "--", *words],
@@ -103,7 +120,8 @@ class Launch:
     def end(self, process: subprocess.Popen[str], limit: float = ENDED) -> str:
         """What it has said, once it and its ranks have ended."""
         told = process.communicate(timeout=limit)[0]
-        assert [rank for rank in (0, 1) if (pid := self.pid(rank)) and Path(f"/proc/{pid}").exists()] == [], told
+        pids = [int(file.read_text()) for file in self.place.glob("logs/**/rank-*.pid")]
+        assert pids and [pid for pid in pids if Path(f"/proc/{pid}").exists()] == [], told
         return told
 
     def close(self) -> None:
@@ -162,7 +180,32 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_start_goes_on(launch: L
     assert read_failures(launch.run) == [] and (launch.run / "failures-before" / "1" / "rank-00000.json").exists()
 
 
-def test_a_stage_that_is_killed_is_named(launch: Launch) -> None:
+def test_a_stage_that_is_lost_is_named(launch: Launch, full: bool) -> None:
+    """Of four stages the second, in the midst of a step: at three starts it fails, is stopped, and is killed. Neither
+    those that wait for it nor the last one, which waits for one of those, is taken for the cause."""
+    only_on(launch, "torch_npu", full)
+    layers = ("parallel.vision_layers=[1,1,0,0]", "parallel.language_layers=[0,0,1,1]")
+    process = launch.start(
+        "parallel.pp=4", "parallel.dp=1", *layers, ranks=4, options=("--restarts=2",), FAULT="raise,stop,kill",
+        DUETVL_PEER_TIMEOUT=str(SLOW_START),
+    )  # fmt: skip
+    told = launch.end(process, 3 * ENDED + SLOW_START)
+    assert process.returncode == 1, told
+    failed, stopped, killed = re.split(r"launch: starting again .*", told)
+    assert re.search(r"launch: rank 1 \(.*\) failed at step \d: ZeroDivisionError: an accident in this", failed), told
+    assert re.search(r"launch: rank 1 \(process \d+\) did not answer", stopped), told
+    assert re.search(r"launch: rank 1 \(process \d+\) was killed", killed), told
+    before = launch.run / "failures-before"
+    causes = [
+        [one["rank"] for file in place.glob("*.json") if not (one := json.loads(file.read_text()))["consequence"]]
+        for place in (before / "1", before / "2", launch.run / "failures")
+    ]
+    assert causes == [[1], [], []], causes
+
+
+def test_a_stage_that_is_killed_is_named(launch: Launch, full: bool) -> None:
+    """What the other one says names it too."""
+    only_on(launch, "mindspore", full)
     process = launch.start("parallel.pp=2", "parallel.dp=1")
     launch.wait_for(lambda: launch.steps() >= 2, process)
     launch.send(signal.SIGKILL, 1)
@@ -175,7 +218,8 @@ def test_a_stage_that_is_killed_is_named(launch: Launch) -> None:
 
 
 def test_a_rank_that_is_stopped_is_given_up(launch: Launch, full: bool) -> None:
-    only_on(launch, "torch_npu", full)
+    """Without --full it is a stage's turn, above."""
+    only_on(launch, "", full)
     process = launch.start()
     launch.wait_for(lambda: launch.steps() >= 2, process)
     launch.send(signal.SIGSTOP, 1)

@@ -25,12 +25,16 @@ TOTAL_PIXELS: Final = 128_000 * 28 * 28 * 9 // 10
 
 @dataclass(frozen=True)
 class MediaSettings:
-    """How pictures and videos are resized. `video` bounds each frame, `total_pixels` all pairs of frames."""
+    """How pictures and videos are resized. `video` bounds each frame, `total_pixels` all pairs of frames.
+
+    decode_seconds: in which the frames of a video file are to be counted, and again to be decoded; None for no bound.
+    """
 
     image: PixelSettings = field(default_factory=PixelSettings)
     video: PixelSettings = field(default_factory=PixelSettings)
     frames: FrameRule = field(default_factory=FrameRule)
     total_pixels: int = TOTAL_PIXELS
+    decode_seconds: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,7 @@ def measure(part: ImagePart | VideoPart, settings: MediaSettings, geometry: Patc
         seconds = geometry.temporal / (part.fps or settings.frames.fps)
         medium = Medium(part, _frame_size(frames), (0, 0), len(frames), given or seconds)
     else:
-        index = read_index(part.source)
+        index = read_index(part.source, settings.decode_seconds)
         with _named(part):
             plan = plan_frames(index, settings.frames, part)
         medium = Medium(part, index.size, (0, 0), len(plan.picks), given or plan.seconds * geometry.temporal, plan)
@@ -91,7 +95,7 @@ def shrunk(medium: Medium, scale: float, settings: MediaSettings, geometry: Patc
 def load(medium: Medium, settings: MediaSettings, geometry: PatchGeometry) -> PatchRows:
     """Decoded pixels as patch rows, of exactly the grid that the medium says. Raises DataError naming its source."""
     own = settings.video if medium.is_video else settings.image
-    frames = (_checked(image, medium, own) for image in _pictures(medium, own))
+    frames = (_checked(image, medium, own) for image in _pictures(medium, settings))
     return patch_rows(frames, medium.frames, medium.size, own, geometry)
 
 
@@ -149,10 +153,10 @@ def _frame_size(frames: Sequence[ImageSource]) -> Size:
     return sizes[0]
 
 
-def _pictures(medium: Medium, own: PixelSettings) -> Iterator[Image.Image]:
-    part = medium.part
+def _pictures(medium: Medium, settings: MediaSettings) -> Iterator[Image.Image]:
+    part, own = medium.part, settings.video if medium.is_video else settings.image
     if medium.plan is not None:
-        yield from read_frames(part.source, medium.plan)
+        yield from read_frames(part.source, medium.plan, settings.decode_seconds)
         return
     sources = _frame_sources(part) if isinstance(part, VideoPart) else (part.source,)
     for source in sources or ():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import VideoPart
-from duetvl.data.media.video_index import VideoIndex, decoded, opened
+from duetvl.data.media.video_index import TimeLimit, VideoIndex, decoded, opened
 
 _WORTH_A_SEEK: Final = 16  # frames that need not be decoded
 _TURNS: Final = {
@@ -156,16 +156,18 @@ def _picks(index: VideoIndex, numbers: np.ndarray) -> Iterator[Pick]:
         yield Pick(number, int(index.ticks[number]), key, int(index.ticks[key]))
 
 
-def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
+def read_frames(source: object, plan: VideoPlan, seconds: float | None = None) -> Iterator[Image.Image]:
     """The planned frames as RGB pictures, one at a time, turned as the file says; nothing behind the last is decoded.
 
-    A frame that cannot be decoded is replaced by the nearest one within reach. Raises DataError naming the file.
+    A frame that cannot be decoded is replaced by the nearest one within reach. Raises DataError naming the file; so it
+    does where it takes more than `seconds` in all.
     """
     done = 0
+    limit = TimeLimit(seconds)
     # An index may be wrong about where decoding can begin: then once more from the front, where there is no doubt.
     for may_jump in (True, False):
         with opened(source) as container:
-            cursor = _Cursor(container, plan, may_jump=may_jump)
+            cursor = _Cursor(container, plan, limit, may_jump=may_jump)
             for pick in plan.picks[done:]:
                 frame = cursor.at(pick)
                 if frame is None and cursor.jumped:
@@ -179,9 +181,9 @@ def read_frames(source: object, plan: VideoPlan) -> Iterator[Image.Image]:
 class _Cursor:
     """Decodes forwards, and leaps to a later frame where that is less work."""
 
-    def __init__(self, container: Any, plan: VideoPlan, *, may_jump: bool):
+    def __init__(self, container: Any, plan: VideoPlan, limit: TimeLimit, *, may_jump: bool):
         self.container, self.stream, self.plan = container, container.streams[plan.stream], plan
-        self.may_jump = may_jump and plan.timed
+        self.limit, self.may_jump = limit, may_jump and plan.timed
         self.jumped = False
         self.number = -1  # of the newest frame, as far as it is known
         self.before: _Timed | None = None
@@ -214,6 +216,7 @@ class _Cursor:
     def _read(self) -> Iterator[_Timed]:
         number = 0
         for packet in self.container.demux(self.stream):
+            self.limit.check()
             for frame in decoded(packet):
                 tick = frame.pts if self.plan.timed else number
                 number += 1

@@ -6,6 +6,8 @@ missing duration and for frames that are in the file and not shown. One frame is
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,12 +61,28 @@ class VideoIndex:
         return len(self) / self.duration
 
 
-def read_index(source: object) -> VideoIndex:
-    """The frames of a video file (a path, bytes or a data URI). Raises DataError naming it."""
+class TimeLimit:
+    """Seconds that reading a video may take, from now on; None for as many as it takes."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds = seconds
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise DataError where they are over."""
+        if time.monotonic() > self._end:
+            raise DataError(f"takes more than {self.seconds:g} seconds to decode; cut it or make its frames smaller")
+
+
+def read_index(source: object, seconds: float | None = None) -> VideoIndex:
+    """The frames of a video file (a path, bytes or a data URI). Raises DataError naming it.
+
+    So it does where reading takes more than `seconds`.
+    """
     with opened(source) as container:
         # Before packets are read: that changes what FFmpeg says of the header of some files.
         headers = {stream.index: _header(stream) for stream in container.streams.video}
-        track = _film(container)
+        track = _film(container, TimeLimit(seconds))
         stream, first = track.stream, track.first
         if _lacks_frames(source, container, track):
             raise DataError(f"is cut off: {_shortfall(container, track)}")
@@ -128,7 +146,7 @@ class _Track:
             self.last = max(self.last, (packet.pts, packet.duration or 0))
 
 
-def _film(container: Any) -> _Track:
+def _film(container: Any, limit: TimeLimit) -> _Track:
     """The video stream that a player shows, its packets read: none that is a cover picture, the default one if any.
 
     A stream of one picture gives way to one of several. Raises DataError where there is none.
@@ -138,6 +156,7 @@ def _film(container: Any) -> _Track:
     if not tracks:
         raise DataError("has only a cover picture" if videos else "has no video stream")
     for packet in container.demux([track.stream for track in tracks.values()]):
+        limit.check()
         tracks[packet.stream.index].add(packet)
 
     def rank(track: _Track) -> tuple[bool, bool, bool]:
@@ -196,7 +215,10 @@ def opened(source: object) -> Iterator[Any]:
         content = media_content(source)
         if content is None:
             raise DataError(f"a video cannot be a {type(source).__name__}; give a path, bytes, or a list of frames")
-        with av.open(f"file:{content}" if isinstance(content, Path) else content) as container:
+        on_disk = isinstance(content, Path)
+        # What is in memory came from anywhere: a playlist in it must not lead to files of this machine.
+        options = None if on_disk else {"protocol_whitelist": "none"}
+        with av.open(f"file:{content}" if on_disk else content, options=options) as container:
             yield container
     except DataError as error:
         raise DataError(f"{describe(source)}: {error}") from None

@@ -1,0 +1,1 @@
+"""The server: requests of OpenAI's interface over HTTP, answered by one engine."""
