@@ -119,7 +119,7 @@ def test_no_cell_is_a_formula(run: Path, tmp_path: Path) -> None:
     found = cells(run / "answers.xlsx")
     assert found["A1"][1] == "index" and found["F1"][1] == "answer"
     assert found["F4"] == ("inlineStr", '=HYPERLINK("http://x")') and found["C4"][1] == "unparsed"
-    assert found["F3"][1] == HOSTILE.replace("\u202e", "\u202e")
+    assert found["F3"][1] == HOSTILE
     assert found["A161"] == ("n", "159")
     texts = [
         "=1+1",
