@@ -116,8 +116,7 @@ def mindie_textvqa(entries: Sequence[Mapping[str, Any]], answer: str) -> float:
     Only punctuation of the truths is processed, and only where they differ, so a truth with a capital letter is never
     met. Equal entries without an `answer_id` leave each other out.
     """
-    said = vqa_words(_cut_at_marks(answer.lstrip() or "-1"))
-    entries = list(entries)
+    said, entries = mindie_words(answer), list(entries)
     if len({entry["answer"] for entry in entries}) > 1:
         entries = [{**entry, "answer": _without_punctuation(entry["answer"])} for entry in entries]
     others = ([other for other in entries if other != entry] for entry in entries)
@@ -130,10 +129,12 @@ _MARKS: Final = (
 )  # fmt: skip
 
 
-def _cut_at_marks(answer: str) -> str:
+def mindie_words(answer: str) -> str:
+    """An answer as MindIE's modeltest compares it: up to the first mark of an end; of none, -1 without its sign."""
+    answer = answer.lstrip() if answer else "-1"
     for mark in _MARKS:
         answer = answer.split(mark)[0]
-    return answer
+    return vqa_words(answer)
 
 
 def vqa_words(text: str) -> str:

@@ -138,7 +138,7 @@ def _is_letter(name: str) -> bool:
 
 
 def listed_texts(cell: str) -> tuple[str, ...] | None:
-    """The texts of a list as Python or JSON writes it; None for another text."""
+    """The items of a list, as Python writes it or JSON writes texts and numbers; None for another text."""
     if not (cell.startswith("[") and cell.endswith("]")):
         return None
     try:

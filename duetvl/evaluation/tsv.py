@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from duetvl.core.errors import DataError, shown
-from duetvl.data.sources.catalog import Records
+from duetvl.data.sources.catalog import open_source
 from duetvl.data.sources.records import Record
+from duetvl.data.sources.tables import TsvFile
 from duetvl.evaluation.media import find_medium
 from duetvl.evaluation.profiles import Medium
 from duetvl.evaluation.rows import MISSING_IN_PANDAS, Row, cluster_of, decoded, listed_texts, require_unique
@@ -29,16 +30,21 @@ class TsvRows:
     ) -> None:
         """`columns` must be there. Rows without an `index` are numbered from 1. Raises DataError."""
         self.path, self._image, self._index = path, image, index
-        self._records = Records([path])
-        self.columns = tuple(self._records[0].values)
-        self._check_columns(columns)
+        self._file = _open_tsv(path)
+        self._places: list[tuple[int, int]] = []
         self._rows: list[Row] = []
         references: dict[int, str] = {}
-        for number, record in enumerate(self._records):
+        for number, (place, record) in enumerate(self._file.records()):
+            if not number:
+                self.columns = tuple(record.values)
+                self._check_columns(columns)
             picture = record.values.pop(image, "") if image else ""
             if 0 < len(picture) <= _LONGEST_REFERENCE and picture not in MISSING_IN_PANDAS:
                 references[number] = picture
+            self._places.append((place, record.number))
             self._rows.append(self._row(record, picture, number))
+        if not self._rows:
+            raise DataError(f"{path}: no records")
         self._numbers = require_unique((row.id, row.where) for row in self._rows)
         self._holders = {number: self._holder(number, references) for number in references}
 
@@ -54,7 +60,7 @@ class TsvRows:
         """See `Rows`."""
         if self._image is None:
             return ()
-        record = self._records[self._holders.get(number, number)]
+        record = self._file.read(*self._places[self._holders.get(number, number)])
         cell = record.values.get(self._image, "")
         if cell not in MISSING_IN_PANDAS:
             entries = listed_texts(cell)
@@ -91,3 +97,10 @@ class TsvRows:
                 raise DataError(f"{where}: its picture is said to be in the row {shown(target)}, which leads back here")
             passed.add(number)
         return number
+
+
+def _open_tsv(path: Path) -> TsvFile:
+    (file,) = open_source(path)
+    if not isinstance(file, TsvFile):
+        raise DataError(f"{path}: expected VLMEvalKit's table, with the suffix .tsv")
+    return file

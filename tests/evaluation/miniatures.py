@@ -9,16 +9,13 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from clips import write_clip
 from PIL import Image
 
 from duetvl.evaluation.question import Question
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from clips import write_clip
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40),

@@ -95,6 +95,7 @@ def test_mindie_compares_whole_entries() -> None:
     assert mindie_textvqa(entries(*mixed), "e-mail") == pytest.approx(1)  # truths differ: their punctuation goes too
     assert mindie_textvqa(entries(*["e-mail"] * 10), "e-mail") == 0  # they do not
     assert mindie_textvqa(entries(*["1"] * 10), "") == 1  # nothing is read as -1, which loses its sign
+    assert mindie_textvqa(entries(*["1"] * 10), " \n") == 0
 
 
 def test_no_metric_likes_an_empty_answer() -> None:

@@ -127,6 +127,9 @@ def test_damaged_files_are_refused_at_once(tmp_path: Path, content: str, message
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"AI2D_TEST.tsv: no such file"):
         find_task("ai2d_test").questions(tmp_path, QWEN2_VL)
+    (tmp_path / "ai2d.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"ai2d.jsonl: expected VLMEvalKit's table, with the suffix .tsv"):
+        find_task("ai2d_test").questions(tmp_path / "ai2d.jsonl", QWEN2_VL)
     with pytest.raises(DataError, match=r"ai2d.tsv: no such file; expected AI2D_TEST.tsv, or the directory"):
         find_task("ai2d_test").questions(tmp_path / "ai2d.tsv", QWEN2_VL)
 

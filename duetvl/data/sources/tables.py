@@ -40,24 +40,44 @@ class TsvFile:
 
     def scan(self, start: int, stop: int, after: int | None = None) -> Iterator[tuple[int, int]]:
         """Rows below the line of names. Reads from the front, to number the lines."""
+        for at, line, _ in self._below_names():
+            if after is None or at > after:
+                yield at, line
+
+    def _below_names(self) -> Iterator[tuple[int, int, bytes]]:
+        """Place, line and bytes of every row that is not blank."""
         line, at = 1, 0
         with open(self.path, "rb") as file:
             while row := _row(file, f"{self.path}:{line}"):
-                is_record = at > 0 and row.strip()
-                if is_record and (after is None or at > after):
-                    yield at, line
+                if at > 0 and row.strip():
+                    yield at, line, row
                 at, line = at + len(row), line + row.count(b"\n")
 
     def read(self, at: int, number: int = 0) -> Record:
         """Read one row; all values are texts."""
-        where = f"{self.path}:{number}"
         with open(self.path, "rb") as file:
-            names = _fields(_row(file, f"{self.path}:1"), f"{self.path}:1")
+            names = self._names(file)
             file.seek(at)
-            values = _fields(_row(file, where), where)
+            return self._record(names, _row(file, f"{self.path}:{number}"), number)
+
+    def records(self) -> Iterator[tuple[int, Record]]:
+        """All rows with their places, read once from front to back."""
+        with open(self.path, "rb") as file:
+            names = self._names(file)
+        for at, line, row in self._below_names():
+            yield at, self._record(names, row, line)
+
+    def _names(self, file: Any) -> list[str]:
+        """The names of the columns, from the front of the file."""
+        names = _fields(_row(file, f"{self.path}:1"), f"{self.path}:1")
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"{self.path}:1: two columns are named {shown(twice)}; name each once")
+        return names
+
+    def _record(self, names: list[str], row: bytes, number: int) -> Record:
+        where = f"{self.path}:{number}"
+        values = _fields(row, where)
         if len(values) != len(names):
             raise DataError(f"{where}: has {len(values)} fields, but the line of names has {len(names)}")
         return Record(self.path, number, where, dict(zip(names, values, strict=True)), self.reading)

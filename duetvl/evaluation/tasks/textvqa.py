@@ -10,7 +10,7 @@ from typing import Any, Final
 from duetvl.core.errors import DataError
 from duetvl.data.conversation import Part
 from duetvl.evaluation.media import data_file, find_medium
-from duetvl.evaluation.metrics import mindie_textvqa, vqa_accuracy, vqa_words
+from duetvl.evaluation.metrics import mindie_textvqa, mindie_words, vqa_accuracy, vqa_words
 from duetvl.evaluation.profiles import Profile, require_profile
 from duetvl.evaluation.question import Question, Questions, Score
 from duetvl.evaluation.rows import RecordRows, Row
@@ -30,12 +30,12 @@ class AnnotatedQuestion(Question):
 
 def score(question: Question, answer: str, profile: Profile) -> Score:
     """VQA accuracy; in MindIE's profiles its own variant, with VQA accuracy beside it as `vqa`."""
-    agreement, said = vqa_accuracy(question.truths, answer), vqa_words(answer) or None
+    agreement = vqa_accuracy(question.truths, answer)
     if not profile.name.startswith("mindie"):
-        return Score(agreement, said)
+        return Score(agreement, vqa_words(answer) or None)
     numbered = [{"answer": truth, "answer_id": number} for number, truth in enumerate(question.truths)]
     entries = question.entries if isinstance(question, AnnotatedQuestion) else numbered
-    return Score(mindie_textvqa(entries, answer), said, {"vqa": agreement})
+    return Score(mindie_textvqa(entries, answer), mindie_words(answer) or None, {"vqa": agreement})
 
 
 _AS_TSV: Final = TsvTask(name="textvqa_val", file="TextVQA_VAL.tsv", ask=ask_open, rule=score, profiles=_PROFILES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def one_turn(parts: Sequence[Part]) -> Conversation:
     return Conversation((Turn("user", tuple(part for part in parts if part != "")),))
 
 
-def no_truth(truths: Sequence[str], options: dict[str, str]) -> str:
+def no_truth(truths: Sequence[str], options: Mapping[str, str]) -> str:
     """Why a question cannot be scored; empty where it can."""
     if options and truths[0] not in options:
         return f"its answer is {truths[0]!r}, its options are {', '.join(options)}"

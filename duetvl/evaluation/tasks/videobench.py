@@ -52,7 +52,7 @@ class VideoBench:
         for name in sets:
             if name not in _FILES:
                 raise ConfigError(f"videobench has no set {shown(name)}{did_you_mean(name, _FILES)}")
-        return replace(self, sets=sets)
+        return replace(self, sets=tuple(dict.fromkeys(sets)))
 
     def questions(self, path: Path, profile: Profile) -> Questions:
         """See `Task`."""
@@ -61,7 +61,7 @@ class VideoBench:
             raise DataError(f"{path}: no such directory; expected that of Video-Bench, with its SET_QA_new.json files")
         folder = path / "Eval_QA" if (path / "Eval_QA").is_dir() else path
         entries = [entry for name in self._present(folder) for entry in _entries(folder, name)]
-        answers = _answers(dict.fromkeys((folder, path)))
+        answers = _answers((folder, path))
         around = (path, path.parent, Path())
         return Questions(len(entries), lambda number: _question(entries[number], number, answers, around, profile))
 
@@ -87,7 +87,7 @@ def _entries(folder: Path, name: str) -> list[_Entry]:
     return [_Entry(name, key, values) for key, values in content.items()]
 
 
-def _answers(folders: Mapping[Path, Any]) -> Mapping[str, Any]:
+def _answers(folders: tuple[Path, ...]) -> Mapping[str, Any]:
     places = [folder / part / "ANSWER.json" for folder in folders for part in ("answer", ".")]
     place = next((place for place in places if place.is_file()), None)
     if place is None:
