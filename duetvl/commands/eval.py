@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from duetvl.commands.infer import way_name
@@ -86,7 +87,8 @@ def _answer(args: argparse.Namespace, say: Say) -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     with alone(args.output / ANSWERS):
-        more = {"task": args.task, "data": str(args.data.absolute()), "questions": count, **source.more}
+        task_file = Path(args.task).absolute() if Path(args.task).is_file() else args.task
+        more = {"task": task_file, "data": args.data.absolute(), "questions": count, **source.more}
         open_run(args.output, told, more)
         run = RunAnswers(asked, args.output)
         _answer_all(args, run, source, say)

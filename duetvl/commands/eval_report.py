@@ -87,7 +87,9 @@ def asked_again(args: argparse.Namespace, run: Mapping[str, Any]) -> tuple[Asked
     task, profile = find_task(args.task or told["task"]), find_profile(asked["profile"])
     questions = task.questions(data, profile)
     md5 = data_md5(data)
-    remarks = (
-        [] if md5 == asked["md5"] else [f"the data have changed since they were asked: md5 {asked['md5']}, now {md5}"]
-    )
+    remarks: list[str] = []
+    if md5 != asked["md5"]:
+        remarks.append(f"the data have changed since they were asked: md5 {asked['md5']}, now {md5}")
+    if told["questions"] < len(questions):
+        remarks.append(f"these are the first {told['questions']} of {len(questions)} questions")
     return Asked(task, profile, questions, min(told["questions"], len(questions))), remarks

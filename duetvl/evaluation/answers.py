@@ -149,6 +149,8 @@ def data_md5(path: Path) -> str:
 
     DataError where it cannot be read.
     """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or directory")
     try:
         if path.is_file():
             return _md5(path)
