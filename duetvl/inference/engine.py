@@ -60,9 +60,10 @@ class Engine:
         nothing of sampling or of the tokens that end them; without it they are greedy, and no token does.
 
         cache_tokens or cache_bytes: room for keys and values, rounded to blocks; by default 90% of the free memory
-        less the largest pass. media_tokens: merged features that are kept. context: rows that a sequence may have, by
-        default the model's. A pass has at most `pass_tokens` rows of at most `max_sequences` sequences, and takes
-        `pass_patches` patches, or one medium, through the tower. reuse: rows of earlier prompts are found again.
+        (on a CPU 25%) less the largest pass. media_tokens: merged features that are kept. context: rows that a
+        sequence may have, by default the model's. A pass has at most `pass_tokens` rows of at most `max_sequences`
+        sequences, and takes `pass_patches` patches, or one medium, through the tower. reuse: rows of earlier prompts
+        are found again.
         steady: where the backend can do that, no bit of an answer depends on what else is in a pass.
         """
         self.models = {"": model, **(adapters or {})}

@@ -9,7 +9,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.inference.runner import Generator
 from duetvl.inference.scheduler import Limits
 
-SHARE: Final = 0.9  # of the free memory, where nobody says how much
+SHARE: Final = 0.9  # of a device's free memory, where nobody says how much
+HOST_SHARE: Final = 0.25  # of a machine's, which other programs live in too
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spar
         return -(-room.cache_tokens // size)
     if room.cache_bytes is not None:
         return _blocks(room.cache_bytes, model, spare, f"cache_bytes is {room.cache_bytes}")
-    free = model.backend.device.free_memory()
+    device = model.backend.device
+    free, share = device.free_memory(), HOST_SHARE if device.name == "cpu" else SHARE
     largest = model.pass_bytes(limits.pass_tokens, limits.max_sequences, limits.pass_patches, room.media_tokens)
     blocks = _blocks(
-        int(SHARE * free) - largest,
+        int(share * free) - largest,
         model,
         spare,
-        f"{free / 2**30:.2f} GiB of {model.backend.device.name} are free, and the largest pass takes "
+        f"{free / 2**30:.2f} GiB of {device.name} are free, of which {share:.0%} may be used, and the largest pass takes "
         f"{largest / 2**30:.2f} GiB (lower pass_tokens, pass_patches or media_tokens)",
     )
     return min(blocks, limits.max_sequences * -(-context // size))  # more would never be used by what runs
