@@ -20,7 +20,7 @@ from duetvl.serving.app import create_app
 from duetvl.serving.limits import Keys, Limits
 from duetvl.serving.media import Media, MediaPolicy
 from duetvl.serving.metrics import Metrics
-from duetvl.serving.server import Server
+from duetvl.serving.server import Server, bind
 
 KEYS = {"alice": "key-of-alice-1", "bob": "key-of-bob-22"}
 CONTEXT = 2048
@@ -48,7 +48,7 @@ class Live:
             limits=Limits(**limits),
             metrics=Metrics(list(names)),
         )
-        self.server = Server(create_app(self.answering, Keys(KEYS)), self.answering, host="127.0.0.1", port=0)
+        self.server = Server(create_app(self.answering, Keys(KEYS)), self.answering, bound=bind("127.0.0.1", 0))
         self.status: int | None = None
         self.lines: list[str] = []
         _gather(self.lines)

@@ -18,10 +18,10 @@ from typing import Any
 
 import openai
 import pytest
+import tiny_run
 from live import KEYS, Live, events, until
 from said import CONVERSATIONS, NEW, RED, Offline, data_uri, image
 
-from duetvl.core.backend import Backend
 from duetvl.inference.request import Request
 from duetvl.serving.app import create_app
 from duetvl.serving.guards import Message
@@ -377,7 +377,7 @@ def test_who_leaves_frees_the_place(live: Live) -> None:
 
 def test_a_slow_reader_gets_everything(live: Live) -> None:
     """S4: nobody waits for it, and nothing is lost."""
-    asked = {**LONG, "max_tokens": 300}
+    asked = {**LONG, "max_tokens": 100}
     stream = live.opened({**asked, "stream": True})
     until(lambda: not live.engine.busy)
     *chunks, last = events(stream)
@@ -428,7 +428,7 @@ def test_an_answer_that_takes_too_long_says_so(tiny_model: Any) -> None:
 def test_what_is_under_way_is_answered_before_the_end(tiny_model: Any) -> None:
     """S5, S15: readiness goes, the answer comes whole, the status is 0."""
     leaving = Live(*tiny_model, per_key=1)
-    stream = leaving.opened({**LONG, "max_tokens": 400, "stream": True})
+    stream = leaving.opened({**LONG, "max_tokens": 150, "stream": True})
     first = stream.readline()
     status, body, headers = leaving.chat("a")
     assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded") and int(headers["retry-after"]) > 0
@@ -453,10 +453,10 @@ def test_an_engine_that_has_ended_is_seen(tiny_model: Any) -> None:
     assert broken.status in (0, 1)
 
 
-def test_a_second_signal_ends_what_is_under_way(be: Backend, tiny_model: Any) -> None:
-    """S5, in a process of its own: the command, its signals and its status."""
-    directory = tiny_model[0].source.path
-    words = ["serve", str(directory), "--port", "0", "--backend", be.name, "--device", "cpu", "--cache-tokens", "4096"]
+def test_a_second_signal_ends_what_is_under_way(tmp_path: Path) -> None:
+    """S5, in a process of its own, on one backend: the command, its signals and its status."""
+    directory = tiny_run.write_model(tmp_path / "tiny", std=0.2)
+    words = ["serve", str(directory), "--port", "0", "--device", "cpu", "--cache-tokens", "4096"]
     environment = {**os.environ, "DUETVL_API_KEYS": f"alice:{KEYS['alice']}"}
     process = subprocess.Popen(
         [sys.executable, "-m", "duetvl", *words], stderr=subprocess.PIPE, text=True, env=environment
@@ -466,7 +466,7 @@ def test_a_second_signal_ends_what_is_under_way(be: Backend, tiny_model: Any) ->
     try:
         for line in process.stderr:
             lines.append(line)
-            if address := re.search(r"running on http://127.0.0.1:(\d+)", line):
+            if address := re.search(r"started host=127.0.0.1 port=(\d+)", line):
                 break
         reader = threading.Thread(target=lines.extend, args=(process.stderr,))
         reader.start()
@@ -476,7 +476,7 @@ def test_a_second_signal_ends_what_is_under_way(be: Backend, tiny_model: Any) ->
             max_retries=0,  # type: ignore[index]
         )
         asked = client.chat.completions.create(
-            model=Path(directory).name, messages=[{"role": "user", "content": SECRET}], max_tokens=3900, stream=True,
+            model="tiny", messages=[{"role": "user", "content": SECRET}], max_tokens=3900, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         next(asked)
