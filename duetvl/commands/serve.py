@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from duetvl.api import Model
 from duetvl.commands.session import Opened, Say, load, make_engine, open_for_answers
 from duetvl.core.errors import ConfigError, shown
+from duetvl.models.qwen_vl.adapters import open_adapter_for
 
 if TYPE_CHECKING:
     from duetvl.serving.answering import Answering
@@ -45,6 +46,8 @@ def serve(args: argparse.Namespace, say: Say) -> int:
     adapters = adapters_of(args.adapters or ())
     names = served_names(args.served_name, args.model, adapters)
     opened = open_for_answers(args, say)
+    for directory in adapters.values():
+        open_adapter_for(opened.source.config, directory)
     bound = bind(args.host, args.port)  # before weights are read, which may take minutes
     answering = _answering(args, opened, load(args, opened, say), names, adapters, limits, policy)
     server = Server(

@@ -24,12 +24,14 @@ _BY_SIGNAL: Final = 128
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 takes a free one. Raises ConfigError where that cannot be had."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port {port}: a port lies between 0 and {2**16 - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         words = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen at --host {shown(host)} --port {port}: {words}; choose another") from None
     bound.setblocking(False)
