@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from duetvl.api import Model
 from duetvl.commands.session import Opened, Say, load, make_engine, open_for_answers
 from duetvl.core.errors import ConfigError, shown
+from duetvl.models.qwen_vl.adapters import open_adapter_for
 
 if TYPE_CHECKING:
     from duetvl.serving.answering import Answering
@@ -38,24 +39,28 @@ def serve(args: argparse.Namespace, say: Say) -> int:
         raise ConfigError(f"duetvl serve needs {', '.join(missing)}: pip install 'duetvl[serve]'")
     from duetvl.serving.app import create_app
     from duetvl.serving.limits import Keys
-    from duetvl.serving.server import DRAIN, Server
+    from duetvl.serving.server import DRAIN, Server, bind
 
     keys = Keys.read(args.api_key_file, os.environ)
     limits, policy = _limits(args), _policy(args)
     adapters = adapters_of(args.adapters or ())
     names = served_names(args.served_name, args.model, adapters)
     opened = open_for_answers(args, say)
+    for directory in adapters.values():
+        open_adapter_for(opened.source.config, directory)
+    bound = bind(args.host, args.port)  # before weights are read, which may take minutes
     answering = _answering(args, opened, load(args, opened, say), names, adapters, limits, policy)
     server = Server(
         create_app(answering, keys),
         answering,
-        host=args.host,
-        port=args.port,
+        bound=bound,
         drain=DRAIN if args.drain is None else args.drain,
         log_form=args.log_format,
     )
     _tell_who_may_ask(args.host, keys, say)
+    host, port = server.address
     say(f"models: {', '.join(names)}; tokens of prompt and answer: {answering.engine.longest}")
+    say(f"chat page: {_url(host, port)}/  OpenAI's clients: {_url(host, port)}/v1")
     return server.serve_until_stopped()
 
 
@@ -127,6 +132,12 @@ def _given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]
 def _tell_who_may_ask(host: str, keys: Keys, say: Say) -> None:
     if not keys and not _is_loopback(host):
         say(f"--host {host} without keys: whoever reaches this machine may ask; see --api-key-file")
+
+
+def _url(host: str, port: int) -> str:
+    """As one types it on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _is_loopback(host: str) -> bool:

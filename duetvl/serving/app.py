@@ -81,12 +81,12 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         with self.answering.admitted(self.caller):
-            body = await read_body(Request(scope, receive))
-            await until_gone(receive, self._answer(body, scope, receive, send))
+            work = self._answer(await read_body(Request(scope, receive)), scope, receive, send)
+            await until_gone(receive, work)
 
     async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         prepared = await self.answering.prepare(self.kind, body, self.caller)
-        del body
+        del body  # it may be large, and an answer long
         heading = prepared.answers.heading
         logs.note(scope, model=heading.model, stream=prepared.stream, choices=prepared.answers.count)
         if prepared.stream:

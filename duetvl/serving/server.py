@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from types import FrameType
 from typing import Final, Literal
 
 import uvicorn
 
+from duetvl.core.errors import ConfigError, shown
 from duetvl.serving import logs
 from duetvl.serving.answering import Answering
 from duetvl.serving.guards import App
+from duetvl.version import __version__
 
 DRAIN: Final = 60.0  # seconds that answers may take to end after SIGTERM
 ENGINE_ENDED: Final = 1
 _GRACE: Final = 5.0  # seconds in which a probe sees that the engine has ended, and connections may close
 _BY_SIGNAL: Final = 128
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 takes a free one. Raises ConfigError where that cannot be had."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port {port}: a port lies between 0 and {2**16 - 1}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen at --host {shown(host)} --port {port}: {words}; choose another") from None
+    bound.setblocking(False)
+    return bound
 
 
 class Server(uvicorn.Server):
@@ -33,17 +52,14 @@ class Server(uvicorn.Server):
         app: App,
         answering: Answering,
         *,
-        host: str,
-        port: int,
+        bound: socket.socket,
         drain: float = DRAIN,
         log_form: Literal["json", "text"] = "text",
     ) -> None:
-        """port 0 takes a free one; `address` says which."""
+        """bound: where it listens, see `bind`."""
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 log_config=logs.log_config(log_form),
                 access_log=False,
                 server_header=False,
@@ -52,25 +68,31 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(_GRACE),
             )
         )
-        self.answering, self.drain = answering, drain
+        self.answering, self.drain, self._bound = answering, drain, bound
         self.status = 0
         self._signal = 0
         self._until: float | None = None  # on the clock of time.monotonic: when patience ends
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port, once it has started."""
-        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        """Host and port."""
+        host, port, *_ = self._bound.getsockname()
         return host, port
 
     def serve_until_stopped(self) -> int:
         """Run; the status to exit with."""
         try:
-            self.run()
+            self.run(sockets=[self._bound])
         finally:
             self.answering.close()
         logs.event("stopped")
         return self.status if self.started else 1
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Of uvicorn."""
+        await super().startup(sockets)
+        host, port = self.address
+        logs.event("started", host=host, port=port, version=__version__)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of uvicorn: a signal has come."""
