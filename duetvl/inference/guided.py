@@ -81,10 +81,8 @@ class Grammars:
         """
         if not functions:
             raise ConfigError("there is no function to be called")
-        rules = [
-            f'start: call ("\\n" call){{0,{most - 1}}}',
-            "call: " + " | ".join(map("call_{}".format, range(len(functions)))),
-        ]
+        more = f' ("\\n" call){{0,{most - 1}}}' if most > 1 else ""
+        rules = [f"start: call{more}", "call: " + " | ".join(f"call_{number}" for number in range(len(functions)))]
         for number, (name, schema) in enumerate(functions.items()):
             head, tail = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
             arguments = json.dumps({**(schema or _NO_ARGUMENTS), "x-guidance": _AS_TRAINED})

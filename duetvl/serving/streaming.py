@@ -88,13 +88,20 @@ class Answers(ABC):
             check_finish(delta.completion)
             choice.completion = delta.completion
         pieces = choice.read(delta)
-        logprobs = [one for one in delta.logprobs if self._tokenizer.bytes_of(one.token)]
+        logprobs = self._shown(delta)
         yield from self._chunks(index, choice, pieces, logprobs)
         choice.pieces += pieces
         choice.logprobs += logprobs
         choice.letters += sum(len(piece) for piece in pieces if isinstance(piece, str))
         if delta.completion is not None:
             yield self._chunk(self._last(index, choice))
+
+    def _shown(self, delta: Delta) -> list[TokenLogprob]:
+        """Those of a delta but for the token that ended the answer, which is no part of its text."""
+        ended = delta.completion is not None and delta.completion.finish_reason == "stop"
+        if ended and delta.logprobs and not self._tokenizer.bytes_of(delta.logprobs[-1].token):
+            return delta.logprobs[:-1]
+        return delta.logprobs
 
     def end(self) -> Iterator[dict[str, Any]]:
         """Chunks after everything has."""
