@@ -51,7 +51,10 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "user", "content": "three"},
     ],
     "pictures": [
-        {"role": "user", "content": [image(RED), {"type": "text", "text": "and"}, image(BLUE), {"type": "text", "text": "?"}]}
+        {
+            "role": "user",
+            "content": [image(RED), {"type": "text", "text": "and"}, image(BLUE), {"type": "text", "text": "?"}],
+        }
     ],
 }  # fmt: skip
 

@@ -263,7 +263,7 @@ BAD: list[tuple[Any, str]] = [
     ({"model": "tiny", "messages": [*USER, {"role": "assistant", "content": "b"}]}, "there is nothing to answer"),
     ({"model": "tiny", "messages": [{"role": "system", "content": "b"}]}, "asks nothing"),
     ({"model": "tiny", "messages": [*USER, {"role": "system", "content": "b"}]}, "comes after others"),
-    ({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]}, "'image_url'"),
+    ({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}, "'image_url'"),
     ({"model": "tiny", "messages": [{"role": "user", "content": "ab" * 20_000}]}, "characters"),
     ({"model": "tiny", "messages": [{"role": "user", "content": "ab" * 2_000}]}, "at most 2047 are taken"),
     ({"model": "tiny", "messages": [{"role": "user", "content": [
