@@ -18,8 +18,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import CONVERSATIONS, NEW, RED, Offline, data_uri, image
 from live import KEYS, Live, events, until
+from said import CONVERSATIONS, NEW, RED, Offline, data_uri, image
 
 from duetvl.core.backend import Backend
 from duetvl.inference.request import Request
