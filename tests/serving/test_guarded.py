@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from live import KEYS, Live, until
 
 from duetvl.core.backend import Backend
@@ -125,6 +125,7 @@ def test_no_request_that_the_schema_allows_makes_the_server_fail(short: Live, be
             deadline=None,
             database=None,
             derandomize=True,
+            phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
 
