@@ -110,7 +110,7 @@ class Client:
     async def _pieces(self, head: Mapping[str, str]) -> AsyncIterator[bytes]:
         assert self.reader is not None
         if head.get("transfer-encoding") == "chunked":
-            while size := int(await self.reader.readline(), 16):
+            while size := int(await self.reader.readuntil(b"\n"), 16):
                 yield (await self.reader.readexactly(size + 2))[:-2]
             await self.reader.readline()
         else:

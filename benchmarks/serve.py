@@ -4,10 +4,11 @@ clients at once for a minute, some of which leave in the middle.
     python benchmarks/serve.py [compare] [overhead] [soak] [--requests 64] [--new 64] [--rounds 3] [--write]
 
 compare: requests a second and time to the first text, of streams, from 1 and from 16 clients. The plain loop answers
-one request at a time, as such loops do. overhead: tokens a second of 16 streams over HTTP, against the same engine
-without a server. soak: what 200 clients get, how long /health takes meanwhile (asked from a process of its own), and
-the server's memory. All with one random model, its weights in float32, on the CPU; the first two with texts alone, as
-transformers' processor wants torchvision. `--write` puts the tables and what they ran on into
+one request at a time, as such loops do. overhead: tokens of 16 streams over HTTP for a second of the processor's time,
+which other work on the machine does not change, against the same engine without a server. soak: what 200 clients get,
+how long /health takes meanwhile (asked from a process of its own, and beside it a bare uvicorn that does nothing else),
+and the server's memory. All with one random model, its weights in float32, on the CPU; the first two with texts alone,
+as transformers' processor wants torchvision. `--write` puts the tables and what they ran on into
 benchmarks/results/serve.md.
 """
 
@@ -21,19 +22,18 @@ import json
 import os
 import platform
 import random
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from http_load import CHAT, Client, Outcome, Payload, all_answered, percentile, soak
+from http_load import Client, Outcome, Payload, all_answered, percentile, soak
+from http_servers import Running, bare, plain_loop, served
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))
@@ -44,6 +44,7 @@ SIZES = {
     "max_position_embeddings": 32768,
 }  # fmt: skip
 STREAMS = 16
+CACHE = 64 * 1024  # tokens
 WORDS = ("the", "picture", "shows", "a", "red", "boat", "on", "wide", "river", "under", "grey", "clouds", "while")
 
 
@@ -69,87 +70,14 @@ def payloads(count: int, new: int) -> list[Payload]:
     return [payload(f"{number} {text(rng)}", new) for number in range(count)]
 
 
-# -- servers ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def served(command: Sequence[str]) -> Iterator[int]:
-    """A server's port, as long as it runs; `PORT` in the command stands for it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [str(port) if word == "PORT" else word for word in command]
-    process = subprocess.Popen(
-        words, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOG_v": "4"}, stderr=subprocess.DEVNULL
-    )
-    try:
-        asyncio.run(ready(port, process))
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-async def ready(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a server answers, and has answered one request."""
-    for _ in range(1200):
-        if process.poll() is not None:
-            raise SystemExit(f"the server ended with status {process.returncode}: {process.args}")
-        try:
-            status, _ = await Client(port).get("/health")
-            break
-        except OSError:
-            await asyncio.sleep(0.1)
-    assert status == 200
-    outcome = await Client(port).post(payload("hello", 4))
-    assert outcome.status == 200 and outcome.tokens == 4, outcome
+FIRST = payload("hello", 4)
 
 
 def ours(directory: Path, *options: str) -> list[str]:
     """The command of our server."""
     own = ["--host", "127.0.0.1", "--port", "PORT", "--served-name", "tiny", "--device", "cpu", "--dtype", "float32"]
+    own += ["--context", "2048", "--cache-tokens", str(CACHE)]
     return [sys.executable, "-m", "duetvl", "serve", str(directory), *own, *options]
-
-
-def plain_loop(directory: Path, port: int) -> None:
-    """What one writes in an afternoon: FastAPI around `generate`, a lock, and a streamer."""
-    import threading
-
-    import torch
-    import transformers as hf
-    import uvicorn
-    from fastapi import FastAPI
-    from fastapi.responses import StreamingResponse
-
-    torch.set_num_threads(1)
-    tokenizer = hf.AutoTokenizer.from_pretrained(directory)
-    model = hf.Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-    app, lock = FastAPI(), threading.Lock()
-
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {}
-
-    @app.post(CHAT)
-    def chat(asked: dict[str, Any]) -> StreamingResponse:
-        def chunks() -> Iterator[str]:
-            question = asked["messages"][-1]["content"]
-            prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-            fed = tokenizer(prompt, return_tensors="pt")
-            streamer = hf.TextIteratorStreamer(tokenizer, skip_prompt=True)
-            new = asked["max_tokens"]
-            options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-            with lock:
-                work = threading.Thread(target=model.generate, kwargs={**fed, **options, "streamer": streamer})
-                work.start()
-                for piece in streamer:
-                    yield "data: " + json.dumps({"choices": [{"delta": {"content": piece}}]}) + "\n\n"
-                work.join()
-            yield "data: " + json.dumps({"choices": [], "usage": {"completion_tokens": new}}) + "\n\ndata: [DONE]\n\n"
-
-        return StreamingResponse(chunks(), media_type="text/event-stream")
-
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="critical")
 
 
 # -- against a plain loop ----------------------------------------------------------------------------------------------
@@ -164,33 +92,39 @@ def compare(directory: Path, chosen: argparse.Namespace) -> list[str]:
     rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in range(chosen.rounds):  # in turns: what else this machine does hits both
         for name, command in contenders.items():
-            with served(command) as port:
+            with served(command, FIRST) as server:
                 for clients in (1, STREAMS):
                     count = chosen.requests if clients > 1 else max(4, chosen.requests // STREAMS)
-                    rounds.setdefault((name, clients), []).append(one_round(port, payloads(count, chosen.new), clients))
-    lines = ["| | clients | requests/s | tokens/s | first text p50 | p99 |", "|---|---|---|---|---|---|"]
+                    one = one_round(server, payloads(count, chosen.new), clients)
+                    rounds.setdefault((name, clients), []).append(one)
+    lines = [
+        "| | clients | requests/s | tokens a processor second | first text p50 | p99 |",
+        "|---|---|---|---|---|---|",
+    ]
     base = next(iter(contenders))
     for (name, clients), found in rounds.items():
         middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-        ratio = middle["requests"] / statistics.median(one["requests"] for one in rounds[base, clients])
+        theirs = rounds[base, clients]
+        ratios = [middle[key] / statistics.median(one[key] for one in theirs) for key in ("requests", "efficiency")]
         lines.append(
-            f"| {name} | {clients} | {middle['requests']:.2f} ({ratio:.2f}) | {middle['tokens']:.0f} | "
+            f"| {name} | {clients} | {middle['requests']:.2f} ({ratios[0]:.2f}) | {middle['efficiency']:.0f} "
+            f"({ratios[1]:.2f}) | "
             f"{middle['p50'] * 1000:.0f} ms | {middle['p99'] * 1000:.0f} ms |"
         )
     note = f"{chosen.new} tokens an answer; medians of {chosen.rounds} rounds in turns (share of the plain loop's)."
     return ["## Against a plain loop", "", *lines, "", note]
 
 
-def one_round(port: int, questions: Sequence[Payload], clients: int) -> dict[str, float]:
+def one_round(server: Running, questions: Sequence[Payload], clients: int) -> dict[str, float]:
     """Rates and times of one load."""
-    start = time.perf_counter()
-    outcomes = asyncio.run(all_answered(port, questions, clients))
-    seconds = time.perf_counter() - start
+    start, busy = time.perf_counter(), server.processor_seconds()
+    outcomes = asyncio.run(all_answered(server.port, questions, clients))
+    seconds, busy = time.perf_counter() - start, server.processor_seconds() - busy
     assert all(outcome.status == 200 for outcome in outcomes), Counter(outcome.status for outcome in outcomes)
     firsts = [outcome.first for outcome in outcomes if outcome.first is not None]
     return {
         "requests": len(outcomes) / seconds,
-        "tokens": sum(outcome.tokens for outcome in outcomes) / seconds,
+        "efficiency": sum(outcome.tokens for outcome in outcomes) / busy,
         "p50": percentile(firsts, 0.5),
         "p99": percentile(firsts, 0.99),
     }
@@ -207,35 +141,35 @@ def overhead(directory: Path, chosen: argparse.Namespace) -> list[str]:
         limits = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=limits, check=True, stdout=subprocess.PIPE, text=True)
         alone.append(float(done.stdout.splitlines()[-1]))
-        with served(ours(directory)) as port:
-            over_http.append(one_round(port, payloads(4 * STREAMS, 4 * chosen.new), STREAMS)["tokens"])
-    ratios = [1 - http / own for http, own in zip(over_http, alone, strict=True)]
+        with served(ours(directory), FIRST) as server:
+            over_http.append(one_round(server, payloads(2 * STREAMS, chosen.new), STREAMS)["efficiency"])
+    shares = [1 - http / own for http, own in zip(over_http, alone, strict=True)]
     lines = [
-        "| | tokens/s |", "|---|---|",
+        "| | tokens a processor second |", "|---|---|",
         f"| the engine alone, {STREAMS} requests at a time | {statistics.median(alone):.0f} |",
         f"| `duetvl serve`, {STREAMS} streams | {statistics.median(over_http):.0f} |",
     ]  # fmt: skip
-    note = f"Overhead {statistics.median(ratios):.1%} (each round: {', '.join(f'{ratio:.1%}' for ratio in ratios)})."
+    note = f"Overhead {statistics.median(shares):.1%} (each round: {', '.join(f'{share:.1%}' for share in shares)})."
     return ["## Against the engine alone", "", *lines, "", note]
 
 
 def engine_alone(directory: Path, new: int) -> float:
-    """Tokens a second of the same requests, the next one submitted as soon as one is answered."""
+    """Tokens a processor second of the same requests, the next one submitted as soon as one is answered."""
     import duetvl
     from duetvl.data.encode import Processor
 
     model = duetvl.load_model(directory, backend=duetvl.load_backend("torch_npu", device="cpu"), dtype="float32")
     processor = Processor.from_directory(directory, model.family)
-    engine = duetvl.Engine(model, tokenizer=processor.tokenizer)
-    samples = [processor(question["messages"], add_generation_prompt=True) for question in payloads(4 * STREAMS, new)]
+    engine = duetvl.Engine(model, tokenizer=processor.tokenizer, context=2048, cache_tokens=CACHE)
+    samples = [processor(question["messages"], add_generation_prompt=True) for question in payloads(2 * STREAMS, new)]
     engine.generate([duetvl.Request(samples[0], max_new_tokens=4, stop_ids=frozenset())])
-    waiting, under_way, start = list(reversed(samples)), 0, time.perf_counter()
+    waiting, under_way, start = list(reversed(samples)), 0, time.process_time()
     while waiting or under_way:
         while waiting and under_way < STREAMS:
             engine.submit(duetvl.Request(waiting.pop(), max_new_tokens=new, stop_ids=frozenset()))
             under_way += 1
         under_way -= sum(delta.completion is not None for delta in engine.step())
-    return len(samples) * new / (time.perf_counter() - start)
+    return len(samples) * new / (time.process_time() - start)
 
 
 # -- many clients ------------------------------------------------------------------------------------------------------
@@ -243,12 +177,15 @@ def engine_alone(directory: Path, new: int) -> float:
 
 def soaked(directory: Path, chosen: argparse.Namespace) -> list[str]:
     """What many clients get."""
-    with served(ours(directory, "--max-requests", str(chosen.clients * 3 // 4))) as port:
-        command = [sys.executable, __file__, "--probe", str(port), str(chosen.seconds)]
+    idle = [sys.executable, __file__, "--bare", "PORT"]
+    full = ours(directory, "--max-requests", str(chosen.clients * 3 // 4))
+    with served(idle) as other, served(full, FIRST) as server:
+        asyncio.run(soak(server.port, mixture(chosen.new), chosen.clients, 5.0, leaving=0.2))  # to warm it up
+        command = [sys.executable, __file__, "--probe", str(server.port), str(other.port), str(chosen.seconds)]
         probe = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        outcomes = asyncio.run(soak(port, mixture(chosen.new), chosen.clients, chosen.seconds, leaving=0.2))
+        outcomes = asyncio.run(soak(server.port, mixture(chosen.new), chosen.clients, chosen.seconds, leaving=0.2))
         seen = json.loads(probe.communicate()[0].splitlines()[-1])
-        after = asyncio.run(at_rest(port))
+        after = asyncio.run(at_rest(server.port))
     return ["## Many clients", "", *soak_table(outcomes, seen, after, chosen)]
 
 
@@ -274,18 +211,21 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-async def probed(port: int, seconds: float) -> dict[str, Any]:
-    """How long /health takes, and the server's memory, as time goes by."""
-    end, client = time.perf_counter() + seconds, Client(port)
-    times, memory = [], []
+async def probed(port: int, other: int, seconds: float) -> dict[str, Any]:
+    """How long /health takes here and at another server, and this one's memory, as time goes by."""
+    end, clients = time.perf_counter() + seconds, (Client(port), Client(other))
+    times: tuple[list[float], list[float]] = ([], [])
+    memory = []
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        status, _ = await client.get("/health")
-        times.append(time.perf_counter() - start if status == 200 else float("inf"))
-        if len(times) % 20 == 0:
-            memory.append(value_of((await client.get("/metrics"))[1].decode(), "process_resident_memory_bytes"))
+        for client, own in zip(clients, times, strict=True):
+            start = time.perf_counter()
+            status, _ = await client.get("/health")
+            own.append(time.perf_counter() - start if status == 200 else float("inf"))
+        if len(times[0]) % 20 == 0:
+            told = (await clients[0].get("/metrics"))[1].decode()
+            memory.append(value_of(told, "process_resident_memory_bytes"))
         await asyncio.sleep(0.05)
-    return {"times": times, "memory": memory}
+    return {"times": times[0], "other": times[1], "memory": memory}
 
 
 async def at_rest(port: int) -> dict[str, float]:
@@ -326,11 +266,18 @@ def soak_table(
         f"| requests that were left in the middle | {len(outcomes) - len(stayed)} |",
         f"| answers a second | {len(good) / chosen.seconds:.1f} |",
         f"| first text p50, p99 | {percentile(firsts, 0.5):.2f} s, {percentile(firsts, 0.99):.2f} s |",
-        f"| /health p50, p99, longest | {percentile(seen['times'], 0.5) * 1000:.1f} ms, "
-        f"{percentile(seen['times'], 0.99) * 1000:.1f} ms, {max(seen['times']) * 1000:.1f} ms of {len(seen['times'])} |",
+        f"| /health p50, p99, longest of {len(seen['times'])} | {in_milliseconds(seen['times'])} |",
+        f"| the same of a bare uvicorn beside it | {in_milliseconds(seen['other'])} |",
         f"| resident memory, mean of each third of the time | {', '.join(f'{mean:.0f}' for mean in thirds)} MiB |",
         f"| at rest afterwards | {', '.join(f'{name} {value:g}' for name, value in after.items())} |",
     ]  # fmt: skip
+
+
+def in_milliseconds(times: Sequence[float]) -> str:
+    """Median, 99th percentile and longest."""
+    return ", ".join(
+        f"{value * 1000:.1f} ms" for value in (percentile(times, 0.5), percentile(times, 0.99), max(times))
+    )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -350,14 +297,18 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--plain", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
-    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.plain:
         plain_loop(Path(chosen.plain[0]), int(chosen.plain[1]))
     elif chosen.engine:
-        print(engine_alone(Path(chosen.engine), 4 * chosen.new))  # noqa: T201
+        print(engine_alone(Path(chosen.engine), chosen.new))  # noqa: T201
     elif chosen.probe:
-        print(json.dumps(asyncio.run(probed(int(chosen.probe[0]), float(chosen.probe[1])))))  # noqa: T201
+        port, other, seconds = chosen.probe
+        print(json.dumps(asyncio.run(probed(int(port), int(other), float(seconds)))))  # noqa: T201
+    elif chosen.bare:
+        bare(chosen.bare)
     else:
         run(chosen)
 

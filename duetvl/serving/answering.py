@@ -202,6 +202,7 @@ class Answering:
                 kind="server_error",
                 code="deadline_exceeded",
             )
+        self.prompts.check_ids(asked.stop_token_ids, "stop_token_ids")
         single = isinstance(asked, ChatRequest) and asked.tools and not asked.parallel_tool_calls
         ends = frozenset() if asked.ignore_eos else self.engine.defaults.stop_ids
         return partial(
