@@ -98,7 +98,7 @@ async function explanation(response) {
   const when = wait > 0 ? `in ${wait} s` : "in a moment";
   switch (response.status) {
     case 401: case 403: return told ?? "The server does not accept this key.";
-    case 413: return `${told ?? "This is more than the server takes."} Remove a picture or start a new talk.`;
+    case 413: return `${told ?? "This is more than the server takes."} Remove a picture or start a new chat.`;
     case 429: return `The server is busy: ${told ?? "too many requests at once."} Try again ${when}.`;
     case 503: return `The server is not ready: ${told ?? "it is starting or about to end."} Try again ${when}.`;
     default: return told ?? `The server answered with status ${response.status}.`;

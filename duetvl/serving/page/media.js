@@ -75,7 +75,7 @@ export function dataAddress(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error("A picture of this talk cannot be read any more."));
+    reader.onerror = () => reject(new Error("A picture of this chat cannot be read any more."));
     reader.readAsDataURL(blob);
   });
 }

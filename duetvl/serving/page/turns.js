@@ -1,4 +1,4 @@
-// How the turns of a talk look.
+// How the turns of a chat look.
 
 import { copyButton, el, icon, iconButton } from "./dom.js";
 import { GrowingMarkdown } from "./markdown.js";
@@ -112,8 +112,8 @@ function statistics({ state, cut, usage, first, seconds, model }) {
   if (state === "stopped") parts.push("stopped");
   if (cut) parts.push("cut at its token limit");
   if (usage) parts.push(`${usage.read} tokens in, ${usage.written} out`);
-  // The first token's time is the prompt's; the rest tells how fast tokens are made.
-  if (usage?.written > 1 && seconds > first) parts.push(`${rounded((usage.written - 1) / (seconds - first))} tokens/s`);
+  // The first token's time is the prompt's; the rest tells how fast tokens are made, if there is enough of it.
+  if (usage?.written > 1 && seconds - first > 0.1) parts.push(`${rounded((usage.written - 1) / (seconds - first))} tokens/s`);
   if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);
   return el("span", { class: "statistics", title: model }, parts.join(" · "));
 }
