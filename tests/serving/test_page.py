@@ -94,6 +94,7 @@ class Visit:
         page.on("request", self.asked)
         page.on("dialog", lambda dialog: self.problems.append(f"a dialog: {dialog.message}"))
         page.goto(self.address)
+        page.wait_for_selector("#welcome:not([hidden]), .turn")
         return page
 
     def logged(self, message: Any) -> None:
@@ -252,7 +253,8 @@ def test_settings_and_models_reach_the_server(visit: Visit, script: Script) -> N
     assert numbers == {"temperature": 0.5, "top_p": 0.9, "max_tokens": 64, "seed": 7}
     page.reload()
     visit.see(".answer", "Yes.")
-    assert page.input_value("#model") == "tiny-vl-adapter" and page.input_value("#seed") == "7"
+    visit.expect(page.locator("#model")).to_have_value("tiny-vl-adapter")
+    assert page.input_value("#seed") == "7"
 
 
 # -- while an answer is made, and after ------------------------------------------------------------------------------
@@ -391,6 +393,7 @@ def test_chats_are_found_renamed_deleted_and_answered_in_the_background(visit: V
     visit.press("Rename Of pines")
     page.keyboard.type("Conifers")
     page.keyboard.press("Enter")
+    visit.count("#chats a:has-text('Conifers')", 1)
     page.reload()
     page.hover("#chats li:has-text('Conifers')")
     visit.press("Delete Conifers")
@@ -525,9 +528,11 @@ def test_markdown(visit: Visit) -> None:
 def test_texts_made_to_stall_do_not(visit: Visit) -> None:
     """Each of these takes minutes, or all of the stack, where something is not linear or not bounded."""
     n = 10_000
-    texts = ["[" * n, "![" * n, "*a **b " * n, "`" * n + "a", "`a``b" * n, "<" * n, "> " * n + "x", "- " * n + "x",
-             "|" * n + "\n" + "|-" * n, "$a " * n, "\\[" * n, "_a" * n, "~~" * n, "[a](" * n, "\n".join("> " * i for i in range(200)),
-             "#" + " " * n + "x", "*" * n + "a" + "*" * n, "http://" * n, "'''" * n]  # fmt: skip
+    texts = [
+        "[" * n, "![" * n, "[a](" * n, "<" * n, "http://" * n, "`" * n + "a", "`a``b" * n, "$a " * n, "\\[" * n,
+        "*a **b " * n, "*" * n + "a" + "*" * n, "_a" * n, "~~" * n, "#" + " " * n + "x", "|" * n + "\n" + "|-" * n,
+        "> " * n + "x", "- " * n + "x", "\n".join("> " * depth for depth in range(200)),
+    ]  # fmt: skip
     texts += [f"```js\n{text}" for text in ("'" * n, "/*" * n, '"""' * n)]
     assert len(visit.page.evaluate(RENDER.replace("[1, 2, 3, 7]", "[]"), texts)) == len(texts)
 

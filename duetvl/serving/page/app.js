@@ -268,9 +268,9 @@ class Page {
     });
   }
 
-  rename(chat, title) {
+  async rename(chat, title) {
     Object.assign(chat, { title, named: true });
-    this.chats.save(chat);
+    await this.chats.save(chat);
     this.refresh();
   }
 
@@ -309,5 +309,5 @@ for (const chat of chats.all.values()) endInterrupted(chat);
 const page = new Page(chats);
 page.openAddressed();
 if (!chats.kept) toast("This browser keeps nothing: chats end when the page is closed.");
-page.composer.text.focus();
+if (matchMedia("(hover: hover)").matches) page.composer.text.focus(); // a phone would open its keyboard
 await page.connect();

@@ -42,7 +42,7 @@ export class Sidebar {
       ended = true;
       input.remove();
       if (title) this.actions.rename(chat, title);
-      this.show(this.current);
+      else this.show(this.current);
     };
     input.addEventListener("blur", () => end(input.value.trim()));
     input.addEventListener("keydown", (event) => {
