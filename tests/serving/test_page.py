@@ -219,9 +219,9 @@ def test_large_photos_are_scaled_and_what_cannot_be_sent_is_refused(
     visit.see("#note", "empty.png is empty.")
     long = tmp_path / "long.mp4"
     with long.open("wb") as file:
-        file.truncate(33_000_000)
+        file.truncate(61_000_000)
     visit.page.set_input_files("#files", long)
-    visit.see("#note", "long.mp4 has 33 MB; videos may have 32 MB. Shorten it or lower its resolution.")
+    visit.see("#note", "long.mp4 has 61 MB; videos may have 60 MB. Shorten it or lower its resolution.")
     visit.drop("drop", "short.mp4", "video/mp4", b"some bytes")
     visit.count("#thumbnails li", 2)
     script.answers.append(["Noise."])

@@ -31,6 +31,7 @@ export class Answers {
     turn.shown = turn.versions.push(version) - 1;
     const stop = new AbortController();
     this.running.set(chat.id, stop);
+    const stopSaving = this.saveRegularly(chat, version);
     this.onchange(chat, turn);
     try {
       await this.receive(chat, turn, version, stop.signal);
@@ -41,6 +42,7 @@ export class Answers {
       version.error = stop.signal.aborted ? null : error.message;
       return stop.signal.aborted ? null : error;
     } finally {
+      stopSaving();
       this.running.delete(chat.id);
       chat.changed = Date.now();
       await this.chats.save(chat);
@@ -52,22 +54,27 @@ export class Answers {
     await this.chats.save(chat);
     const request = { model: version.model, messages: await this.messagesBefore(chat, turn), ...parameters(chat.settings) };
     const began = performance.now();
-    let saved = began;
     for await (const event of answer(request, this.key(), signal)) {
-      const now = performance.now();
       if (event.text) {
         version.text += event.text;
-        version.first ??= (now - began) / 1000;
-        version.seconds = (now - began) / 1000;
+        version.seconds = (performance.now() - began) / 1000;
+        version.first ??= version.seconds;
         this.onchange(chat, turn);
       }
       if (event.finish) version.cut = event.finish === "length";
       if (event.usage) version.usage = { read: event.usage.prompt_tokens, written: event.usage.completion_tokens };
-      if (now - saved > SAVE_EVERY) {
-        saved = now;
-        await this.chats.save(chat);
-      }
     }
+  }
+
+  /** Keep what has come every second. Returns what ends this. */
+  saveRegularly(chat, version) {
+    let length = 0;
+    const timer = setInterval(() => {
+      if (version.text.length === length) return;
+      length = version.text.length;
+      this.chats.save(chat);
+    }, SAVE_EVERY);
+    return () => clearInterval(timer);
   }
 
   async messagesBefore(chat, turn) {

@@ -101,11 +101,10 @@ class Page {
       this.composer.cancelEdit();
       for (const address of this.addresses.values()) address.then((url) => url && URL.revokeObjectURL(url));
       this.addresses.clear();
+      this.views.clear();
+      byId("turns").replaceChildren();
     }
     this.chat = chat;
-    this.views.clear();
-    byId("turns").replaceChildren();
-    for (const turn of chat.turns) this.append(turn);
     this.sheet.show(chat.settings);
     this.showSidebar(false);
     this.refresh();
@@ -115,6 +114,7 @@ class Page {
   /** What depends on the open chat as a whole. */
   refresh() {
     const { chat } = this;
+    this.showTurns(chat.turns);
     byId("welcome").hidden = chat.turns.length > 0;
     byId("chat-title").textContent = chat.title;
     document.title = chat.turns.length ? `${chat.title} · duetvl` : "duetvl";
@@ -122,7 +122,24 @@ class Page {
     this.sidebar.show(chat.id);
   }
 
-  append(turn) {
+  /** Show these turns; the views of those that were there already stay as they are. */
+  showTurns(turns) {
+    const ids = new Set(turns.map((turn) => turn.id));
+    for (const [id, view] of this.views) {
+      if (ids.has(id)) continue;
+      view.element.remove();
+      this.views.delete(id);
+    }
+    let place = byId("turns").firstElementChild;
+    for (const turn of turns) {
+      const view = this.views.get(turn.id) ?? this.viewOf(turn);
+      if (view.element === place) place = place.nextElementSibling;
+      else byId("turns").insertBefore(view.element, place);
+      if (view.turn !== turn) view.update(turn); // another tab's version of it
+    }
+  }
+
+  viewOf(turn) {
     const actions = {
       edit: (one) => this.edit(one),
       remove: (one) => this.removeTurn(one),
@@ -132,7 +149,7 @@ class Page {
     };
     const view = turnView(turn, actions, (id) => this.address(id));
     this.views.set(turn.id, view);
-    byId("turns").append(view.element);
+    return view;
   }
 
   /** The blob: address of a picture; null where the store has lost it. */
@@ -151,8 +168,9 @@ class Page {
   }
 
   showSidebar(open) {
-    document.body.classList.toggle("sidebar-open", open);
-    if (open) byId("close-sidebar").focus();
+    const covers = open && matchMedia("(max-width: 52rem)").matches; // on a wide screen it is there always
+    document.body.classList.toggle("sidebar-open", covers);
+    if (covers) byId("close-sidebar").focus();
   }
 
   // -- asking and answering ------------------------------------------------------------------------------------------
@@ -171,7 +189,7 @@ class Page {
     for (const medium of media) if (medium.blob) await this.chats.keepMedium(medium.id, medium.blob);
     if (this.chat === chat) {
       history.replaceState(null, "", `#${chat.id}`);
-      this.show(chat);
+      this.refresh();
     }
     await this.ask(chat);
   }
@@ -185,7 +203,6 @@ class Page {
   async answer(chat, turn) {
     const making = this.answers.make(chat, turn, byId("model").value);
     if (this.chat === chat) {
-      if (!this.views.has(turn.id)) this.append(turn);
       this.refresh();
       this.scroller.toEnd();
     }
@@ -222,7 +239,7 @@ class Page {
   }
 
   draw(turn) {
-    this.views.get(turn.id)?.update();
+    this.views.get(turn.id)?.update(turn);
     this.scroller.follow();
   }
 
@@ -241,7 +258,7 @@ class Page {
 
   pick(turn, nth) {
     turn.shown = nth;
-    this.views.get(turn.id).update();
+    this.views.get(turn.id).update(turn);
     this.chats.save(this.chat);
   }
 
@@ -252,7 +269,7 @@ class Page {
     this.answers.stop(this.chat);
     this.undoable(many === 2 ? "Message and answer deleted" : "Deleted", () => turns.splice(at, many));
     this.chats.save(this.chat);
-    this.show(this.chat);
+    this.refresh();
   }
 
   /** Change the open chat's turns, and offer for a while to take that back. */
@@ -264,7 +281,7 @@ class Page {
       this.answers.stop(chat);
       chat.turns = before;
       this.chats.save(chat);
-      if (this.chat === chat) this.show(chat);
+      if (this.chat === chat) this.refresh();
     });
   }
 
