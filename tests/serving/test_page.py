@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from scripted import CUT, Script, error, start
+from visits import Visit, chromium, picture, sent_picture
 
 from duetvl.serving import page as page_package
 from duetvl.serving.page import page_file
 
 FOLDER = Path(page_package.__file__).parent
-CHROMIUM = os.environ.get("DUETVL_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 # -- the files -------------------------------------------------------------------------------------------------------
@@ -59,14 +52,8 @@ def test_what_files_name_is_there() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: DUETVL_CHROMIUM names none, and none of the usual names is on the path")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    playwright.expect.set_options(timeout=20_000)
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -74,95 +61,18 @@ def script() -> Script:
     return Script()
 
 
-class Visit:
-    """A page at a server, in a browser profile of its own; what goes wrong in it fails the test at the end."""
-
-    def __init__(self, browser: Any, script: Script, **options: Any) -> None:
-        from playwright.sync_api import expect
-
-        self.expect = expect
-        self.server, self.address = start(script)
-        self.problems: list[str] = []
-        self.context = browser.new_context(**{"viewport": {"width": 1000, "height": 700}, **options})
-        self.context.set_default_timeout(20_000)
-        self.page = self.tab()
-
-    def tab(self) -> Any:
-        page = self.context.new_page()
-        page.on("console", self.logged)
-        page.on("pageerror", lambda problem: self.problems.append(str(problem)))
-        page.on("request", self.asked)
-        page.on("dialog", lambda dialog: self.problems.append(f"a dialog: {dialog.message}"))
-        page.goto(self.address)
-        page.wait_for_selector("#welcome:not([hidden]), .turn")
-        return page
-
-    def logged(self, message: Any) -> None:
-        # A status that is not 200 is one of the things that tests provoke.
-        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
-            self.problems.append(message.text)
-
-    def asked(self, request: Any) -> None:
-        if not request.url.startswith((self.address, "blob:" + self.address, "data:")):
-            self.problems.append(f"asked {request.url}")
-
-    def close(self) -> None:
-        self.context.close()
-        self.server.shutdown()
-        self.server.server_close()
-        assert not self.problems, self.problems
-
-    # What a user does and sees.
-
-    def send(self, text: str) -> None:
-        self.page.fill("#message", text)
-        self.page.press("#message", "Enter")
-
-    def see(self, selector: str, text: str | re.Pattern[str], nth: int = -1) -> None:
-        self.expect(self.page.locator(selector).nth(nth)).to_contain_text(text)
-
-    def count(self, selector: str, number: int) -> None:
-        self.expect(self.page.locator(selector)).to_have_count(number)
-
-    def press(self, label: str, nth: int = -1) -> None:
-        self.page.get_by_label(label, exact=True).nth(nth).click()
-
-    def drop(self, event: str, name: str, kind: str, content: bytes) -> None:
-        transfer = self.page.evaluate_handle(
-            """([text, name, type]) => {
-              const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-              const transfer = new DataTransfer();
-              transfer.items.add(new File([bytes], name, { type }));
-              return transfer;
-            }""",
-            [base64.b64encode(content).decode(), name, kind],
-        )
-        fields = {"clipboardData": transfer} if event == "paste" else {"dataTransfer": transfer}
-        if event == "paste":  # made by hand: dispatch_event makes no ClipboardEvent with data
-            self.page.evaluate(
-                "(data) => document.querySelector('#message').dispatchEvent("
-                "new ClipboardEvent('paste', { clipboardData: data, bubbles: true, cancelable: true }))",
-                transfer,
-            )
-        else:
-            self.page.dispatch_event("#scroller", event, fields)
+@pytest.fixture
+def address(script: Script) -> Iterator[str]:
+    server, address = start(script)
+    yield address
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
-def visit(browser: Any, script: Script) -> Iterator[Visit]:
-    visit = Visit(browser, script)
-    yield visit
-    visit.close()
-
-
-def picture(width: int = 64, height: int = 48, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (15, 118, 110)).save(file, kind)
-    return file.getvalue()
-
-
-def sent_picture(message: dict[str, Any], nth: int = 0) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(message["content"][nth]["image_url"]["url"].partition(",")[2])))
+def visit(browser: Any, address: str) -> Iterator[Visit]:
+    with Visit(browser, address) as visit:
+        yield visit
 
 
 # -- asking ----------------------------------------------------------------------------------------------------------
@@ -241,7 +151,7 @@ def test_settings_and_models_reach_the_server(visit: Visit, script: Script) -> N
     for name, value in values.items():
         page.fill(f"#{name}", value)
     page.fill("#top_p", "9")  # out of bounds: what was valid before stays
-    visit.see("#top_p-problem", "Between 0 and 1")
+    visit.see("#top_p-problem", "A number from 0 to 1.")
     page.keyboard.press("Escape")
     script.answers.append(["Yes."])
     visit.send("Do you see?")
@@ -330,7 +240,7 @@ def test_errors_say_what_happened_and_keep_what_came(visit: Visit, script: Scrip
     hold = threading.Event()
     script.answers += [(429, error("9 requests wait already")), ["Half an ans", hold, CUT], [], ["Whole"]]
     visit.send("Try")
-    visit.see(".problem", "The server is busy: 9 requests wait already. Try again in a moment.")
+    visit.see(".problem", "The server is busy. 9 requests wait already. Try again in a moment.")
     visit.page.locator(".problem button").last.click()
     visit.see(".answer", "Half an ans")
     hold.set()
@@ -346,13 +256,39 @@ def test_errors_say_what_happened_and_keep_what_came(visit: Visit, script: Scrip
     visit.see(".picker", "3 / 3")
 
 
-def test_a_key_is_asked_for_once(browser: Any, script: Script) -> None:
-    script.key = "a secret"
-    visit = Visit(browser, script)
+def test_an_answer_outlives_a_page_that_is_closed_and_a_server_that_ends(visit: Visit, script: Script) -> None:
+    hold = threading.Event()
+    script.answers += [["Words that ", hold, "never come"], ["New words"]]
+    visit.send("Begin")
+    visit.see(".answer", "Words that")
+    other = visit.tab()
+    other.click("#chats a")
+    visit.expect(other.locator(".answer")).to_contain_text("Words that")  # kept while it is made
+    visit.page.reload()
+    visit.see(".problem", "The page was closed before the answer was complete.")
+    visit.see(".answer", "Words that")
+    hold.set()
+    visit.page.click(".problem button")
+    visit.see(".answer", "New words")
+    visit.expect(other.locator(".answer")).to_contain_text("New words")
+    visit.page.route("**/v1/**", lambda route: route.abort())
+    visit.send("Are you there?")
+    visit.see(".problem", "The server cannot be reached.")
+    visit.page.reload()
+    visit.see("#notice", "The server cannot be reached.")
+    visit.page.unroute("**/v1/**")
+    visit.page.click("#notice button")
+    visit.count("#model option", 2)
+    visit.expect(visit.page.locator("#notice")).to_be_hidden()
+
+
+def test_a_key_is_asked_for_once(visit: Visit, script: Script) -> None:
     page = visit.page
+    script.key = "a secret"
+    page.reload()
     page.fill("#key", "wrong")
     page.get_by_text("Use this key").click()
-    visit.see("#key-problem", "this server wants an API key.")
+    visit.see("#key-problem", "This server wants an API key.")
     page.fill("#key", "a secret")
     page.keyboard.press("Enter")
     visit.count("#model option", 2)
@@ -368,7 +304,6 @@ def test_a_key_is_asked_for_once(browser: Any, script: Script) -> None:
     other.get_by_text("Use this key").click()
     visit.expect(other.locator("#model option")).to_have_count(2)
     visit.expect(visit.tab().locator("#model option")).to_have_count(2)
-    visit.close()
 
 
 def test_chats_are_found_renamed_deleted_and_answered_in_the_background(visit: Visit, script: Script) -> None:
@@ -540,12 +475,20 @@ def test_texts_made_to_stall_do_not(visit: Visit) -> None:
 # -- screens ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_phone_in_the_dark(browser: Any, script: Script) -> None:
-    visit = Visit(
-        browser, script, viewport={"width": 360, "height": 640}, color_scheme="dark", reduced_motion="reduce",
-        has_touch=True, is_mobile=True,
-    )  # fmt: skip
-    page = visit.page
+PHONE = {
+    "viewport": {"width": 360, "height": 640}, "color_scheme": "dark", "reduced_motion": "reduce", "has_touch": True,
+    "is_mobile": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def phone(browser: Any, address: str) -> Iterator[Visit]:
+    with Visit(browser, address, **PHONE) as visit:
+        yield visit
+
+
+def test_a_phone_in_the_dark(phone: Visit, script: Script) -> None:
+    visit, page = phone, phone.page
     wide = "| a | b | c | d |\n|-|-|-|-|\n" + "| something long | and more | and yet more | the last |\n" * 3
     code = "```\n" + "x" * 300 + "\n```\n\n" + "w" * 200
     script.answers += [[wide, "\n", code], ["مرحبا **بالعالم**\n\n- واحد"]]
@@ -573,4 +516,3 @@ def test_a_phone_in_the_dark(browser: Any, script: Script) -> None:
     assert page.evaluate(light) is True
     visit.press("Light or dark")  # the system's own again: the page follows the system
     assert page.evaluate("localStorage.getItem('theme')") is None
-    visit.close()

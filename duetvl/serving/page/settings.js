@@ -64,7 +64,8 @@ export class Sheet {
   }
 
   mark(field) {
-    const problem = field.validity.valid ? "" : `Between ${field.min} and ${field.max}: ${field.validationMessage}`;
+    const kind = field.step === "1" ? "A whole number" : "A number";
+    const problem = field.validity.valid ? "" : `${kind} from ${field.min} to ${field.max}.`;
     const line = document.getElementById(`${field.id}-problem`);
     if (line) line.textContent = problem;
     field.setAttribute("aria-invalid", String(!field.validity.valid));
