@@ -288,7 +288,7 @@ def test_a_key_is_asked_for_once(visit: Visit, script: Script) -> None:
     page.reload()
     page.fill("#key", "wrong")
     page.get_by_text("Use this key").click()
-    visit.see("#key-problem", "This server wants an API key.")
+    visit.see("#key-problem", "The server does not accept this key.")
     page.fill("#key", "a secret")
     page.keyboard.press("Enter")
     visit.count("#model option", 2)

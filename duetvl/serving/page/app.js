@@ -180,6 +180,7 @@ class Page {
     this.composer.setAnswering(true);
     const replaced = edited ? chat.turns.findIndex((turn) => turn.id === edited.id) : -1;
     if (replaced >= 0) this.undoable("Your message was replaced", () => chat.turns.splice(replaced));
+    for (const medium of media) this.addresses.set(medium.id, Promise.resolve(medium.address));
     const about = media.map(({ id, kind, name, width, height }) => ({ id, kind, name, width, height }));
     const question = { id: newId(), role: "user", text, media: about };
     chat.turns.push(question);

@@ -45,7 +45,8 @@ export class Chats {
       const text = textOf(chat);
       return wanted.every((word) => text.includes(word));
     };
-    return [...this.all.values()].filter(fits).sort((a, b) => b.changed - a.changed);
+    const all = [...this.all.values()];
+    return (wanted.length ? all.filter(fits) : all).sort((a, b) => b.changed - a.changed);
   }
 
   /** A chat that is not kept until it is saved. */
