@@ -1,4 +1,4 @@
-// Answers while they are made. They go on when another talk is looked at.
+// Answers while they are made. They go on when another chat is looked at.
 //
 // A version of an answer: {text, model, state, error, cut, usage, first, seconds}; state is "answering", "done",
 // "stopped" or "failed"; first and seconds are the times in s until the first and the last piece came.
@@ -9,31 +9,32 @@ import { dataAddress } from "./media.js";
 const SAVE_EVERY = 1000; // ms: what a page that is closed in mid-answer may lose
 
 export class Answers {
-  /** `key()` gives the key of the server; `onchange(talk, turn)` is called whenever more of an answer is there. */
-  constructor({ talks, key, onchange }) {
-    Object.assign(this, { talks, key, onchange });
-    this.running = new Map(); // id of a talk -> AbortController
+  /** `key()` gives the key of the server; `onchange(chat, turn)` is called whenever more of an answer is there. */
+  constructor({ chats, key, onchange }) {
+    Object.assign(this, { chats, key, onchange });
+    this.running = new Map(); // id of a chat -> AbortController
   }
 
-  has(talk) {
-    return this.running.has(talk.id);
+  has(chat) {
+    return this.running.has(chat.id);
   }
 
-  /** End the answer of a talk; what came is kept. */
-  stop(talk) {
-    this.running.get(talk.id)?.abort();
+  /** End the answer of a chat; what came is kept. */
+  stop(chat) {
+    this.running.get(chat.id)?.abort();
   }
 
-  /** Make a version of `turn`, the last of its talk. Returns the error that it ended with, or null. */
-  async make(talk, turn, model) {
+  /** Make a version of `turn`, the last of its chat. Returns the error that it ended with, or null. */
+  async make(chat, turn, model) {
     const version = { text: "", model, state: "answering", error: null, cut: false, usage: null, first: null, seconds: null };
     turn.versions = turn.versions.filter((old) => old.text || old.state === "done"); // a failure without a word is replaced
     turn.shown = turn.versions.push(version) - 1;
     const stop = new AbortController();
-    this.running.set(talk.id, stop);
-    this.onchange(talk, turn);
+    this.running.set(chat.id, stop);
+    const stopSaving = this.saveRegularly(chat, version);
+    this.onchange(chat, turn);
     try {
-      await this.receive(talk, turn, version, stop.signal);
+      await this.receive(chat, turn, version, stop.signal);
       version.state = "done";
       return null;
     } catch (error) {
@@ -41,38 +42,44 @@ export class Answers {
       version.error = stop.signal.aborted ? null : error.message;
       return stop.signal.aborted ? null : error;
     } finally {
-      this.running.delete(talk.id);
-      talk.changed = Date.now();
-      await this.talks.save(talk);
-      this.onchange(talk, turn);
+      stopSaving();
+      this.running.delete(chat.id);
+      chat.changed = Date.now();
+      await this.chats.save(chat);
+      this.onchange(chat, turn);
     }
   }
 
-  async receive(talk, turn, version, signal) {
-    await this.talks.save(talk);
-    const request = { model: version.model, messages: await this.messagesBefore(talk, turn), ...parameters(talk.settings) };
+  async receive(chat, turn, version, signal) {
+    await this.chats.save(chat);
+    const request = { model: version.model, messages: await this.messagesBefore(chat, turn), ...parameters(chat.settings) };
     const began = performance.now();
-    let saved = began;
     for await (const event of answer(request, this.key(), signal)) {
-      const now = performance.now();
       if (event.text) {
         version.text += event.text;
-        version.first ??= (now - began) / 1000;
-        version.seconds = (now - began) / 1000;
-        this.onchange(talk, turn);
+        version.seconds = (performance.now() - began) / 1000;
+        version.first ??= version.seconds;
+        this.onchange(chat, turn);
       }
       if (event.finish) version.cut = event.finish === "length";
       if (event.usage) version.usage = { read: event.usage.prompt_tokens, written: event.usage.completion_tokens };
-      if (now - saved > SAVE_EVERY) {
-        saved = now;
-        await this.talks.save(talk);
-      }
     }
   }
 
-  async messagesBefore(talk, turn) {
-    const system = talk.settings.system ? [{ role: "system", content: talk.settings.system }] : [];
-    const turns = talk.turns.slice(0, talk.turns.indexOf(turn));
+  /** Keep what has come every second. Returns what ends this. */
+  saveRegularly(chat, version) {
+    let length = 0;
+    const timer = setInterval(() => {
+      if (version.text.length === length) return;
+      length = version.text.length;
+      this.chats.save(chat);
+    }, SAVE_EVERY);
+    return () => clearInterval(timer);
+  }
+
+  async messagesBefore(chat, turn) {
+    const system = chat.settings.system ? [{ role: "system", content: chat.settings.system }] : [];
+    const turns = chat.turns.slice(0, chat.turns.indexOf(turn));
     const messages = await Promise.all(turns.map((before) => this.messageOf(before)));
     return [...system, ...messages.filter((message) => message.content.length)];
   }
@@ -85,7 +92,7 @@ export class Answers {
   }
 
   async partOf({ id, kind, name }) {
-    const blob = await this.talks.medium(id);
+    const blob = await this.chats.medium(id);
     if (!blob) throw new Error(`${name} is no longer in this browser's store. Delete its message, or edit it and add it anew.`);
     return { type: `${kind}_url`, [`${kind}_url`]: { url: await dataAddress(blob) } };
   }
@@ -98,8 +105,8 @@ function parameters({ temperature, top_p, max_tokens, seed }) {
 }
 
 /** An answer that was being made when its page was closed. */
-export function endInterrupted(talk) {
-  for (const version of talk.turns.flatMap((turn) => turn.versions ?? [])) {
+export function endInterrupted(chat) {
+  for (const version of chat.turns.flatMap((turn) => turn.versions ?? [])) {
     if (version.state !== "answering") continue;
     version.state = "failed";
     version.error = "The page was closed before the answer was complete.";

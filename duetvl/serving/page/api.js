@@ -97,10 +97,10 @@ async function explanation(response) {
   const wait = Number(response.headers.get("Retry-After"));
   const when = wait > 0 ? `in ${wait} s` : "in a moment";
   switch (response.status) {
-    case 401: case 403: return told ?? "The server does not accept this key.";
-    case 413: return `${told ?? "This is more than the server takes."} Remove a picture or start a new talk.`;
-    case 429: return `The server is busy: ${told ?? "too many requests at once."} Try again ${when}.`;
-    case 503: return `The server is not ready: ${told ?? "it is starting or about to end."} Try again ${when}.`;
+    case 401: return "The server does not accept this key."; // its own words are of headers
+    case 413: return `${told ?? "This is more than the server takes."} Remove a picture or start a new chat.`;
+    case 429: return `The server is busy. ${told ?? "Too many requests came at once."} Try again ${when}.`;
+    case 503: return `The server is not ready. ${told ?? "It is starting or about to end."} Try again ${when}.`;
     default: return told ?? `The server answered with status ${response.status}.`;
   }
 }
@@ -118,5 +118,5 @@ async function messageOf(response) {
 
 function sentence(text) {
   const line = String(text ?? "").trim() || "The server failed.";
-  return /[.!?…]$/.test(line) ? line : `${line}.`;
+  return line[0].toUpperCase() + line.slice(1) + (/[.!?…]$/.test(line) ? "" : ".");
 }

@@ -1,4 +1,4 @@
-// The page: one talk is open; what the user does to it is here.
+// The page: one chat is open; what the user does to it is here.
 
 import { Answers, endInterrupted } from "./answers.js";
 import { modelNames } from "./api.js";
@@ -8,23 +8,23 @@ import { listenToKeys } from "./keys.js";
 import { Scroller } from "./scroller.js";
 import { closeOutside, Key, lastSettings, remember, remembered, Sheet } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { Talks } from "./talks.js";
+import { Chats } from "./chats.js";
 import { turnView } from "./turns.js";
 
 const byId = (id) => document.getElementById(id);
 
 class Page {
-  constructor(talks) {
-    this.talks = talks;
+  constructor(chats) {
+    this.chats = chats;
     this.key = new Key();
     this.scroller = new Scroller(byId("scroller"), byId("to-end"));
-    this.views = new Map(); // id of a turn of the open talk -> its view
+    this.views = new Map(); // id of a turn of the open chat -> its view
     this.addresses = new Map(); // id of a picture -> its blob: address
-    this.answers = new Answers({ talks, key: () => this.key.value, onchange: (talk, turn) => this.changed(talk, turn) });
-    this.sidebar = new Sidebar({ talks, running: (talk) => this.answers.has(talk), actions: {
-      rename: (talk, title) => this.rename(talk, title), remove: (talk) => this.removeTalk(talk) } });
+    this.answers = new Answers({ chats, key: () => this.key.value, onchange: (chat, turn) => this.changed(chat, turn) });
+    this.sidebar = new Sidebar({ chats, running: (chat) => this.answers.has(chat), actions: {
+      rename: (chat, title) => this.rename(chat, title), remove: (chat) => this.removeChat(chat) } });
     this.sheet = new Sheet({ changed: (settings) => this.setSettings(settings) });
-    this.composer = new Composer({ send: (message) => this.send(message), stop: () => this.answers.stop(this.talk),
+    this.composer = new Composer({ send: (message) => this.send(message), stop: () => this.answers.stop(this.chat),
       editLast: () => this.editLast() });
     this.drawing = false;
     this.listen();
@@ -35,11 +35,14 @@ class Page {
     byId("model").addEventListener("change", (event) => remember("model", event.target.value));
     byId("theme").addEventListener("click", () => dispatchEvent(new Event("switch-theme")));
     byId("open-sheet").addEventListener("click", () => this.sheet.open());
-    byId("new-talk").addEventListener("click", () => this.newTalk());
-    byId("new-talk-narrow").addEventListener("click", () => this.newTalk());
+    byId("new-chat").addEventListener("click", () => this.newChat());
+    byId("new-chat-narrow").addEventListener("click", () => this.newChat());
     byId("show-keys").addEventListener("click", () => byId("keys-dialog").showModal());
     byId("open-sidebar").addEventListener("click", () => this.showSidebar(true));
     for (const id of ["close-sidebar", "scrim"]) byId(id).addEventListener("click", () => this.showSidebar(false));
+    byId("chats").addEventListener("click", ({ target }) => {
+      if (target.closest("a")) this.showSidebar(false); // also where the chat is the open one
+    });
     for (const button of document.querySelectorAll("[data-close]")) {
       button.addEventListener("click", () => button.closest("dialog").close());
     }
@@ -50,9 +53,9 @@ class Page {
     byId("viewer").addEventListener("click", () => byId("viewer").close());
     closeOutside(byId("keys-dialog"));
     listenToKeys(this);
-    this.talks.busy = (id) => this.answers.running.has(id);
-    this.talks.onchange = (id) => this.changedElsewhere(id);
-    this.talks.onfull = () => toast("The browser's store is full: what is new here is not kept. Delete old talks.");
+    this.chats.busy = (id) => this.answers.running.has(id);
+    this.chats.onchange = (id) => this.changedElsewhere(id);
+    this.chats.onfull = () => toast("The browser's store is full: what is new here is not kept. Delete old chats.");
   }
 
   // -- the server ----------------------------------------------------------------------------------------------------
@@ -79,47 +82,64 @@ class Page {
     byId("notice").hidden = false;
   }
 
-  // -- which talk is open --------------------------------------------------------------------------------------------
+  // -- which chat is open --------------------------------------------------------------------------------------------
 
-  /** Open the talk that the address names, or a new one. */
+  /** Open the chat that the address names, or a new one. */
   openAddressed() {
-    this.show(this.talks.all.get(location.hash.slice(1)) ?? this.talks.fresh(lastSettings()));
+    this.show(this.chats.all.get(location.hash.slice(1)) ?? this.chats.fresh(lastSettings()));
   }
 
-  newTalk() {
+  newChat() {
     history.pushState(null, "", "#");
-    this.show(this.talks.fresh(lastSettings()));
+    this.show(this.chats.fresh(lastSettings()));
     this.composer.text.focus();
   }
 
-  show(talk) {
-    const another = talk.id !== this.talk?.id;
+  show(chat) {
+    const another = chat.id !== this.chat?.id;
     if (another) {
       this.composer.cancelEdit();
       for (const address of this.addresses.values()) address.then((url) => url && URL.revokeObjectURL(url));
       this.addresses.clear();
+      this.views.clear();
+      byId("turns").replaceChildren();
     }
-    this.talk = talk;
-    this.views.clear();
-    byId("turns").replaceChildren();
-    for (const turn of talk.turns) this.append(turn);
-    this.sheet.show(talk.settings);
+    this.chat = chat;
+    this.sheet.show(chat.settings);
     this.showSidebar(false);
     this.refresh();
     if (another) this.scroller.toEnd();
   }
 
-  /** What depends on the open talk as a whole. */
+  /** What depends on the open chat as a whole. */
   refresh() {
-    const { talk } = this;
-    byId("welcome").hidden = talk.turns.length > 0;
-    byId("talk-title").textContent = talk.title;
-    document.title = talk.turns.length ? `${talk.title} · duetvl` : "duetvl";
-    this.composer.setAnswering(this.answers.has(talk));
-    this.sidebar.show(talk.id);
+    const { chat } = this;
+    this.showTurns(chat.turns);
+    byId("welcome").hidden = chat.turns.length > 0;
+    byId("chat-title").textContent = chat.title;
+    document.title = chat.turns.length ? `${chat.title} · duetvl` : "duetvl";
+    this.composer.setAnswering(this.answers.has(chat));
+    this.sidebar.show(chat.id);
   }
 
-  append(turn) {
+  /** Show these turns; the views of those that were there already stay as they are. */
+  showTurns(turns) {
+    const ids = new Set(turns.map((turn) => turn.id));
+    for (const [id, view] of this.views) {
+      if (ids.has(id)) continue;
+      view.element.remove();
+      this.views.delete(id);
+    }
+    let place = byId("turns").firstElementChild;
+    for (const turn of turns) {
+      const view = this.views.get(turn.id) ?? this.viewOf(turn);
+      if (view.element === place) place = place.nextElementSibling;
+      else byId("turns").insertBefore(view.element, place);
+      if (view.turn !== turn) view.update(turn); // another tab's version of it
+    }
+  }
+
+  viewOf(turn) {
     const actions = {
       edit: (one) => this.edit(one),
       remove: (one) => this.removeTurn(one),
@@ -129,13 +149,13 @@ class Page {
     };
     const view = turnView(turn, actions, (id) => this.address(id));
     this.views.set(turn.id, view);
-    byId("turns").append(view.element);
+    return view;
   }
 
   /** The blob: address of a picture; null where the store has lost it. */
   address(id) {
     if (!this.addresses.has(id)) {
-      this.addresses.set(id, this.talks.medium(id).then((blob) => blob && URL.createObjectURL(blob)));
+      this.addresses.set(id, this.chats.medium(id).then((blob) => blob && URL.createObjectURL(blob)));
     }
     return this.addresses.get(id);
   }
@@ -148,61 +168,62 @@ class Page {
   }
 
   showSidebar(open) {
-    document.body.classList.toggle("sidebar-open", open);
-    if (open) byId("close-sidebar").focus();
+    const covers = open && matchMedia("(max-width: 52rem)").matches; // on a wide screen it is there always
+    document.body.classList.toggle("sidebar-open", covers);
+    if (covers) byId("close-sidebar").focus();
   }
 
   // -- asking and answering ------------------------------------------------------------------------------------------
 
   async send({ text, media, edited }) {
-    const { talk } = this;
+    const { chat } = this;
     this.composer.setAnswering(true);
-    const replaced = edited ? talk.turns.findIndex((turn) => turn.id === edited.id) : -1;
-    if (replaced >= 0) this.undoable("Your message was replaced", () => talk.turns.splice(replaced));
+    const replaced = edited ? chat.turns.findIndex((turn) => turn.id === edited.id) : -1;
+    if (replaced >= 0) this.undoable("Your message was replaced", () => chat.turns.splice(replaced));
+    for (const medium of media) this.addresses.set(medium.id, Promise.resolve(medium.address));
     const about = media.map(({ id, kind, name, width, height }) => ({ id, kind, name, width, height }));
     const question = { id: newId(), role: "user", text, media: about };
-    talk.turns.push(question);
-    if (!talk.named && talk.turns.length === 1) talk.title = titleOf(text, media);
-    talk.changed = Date.now();
-    await this.talks.save(talk); // before the pictures: another tab drops those that no talk has
-    for (const medium of media) if (medium.blob) await this.talks.keepMedium(medium.id, medium.blob);
-    if (this.talk === talk) {
-      history.replaceState(null, "", `#${talk.id}`);
-      this.show(talk);
+    chat.turns.push(question);
+    if (!chat.named && chat.turns.length === 1) chat.title = titleOf(text, media);
+    chat.changed = Date.now();
+    await this.chats.save(chat); // before the pictures: another tab drops those that no chat has
+    for (const medium of media) if (medium.blob) await this.chats.keepMedium(medium.id, medium.blob);
+    if (this.chat === chat) {
+      history.replaceState(null, "", `#${chat.id}`);
+      this.refresh();
     }
-    await this.ask(talk);
+    await this.ask(chat);
   }
 
-  async ask(talk) {
+  async ask(chat) {
     const turn = { id: newId(), role: "assistant", versions: [], shown: 0 };
-    talk.turns.push(turn);
-    await this.answer(talk, turn);
+    chat.turns.push(turn);
+    await this.answer(chat, turn);
   }
 
-  async answer(talk, turn) {
-    const making = this.answers.make(talk, turn, byId("model").value);
-    if (this.talk === talk) {
-      if (!this.views.has(turn.id)) this.append(turn);
+  async answer(chat, turn) {
+    const making = this.answers.make(chat, turn, byId("model").value);
+    if (this.chat === chat) {
       this.refresh();
       this.scroller.toEnd();
     }
     announce("Answering");
     const error = await making;
-    if (this.talk === talk) announce(error ? error.message : "The answer is complete");
+    if (!error && this.chat === chat) announce("The answer is complete"); // an error is an alert by itself
     if (error?.status === 401 && (await this.key.ask(error.message))) {
       await this.connect();
-      await this.answer(talk, turn);
+      await this.answer(chat, turn);
     }
   }
 
   retry(turn) {
-    if (turn === this.talk.turns.at(-1) && !this.answers.has(this.talk)) this.answer(this.talk, turn);
+    if (turn === this.chat.turns.at(-1) && !this.answers.has(this.chat)) this.answer(this.chat, turn);
   }
 
   /** More of an answer is there, or its state is another. At most once for each picture that the screen shows. */
-  changed(talk, turn) {
-    if (talk !== this.talk) {
-      if (!this.answers.has(talk)) this.sidebar.show(this.talk.id);
+  changed(chat, turn) {
+    if (chat !== this.chat) {
+      if (!this.answers.has(chat)) this.sidebar.show(this.chat.id);
       return;
     }
     const version = turn.versions[turn.shown];
@@ -213,85 +234,85 @@ class Page {
       this.drawing = true;
       requestAnimationFrame(() => {
         this.drawing = false;
-        if (this.talk === talk) this.draw(turn);
+        if (this.chat === chat) this.draw(turn);
       });
     }
   }
 
   draw(turn) {
-    this.views.get(turn.id)?.update();
+    this.views.get(turn.id)?.update(turn);
     this.scroller.follow();
   }
 
   // -- changing what was said ----------------------------------------------------------------------------------------
 
   async edit(turn) {
-    if (this.answers.has(this.talk)) return;
+    if (this.answers.has(this.chat)) return;
     const media = await Promise.all(turn.media.map(async (medium) => ({ ...medium, address: await this.address(medium.id) })));
     this.composer.edit(turn, media);
   }
 
   editLast() {
-    const last = this.talk.turns.findLast((turn) => turn.role === "user");
+    const last = this.chat.turns.findLast((turn) => turn.role === "user");
     if (last) this.edit(last);
   }
 
   pick(turn, nth) {
     turn.shown = nth;
-    this.views.get(turn.id).update();
-    this.talks.save(this.talk);
+    this.views.get(turn.id).update(turn);
+    this.chats.save(this.chat);
   }
 
   removeTurn(turn) {
-    const { turns } = this.talk;
+    const { turns } = this.chat;
     const at = turns.indexOf(turn);
     const many = turn.role === "user" && turns[at + 1]?.role === "assistant" ? 2 : 1;
-    this.answers.stop(this.talk);
+    this.answers.stop(this.chat);
     this.undoable(many === 2 ? "Message and answer deleted" : "Deleted", () => turns.splice(at, many));
-    this.talks.save(this.talk);
-    this.show(this.talk);
+    this.chats.save(this.chat);
+    this.refresh();
   }
 
-  /** Change the open talk's turns, and offer for a while to take that back. */
+  /** Change the open chat's turns, and offer for a while to take that back. */
   undoable(text, change) {
-    const { talk } = this;
-    const before = [...talk.turns];
+    const { chat } = this;
+    const before = [...chat.turns];
     change();
     toast(text, "Undo", () => {
-      this.answers.stop(talk);
-      talk.turns = before;
-      this.talks.save(talk);
-      if (this.talk === talk) this.show(talk);
+      this.answers.stop(chat);
+      chat.turns = before;
+      this.chats.save(chat);
+      if (this.chat === chat) this.refresh();
     });
   }
 
-  rename(talk, title) {
-    Object.assign(talk, { title, named: true });
-    this.talks.save(talk);
+  async rename(chat, title) {
+    Object.assign(chat, { title, named: true });
+    await this.chats.save(chat);
     this.refresh();
   }
 
-  async removeTalk(talk) {
-    this.answers.stop(talk);
-    await this.talks.remove(talk.id);
-    if (talk === this.talk) this.newTalk();
+  async removeChat(chat) {
+    this.answers.stop(chat);
+    await this.chats.remove(chat.id);
+    if (chat === this.chat) this.newChat();
     this.refresh();
-    toast(`“${talk.title}” deleted`, "Undo", async () => {
-      await this.talks.save(talk);
-      location.hash = talk.id;
+    toast(`“${chat.title}” deleted`, "Undo", async () => {
+      await this.chats.save(chat);
+      location.hash = chat.id;
       this.refresh();
     });
   }
 
   setSettings(settings) {
-    this.talk.settings = settings;
-    if (this.talks.all.has(this.talk.id)) this.talks.save(this.talk);
+    this.chat.settings = settings;
+    if (this.chats.all.has(this.chat.id)) this.chats.save(this.chat);
   }
 
   changedElsewhere(id) {
-    const talk = this.talks.all.get(id);
-    if (id === this.talk.id && talk) this.show(talk);
-    else this.sidebar.show(this.talk.id);
+    const chat = this.chats.all.get(id);
+    if (id === this.chat.id && chat) this.show(chat);
+    else this.sidebar.show(this.chat.id);
   }
 }
 
@@ -301,10 +322,10 @@ function titleOf(text, media) {
   return line.length > 60 ? `${line.slice(0, 59)}…` : line;
 }
 
-const talks = await Talks.open();
-for (const talk of talks.all.values()) endInterrupted(talk);
-const page = new Page(talks);
+const chats = await Chats.open();
+for (const chat of chats.all.values()) endInterrupted(chat);
+const page = new Page(chats);
 page.openAddressed();
-if (!talks.kept) toast("This browser keeps nothing: talks end when the page is closed.");
-page.composer.text.focus();
+if (!chats.kept) toast("This browser keeps nothing: chats end when the page is closed.");
+if (matchMedia("(hover: hover)").matches) page.composer.text.focus(); // a phone would open its keyboard
 await page.connect();

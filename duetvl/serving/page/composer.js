@@ -111,6 +111,7 @@ export class Composer {
 
   thumbnail(medium) {
     const remove = () => {
+      if (medium.blob) URL.revokeObjectURL(medium.address); // without a blob it belongs to a turn that is edited
       this.setMedia(this.media.filter((other) => other !== medium));
       this.text.focus();
     };

@@ -2,7 +2,10 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element. `on…` properties are listeners, booleans switch an attribute, null leaves it out. */
+/**
+ * An element. `on…` properties are listeners, booleans switch an attribute, null leaves it out. Children are nodes,
+ * strings, lists of them (of any length) and null.
+ */
 export function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -11,7 +14,7 @@ export function el(tag, properties = {}, ...children) {
     else if (typeof value === "boolean") node.toggleAttribute(name, value);
     else if (value !== null && value !== undefined) node.setAttribute(name, value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
   return node;
 }
 

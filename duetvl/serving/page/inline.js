@@ -117,7 +117,7 @@ function angled(text, at, { links }) {
   if (line) return { piece: el("br"), end: at + line[0].length };
   const address = links && match(IN_BRACKETS, text, at);
   const href = address && safeAddress(address[1]);
-  return href ? { piece: anchor(href, [address[1]]), end: at + address[0].length } : null;
+  return href ? { piece: anchor(href, address[1]), end: at + address[0].length } : null;
 }
 
 function bareAddress(text, at) {
@@ -126,7 +126,7 @@ function bareAddress(text, at) {
   // A closing bracket belongs to the address only if it was opened in it.
   while (address?.endsWith(")") && address.split(")").length > address.split("(").length) address = address.slice(0, -1);
   const href = address && safeAddress(address);
-  return href ? { piece: anchor(href, [address]), end: at + address.length } : null;
+  return href ? { piece: anchor(href, address), end: at + address.length } : null;
 }
 
 /** [label](address), and ![label](address): a picture in an answer is never loaded, only linked to. */
@@ -136,11 +136,11 @@ function link(text, at, bracket, { closing, links }) {
   const href = target && safeAddress(target[1] ?? target[2]);
   if (!href) return null;
   const label = inline(text.slice(bracket + 1, end), { links: false });
-  return { piece: anchor(href, label.length ? label : [href]), end: end + 1 + target[0].length };
+  return { piece: anchor(href, label.length ? label : href), end: end + 1 + target[0].length };
 }
 
 function anchor(href, label) {
-  return el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...label);
+  return el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, label);
 }
 
 function matchingBrackets(text) {
@@ -199,7 +199,7 @@ function close(piece, done, waiting) {
     const children = done.splice(waiting[nth] + 1);
     const depth = 1 + children.reduce((most, child) => Math.max(most, child.depth ?? 0), 0);
     if (depth > MOST_NESTED) {
-      done.push(...children);
+      for (const child of children) done.push(child);
       return;
     }
     opener.count -= used;
@@ -236,7 +236,7 @@ function tagOf(sign, count) {
 
 function nodesOf(pieces) {
   return pieces.map((piece) => {
-    if (piece.tag) return el(piece.tag, {}, ...nodesOf(piece.children));
+    if (piece.tag) return el(piece.tag, {}, nodesOf(piece.children));
     if (piece.sign) return piece.sign.repeat(piece.count);
     return piece;
   });

@@ -13,9 +13,9 @@ function handle(page, event) {
   const control = event.ctrlKey || event.metaKey;
   const key = event.key.toLowerCase();
   if (key === "escape") return escape(page);
-  if (control && !event.shiftKey && key === "k") return findTalk(page);
+  if (control && !event.shiftKey && key === "k") return findChat(page);
   if (control && event.shiftKey && key === "o") {
-    page.newTalk();
+    page.newChat();
     return true;
   }
   if (control || event.altKey || event.target.closest("input, textarea, select")) return false;
@@ -27,13 +27,13 @@ function handle(page, event) {
 
 function escape(page) {
   if (document.body.classList.contains("sidebar-open")) page.showSidebar(false);
-  else if (page.answers.has(page.talk)) page.answers.stop(page.talk);
+  else if (page.answers.has(page.chat)) page.answers.stop(page.chat);
   else if (page.composer.editing) page.composer.cancelEdit();
   else document.activeElement.blur(); // so that / and ? reach the page
   return true;
 }
 
-function findTalk(page) {
+function findChat(page) {
   page.showSidebar(true);
   page.sidebar.search.focus();
   page.sidebar.search.select();

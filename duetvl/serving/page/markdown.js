@@ -2,6 +2,7 @@
 // looks like a tag is shown as it is written.
 
 import { copyButton, el } from "./dom.js";
+import { highlighted } from "./highlight.js";
 import { inline } from "./inline.js";
 
 const FENCE = /^( {0,3})(`{3,}(?=[^`]*$)|~{3,})\s*([^\s`]*)/;
@@ -195,10 +196,10 @@ function textOf(lines) {
 const NODES = {
   // An answer stands below the page's own headings.
   heading: (block, live) => el(`h${Math.min(block.level + 2, 6)}`, { class: `h${block.level}`, dir: "auto" },
-    ...inline(block.text, { live })),
-  paragraph: (block, live) => el("p", { dir: "auto" }, ...inline(block.text, { live })),
+    inline(block.text, { live })),
+  paragraph: (block, live) => el("p", { dir: "auto" }, inline(block.text, { live })),
   rule: () => el("hr"),
-  quote: (block, live) => el("blockquote", { dir: "auto" }, ...nodes(block.blocks, live)),
+  quote: (block, live) => el("blockquote", { dir: "auto" }, nodes(block.blocks, live)),
   code: codeNode,
   list: listNode,
   table: tableNode,
@@ -211,7 +212,7 @@ function nodes(blocks, live) {
 function codeNode({ language, text }) {
   return el("figure", { class: "code", dir: "ltr" },
     el("figcaption", {}, el("span", {}, language || "text"), copyButton(() => text, "Copy code")),
-    el("pre", { tabindex: "0", "aria-label": "Code" }, el("code", {}, text)));
+    el("pre", { tabindex: "0", "aria-label": "Code" }, el("code", {}, highlighted(text, language))));
 }
 
 function listNode({ ordered, first, loose, items }, live) {
@@ -225,18 +226,18 @@ function itemNode({ done, blocks }, loose, live) {
   if (done !== null) node.append(el("span", { role: "img", "aria-label": done ? "done" : "to do" }, done ? "☑" : "☐"), " ");
   blocks.forEach((block, nth) => {
     const growing = live && nth === blocks.length - 1;
-    if (block.kind === "paragraph" && !loose) node.append(...inline(block.text, { live: growing }));
+    if (block.kind === "paragraph" && !loose) for (const part of inline(block.text, { live: growing })) node.append(part);
     else node.append(NODES[block.kind](block, growing));
   });
   return node;
 }
 
 function tableNode({ align, head, rows }) {
-  const row = (tag, texts) => el("tr", {}, ...texts.map((text, nth) =>
-    el(tag, { class: align[nth] ? `align-${align[nth]}` : null }, ...inline(text))));
+  const row = (tag, texts) => el("tr", {}, texts.map((text, nth) =>
+    el(tag, { class: align[nth] ? `align-${align[nth]}` : null }, inline(text))));
   return el("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" },
     el("table", { dir: "auto" },
-      el("thead", {}, row("th", head)), el("tbody", {}, ...rows.map((texts) => row("td", texts)))));
+      el("thead", {}, row("th", head)), el("tbody", {}, rows.map((texts) => row("td", texts)))));
 }
 
 // -- a text that grows -----------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ export class GrowingMarkdown {
     const blocks = blocksOf(raw.map((line) => line.replace(/\r$/, "")));
     const fresh = nodes(blocks, live);
     for (const node of this.open) node.remove();
-    this.root.append(...fresh);
+    for (const node of fresh) this.root.append(node);
     const keep = openFrom(blocks, raw.length);
     this.open = fresh.slice(keep);
     if (keep) this.settled += offsetOf(raw, blocks[keep].line);

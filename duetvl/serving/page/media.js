@@ -5,7 +5,7 @@ export const LIMITS = {
   side: 2048, // pixels; a model that reads at most 1280 tokens a picture sees no more
   asIs: 2 * MEGABYTE, // a smaller file of a known format is sent untouched
   picture: 100 * MEGABYTE,
-  video: 32 * MEGABYTE,
+  video: 60 * MEGABYTE,
   count: 16,
 };
 const SENT_AS_IS = new Set(["image/jpeg", "image/png", "image/webp"]);
@@ -75,7 +75,7 @@ export function dataAddress(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error("A picture of this talk cannot be read any more."));
+    reader.onerror = () => reject(new Error("A picture of this chat cannot be read any more."));
     reader.readAsDataURL(blob);
   });
 }

@@ -1,4 +1,4 @@
-// The end of a talk stays in view while it grows, unless the reader has gone up.
+// The end of a chat stays in view while it grows, unless the reader has gone up.
 
 const NEAR = 48; // pixels from the end that still count as being there
 

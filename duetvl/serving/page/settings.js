@@ -1,4 +1,4 @@
-// The sheet of settings, which belong to a talk; the key of the server; what is remembered from one visit to the next.
+// The sheet of settings, which belong to a chat; the key of the server; what is remembered from one visit to the next.
 
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const EMPTY = { temperature: null, top_p: null, max_tokens: null, seed: null, system: "" };
@@ -21,7 +21,7 @@ export function remember(name, value) {
   }
 }
 
-/** What a new talk begins with: the settings that were changed last. */
+/** What a new chat begins with: the settings that were changed last. */
 export function lastSettings() {
   return { ...EMPTY, ...remembered("settings") };
 }
@@ -64,7 +64,8 @@ export class Sheet {
   }
 
   mark(field) {
-    const problem = field.validity.valid ? "" : `Between ${field.min} and ${field.max}: ${field.validationMessage}`;
+    const kind = field.step === "1" ? "A whole number" : "A number";
+    const problem = field.validity.valid ? "" : `${kind} from ${field.min} to ${field.max}.`;
     const line = document.getElementById(`${field.id}-problem`);
     if (line) line.textContent = problem;
     field.setAttribute("aria-invalid", String(!field.validity.valid));

@@ -1,12 +1,12 @@
-// The list of talks: find, open, rename, delete.
+// The list of chats: find, open, rename, delete.
 
 import { el, iconButton } from "./dom.js";
 
 export class Sidebar {
-  /** `actions`: {rename(talk, title), remove(talk)}; `running(talk)` says whether an answer is being made. */
-  constructor({ talks, actions, running }) {
-    Object.assign(this, { talks, actions, running });
-    this.list = document.getElementById("talks");
+  /** `actions`: {rename(chat, title), remove(chat)}; `running(chat)` says whether an answer is being made. */
+  constructor({ chats, actions, running }) {
+    Object.assign(this, { chats, actions, running });
+    this.list = document.getElementById("chats");
     this.search = document.getElementById("search");
     this.search.addEventListener("input", () => this.show(this.current));
     this.search.addEventListener("keydown", (event) => {
@@ -14,33 +14,35 @@ export class Sidebar {
     });
   }
 
-  /** Draw the list anew; `current` is the id of the open talk. */
+  /** Draw the list anew; `current` is the id of the open chat. */
   show(current) {
     this.current = current;
-    const talks = this.talks.list(this.search.value);
+    const chats = this.chats.list(this.search.value);
     if (this.list.querySelector("input")) return; // a title is being typed
-    this.list.replaceChildren(...talks.map((talk) => this.entry(talk)));
-    document.getElementById("no-talks").hidden = talks.length > 0 || !this.search.value;
+    this.list.replaceChildren(...chats.map((chat) => this.entry(chat)));
+    document.getElementById("no-chats").hidden = chats.length > 0 || !this.search.value;
   }
 
-  entry(talk) {
-    const open = talk.id === this.current;
-    const link = el("a", { href: `#${talk.id}`, dir: "auto", title: talk.title, "aria-current": open ? "page" : null },
-      talk.title);
-    const item = el("li", { class: this.running(talk) ? "running" : null }, link,
-      iconButton("pencil", `Rename ${talk.title}`, () => this.rename(talk, item)),
-      iconButton("trash", `Delete ${talk.title}`, () => this.actions.remove(talk)));
+  entry(chat) {
+    const open = chat.id === this.current;
+    const link = el("a", { href: `#${chat.id}`, dir: "auto", title: chat.title, "aria-current": open ? "page" : null },
+      chat.title);
+    const item = el("li", { class: this.running(chat) ? "running" : null }, link,
+      iconButton("pencil", `Rename ${chat.title}`, () => this.rename(chat, item)),
+      iconButton("trash", `Delete ${chat.title}`, () => this.actions.remove(chat)));
     return item;
   }
 
-  rename(talk, item) {
+  rename(chat, item) {
     const input = el("input", { type: "text", "aria-label": "Title", maxlength: "120", dir: "auto" });
-    input.value = talk.title;
+    input.value = chat.title;
+    let ended = false; // the field loses its focus when it goes, which would end it again
     const end = (title) => {
-      if (!input.isConnected) return;
+      if (ended) return;
+      ended = true;
       input.remove();
-      if (title) this.actions.rename(talk, title);
-      this.show(this.current);
+      if (title) this.actions.rename(chat, title);
+      else this.show(this.current);
     };
     input.addEventListener("blur", () => end(input.value.trim()));
     input.addEventListener("keydown", (event) => {

@@ -1,9 +1,9 @@
-// How the turns of a talk look.
+// How the turns of a chat look.
 
 import { copyButton, el, icon, iconButton } from "./dom.js";
 import { GrowingMarkdown } from "./markdown.js";
 
-/** The view of one turn. `actions`: {edit, remove, retry, pick, open}, each called with the turn. */
+/** The view of one turn: {turn, element, update(turn)}. `actions`: {edit, remove, retry, pick, open}, each called with the turn. */
 export function turnView(turn, actions, addresses) {
   return turn.role === "user" ? new UserTurn(turn, actions, addresses) : new ModelTurn(turn, actions);
 }
@@ -17,12 +17,15 @@ class UserTurn {
       media,
       turn.text ? el("div", { class: "bubble", dir: "auto" }, turn.text) : null,
       el("div", { class: "actions" },
-        iconButton("pencil", "Edit and send again", () => actions.edit(turn)),
-        copyButton(() => turn.text, "Copy message"),
-        iconButton("trash", "Delete message and answer", () => actions.remove(turn))));
+        iconButton("pencil", "Edit and send again", () => actions.edit(this.turn)),
+        turn.text ? copyButton(() => turn.text, "Copy message") : null,
+        iconButton("trash", "Delete message and answer", () => actions.remove(this.turn))));
   }
 
-  update() {}
+  /** What the user said does not change: an edited message is another turn. */
+  update(turn) {
+    this.turn = turn;
+  }
 }
 
 /** A picture or video of a turn. Its bytes come from the store, so it appears a moment later. */
@@ -56,12 +59,13 @@ class ModelTurn {
     this.element = el("article", { class: "turn model" }, this.answer, this.below);
     this.version = null;
     this.state = null;
-    this.update();
+    this.update(turn);
   }
 
   /** Show what is new in the turn. */
-  update() {
-    const { versions, shown } = this.turn;
+  update(turn) {
+    this.turn = turn;
+    const { versions, shown } = turn;
     const version = versions[shown];
     const answering = version.state === "answering";
     if (version !== this.version) {
@@ -112,8 +116,8 @@ function statistics({ state, cut, usage, first, seconds, model }) {
   if (state === "stopped") parts.push("stopped");
   if (cut) parts.push("cut at its token limit");
   if (usage) parts.push(`${usage.read} tokens in, ${usage.written} out`);
-  // The first token's time is the prompt's; the rest tells how fast tokens are made.
-  if (usage?.written > 1 && seconds > first) parts.push(`${rounded((usage.written - 1) / (seconds - first))} tokens/s`);
+  // The first token's time is the prompt's; the rest tells how fast tokens are made, if there is enough of it.
+  if (usage?.written > 1 && seconds - first > 0.1) parts.push(`${rounded((usage.written - 1) / (seconds - first))} tokens/s`);
   if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);
   return el("span", { class: "statistics", title: model }, parts.join(" · "));
 }

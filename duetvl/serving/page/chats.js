@@ -1,6 +1,6 @@
-// Talks and their pictures, kept in this browser alone (IndexedDB). Texts are in memory as well: they are small.
+// Chats and their pictures, kept in this browser alone (IndexedDB). Texts are in memory as well: they are small.
 //
-// A talk: {id, title, named, created, changed, settings, turns}. `named`: the user gave the title.
+// A chat: {id, title, named, created, changed, settings, turns}. `named`: the user gave the title.
 // A turn of the user: {id, role: "user", text, media: [{id, kind, name, width, height}]}.
 // A turn of the model: {id, role: "assistant", versions: [...], shown}; see answers.js for a version.
 
@@ -8,19 +8,19 @@ import { newId } from "./dom.js";
 
 const NAME = "duetvl";
 
-export class Talks {
-  /** Open the store. Where the browser keeps nothing (private windows of some), talks live as long as the page. */
+export class Chats {
+  /** Open the store. Where the browser keeps nothing (private windows of some), chats live as long as the page. */
   static async open() {
-    const talks = new Talks();
+    const chats = new Chats();
     try {
-      talks.database = await opened();
-      for (const talk of await done(talks.store("talks").getAll())) talks.all.set(talk.id, talk);
-      await talks.sweep();
+      chats.database = await opened();
+      for (const chat of await done(chats.store("chats").getAll())) chats.all.set(chat.id, chat);
+      await chats.sweep();
     } catch {
-      talks.database = null;
+      chats.database = null;
     }
-    talks.channel.onmessage = ({ data }) => talks.reload(data);
-    return talks;
+    chats.channel.onmessage = ({ data }) => chats.reload(data);
+    return chats;
   }
 
   constructor() {
@@ -28,43 +28,44 @@ export class Talks {
     this.loose = new Map(); // pictures where there is no database
     this.database = null;
     this.channel = new BroadcastChannel(NAME);
-    this.onchange = () => {}; // called with the id of a talk that another tab changed
-    this.busy = () => false; // whether a talk is being answered here, where it is then newer than in other tabs
+    this.onchange = () => {}; // called with the id of a chat that another tab changed
+    this.busy = () => false; // whether a chat is being answered here, where it is then newer than in other tabs
     this.onfull = () => {}; // called where something could not be kept
   }
 
-  /** Whether talks outlive the page. */
+  /** Whether chats outlive the page. */
   get kept() {
     return this.database !== null;
   }
 
-  /** All talks, the latest first; of those that contain the words where some are given. */
+  /** All chats, the latest first; of those that contain the words where some are given. */
   list(words = "") {
     const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = (talk) => {
-      const text = textOf(talk);
+    const fits = (chat) => {
+      const text = textOf(chat);
       return wanted.every((word) => text.includes(word));
     };
-    return [...this.all.values()].filter(fits).sort((a, b) => b.changed - a.changed);
+    const all = [...this.all.values()];
+    return (wanted.length ? all.filter(fits) : all).sort((a, b) => b.changed - a.changed);
   }
 
-  /** A talk that is not kept until it is saved. */
+  /** A chat that is not kept until it is saved. */
   fresh(settings) {
     const now = Date.now();
-    return { id: newId(), title: "New talk", named: false, created: now, changed: now, settings, turns: [] };
+    return { id: newId(), title: "New chat", named: false, created: now, changed: now, settings, turns: [] };
   }
 
-  /** Keep a talk as it is now. */
-  async save(talk) {
-    this.all.set(talk.id, talk);
-    await this.write("talks", talk);
-    this.channel.postMessage(talk.id);
+  /** Keep a chat as it is now. */
+  async save(chat) {
+    this.all.set(chat.id, chat);
+    await this.write("chats", chat);
+    this.channel.postMessage(chat.id);
   }
 
-  /** Forget a talk. Its pictures stay until the page is opened again, so that it can be put back. */
+  /** Forget a chat. Its pictures stay until the page is opened again, so that it can be put back. */
   async remove(id) {
     this.all.delete(id);
-    if (this.database) await done(this.store("talks", "readwrite").delete(id));
+    if (this.database) await done(this.store("chats", "readwrite").delete(id));
     this.channel.postMessage(id);
   }
 
@@ -98,16 +99,16 @@ export class Talks {
     }
   }
 
-  /** Another tab has changed a talk: take its version. */
+  /** Another tab has changed a chat: take its version. */
   async reload(id) {
     if (this.busy(id)) return;
-    const talk = this.database && (await done(this.store("talks").get(id)));
-    if (talk) this.all.set(id, talk);
+    const chat = this.database && (await done(this.store("chats").get(id)));
+    if (chat) this.all.set(id, chat);
     else this.all.delete(id);
     this.onchange(id);
   }
 
-  /** Drop pictures of which no talk knows any more. */
+  /** Drop pictures of which no chat knows any more. */
   async sweep() {
     const used = new Set([...this.all.values()].flatMap(mediaOf));
     for (const id of await done(this.store("media").getAllKeys())) {
@@ -116,19 +117,19 @@ export class Talks {
   }
 }
 
-function mediaOf(talk) {
-  return talk.turns.flatMap((turn) => turn.media ?? []).map((medium) => medium.id);
+function mediaOf(chat) {
+  return chat.turns.flatMap((turn) => turn.media ?? []).map((medium) => medium.id);
 }
 
-function textOf(talk) {
-  const texts = talk.turns.map((turn) => turn.text ?? turn.versions.map((version) => version.text).join("\n"));
-  return [talk.title, ...texts].join("\n").toLowerCase();
+function textOf(chat) {
+  const texts = chat.turns.map((turn) => turn.text ?? turn.versions.map((version) => version.text).join("\n"));
+  return [chat.title, ...texts].join("\n").toLowerCase();
 }
 
 function opened() {
   const request = indexedDB.open(NAME, 1);
   request.onupgradeneeded = () => {
-    request.result.createObjectStore("talks", { keyPath: "id" });
+    request.result.createObjectStore("chats", { keyPath: "id" });
     request.result.createObjectStore("media", { keyPath: "id" });
   };
   return done(request);
