@@ -21,10 +21,11 @@ class Room:
     media_tokens: int
 
 
-def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spare: int) -> int:
+def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spare: int, sharing: int = 1) -> int:
     """Blocks of the pool, beside `spare` ones for the rows that pad a pass, which count among the bytes.
 
-    Raises ConfigError where there is no room for a block, or the limits make no sense.
+    sharing: how many processes, this one among them, are to have their parts of the device's memory. Raises ConfigError
+    where there is no room for a block, or the limits make no sense.
     """
     _check(room, limits, context)
     size = model.backend.kv_cache.block_size
@@ -32,13 +33,14 @@ def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spar
         return -(-room.cache_tokens // size)
     if room.cache_bytes is not None:
         return _blocks(room.cache_bytes, model, spare, f"cache_bytes is {room.cache_bytes}")
-    free = model.backend.device.free_memory()
+    free = model.backend.device.free_memory() // sharing
     largest = model.pass_bytes(limits.pass_tokens, limits.max_sequences, limits.pass_patches, room.media_tokens)
+    for_each = f" for each of {sharing} ranks" if sharing > 1 else ""
     blocks = _blocks(
         int(SHARE * free) - largest,
         model,
         spare,
-        f"{free / 2**30:.2f} GiB of {model.backend.device.name} are free, and the largest pass takes "
+        f"{free / 2**30:.2f} GiB of {model.backend.device.name} are free{for_each}, and the largest pass takes "
         f"{largest / 2**30:.2f} GiB (lower pass_tokens, pass_patches or media_tokens)",
     )
     return min(blocks, limits.max_sequences * -(-context // size))  # more would never be used by what runs
