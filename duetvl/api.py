@@ -28,6 +28,7 @@ from duetvl.inference.request import Completion, Delta, Request
 from duetvl.inference.runner import Generator
 from duetvl.inference.sampling import Sampling
 from duetvl.models.lora import is_adapter
+from duetvl.models.model_directory import AdapterTensors, ModelDirectory
 from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.vocabulary import LastStage
@@ -260,19 +261,29 @@ def load_model(
     each calls this and gets its part; they then make the same calls with the same values. Raises CheckpointError for
     what is missing, damaged or of another model, ConfigError for what duetvl does not implement.
     """
+    together = (lambda work: work()) if mesh is None else Ranks(backend.collectives).together
+    source, stored = together(lambda: _opened(path, adapter, base))
+    division = ALONE if mesh is None else Division.of(source.config, mesh, backend.collectives.rank)
+    read = partial(loading.load_model, source, backend=backend, dtype=dtype, make=Model, division=division)
+    model: Model = together(read)
+    if mesh is not None:
+        placed(model, division, backend)
+    if isinstance(source, AdapterModel):
+        model.source = source.below
+    if stored is not None:
+        together(lambda: adapters.load_adapter(model, stored))
+    return model
+
+
+def _opened(
+    path: str | Path, adapter: str | Path | None, base: str | Path | None
+) -> tuple[ModelDirectory, AdapterTensors | None]:
+    """A model, and the adapter that belongs on it."""
     source = open_model(path, base=base)
     own = source.adapter
     if adapter is not None and own is not None:
         raise ConfigError(f"{path}: has an adapter of its own; merge it first (duetvl merge), or leave out {adapter}")
-    stored = own if adapter is None else adapters.open_adapter_for(source.config, adapter)
-    division = ALONE if mesh is None else Division.of(source.config, mesh, backend.collectives.rank)
-    read = partial(loading.load_model, source, backend=backend, dtype=dtype, make=Model, division=division)
-    model = read() if mesh is None else placed(Ranks(backend.collectives).together(read), division, backend)
-    if isinstance(source, AdapterModel):
-        model.source = source.below
-    if stored is not None:
-        adapters.load_adapter(model, stored)
-    return model
+    return source, own if adapter is None else adapters.open_adapter_for(source.config, adapter)
 
 
 def train(

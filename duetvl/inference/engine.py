@@ -224,7 +224,7 @@ class Engine:
             self.scheduler.restart()
             if not isinstance(error, Exception):  # Ctrl-C: the pass is half done, and its requests are as before
                 raise
-            if self.lead is not None and self.lead.broken is not None:  # nobody knows what other ranks do
+            if self.lead is not None and self.lead.over:  # nobody knows what other ranks do
                 raise
             for job in jobs:
                 self._end(job, "error", error)

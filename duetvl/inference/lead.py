@@ -11,8 +11,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from duetvl.core.backend import Backend
 from duetvl.core.composed.collectives import time_limit
@@ -25,11 +26,17 @@ from duetvl.inference.runner import Generator, Runner
 from duetvl.inference.scheduler import Limits
 
 Told = Any
+Part = TypeVar("Part", bound=Generator)
 
 
 @dataclass(frozen=True)
 class Load:
-    """Read the model."""
+    """Read a model, with what `api.load_model` takes."""
+
+    path: str
+    dtype: str
+    adapter: str | Path | None
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,18 @@ class Lead:
 
     def tell(self, what: Told) -> None:
         """Have the others do something. Raises BackendError where one of them has gone."""
-        if self.lost is not None or self.broken is not None:
+        if self.over:
             raise self.lost or BackendError(f"the ranks are out of step since an earlier error: {self.broken}")
         try:
             self._line.send_value(what, self._followers)
         except BackendError as error:
             self.broken = error
             raise
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing can be run any more."""
+        return self.lost is not None or self.broken is not None
 
     @contextmanager
     def telling(self, what: Told) -> Iterator[None]:
@@ -131,42 +143,42 @@ class Lead:
             self._line.send_value(End(), self._followers)
 
 
-def follow(
-    ranks: Ranks,
-    line: HostTransport,
-    lead: int,
-    load: Callable[[], Generator],
-    adapted: Callable[[Generator, str], Generator],
-) -> None:
-    """Do what the leading rank tells, until it ends. Raises BackendError where it goes without a word.
+@dataclass
+class Follower(Generic[Part]):
+    """Another rank's end. load: its part of a model. adapted: the model with the adapter of a directory."""
 
-    load: this rank's part of the model. adapted: the model with the adapter of a directory.
-    """
-    models: dict[str, Generator] = {}
+    ranks: Ranks
+    line: HostTransport
+    load: Callable[[Load], Part]
+    adapted: Callable[[Part, str], Part]
+    models: dict[str, Part] = field(default_factory=dict)
     runner: Runner | None = None
-    while not isinstance(told := line.receive_value(lead), End):
+
+    def follow(self, lead: int) -> None:
+        """Do what the leading rank tells, until it ends. Raises BackendError where that goes without a word."""
+        while not isinstance(told := self.line.receive_value(lead), End):
+            self._do(told)
+
+    def _do(self, told: Told) -> None:
         if isinstance(told, Load):
-            models = {"": load()}
+            self.models = {"": self.load(told)}
         elif isinstance(told, Adapt):
-            plain = models[""]
-            models = {"": plain, **ranks.together(lambda: _adapted(plain, told.directories, adapted))}
+            self.ranks.together(lambda: self._adapt(told.directories))
         elif isinstance(told, Open):
-            runner = None  # the room of its cache is counted
-            blocks = _agreed_blocks(ranks, models[""], told.room, told.limits, told.context, told.spare)
-            runner = Runner(models, blocks + told.spare)
+            self.runner = None  # before memory is looked at
+            blocks = _agreed_blocks(self.ranks, self.models[""], told.room, told.limits, told.context, told.spare)
+            self.runner = Runner(self.models, blocks + told.spare)
         else:
-            assert runner is not None, "a pass comes after the engine was opened"
-            runner.run(told)
+            assert self.runner is not None, "a pass comes after the engine was opened"
+            self.runner.run(told)
 
-
-def _adapted(
-    model: Generator, directories: Mapping[str, str], adapted: Callable[[Generator, str], Generator]
-) -> dict[str, Generator]:
-    return {name: adapted(model, directory) for name, directory in directories.items()}
+    def _adapt(self, directories: Mapping[str, str]) -> None:
+        plain = self.models[""]
+        self.models = {"": plain, **{name: self.adapted(plain, place) for name, place in directories.items()}}
 
 
 def _agreed_blocks(ranks: Ranks, model: Generator, room: Room, limits: Limits, context: int, spare: int) -> int:
-    """The least of all ranks. Those of one device have equal parts of its memory."""
-    device = socket.gethostname(), model.backend.device.name
+    """The least of all ranks. Those whose device is the processor have equal parts of their host's memory."""
+    device = socket.gethostname() if not model.backend.device.product else f"rank {ranks.index}"
     sharing = ranks.each(device).count(device)
     return min(ranks.each(ranks.together(lambda: pool_blocks(model, room, limits, context, spare, sharing))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
@@ -28,7 +28,6 @@ from duetvl.parallel.tensor import layout_of
 
 Tensor = Any
 Outputs = tuple[Tensor, ...]
-AnyModel = TypeVar("AnyModel", bound=QwenVL)
 
 
 @dataclass(frozen=True)
@@ -307,7 +306,7 @@ class Chain:
         return x
 
 
-def placed(model: AnyModel, division: Division, backend: Backend) -> AnyModel:
+def placed(model: QwenVL, division: Division, backend: Backend) -> QwenVL:
     """Tell a model how it lies on the ranks, its parameters being this rank's. All ranks call it together."""
     model.layout = layout_of(division, backend)
     if division.mesh.pp > 1:
