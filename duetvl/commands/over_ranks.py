@@ -27,6 +27,7 @@ from duetvl.parallel.division import Division
 from duetvl.training.failures import ending_alone
 
 FOLLOWED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by rank 0 alone
+_ENDING: Final = threading.Lock()  # whichever thread notices first has the word; it ends the process
 _NOTHING_TO_SEE: Final = (0, USER_ERROR, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -139,7 +140,7 @@ def _lead(lead: Lead, run: Callable[[], int], place: Path) -> int:
     except BaseException:
         if not lead.over:
             raise
-        with ending_alone(lead.ranks, place):
+        with _ENDING, ending_alone(lead.ranks, place):
             raise
     finally:
         lead.end()
@@ -149,5 +150,5 @@ def _watch(lead: Lead, place: Path) -> None:
     """End this process soon after another rank has gone, whatever it is waiting for."""
     error = lead.wait_for_loss()
     if error is not None:
-        with ending_alone(lead.ranks, place):
+        with _ENDING, ending_alone(lead.ranks, place):
             raise error

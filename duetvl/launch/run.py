@@ -76,6 +76,7 @@ class _Rank:
     signalled: int = 0  # how many signals have been passed to it
     status: int | None = None
     ended: bool = False
+    returned: bool = False  # its status is the command's own
     lost: bool = False  # it was seen to have ended without a status, before any other was
     stuck: bool = False  # it did not end by itself
 
@@ -164,7 +165,8 @@ class _Start:
             if not rank.ended and not self._alive(rank):
                 rank.ended = True
                 with suppress(FileNotFoundError):
-                    rank.status = int((self.place / f"{rank.name}.status").read_text())
+                    status, _, how = (self.place / f"{rank.name}.status").read_text().partition(" ")
+                    rank.status, rank.returned = int(status), bool(how)
                 rank.lost = first and rank.status is None
 
     def _alive(self, rank: _Rank) -> bool:
@@ -208,6 +210,8 @@ class _Start:
             return USER_ERROR
         if stopped := [status for status in statuses if status is not None and status > 128]:
             return stopped[0]
+        if len(workers) == self.plan.nproc and all(rank.status == 0 or rank.returned for rank in workers):
+            return 1  # what the command has to say, such as that an answer failed
         self.failed = True
         self._tell_failure()
         return 1
