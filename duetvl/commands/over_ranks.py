@@ -101,7 +101,8 @@ def _start(args: argparse.Namespace, mesh: Mesh) -> int:
         check_degrees(mesh, open_model(args.model, base=args.base, weights=False).config)
     backend = choose_backend(backend_name(args), args.device or "auto")
     logs = log_directory(args.log_dir) if args.log_dir else Path(tempfile.mkdtemp(prefix="duetvl-ranks-"))
-    status = launch(Plan(backend, (*args.argv, "--backend", backend), mesh.size), logs, logs)
+    survives = (signal.SIGINT,) if args.command == "chat" else ()
+    status = launch(Plan(backend, (*args.argv, "--backend", backend), mesh.size, survives=survives), logs, logs)
     if not args.log_dir and status in _NOTHING_TO_SEE:
         rmtree(logs, ignore_errors=True)
     return status

@@ -21,7 +21,8 @@ PLACE: Final = "DUETVL_LAUNCH_PLACE"  # the directory of this start, known to it
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as this node takes part in it. `words` are those of the command that every rank runs."""
+    """A run as this node takes part in it. `words` are those of the command that every rank runs; `survives` are the
+    signals that interrupt it and do not end it."""
 
     backend: str
     words: tuple[str, ...]
@@ -30,6 +31,7 @@ class Plan:
     node_rank: int = 0
     master: str | None = None
     restarts: int = 0
+    survives: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         least, most = self._nodes()

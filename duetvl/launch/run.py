@@ -116,7 +116,7 @@ class _Start:
             patience = self._patience()
             since = None if patience is None else since or time.monotonic()
             late = patience is not None and since is not None and time.monotonic() - since > patience
-            if late or len(self.signals.caught) > 2:
+            if late or self._ending(len(self.signals.caught)) > 2:
                 return
             time.sleep(_PERIOD)
 
@@ -185,11 +185,16 @@ class _Start:
         """Each signal once to every rank; they have the time to save that the run grants them."""
         for rank in self.ranks.values():
             if not rank.ended and rank.name != "scheduler":
-                for number in self.signals.caught[rank.signalled : 2]:
-                    self._send(rank, number)
-                rank.signalled = len(self.signals.caught)
+                for place, number in enumerate(self.signals.caught[rank.signalled :], rank.signalled):
+                    if number in self.plan.survives or self._ending(place) < 2:
+                        self._send(rank, number)
+                    rank.signalled = place + 1
         if self.signals.caught and not self.ranks:
             self._engine.terminate()
+
+    def _ending(self, place: int) -> int:
+        """How many of the first signals are to end the run."""
+        return sum(number not in self.plan.survives for number in self.signals.caught[:place])
 
     def _send(self, rank: _Rank, number: int) -> None:
         if self._alive(rank):
@@ -203,8 +208,8 @@ class _Start:
         statuses = [rank.status for rank in workers]
         if len(workers) == self.plan.nproc and all(status == 0 for status in statuses):
             return 0
-        if self.signals.caught:
-            return 128 + self.signals.caught[0]
+        if ends := [number for number in self.signals.caught if number not in self.plan.survives or not workers]:
+            return 128 + ends[0]
         if USER_ERROR in statuses:
             self._tell_user_error(workers)
             return USER_ERROR

@@ -240,7 +240,7 @@ def answers_of_a_model_over_context_parallelism(be: Backend) -> None:
 
 
 def imported(module: str, name: str) -> None:
-    """A check of steps.py, whole_runs.py or engines.py, which the ranks import alone: pytest knows this directory as a package."""
+    """A check of a module that the ranks import alone: pytest knows this directory as a package."""
 
     def check(be: Backend) -> None:
         getattr(import_module(module), name)(be)
