@@ -16,13 +16,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.blocks import BlockPool
 from duetvl.inference.defaults import Defaults
-from duetvl.inference.jobs import Job, make_jobs
+from duetvl.inference.jobs import Job, make_jobs, masks_of
 from duetvl.inference.lead import Lead
 from duetvl.inference.padding import find_padding
 from duetvl.inference.passes import pack
@@ -215,7 +213,7 @@ class Engine:
         for job in jobs:
             job.begin()
         sampled = [job for job, piece in zip(jobs, plan.pieces, strict=True) if piece.samples]
-        masks, errors = _masks(sampled)
+        masks, errors = masks_of(sampled)
         try:
             logits = self._logits(plan)
             chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
@@ -384,16 +382,3 @@ class Engine:
         failed = error if isinstance(error, Exception) else DuetvlError(f"the engine's thread ended: {error!r}")
         for job in list(self._jobs.values()):
             self._end(job, "error", failed)
-
-
-def _masks(jobs: Sequence[Job]) -> tuple[list[np.ndarray | None], dict[int, Exception]]:
-    """Which tokens may come next in each choice, and by the number of its sequence what went wrong with that."""
-    masks: list[np.ndarray | None] = []
-    errors: dict[int, Exception] = {}
-    for job in jobs:
-        try:
-            masks.append(job.allowed())
-        except Exception as error:
-            masks.append(None)
-            errors[job.sequence.number] = error
-    return masks, errors
