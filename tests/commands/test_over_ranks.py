@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -167,17 +168,15 @@ def test_degrees_that_cannot_be_are_refused_before_anything_starts(
 
 def test_half_precision_where_a_device_lacks_one() -> None:
     """An Atlas 300I DUO has float16 and no bfloat16."""
-
-    class Duo(type(load_backend("torch_npu", device="cpu").device)):  # type: ignore[misc]
-        def supports(self, dtype: str) -> bool:
-            return dtype in ("float32", "float16")
-
-    import torch
-
-    duo, cpu = Duo(torch.device("cpu")), load_backend("torch_npu", device="cpu").device
+    cpu = load_backend("mindspore", device="cpu").device
+    duo = copy.copy(cpu)
+    duo.product = "Ascend310P3"
     for stored, wanted in (("bfloat16", "float16"), ("float16", "float16"), ("float32", "float32"), (None, "float32")):
         assert dtype_of("auto", stored, duo) == dtype_of(None, stored, duo) == wanted
     assert dtype_of(None, "bfloat16", cpu) == "bfloat16"
     assert dtype_of("float16", "bfloat16", cpu) == "float16"
     with pytest.raises(ConfigError, match="--dtype bfloat16: the device cpu does not have it; use float16 or float32"):
         dtype_of("bfloat16", "bfloat16", duo)
+    for product, has in (("Ascend910B3", True), ("Ascend910B", False), ("Ascend910PremiumA", False)):
+        duo.product = product
+        assert duo.supports("bfloat16") is has and duo.supports("float16")
