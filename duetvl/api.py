@@ -16,7 +16,9 @@ from duetvl.convert.opening import AdapterModel, open_model
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Batch, Sample
 from duetvl.core.errors import ConfigError
+from duetvl.core.mesh import Mesh
 from duetvl.core.params import Parameter, split_trainable
+from duetvl.core.ranks import Ranks
 from duetvl.data.encode import Processor
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference import engine as inference
@@ -26,9 +28,12 @@ from duetvl.inference.request import Completion, Delta, Request
 from duetvl.inference.runner import Generator
 from duetvl.inference.sampling import Sampling
 from duetvl.models.lora import is_adapter
+from duetvl.models.model_directory import AdapterTensors, ModelDirectory
 from duetvl.models.qwen_vl import adapters, loading
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.vocabulary import LastStage
+from duetvl.parallel.division import ALONE, Division
+from duetvl.parallel.pipeline import placed
 from duetvl.training import train as train_module
 from duetvl.training.ending import TrainResult
 from duetvl.training.job import Job
@@ -67,8 +72,11 @@ class Generation:
 class Model(QwenVL):
     """A model on one backend; made by `load_model`.
 
-    `pack`, `features`, `logits`, `parameters`, `adapters`, `config` and `freeze` come from QwenVL.
+    `pack`, `features`, `logits`, `parameters`, `adapters`, `config` and `freeze` come from QwenVL. adapter_directory:
+    what `with_adapter` laid on it.
     """
+
+    adapter_directory: Path | None = None
 
     @cached_property
     def processor(self) -> Processor:
@@ -198,9 +206,12 @@ class Model(QwenVL):
         Raises CheckpointError or ConfigError for an adapter that does not fit.
         """
         stored = adapters.open_adapter_for(self.config, directory)
-        shared = {path: Parameter(path, p.tensor) for path, p in self.parameters.items() if not is_adapter(path)}
-        other = Model(self.config, self.backend, shared)
-        other.source = self.source
+        shared = {
+            path: Parameter(path, p.tensor, part=p.part) for path, p in self.parameters.items() if not is_adapter(path)
+        }
+        other = Model(self.config, self.backend, shared, self.dtype)
+        other.source, other.adapter_directory = self.source, Path(directory)
+        other.layout, other.stages, other.relay = self.layout, self.stages, self.relay
         adapters.load_adapter(other, stored)
         return other
 
@@ -236,6 +247,7 @@ def load_model(
     dtype: str = "float32",
     adapter: str | Path | None = None,
     base: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Read a model, whatever holds it, onto a backend; weights are held in `dtype`. Nothing is converted on disk.
 
@@ -245,20 +257,33 @@ def load_model(
     where what it names is not there any more.
 
     dtype: float32, bfloat16 or float16. `adapter` is a LoRA adapter's directory in PEFT's layout; it is laid beside the
-    weights, in float32, and is then all that is trained. Raises CheckpointError for what is missing, damaged or of
-    another model, ConfigError for what duetvl does not implement.
+    weights, in float32, and is then all that is trained. mesh: how the model lies on the ranks of this run, of which
+    each calls this and gets its part; they then make the same calls with the same values. Raises CheckpointError for
+    what is missing, damaged or of another model, ConfigError for what duetvl does not implement.
     """
+    together = (lambda work: work()) if mesh is None else Ranks(backend.collectives).together
+    source, stored = together(lambda: _opened(path, adapter, base))
+    division = ALONE if mesh is None else Division.of(source.config, mesh, backend.collectives.rank)
+    read = partial(loading.load_model, source, backend=backend, dtype=dtype, make=Model, division=division)
+    model: Model = together(read)
+    if mesh is not None:
+        placed(model, division, backend)
+    if isinstance(source, AdapterModel):
+        model.source = source.below
+    if stored is not None:
+        together(lambda: adapters.load_adapter(model, stored))
+    return model
+
+
+def _opened(
+    path: str | Path, adapter: str | Path | None, base: str | Path | None
+) -> tuple[ModelDirectory, AdapterTensors | None]:
+    """A model, and the adapter that belongs on it."""
     source = open_model(path, base=base)
     own = source.adapter
     if adapter is not None and own is not None:
         raise ConfigError(f"{path}: has an adapter of its own; merge it first (duetvl merge), or leave out {adapter}")
-    stored = own if adapter is None else adapters.open_adapter_for(source.config, adapter)
-    model = loading.load_model(source, backend=backend, dtype=dtype, make=Model)
-    if isinstance(source, AdapterModel):
-        model.source = source.below
-    if stored is not None:
-        adapters.load_adapter(model, stored)
-    return model
+    return source, own if adapter is None else adapters.open_adapter_for(source.config, adapter)
 
 
 def train(

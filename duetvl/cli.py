@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--restart", action="store_true", help="start at the beginning; what the run directory holds is set aside"
     )
 
-    _add_launch(commands.add_parser("launch", help="train over many processes, by torchrun or msrun"))
+    _add_launch(commands.add_parser("launch", help="train, or answer, over many processes, by torchrun or msrun"))
 
     check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
     _add_recipe(check)
@@ -233,7 +233,12 @@ def _run(args: argparse.Namespace) -> int:
         "doctor": _doctor, "export": _export, "merge": _merge, "plot": _plot, "infer": _infer, "chat": _chat,
         "bench": _bench, "eval": _eval, "serve": _serve,
     }  # fmt: skip
-    return commands[args.command](args)
+    run = commands[args.command]
+    if not hasattr(args, "tp"):
+        return run(args)
+    from duetvl.commands.over_ranks import over_ranks
+
+    return over_ranks(args, lambda: run(args))
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -244,20 +249,28 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    from duetvl.core.backend import choose_backend
+    from duetvl.core.backend import AUTO, choose_backend
     from duetvl.launch.plan import Plan, check_words, log_directory
     from duetvl.launch.run import launch
     from duetvl.training.recipe.reading import for_world, load_recipe
 
-    check_words(args.words)
+    check_words(args.words, ("train", "infer", "chat", "bench"))
     inner = _parse(args.words)
+    if inner.command != "train":
+        backend = choose_backend(args.backend or inner.backend or AUTO, inner.device or "auto")
+        logs = log_directory(args.log_dir)
+        return launch(Plan(backend, (*args.words, "--backend", backend), *_nodes(args)), logs, logs)
     recipe = load_recipe(inner.recipe, _overrides(inner))
     backend = choose_backend(args.backend or recipe.backend.name, recipe.backend.device)
     words = (*args.words, "--backend", backend)
-    plan = Plan(backend, words, args.nproc, args.nnodes, args.node_rank, args.master, args.restarts)
+    plan = Plan(backend, words, *_nodes(args), args.restarts)
     if plan.processes is not None:
         for_world(recipe, plan.processes)
     return launch(plan, Path(recipe.train.output_dir), log_directory(args.log_dir))
+
+
+def _nodes(args: argparse.Namespace) -> tuple[int, str, int, str | None]:
+    return args.nproc, args.nnodes, args.node_rank, args.master
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -165,6 +165,8 @@ def chat(args: argparse.Namespace, lines: IO[str], out: Say, say: Say) -> int:
             if not text or not talk.line(text):
                 return 0
         except DuetvlError as error:
+            if talk.engine.lead is not None and talk.engine.lead.over:
+                raise
             say(f"error: {error}")
         except KeyboardInterrupt:
             out("\n")

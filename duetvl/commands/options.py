@@ -176,6 +176,17 @@ def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False, adapt
         "--media-tokens", type=int, metavar="N", help="room for features of pictures and videos; default: 16384"
     )
     parser.add_argument("--max-sequences", type=int, metavar="N", help="answers that grow at once; default: 64")
+    add_ranks(parser)
+
+
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """Those of a command that may run over many ranks."""
+    group = parser.add_argument_group("many ranks", "default: one process")
+    group.add_argument("--nproc", type=int, metavar="N", help="processes, one for each device of this machine")
+    group.add_argument("--tp", type=int, metavar="T", help="ranks that divide each layer; default: those of --nproc")
+    group.add_argument("--pp", type=int, metavar="P", help="ranks that divide the layers among them: 1")
+    group.add_argument("--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: kept where they failed")
+    parser.set_defaults(team=None)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from duetvl.api import Model, load_model
 from duetvl.commands.options import PRESETS
+from duetvl.commands.over_ranks import Team, backend_name
 from duetvl.convert.opening import open_model
-from duetvl.core.backend import AUTO, Backend, load_backend
+from duetvl.core.backend import Backend, load_backend
 from duetvl.core.batch import Sample
+from duetvl.core.device import Device
 from duetvl.core.errors import ConfigError, shown
 from duetvl.data.encode import Processor
 from duetvl.data.media.plan import MediaSettings
@@ -80,31 +81,50 @@ def open_for_answers(args: argparse.Namespace, say: Say) -> Opened:
 
 
 def load(args: argparse.Namespace, opened: Opened, say: Say) -> Model:
-    """Read the model onto its backend, in the dtype of the options."""
-    name = args.backend or os.environ.get("DUETVL_BACKEND") or AUTO
-    backend = load_backend(name, device=args.device or "auto")
-    dtype = _dtype(args, opened.source, backend)
-    say(f"{args.model}: {dtype} on {backend.name}, {backend.device.name}")
-    model = load_model(args.model, backend=backend, dtype=dtype, adapter=args.adapter, base=args.base)
+    """Read the model onto its backend, in the dtype of the options; over ranks, this one's part of it."""
+    team: Team | None = args.team
+    backend = team.backend if team else _backend_alone(args)
+    dtype = dtype_of(args.dtype, opened.source.config.dtype, backend.device)
+    where = f"; {team.lead.ranks.count} ranks, tp {team.mesh.tp} x pp {team.mesh.pp}" if team else ""
+    say(f"{args.model}: {dtype} on {backend.name}, {backend.device.name}{where}")
+    if team:
+        model = team.load(args.model, dtype=dtype, adapter=args.adapter, base=args.base)
+    else:
+        model = load_model(args.model, backend=backend, dtype=dtype, adapter=args.adapter, base=args.base)
     model.processor.media = opened.processor.media
     return model
 
 
-def _dtype(args: argparse.Namespace, source: ModelDirectory, backend: Backend) -> str:
-    """The one that is asked for; else the stored one, where the device has that."""
-    if args.dtype not in (None, "auto"):
-        if not backend.device.supports(args.dtype):
-            raise ConfigError(f"--dtype {args.dtype}: the device {backend.device.name} does not have it; use float32")
-        return str(args.dtype)
-    stored = source.config.dtype or "float32"
-    return stored if stored in ("bfloat16", "float16") and backend.device.supports(stored) else "float32"
+def _backend_alone(args: argparse.Namespace) -> Backend:
+    backend = load_backend(backend_name(args), device=args.device or "auto")
+    if (count := backend.collectives.launched()) > 1:
+        raise ConfigError(
+            f"this is one of {count} processes that torchrun or msrun started; have duetvl start them: --nproc {count}"
+        )
+    return backend
+
+
+def dtype_of(asked: str | None, stored: str | None, device: Device) -> str:
+    """The one that is asked for; else the stored one, or what comes next of half precision and float32 that the device
+    has. ConfigError for one that it does not have."""
+    if asked not in (None, "auto"):
+        if not device.supports(asked):
+            others = " or ".join(name for name in ("bfloat16", "float16", "float32") if device.supports(name))
+            raise ConfigError(f"--dtype {asked}: the device {device.name} does not have it; use {others}")
+        return asked
+    halves = {"bfloat16": ("bfloat16", "float16"), "float16": ("float16",)}.get(stored or "", ())
+    return next((name for name in halves if device.supports(name)), "float32")
 
 
 def make_engine(model: Model, args: argparse.Namespace, **usual: Any) -> Engine:
     """The engine of a model; what the options say of its size comes before what is `usual`."""
     sizes = ("cache_tokens", "max_sequences", "media_tokens")
     given = {name: value for name in sizes if (value := getattr(args, name)) is not None}
-    return Engine(model, tokenizer=model.processor.tokenizer, **{**usual, **given})
+    team: Team | None = args.team
+    if team and usual.get("adapters"):
+        team.adapt(usual["adapters"])
+    lead = team.lead if team else None
+    return Engine(model, tokenizer=model.processor.tokenizer, lead=lead, **{**usual, **given})
 
 
 def guides_of(args: argparse.Namespace, opened: Opened, way: Way) -> Guides | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import secrets
+import select
 import selectors
 import socket
 import struct
@@ -142,6 +143,34 @@ class HostTransport:
         pieces = {rank: [np.empty(size, np.uint8) for size in found.tolist()] for rank, found in sizes.items()}
         self._swap_each(parts, pieces)
         return {rank: pickle.loads(head.data, buffers=rest) for rank, (head, *rest) in pieces.items()}
+
+    def send_value(self, value: Any, ranks: Sequence[int]) -> None:
+        """A picklable value to some ranks, each of which calls `receive_value`. Arrays are not copied into a pickle."""
+        parts = _pickled(value)
+        sizes = np.array([part.size for part in parts])
+        arrays = [np.array([len(parts)]), sizes, *parts]
+        self._swap_each(dict.fromkeys(ranks, arrays), {})
+
+    def receive_value(self, rank: int) -> Any:
+        """The next value that a rank sends by `send_value`."""
+        count = np.empty(1, np.int64)
+        self._swap_each({}, {rank: [count]})
+        sizes = np.empty(int(count[0]), np.int64)
+        self._swap_each({}, {rank: [sizes]})
+        head, *rest = (np.empty(size, np.uint8) for size in sizes.tolist())
+        self._swap_each({}, {rank: [head, *rest]})
+        return pickle.loads(head.data, buffers=rest)
+
+    def wait_for_end(self) -> int:
+        """Return once a rank has closed its connection; which one. What it has sent is left to be received.
+
+        For another thread than the one that sends and receives.
+        """
+        poll = select.poll()
+        numbers = {peer.socket.fileno(): peer.rank for peer in self._peers.values()}
+        for number in numbers:
+            poll.register(number, select.POLLRDHUP)
+        return numbers[poll.poll()[0][0]]
 
     def _swap_each(self, sends: Mapping[int, Sequence[np.ndarray]], into: Mapping[int, Sequence[np.ndarray]]) -> None:
         self.swap(

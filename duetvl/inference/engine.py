@@ -13,16 +13,17 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
+from typing import Any
 
 from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.tokenizer import TextTokenizer
 from duetvl.inference.blocks import BlockPool
 from duetvl.inference.defaults import Defaults
 from duetvl.inference.delivery import Delivery
-from duetvl.inference.jobs import Job, make_jobs
+from duetvl.inference.jobs import Job, make_jobs, masks_of
+from duetvl.inference.lead import Lead
 from duetvl.inference.padding import find_padding
+from duetvl.inference.passes import pack
 from duetvl.inference.request import Completion, Delta, Finish, Request
 from duetvl.inference.room import Room, pool_blocks
 from duetvl.inference.runner import Generator, Runner
@@ -30,6 +31,7 @@ from duetvl.inference.sampling import Chosen, choose_rows
 from duetvl.inference.scheduler import Limits, Plan, Scheduler
 from duetvl.inference.vision_cache import VisionCache
 
+Tensor = Any
 Tell = Callable[[Delta], None]
 
 
@@ -55,6 +57,7 @@ class Engine:
         max_sequences: int = 64,
         reuse: bool = True,
         steady: bool = True,
+        lead: Lead | None = None,
     ):
         """`tokenizer`: answers have texts, and stop strings are looked for. `defaults`: what requests mean that say
         nothing of sampling or of the tokens that end them; without it they are greedy, and no token does.
@@ -63,8 +66,8 @@ class Engine:
         (on a CPU 25%) less the largest pass. media_tokens: merged features that are kept. context: rows that a
         sequence may have, by default the model's. A pass has at most `pass_tokens` rows of at most `max_sequences`
         sequences, and takes `pass_patches` patches, or one medium, through the tower. reuse: rows of earlier prompts
-        are found again.
-        steady: where the backend can do that, no bit of an answer depends on what else is in a pass.
+        are found again. steady: where the backend can do that, no bit of an answer depends on what else is in a pass.
+        lead: tells the other ranks that have parts of the model what to run; cache_bytes are then those of each rank.
         """
         self.models = {"": model, **(adapters or {})}
         self.tokenizer, self.defaults = tokenizer, defaults or Defaults()
@@ -72,13 +75,16 @@ class Engine:
         self.context = model.context if context is None else context
         room = Room(cache_tokens, cache_bytes, media_tokens)
         backend = model.backend
-        padding = find_padding(backend.ops, model.dtype) if steady and backend.capabilities.steady_rows else None
-        blocks = pool_blocks(model, room, self.limits, self.context, padding.most if padding else 0)
+        self.padding = find_padding(backend.ops, model.dtype) if steady and backend.capabilities.steady_rows else None
+        spare = self.padding.most if self.padding else 0
+        asked = room, self.limits, self.context, spare
+        blocks = pool_blocks(model, *asked) if lead is None else lead.open(model, *asked)
         kv_cache = backend.kv_cache
         vision = VisionCache(media_tokens)
         pool = BlockPool(blocks, consecutive=kv_cache.consecutive)
         self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
-        self.runner = Runner(self.models, blocks, vision, padding)
+        self.runner, self.lead = Runner(self.models, blocks + spare), lead
+        self._opened = lead.opened if lead else 0
         self.ran_pass: Callable[[int], None] | None = None  # told the rows of each pass, on the thread that runs it
         self._ops, self._vocabulary = backend.ops, model.family.vocabulary
         self._changed = threading.Condition()  # holds for the six below
@@ -218,9 +224,9 @@ class Engine:
         for job in jobs:
             job.begin()
         sampled = [job for job, piece in zip(jobs, plan.pieces, strict=True) if piece.samples]
-        masks, errors = _masks(sampled)
+        masks, errors = masks_of(sampled)
         try:
-            logits = self.runner.run(plan)
+            logits = self._logits(plan)
             chosen = choose_rows(self._ops, logits, [job.chooser for job in sampled], masks) if sampled else []
             self.scheduler.ran(plan)
             if self.ran_pass is not None:
@@ -229,11 +235,23 @@ class Engine:
             self.scheduler.restart()
             if not isinstance(error, Exception):  # Ctrl-C: the pass is half done, and its requests are as before
                 raise
+            if self.lead is not None and self.lead.over:  # nobody knows what other ranks do
+                raise
             for job in jobs:
                 self._end(job, "error", error)
             return
         for job, one in zip(sampled, chosen, strict=True):
             self._take(job, one, errors.get(job.sequence.number))
+
+    def _logits(self, plan: Plan) -> Tensor:
+        """The logits (S, vocabulary) after the pieces that end with a new token, in their order; run by all ranks."""
+        work = pack(plan, self.padding, self.scheduler.pool.size)
+        if self.lead is None:
+            logits = self.runner.run(work)
+        else:
+            with self.lead.running(work, self._opened):
+                logits = self.runner.run(work)
+        return self.runner.rows(logits, [row for row, piece in enumerate(plan.pieces) if piece.samples])
 
     def _take(self, job: Job, chosen: Chosen | None, error: Exception | None) -> None:
         """Give a choice its next token, unless there is an error with it; whatever that is, it is the choice's own."""
@@ -372,16 +390,3 @@ class Engine:
         failed = error if isinstance(error, Exception) else DuetvlError(f"the engine's thread ended: {error!r}")
         for job in list(self._jobs.values()):
             self._end(job, "error", failed)
-
-
-def _masks(jobs: Sequence[Job]) -> tuple[list[np.ndarray | None], dict[int, Exception]]:
-    """Which tokens may come next in each choice, and by the number of its sequence what went wrong with that."""
-    masks: list[np.ndarray | None] = []
-    errors: dict[int, Exception] = {}
-    for job in jobs:
-        try:
-            masks.append(job.allowed())
-        except Exception as error:
-            masks.append(None)
-            errors[job.sequence.number] = error
-    return masks, errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -110,3 +111,16 @@ def make_jobs(
         answer = TokenAnswer(request) if tokenizer is None else Output(request, tokenizer)
         jobs.append(Job(request, sequence, chooser, answer))
     return jobs
+
+
+def masks_of(jobs: Items[Job]) -> tuple[list[np.ndarray | None], dict[int, Exception]]:
+    """Which tokens may come next in each choice, and by the number of its sequence what went wrong with that."""
+    masks: list[np.ndarray | None] = []
+    errors: dict[int, Exception] = {}
+    for job in jobs:
+        try:
+            masks.append(job.allowed())
+        except Exception as error:
+            masks.append(None)
+            errors[job.sequence.number] = error
+    return masks, errors

@@ -22,10 +22,11 @@ class Room:
     media_tokens: int
 
 
-def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spare: int) -> int:
+def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spare: int, sharing: int = 1) -> int:
     """Blocks of the pool, beside `spare` ones for the rows that pad a pass, which count among the bytes.
 
-    Raises ConfigError where there is no room for a block, or the limits make no sense.
+    sharing: how many processes, this one among them, are to have their parts of the device's memory. Raises ConfigError
+    where there is no room for a block, or the limits make no sense.
     """
     _check(room, limits, context)
     size = model.backend.kv_cache.block_size
@@ -34,13 +35,15 @@ def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spar
     if room.cache_bytes is not None:
         return _blocks(room.cache_bytes, model, spare, f"cache_bytes is {room.cache_bytes}")
     device = model.backend.device
-    free, share = device.free_memory(), HOST_SHARE if device.name == "cpu" else SHARE
+    free, share = device.free_memory() // sharing, HOST_SHARE if device.name == "cpu" else SHARE
     largest = model.pass_bytes(limits.pass_tokens, limits.max_sequences, limits.pass_patches, room.media_tokens)
+    for_each = f" for each of {sharing} ranks" if sharing > 1 else ""
     blocks = _blocks(
         int(share * free) - largest,
         model,
         spare,
-        f"{free / 2**30:.2f} GiB of {device.name} are free, of which {share:.0%} may be used, and the largest pass takes "
+        f"{free / 2**30:.2f} GiB of {device.name} are free{for_each}, of which {share:.0%} may be used, and the largest "
+        f"pass takes "
         f"{largest / 2**30:.2f} GiB (lower pass_tokens, pass_patches or media_tokens)",
     )
     return min(blocks, limits.max_sequences * -(-context // size))  # more would never be used by what runs

@@ -97,9 +97,11 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A pass: copies of blocks first, then the media whose features are missing, then the pieces, end to end."""
+    """A pass: features that are let go and copies of blocks first, then the media whose features are missing, then the
+    pieces, end to end."""
 
     adapter: str
+    forget: Items[bytes]
     copies: Items[Copy]
     encode: Items[tuple[bytes, Medium]]
     pieces: Items[Piece]
@@ -171,11 +173,13 @@ class Scheduler:
             if made.pieces:
                 self._last_adapter = adapter
                 copies, self._copies = self._copies, []
-                return Plan(adapter, copies, made.encode, made.pieces)
+                return Plan(adapter, self.vision.forgotten(), copies, made.encode, made.pieces)
         return None
 
     def ran(self, plan: Plan) -> None:
         """The pass is in the cache: its blocks can be found, and features that no later chunk needs are let go."""
+        for key, _ in plan.encode:
+            self.vision.computed(key)
         for piece in plan.pieces:
             sequence = piece.sequence
             assert sequence.held is not None

@@ -1,18 +1,18 @@
-"""Merged features of pictures and videos, kept as long as chunks need them, and then until their room is needed."""
+"""Which merged features of pictures and videos are kept: as long as chunks need them, then until there is no room.
+
+Decides on integers alone; the features are where the passes run (runner.py), on each rank.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from duetvl.core.batch import PatchBytes, Rows, Sample
 from duetvl.core.family import Placed
-
-Tensor = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def _digest(rows: Rows, grid: np.ndarray, seconds: float | None) -> bytes:
 class _Entry:
     tokens: int
     holders: set[int] = field(default_factory=set)
-    features: Tensor | None = None
+    computed: bool = False
 
 
 class VisionCache:
@@ -97,6 +97,7 @@ class VisionCache:
     def __init__(self, room: int):
         self.room = room
         self._entries: dict[bytes, _Entry] = {}  # those used longest ago first
+        self._forgotten: list[bytes] = []  # since `forgotten` was last asked
 
     @property
     def held(self) -> int:
@@ -121,20 +122,19 @@ class VisionCache:
             for old in list(self._unheld()):
                 if self.held + self.cached + tokens <= self.room:
                     break
-                del self._entries[old]
+                self._forget(old)
         entry.holders.add(holder)
         self._entries[key] = entry
         return True
 
-    def put(self, key: bytes, features: Tensor) -> None:
-        """The features of an entry that is held."""
-        self._entries[key].features = features
+    def computed(self, key: bytes) -> None:
+        """The features of an entry that is held are there."""
+        self._entries[key].computed = True
 
-    def get(self, key: bytes) -> Tensor:
-        """The features of an entry that has them."""
-        features = self._entries[key].features
-        assert features is not None, "features are asked for before they were computed"
-        return features
+    def forgotten(self) -> list[bytes]:
+        """The keys whose features, where they were ever computed, are to be let go; each is told once."""
+        keys, self._forgotten = self._forgotten, []
+        return keys
 
     def release(self, key: bytes, holder: int) -> None:
         """Let go; nothing happens where the entry was not held. What was never computed is forgotten."""
@@ -142,8 +142,12 @@ class VisionCache:
         if entry is None:
             return
         entry.holders.discard(holder)
-        if not entry.holders and entry.features is None:
-            del self._entries[key]
+        if not entry.holders and not entry.computed:
+            self._forget(key)
+
+    def _forget(self, key: bytes) -> None:
+        del self._entries[key]
+        self._forgotten.append(key)
 
     def _unheld(self) -> Iterator[bytes]:
         return (key for key, entry in self._entries.items() if not entry.holders)
@@ -151,4 +155,4 @@ class VisionCache:
     def check(self) -> None:
         """Assert that what is kept has its room and was computed, or is held."""
         assert self.held + self.cached <= self.room
-        assert all(entry.features is not None for entry in self._entries.values() if not entry.holders)
+        assert all(entry.computed for entry in self._entries.values() if not entry.holders)

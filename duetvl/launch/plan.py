@@ -16,11 +16,13 @@ from duetvl.core.errors import ConfigError
 
 RANK: Final = Path(__file__).with_name("rank.py")
 LAUNCHER: Final = "DUETVL_LAUNCHER"  # the number of the process whose screen is rank 0's
+PLACE: Final = "DUETVL_LAUNCH_PLACE"  # the directory of this start, known to its ranks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as this node takes part in it. `words` are those of the command that every rank runs."""
+    """A run as this node takes part in it. `words` are those of the command that every rank runs; `survives` are the
+    signals that interrupt it and do not end it."""
 
     backend: str
     words: tuple[str, ...]
@@ -29,6 +31,7 @@ class Plan:
     node_rank: int = 0
     master: str | None = None
     restarts: int = 0
+    survives: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         least, most = self._nodes()
@@ -105,6 +108,7 @@ class Plan:
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
             "PATH": f"{_python_in(place)}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             LAUNCHER: str(os.getpid()),
+            PLACE: str(place),
         }
 
 
@@ -130,11 +134,17 @@ def log_directory(base: Path | None) -> Path:
     return ((base or Path("launch-logs")) / name).resolve()
 
 
-def check_words(words: Sequence[str]) -> None:
-    """Raise ConfigError where what follows `--` on the command line is no `train`."""
-    if not words or words[0] != "train":
+def own_place() -> Path | None:
+    """Where a process that `duetvl launch` started finds its logs and leaves its failure; None in any other."""
+    place = os.environ.get(PLACE)
+    return None if place is None else Path(place)
+
+
+def check_words(words: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ConfigError where what follows `--` on the command line is none of the commands that ranks run."""
+    if not words or words[0] not in known:
         found = " ".join(words[:1]) or "nothing"
         raise ConfigError(
-            f"launch: after -- comes the command that every rank runs, found {found}: duetvl launch --nproc 8 -- "
-            f"train RECIPE ..."
+            f"launch: after -- comes the command that every rank runs ({', '.join(known)}), found {found}: duetvl "
+            f"launch --nproc 8 -- train RECIPE ..."
         )

@@ -1,7 +1,7 @@
 """One rank, as torchrun or msrun starts it: says who it is, has its output go where it belongs, runs its command.
 
 `python rank.py PLACE`: the words of the command are in PLACE, and there it leaves its process number, the log of any
-rank but the first, and, unless it is killed, its exit status.
+rank but the first, and, unless it is killed, its exit status; `returned` behind it: the command came to its end.
 """
 
 from __future__ import annotations
@@ -51,20 +51,21 @@ def main() -> int:
     leave(place / f"{name}.pid", str(os.getpid()))
     from duetvl.cli import main as command
 
-    status = 1
+    status, how = 1, ""
     try:
         status = command(json.loads((place / "words.json").read_text()))
+        how = " returned"
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     finally:
-        leave(place / f"{name}.status", str(status))
-    return 0 if is_meant(status) else status
+        leave(place / f"{name}.status", f"{status}{how}")
+    return 0 if is_meant(status, returned=bool(how)) else status
 
 
-def is_meant(status: int) -> bool:
+def is_meant(status: int, *, returned: bool) -> bool:
     """Whether torchrun or msrun must not see this as a failure, after which they kill the others or start again."""
     elastic = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    return status > 128 or (elastic and status == 2)
+    return status > 128 or (status == 1 and returned) or (elastic and status == 2)
 
 
 if __name__ == "__main__":

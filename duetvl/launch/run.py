@@ -76,6 +76,7 @@ class _Rank:
     signalled: int = 0  # how many signals have been passed to it
     status: int | None = None
     ended: bool = False
+    returned: bool = False  # its status is the command's own
     lost: bool = False  # it was seen to have ended without a status, before any other was
     stuck: bool = False  # it did not end by itself
 
@@ -115,7 +116,7 @@ class _Start:
             patience = self._patience()
             since = None if patience is None else since or time.monotonic()
             late = patience is not None and since is not None and time.monotonic() - since > patience
-            if late or len(self.signals.caught) > 2:
+            if late or self._ending(len(self.signals.caught)) > 2:
                 return
             time.sleep(_PERIOD)
 
@@ -164,7 +165,8 @@ class _Start:
             if not rank.ended and not self._alive(rank):
                 rank.ended = True
                 with suppress(FileNotFoundError):
-                    rank.status = int((self.place / f"{rank.name}.status").read_text())
+                    status, _, how = (self.place / f"{rank.name}.status").read_text().partition(" ")
+                    rank.status, rank.returned = int(status), bool(how)
                 rank.lost = first and rank.status is None
 
     def _alive(self, rank: _Rank) -> bool:
@@ -183,11 +185,16 @@ class _Start:
         """Each signal once to every rank; they have the time to save that the run grants them."""
         for rank in self.ranks.values():
             if not rank.ended and rank.name != "scheduler":
-                for number in self.signals.caught[rank.signalled : 2]:
-                    self._send(rank, number)
-                rank.signalled = len(self.signals.caught)
+                for place, number in enumerate(self.signals.caught[rank.signalled :], rank.signalled):
+                    if number in self.plan.survives or self._ending(place) < 2:
+                        self._send(rank, number)
+                    rank.signalled = place + 1
         if self.signals.caught and not self.ranks:
             self._engine.terminate()
+
+    def _ending(self, place: int) -> int:
+        """How many of the first signals are to end the run."""
+        return sum(number not in self.plan.survives for number in self.signals.caught[:place])
 
     def _send(self, rank: _Rank, number: int) -> None:
         if self._alive(rank):
@@ -201,13 +208,15 @@ class _Start:
         statuses = [rank.status for rank in workers]
         if len(workers) == self.plan.nproc and all(status == 0 for status in statuses):
             return 0
-        if self.signals.caught:
-            return 128 + self.signals.caught[0]
+        if ends := [number for number in self.signals.caught if number not in self.plan.survives or not workers]:
+            return 128 + ends[0]
         if USER_ERROR in statuses:
             self._tell_user_error(workers)
             return USER_ERROR
         if stopped := [status for status in statuses if status is not None and status > 128]:
             return stopped[0]
+        if len(workers) == self.plan.nproc and all(rank.status == 0 or rank.returned for rank in workers):
+            return 1  # what the command has to say, such as that an answer failed
         self.failed = True
         self._tell_failure()
         return 1

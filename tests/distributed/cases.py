@@ -240,7 +240,7 @@ def answers_of_a_model_over_context_parallelism(be: Backend) -> None:
 
 
 def imported(module: str, name: str) -> None:
-    """A check of steps.py or whole_runs.py, which the ranks import alone: pytest knows this directory as a package."""
+    """A check of a module that the ranks import alone: pytest knows this directory as a package."""
 
     def check(be: Backend) -> None:
         getattr(import_module(module), name)(be)
@@ -271,6 +271,11 @@ for each in (
     "check_memory_of_one_rank",
 ):  # fmt: skip
     imported("whole_runs", each)
+
+
+# -- answering (engines.py) --------------------------------------------------------------------------------------------
+
+imported("engines", "check_engines")
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------

@@ -552,7 +552,7 @@ def test_the_cache_is_what_was_asked_for(be, models):
         tensors = (*engine.runner.cache.keys, *engine.runner.cache.values)
         taken = sum(int(np.prod(tensor.shape)) * 4 for tensor in tensors)
         assert taken == given // block * block
-        spare = engine.runner.padding.most if engine.runner.padding else 0
+        spare = engine.padding.most if engine.padding else 0
         assert engine.scheduler.pool.size == given // block - spare
     assert Engine(model, cache_tokens=17).scheduler.pool.size == 3
     free = model.backend.device.free_memory()

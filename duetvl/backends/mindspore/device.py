@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Final
 
 import mindspore as ms
 
 from duetvl.core.host_memory import free_host_memory
+
+# An Atlas 300I DUO (310P), and the first generation of 910; those of the second have a digit behind the letter.
+_NO_BFLOAT16: Final = re.compile(r"Ascend(310P\d*|910(A|B|Pro[AB]|PremiumA))")
 
 
 class MindSporeDevice:
@@ -41,7 +46,9 @@ class MindSporeDevice:
         return self.total_memory() - int(ms.runtime.memory_allocated())
 
     def supports(self, dtype: str) -> bool:
-        return dtype in ("float32", "bfloat16", "float16")
+        if dtype == "bfloat16":
+            return not _NO_BFLOAT16.fullmatch(self.product)
+        return dtype in ("float32", "float16")
 
     def profile(self, directory: Path) -> AbstractContextManager[None]:
         return _profile(directory)

@@ -48,6 +48,8 @@ class TorchDevice:
         return int(module.mem_get_info(self.place)[0] + unused)
 
     def supports(self, dtype: str) -> bool:
+        if dtype == "bfloat16" and self.place.type == "npu":  # an Atlas 300I DUO has none
+            return bool(self._module.is_bf16_supported())
         return dtype in ("float32", "bfloat16", "float16")
 
     def profile(self, directory: Path) -> AbstractContextManager[Any]:

@@ -1,0 +1,155 @@
+"""Commands that answer, over many ranks: these are started, rank 0 runs the command, the others follow its engine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Final
+
+from duetvl.api import Model, load_model
+from duetvl.convert.opening import open_model
+from duetvl.core.backend import AUTO, Backend, choose_backend, load_backend
+from duetvl.core.errors import ConfigError
+from duetvl.core.mesh import Mesh
+from duetvl.core.ranks import Ranks
+from duetvl.inference.lead import Adapt, Follower, Lead, Load, connect
+from duetvl.launch.plan import Plan, log_directory, own_place
+from duetvl.launch.run import USER_ERROR, launch
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.parallel.division import Division
+from duetvl.training.failures import ending_alone
+
+FOLLOWED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by rank 0 alone
+_ENDING: Final = threading.Lock()  # whichever thread notices first has the word; it ends the process
+_NOTHING_TO_SEE: Final = (0, USER_ERROR, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks of this command, as rank 0 sees them."""
+
+    backend: Backend
+    mesh: Mesh
+    lead: Lead
+
+    def load(self, path: str, *, dtype: str, adapter: Path | None, base: str | None) -> Model:
+        """Have every rank read its part of a model; this one's."""
+        with self.lead.telling(Load(path, dtype, adapter, base)):
+            return load_model(path, backend=self.backend, dtype=dtype, adapter=adapter, base=base, mesh=self.mesh)
+
+    def adapt(self, adapters: dict[str, Model]) -> None:
+        """Have the others lay on their parts what `Model.with_adapter` laid on this one's."""
+        with self.lead.telling(Adapt({name: str(model.adapter_directory) for name, model in adapters.items()})):
+            self.lead.ranks.together(lambda: None)
+
+
+def backend_name(args: argparse.Namespace) -> str:
+    """The backend that is asked for."""
+    return args.backend or os.environ.get("DUETVL_BACKEND") or AUTO
+
+
+def over_ranks(args: argparse.Namespace, run: Callable[[], int]) -> int:
+    """Run a command: over the ranks that it asks for, or as one of them. Its exit status.
+
+    On rank 0 `args.team` is then there for `session.load`; the other ranks do not run the command.
+    """
+    place = own_place()
+    if place is not None:
+        return _take_part(args, run, place)
+    mesh = mesh_of(args)
+    return run() if mesh.size == 1 else _start(args, mesh)
+
+
+def mesh_of(args: argparse.Namespace, count: int | None = None) -> Mesh:
+    """The ranks of `--nproc`, `--tp` and `--pp`; `count`: how many there are. ConfigError."""
+    count = args.nproc if count is None else count
+    given = " ".join(f"--{n} {value}" for n in ("nproc", "tp", "pp") if (value := getattr(args, n)) is not None)
+    if any(value is not None and value < 1 for value in (args.nproc, args.tp, args.pp)):
+        raise ConfigError(f"{given}: ranks are counted from 1")
+    pp = args.pp or (1 if args.tp is None or count is None else max(count // args.tp, 1))
+    tp = args.tp or (1 if count is None else max(count // pp, 1))
+    if count is not None and tp * pp != count:
+        possible = ", ".join(f"--tp {count // n} --pp {n}" for n in range(1, count + 1) if count % n == 0)
+        raise ConfigError(f"{given}: tp x pp is the number of ranks, which is {count}; possible are {possible}")
+    return Mesh(pp=pp, tp=tp)
+
+
+def check_degrees(mesh: Mesh, config: ModelConfig) -> None:
+    """Raise ConfigError for degrees that a model cannot have; it names those that it can."""
+    layers = config.text.num_layers
+    if mesh.pp > layers:
+        raise ConfigError(
+            f"--pp {mesh.pp}: the language model has {layers} layers, of which each stage needs one at least; possible "
+            f"are 1 to {layers}"
+        )
+    try:
+        Division.of(config, mesh, 0)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("parallel.tp", "--tp")) from None
+
+
+def _start(args: argparse.Namespace, mesh: Mesh) -> int:
+    """Start the ranks on this machine, with the words of this command."""
+    if args.model is not None:
+        check_degrees(mesh, open_model(args.model, base=args.base, weights=False).config)
+    backend = choose_backend(backend_name(args), args.device or "auto")
+    logs = log_directory(args.log_dir) if args.log_dir else Path(tempfile.mkdtemp(prefix="duetvl-ranks-"))
+    survives = (signal.SIGINT,) if args.command == "chat" else ()
+    status = launch(Plan(backend, (*args.argv, "--backend", backend), mesh.size, survives=survives), logs, logs)
+    if not args.log_dir and status in _NOTHING_TO_SEE:
+        rmtree(logs, ignore_errors=True)
+    return status
+
+
+def _take_part(args: argparse.Namespace, run: Callable[[], int], place: Path) -> int:
+    backend = load_backend(backend_name(args), device=args.device or "auto")
+    backend.collectives.start()
+    ranks = Ranks(backend.collectives)
+    mesh = mesh_of(args, ranks.count)
+    if ranks.count == 1:
+        return run()
+    line = connect(backend)
+    if ranks.index == 0:
+        args.team = Team(backend, mesh, Lead(ranks, line, range(1, ranks.count)))
+        return _lead(args.team.lead, run, place)
+    for number in FOLLOWED:
+        signal.signal(number, signal.SIG_IGN)
+    with ending_alone(ranks, place):
+        Follower(ranks, line, lambda told: _part(told, backend, mesh), _adapted).follow(0)
+    return 0
+
+
+def _part(told: Load, backend: Backend, mesh: Mesh) -> Model:
+    return load_model(told.path, backend=backend, dtype=told.dtype, adapter=told.adapter, base=told.base, mesh=mesh)
+
+
+def _adapted(model: Model, directory: str) -> Model:
+    return model.with_adapter(directory)
+
+
+def _lead(lead: Lead, run: Callable[[], int], place: Path) -> int:
+    threading.Thread(target=_watch, args=(lead, place), name="duetvl ranks", daemon=True).start()
+    try:
+        return run()
+    except BaseException:
+        if not lead.over:
+            raise
+        with _ENDING, ending_alone(lead.ranks, place):
+            raise
+    finally:
+        lead.end()
+
+
+def _watch(lead: Lead, place: Path) -> None:
+    """End this process soon after another rank has gone, whatever it is waiting for."""
+    error = lead.wait_for_loss()
+    if error is not None:
+        with _ENDING, ending_alone(lead.ranks, place):
+            raise error
