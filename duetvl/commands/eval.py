@@ -214,7 +214,8 @@ def _answer_all(args: argparse.Namespace, run: RunAnswers, source: Source, say: 
         say(f"{args.output}: {total - len(missing)} of {total} questions are answered already")
     if not missing:
         return
-    count = min(args.nproc or 1, len(missing))
+    copies = 1 if args.team else args.nproc or 1
+    count = min(copies, len(missing))
     with _watched(run) as look:
         if count == 1:
             _keep(args, run, source, 0, 1, look)
