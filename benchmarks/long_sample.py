@@ -103,7 +103,7 @@ def measure(name: str, place: Path, tokens: int) -> dict[str, Any]:
     result = trainer.step(work, 1e-5, 0)
     wall, processor = time.monotonic() - clock, time.process_time() - processor
     (one,) = work.batches
-    load = Load(one.tokens, one.trained_tokens, len(one.pixel_rows))
+    load = Load(one.tokens, one.trained_tokens, len(one.pixel_rows), (SIDE // 14) ** 2)
     found = estimate(job.model.config, recipe, load, 1, None, job.division)
     row = {
         "peak": status("VmHWM") - program - batch, "estimate": found.peak, "step": status("VmHWM") - held,
