@@ -103,7 +103,7 @@ def measure(name: str, place: Path, tokens: int) -> dict[str, Any]:
     result = trainer.step(work, 1e-5, 0)
     wall, processor = time.monotonic() - clock, time.process_time() - processor
     (one,) = work.batches
-    load = Load(one.tokens, one.trained_tokens, len(one.pixel_rows))
+    load = Load(one.tokens, one.trained_tokens, len(one.pixel_rows), (SIDE // 14) ** 2)
     found = estimate(job.model.config, recipe, load, 1, None, job.division)
     row = {
         "peak": status("VmHWM") - program - batch, "estimate": found.peak, "step": status("VmHWM") - held,
@@ -150,7 +150,9 @@ def report(rows: dict[str, dict[str, Any]], command: str) -> str:
         f"{torch.__version__}; load {os.getloadavg()[0]:.1f} at the end. One sample of {tokens} tokens, nearly all of "
         "them of one video, one training step. Memory in MiB, of the rank with most, above the imported program and "
         "the batch, beside the estimate of `duetvl check`; how much of it comes and goes with the step; the batch as "
-        "it lies in the host's memory. Seconds of the processors are those of all ranks together.",
+        "it lies in the host's memory: the frames as bytes, all of them on each rank. Seconds of the processors are those "
+        "of all ranks together. Beyond a quarter are the weights and the rows of them that a rank updates; and where "
+        "four ranks exchange heads for rows and the model has two key heads, each of these is on two ranks.",
         "",
         f"| layout | {' | '.join(COLUMNS)} |",
         f"|---|{'---:|' * len(COLUMNS)}",

@@ -85,7 +85,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
         trainer.step(work, 1e-5, number)
     sent, calls = ({k: n - old.get(k, 0) for k, n in now.items()} for now, old in zip(
         (backend.collectives.traffic, backend.collectives.calls), before, strict=True))  # fmt: skip
-    load, adapters = Load(TOKENS, batches[0].trained_tokens, PATCHES), plan.adapters if plan else None
+    load, adapters = Load(TOKENS, batches[0].trained_tokens, PATCHES, PATCHES), plan.adapters if plan else None
     found = estimate(config, recipe, load, MICRO_BATCHES, adapters, division)
     trained = Trained.of(config, recipe.model.dtype, recipe.model.freeze, adapters)
     least = step_traffic(config, trained, division, load, MICRO_BATCHES, recipe.train.recompute)

@@ -72,6 +72,12 @@ class Draft:
         return int(sum(grids.prod(axis=1).sum() for grids in (self.image_grid_thw, self.video_grid_thw)))
 
     @property
+    def largest_frame(self) -> int:
+        """Patch rows of the largest picture, or of two frames of a video."""
+        grids = np.concatenate([self.image_grid_thw, self.video_grid_thw])
+        return int(grids[:, 1:].prod(axis=1).max(initial=0))
+
+    @property
     def has_media(self) -> bool:
         """Whether there is anything to decode."""
         return bool(self.media)

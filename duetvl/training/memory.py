@@ -92,8 +92,11 @@ def memory_of(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, dr
 
 def load_of(recipe: Recipe, drafts: Iterable[Any]) -> tuple[Load, int] | None:
     """See `largest_load`, from drafts of some samples; None where none of them can be used."""
-    sizes = [(d.tokens, d.trained_tokens, d.patches) for d in drafts if isinstance(d, Draft)]
-    return largest_load(recipe, sizes) if sizes else None
+    drafts = [draft for draft in drafts if isinstance(draft, Draft)]
+    if not drafts:
+        return None
+    load, count = largest_load(recipe, [(d.tokens, d.trained_tokens, d.patches) for d in drafts])
+    return replace(load, frame=max(d.largest_frame for d in drafts)), count
 
 
 def largest_load(recipe: Recipe, sizes: Sequence[tuple[int, int, int]]) -> tuple[Load, int]:
@@ -143,7 +146,7 @@ def estimate(
     weights += owned.stored(copied)
     gradients, state = trained.gradients(), owned.optimizer_state(recipe.optim.state_dtype)
     cp = division.mesh.cp
-    own = Load(math.ceil(load.tokens / cp), math.ceil(load.trained / cp), load.patches)
+    own = replace(load, tokens=math.ceil(load.tokens / cp), trained=math.ceil(load.trained / cp))
     work = activations(config, every, own, recipe.train.recompute, held_sizes(config, division))
     kept = math.ceil(work.kept * _tapes(division, micro_batches))
     before = gradients if micro_batches > 1 else 0

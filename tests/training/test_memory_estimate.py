@@ -145,7 +145,9 @@ def test_ranks_of_a_sequence_hold_their_rows(tiny):
     often."""
     config, load = load_config(tiny.directory("qwen2.5-tied")), Load(400, 200, 96)
     whole = estimate(config, recipe_of(), load)
-    divided = estimate(config, recipe_of(parallel={"cp": 4, "cp_algorithm": "ring"}), load)
+    ring = recipe_of(parallel={"cp": 4, "cp_algorithm": "ring"})
+    divided, with_picture = (estimate(config, ring, Load(400, 200, 96, frame)) for frame in (0, 96))
+    assert with_picture.activations > divided.activations, "one rank has the whole picture"
     exchanged = estimate(config, recipe_of(parallel={"cp": 4, "cp_algorithm": "ulysses"}), load)
     assert divided.activations == pytest.approx(whole.activations / 4, rel=0.01)
     assert divided.gradients == whole.gradients

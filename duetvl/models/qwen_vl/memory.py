@@ -25,11 +25,13 @@ BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Load:
-    """What a micro-batch holds. `trained` tokens meet the vocabulary."""
+    """What a micro-batch holds. `trained` tokens meet the vocabulary; `frame`: the patches of the largest frame, which
+    lies on one rank."""
 
     tokens: int
     trained: int
     patches: int = 0
+    frame: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def activations(
 ) -> Activations:
     """What a pass forward and backward over a load keeps and makes; `held` of a model that is divided over ranks."""
     held = held or Held.all_of(config)
-    load = replace(load, patches=math.ceil(load.patches * held.patches))
+    load = replace(load, patches=max(math.ceil(load.patches * held.patches), min(load.frame, load.patches)))
     tape = _tape(config, held, load, trained, recompute)
     forward, backward, end = _passing(config, held, load, trained)
     return Activations(tape.bytes, forward, backward + tape.again, end)
