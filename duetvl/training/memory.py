@@ -189,6 +189,7 @@ def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
         vision=parallel.vision,
         stages=stages_of(parallel, config),
         ulysses=exchanging(parallel, config),
+        zero=parallel.zero,
     )
 
 

@@ -24,7 +24,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
-from duetvl.parallel.division import Division, VisionMode
+from duetvl.parallel.division import Division, VisionMode, ZeroMode
 from duetvl.parallel.pipeline import passes_of, placed
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import Objective, TokenLoss
@@ -79,6 +79,9 @@ class Some:
     def all_gather(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Any:
         return self.world.all_gather(x, group or self.everyone, sizes)
 
+    def reduce_scatter(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Any:
+        return self.reduce_scatter_later(x, group, sizes).wait()
+
     def reduce_scatter_later(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Pending:
         return self.world.reduce_scatter_later(x, group or self.everyone, sizes)
 
@@ -114,6 +117,7 @@ class Tiny:
     vision: VisionMode = "shard"
     stages: Stages | None = None  # of a pipeline; they say how many layers there are
     ulysses: int | None = None  # ranks that exchange heads; None: all of context parallelism
+    zero: ZeroMode = 1
 
     def config(self) -> ModelConfig:
         depth, layers = self.stages.layers if self.stages else (1, 1)
@@ -130,7 +134,7 @@ class Tiny:
 
     def division(self, mesh: Mesh, rank: int) -> Division:
         how = {"sequence": self.sequence, "vision": self.vision, "stages": self.stages, "ulysses": self.ulysses}
-        return Division.of(self.config(), mesh, rank, **how)
+        return Division.of(self.config(), mesh, rank, zero=self.zero, **how)
 
     def model(self, be: Backend, division: Division) -> QwenVL:
         """What this rank has of it."""
@@ -159,6 +163,7 @@ class Tiny:
                 if division.holds(path)
             }
             model.put_adapters(adapters, own)
+        model.recompute = "full" if self.zero == 3 else "none"
         return placed(model, division, be)
 
 
@@ -196,6 +201,11 @@ def mixed() -> Packs:
 def text(first: int = 11) -> Packs:
     """Four packs without a picture."""
     return [[sample(first + i)] for i in range(4)]
+
+
+def for_three() -> list[Dealt]:
+    """Steps for three ranks: of packs of every kind, and of a single pack."""
+    return [deal(mixed(), 3), [(), mixed()[:1], ()]]
 
 
 def untrained(number: int = 31) -> Packs:
@@ -439,6 +449,27 @@ def check_preferences(be: Backend) -> None:
     for a, b in zip(found.whole.results, found.part.results, strict=True):
         assert a is not None and b is not None
         np.testing.assert_allclose(list(b.values.values()), list(a.values.values()), rtol=1e-4, atol=1e-6)
+
+
+def check_sharded(be: Backend) -> None:
+    """Weights divided over replicas: with uneven packs, pictures on one rank alone, ranks without a pack, a frozen
+    tower, adapters, preferences, half precision; together with context and tensor parallelism."""
+    seen, none = mixed(), ()
+    schedule = [deal(mixed(), 2), deal(text(), 2), [seen[3:4], seen[1:2]], [none, seen[:3]], [text(), none]]
+    found = compared(be, Tiny("qwen2_vl", zero=3), Mesh(dp=2), schedule)
+    if found:
+        held = found.trainer.model.parameters
+        assert held["model.layers.0.mlp.up_proj.weight"].shape == (25, 32)
+        assert found.trainer.owned["visual.merger.mlp.0.weight"] is held["visual.merger.mlp.0.weight"]
+        assert held["model.norm.weight"].part is None
+        batch = found.trainer.model.pack(seen[0])
+        evaluated = found.trainer.evaluate([batch] * (1 + 8 * found.trainer.ranks.index))
+        assert evaluated.tokens == 10 * batch.trained_tokens
+    compared(be, Tiny("qwen2_5_vl", zero=3), Mesh(dp=3), for_three())
+    for mesh in (Mesh(dp=2, tp=2), Mesh(tp=3), Mesh(dp=2, cp=2)):
+        for family in VISION:
+            tiny = Tiny(family, zero=3, sequence=mesh.tp == 2, vision="divide" if mesh.tp == 2 else "shard")
+            compared(be, tiny, mesh, [deal(mixed(), mesh.dp), deal(text(), mesh.dp)])
 
 
 def check_half(be: Backend) -> None:
