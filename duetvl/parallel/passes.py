@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Final, Protocol
+from itertools import chain, islice
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from duetvl.models.vocabulary import LastStage
 
 Tensor = Any
 Outputs = tuple[Tensor, ...]
-
-TOGETHER: Final = 8  # batches of an evaluation for which ranks in lockstep agree at once
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,9 @@ class Passes(Protocol):
         """
         ...
 
-    def groups(self, batches: Iterable[Batch]) -> Iterator[Sequence[Batch]]:
-        """The batches of an evaluation, as many at a time as should be run together: as many groups on each rank that
-        has to run when this one does."""
+    def together(self, groups: Iterable[Iterable[Batch]]) -> Iterator[Sequence[Batch]]:
+        """The batches of an evaluation, of which all ranks have as many groups: as many at a time as should be run
+        together."""
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
@@ -103,9 +101,9 @@ class InOrder:
             found.append(outputs)
         return found
 
-    def groups(self, batches: Iterable[Batch]) -> Iterator[Sequence[Batch]]:
+    def together(self, groups: Iterable[Iterable[Batch]]) -> Iterator[Sequence[Batch]]:
         """One by one."""
-        return in_groups(batches, 1)
+        return some_of(groups, 1)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
         """See `Passes`."""
@@ -148,11 +146,9 @@ class Lockstep:
             found.extend([outputs] * own)
         return found
 
-    def groups(self, batches: Iterable[Batch]) -> Iterator[Sequence[Batch]]:
-        """Some at a time, until no rank has any left."""
-        left = iter(batches)
-        while self._ranks.any(len(some := list(islice(left, TOGETHER))) > 0):
-            yield some
+    def together(self, groups: Iterable[Iterable[Batch]]) -> Iterator[Sequence[Batch]]:
+        """Group by group, as other ranks do, also where this one has nothing of a group."""
+        return map(list, groups)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
         """See `Passes`."""
@@ -165,7 +161,7 @@ class Lockstep:
 
     def _agreed(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[bool]]:
         """(the passes of no rows that this rank runs before its own; of each of all, whether the tower runs in it)"""
-        told = self._ranks.each([len(one.batch.grids) > 0 for one in micro_batches])
+        told = Ranks(self.backend.collectives).each([len(one.batch.grids) > 0 for one in micro_batches])
         count = max(map(len, told))
         aligned = [[False] * (count - len(own)) + own for own in told]  # their last ones are one pass
         blank = MicroBatch(self._no_rows(), lambda trained: self._nothing)
@@ -181,13 +177,9 @@ class Lockstep:
         ops = self.backend.ops
         return (ops.sum(ops.cast(hidden, "float32")),)
 
-    @property
-    def _ranks(self) -> Ranks:
-        return Ranks(self.backend.collectives)
 
-
-def in_groups(batches: Iterable[Batch], count: int) -> Iterator[Sequence[Batch]]:
-    """So many at a time."""
-    left = iter(batches)
+def some_of(groups: Iterable[Iterable[Batch]], count: int) -> Iterator[Sequence[Batch]]:
+    """So many at a time, whatever group they are of."""
+    left = chain.from_iterable(groups)
     while some := list(islice(left, count)):
         yield some

@@ -22,7 +22,7 @@ from duetvl.models.qwen_vl.model import QwenVL, StageInput
 from duetvl.models.qwen_vl.sharding import Tower
 from duetvl.models.qwen_vl.stage import Between, Run, Stage
 from duetvl.parallel.division import Division
-from duetvl.parallel.passes import InOrder, Lockstep, MicroBatch, Outputs, Passes, in_groups
+from duetvl.parallel.passes import InOrder, Lockstep, MicroBatch, Outputs, Passes, some_of
 from duetvl.parallel.schedule import Action, Compute, Exchange, Message, Schedule, forward_only, one_f_one_b
 from duetvl.parallel.tensor import layout_of
 
@@ -67,9 +67,9 @@ class Pipeline:
         run = _Run(self, micro_batches, cotangent, before)
         return run.through(self._schedule(one_f_one_b, len(micro_batches)))
 
-    def groups(self, batches: Iterable[Batch]) -> Iterator[Sequence[Batch]]:
+    def together(self, groups: Iterable[Iterable[Batch]]) -> Iterator[Sequence[Batch]]:
         """See `Passes`."""
-        return in_groups(batches, 4 * self.division.stages.count)
+        return some_of(groups, 4 * self.division.stages.count)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
         """See `Passes`."""

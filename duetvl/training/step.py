@@ -252,9 +252,13 @@ class Trainer:
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective's means over the batches."""
+        return self.evaluate_groups([batches])
+
+    def evaluate_groups(self, groups: Iterable[Iterable[Batch]]) -> Evaluation:
+        """The same of batches that come in groups, of which all ranks have as many, with none or some batches each."""
         counted, found = np.zeros(2), np.zeros(1 + len(self.objective.logged))  # weight, tokens; loss, values
-        left = (batch for batch in batches if self.objective.weight(batch))
-        for some in self.passes.groups(left):
+        run = (filter(self.objective.weight, group) for group in groups)
+        for some in self.passes.together(run):
             for outputs in self.passes.evaluate(self._micro_batches(some, [()] * len(some))):
                 found += [*map(self._number, outputs)]
             for batch in some:
