@@ -86,6 +86,8 @@ class Division:
         stages: None for the vision tower on the first and the language model evenly on all. ulysses: of the ranks of
         context parallelism, how many exchange heads with each other; None for all.
         """
+        if zero == 3 and mesh.pp > 1:
+            raise ConfigError(f"parallel.zero 3 with parallel.pp {mesh.pp}: stages do not gather weights; take pp 1")
         heads = Heads.of(config)
         limits = {"query heads": heads.query, "heads in the vision tower": heads.vision}
         for what in limits if vision == "shard" else ["query heads"]:

@@ -82,7 +82,7 @@ def _gathered(trained: Trained, division: Division, load: Load, recompute: Recom
             sharing = division.sharing_used(path, shape)
             again = flows and modes[0 if vision else 1] == "block"
             each = trained.narrow * (1 + again) + 4 * (path in trained.paths)
-            sent += each * _ring(len(division.team(sharing.axes))) * math.prod(sharing.unit.shape)
+            sent = sent + each * _ring(len(division.team(sharing.axes))) * math.prod(sharing.unit.shape)
     return sent
 
 
