@@ -18,7 +18,7 @@ from duetvl.core.boxes import Shape
 from duetvl.core.params import Parameter, Weights
 from duetvl.models.qwen_vl.sharding import block_of
 from duetvl.parallel.differentiable import Team
-from duetvl.parallel.division import EVERYONE, REPLICAS, Division
+from duetvl.parallel.division import ALONE, EVERYONE, REPLICAS, Division
 from duetvl.parallel.units import Together, Unit, joined
 
 Tensor = Any
@@ -77,10 +77,10 @@ class BlockGather:
 
 @dataclass(frozen=True, eq=False)
 class Gathers:
-    """Of the leaves that a rank has some rows of, how they are gathered."""
+    """Of the leaves that a rank has some rows of, how they are gathered; by default it has all of each."""
 
-    division: Division
-    teams: Mapping[tuple[str, ...], Team]
+    division: Division = ALONE
+    teams: Mapping[tuple[str, ...], Team] = field(default_factory=dict)
     _units: dict[str, Unit | None] = field(default_factory=dict)
 
     @classmethod

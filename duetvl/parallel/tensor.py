@@ -9,7 +9,7 @@ are summed, each by the rank that has it, so that they need no communication of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Final
 
@@ -60,7 +60,7 @@ class RankLayout:
     division: Division
     team: Team
     context: Context
-    gathers: Gathers
+    gathers: Gathers = field(default_factory=Gathers)
 
     @property
     def peers(self) -> Sequence[RankLayout]:
