@@ -41,7 +41,7 @@ def duetvl_step(directory: Path, framework: str) -> Step:
     import duetvl
     from duetvl.core.batch import Pair
     from duetvl.data.loading import loader
-    from duetvl.parallel.pipeline import InOrder
+    from duetvl.parallel.passes import InOrder
     from duetvl.training.preference.dpo import PreferenceObjective, reference_of
     from duetvl.training.recipe.sections import DpoSection, OptimSection
     from duetvl.training.step import Trainer

@@ -24,6 +24,8 @@ from memory_estimate import CONFIG, PATCHES, TOKENS, samples, status
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "dp 2": {"parallel": {"dp": 2}},
+    "one process, recompute full": {"train": {"recompute": "full"}},
+    "dp 2, zero 3": {"parallel": {"dp": 2, "zero": 3}, "train": {"recompute": "full"}},
     "tp 2": {"parallel": {"tp": 2}},
     "tp 2, sequence": {"parallel": {"tp": 2, "sequence": True}},
     "tp 2, vision shard": {"parallel": {"tp": 2, "vision": "shard"}},

@@ -112,6 +112,9 @@ def test_check_shows_a_layout_for_many_processes_on_one(capsys, recipe):
     assert [line.split(":")[0] for line in lines if line.startswith("  tp ")] == ["  tp 0", "  tp 1"]
     assert any(line.startswith("  a rank sends about ") for line in lines)
     assert main(["train", str(recipe), "parallel.tp=2"]) == 2
+    assert main(["check", str(recipe), "parallel.dp=2", "parallel.zero=3", "train.recompute=full"]) == 0
+    told = capsys.readouterr().out
+    assert "  zero 3: a rank holds " in told and " of blocks gathered and their gradients" in told
     assert main(["check", str(recipe), "parallel.tp=2", "parallel.pp=2", *layers, *flat.split(), "parallel.tp=1"]) == 0
     told = capsys.readouterr().out
     assert "layout:" not in told and "schedule:" not in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,20 +77,35 @@ class Weights:
     def __getitem__(self, index: int) -> Any:
         block = self._children[str(index)]
         assert isinstance(block, Weights)
-        block._take()
-        return block
+        return block.taken()
 
     def get(self, name: str) -> Any | None:
         """The leaf or branch of this name, or None."""
         child = self._children.get(name)
         return self._leaves[child] if isinstance(child, str) else child
 
-    def _take(self) -> None:
+    @property
+    def leaves(self) -> Mapping[str, Any]:
+        """All leaves of the tree that this is a branch of, by their whole paths."""
+        return self._leaves
+
+    def taken(self) -> Weights:
+        """This branch as a block."""
         for child in self._children.values():
             if isinstance(child, str):
                 self._leaves[child]
             else:
-                child._take()
+                child.taken()
+        return self
+
+    def over(self, leaves: Mapping[str, Any]) -> Weights:
+        """The same branch, in which these leaves, by their whole paths, stand in the place of its own."""
+        return self._on(ChainMap(leaves, self._leaves))  # type: ignore[arg-type]  # it is never written to
+
+    def _on(self, leaves: Mapping[str, Any]) -> Weights:
+        branch = Weights(leaves, below=())
+        branch._children = {n: c if isinstance(c, str) else c._on(leaves) for n, c in self._children.items()}
+        return branch
 
 
 def split_trainable(parameters: Iterable[Parameter]) -> tuple[list[Parameter], list[Parameter]]:

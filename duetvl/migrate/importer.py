@@ -85,6 +85,9 @@ class _Import:
         made["model"] = {"path": self._path(), **made.pop("model"), **freeze(self.model, frozen, self.report)}
         made["data"] = {**data_section(self.data, self.report), **made.pop("data")}
         made["train"] |= recompute(self.model, self.script, self.report)
+        if made["parallel"].get("zero") == 3 and made["train"].get("recompute") != "full":
+            self.report.add("added", "train.recompute", "full, which parallel.zero 3 needs")
+            made["train"]["recompute"] = "full"
         made["parallel"] |= layers(self.model, self.script, made["parallel"]["pp"], config, self.devices.script)
         self._bound_evaluation(made)
         return {name: made[name] for name in _ORDER if made.get(name) or (name in ("lora", "dpo") and name in made)}

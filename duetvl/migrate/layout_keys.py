@@ -69,25 +69,29 @@ def parallel_section(script: Values, devices: Devices, report: Report) -> dict[s
         )
     report.add("used", "number of processes", f"{count} / {replica}: parallel.dp: {count // replica}")
     made = {"pp": made["pp"], "dp": count // replica, "cp": made["cp"], "tp": made["tp"]}
-    _replicas(script, made["dp"], report)
+    made |= _replicas(script, made["pp"], report)
     if script.switch("--sequence-parallel"):
         made["sequence"] = True
         report.add("used", "--sequence-parallel", "parallel.sequence: true")
     return made | _context(script, made["cp"], report)
 
 
-def _replicas(script: Values, dp: int, report: Report) -> None:
+def _replicas(script: Values, pp: int, report: Report) -> dict[str, Any]:
     """FSDP2 divides the parameters over the replicas."""
-    if script.switch("--use-torch-fsdp2"):
+    divides = script.switch("--use-torch-fsdp2")
+    if divides and pp == 1:
+        report.add("used", "--use-torch-fsdp2", "parallel.zero: 3, which needs train.recompute: full")
+    elif divides:
         report.add(
-            "changed", "--use-torch-fsdp2", f"parallel.dp: {dp} - parameters are divided over the replicas there, here "
-            f"each has all of them; for a model that is too large give parallel.tp",
+            "changed", "--use-torch-fsdp2", f"parallel.zero: 3 would divide the parameters over the replicas, and not "
+            f"with parallel.pp {pp}: each replica has all of its stages",
         )  # fmt: skip
     if path := script.text("--fsdp2-config-path"):
         report.add(
-            "changed", "--fsdp2-config-path", f"{path} is not read: model.dtype holds for all parts, and where it "
-            f"lists recompute_modules give train.recompute: language",
+            "changed", "--fsdp2-config-path", f"{path} is not read: model.dtype holds for all parts, and a block is "
+            f"what is gathered and run again",
         )  # fmt: skip
+    return {"zero": 3} if divides and pp == 1 else {}
 
 
 def _context(script: Values, cp: int, report: Report) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A layer does not know of ranks. Entering a divided region is a function that its input brings (`Tokens.rows`,
 `VisionInput.enter`), leaving it one that its leaf record may have (models/linear.py, models/vocabulary.py). Where a
-rank runs the layers on some of a batch's rows alone, its input has those, and attention sees the others. On one rank
-each of these is the identity.
+rank runs the layers on some of a batch's rows alone, its input has those, and attention sees the others. Where it has
+rows of a block's weights alone, the block's record has `gather`, which brings them together. On one rank each of these
+is the identity.
 
 T tokens, N rows whose next token is trained, D width, M merged features.
 """
@@ -18,7 +19,7 @@ import numpy as np
 
 from duetvl.core.boxes import Part, Shape
 from duetvl.core.ops import Ops
-from duetvl.core.params import Parameter
+from duetvl.core.params import Parameter, Weights
 from duetvl.core.spans import Spans
 from duetvl.models.attention import Attend, attend_within
 
@@ -29,6 +30,13 @@ Move = Callable[[Tensor], Tensor]
 def stay(x: Tensor) -> Tensor:
     """x: there is no region to enter, and nowhere to go."""
     return x
+
+
+def gathered(w: Weights) -> Weights:
+    """A block's leaves as it computes with them: its leaf `gather`, where it has one, brings together what ranks hold
+    of each. Called inside of what is run again, which keeps none of them."""
+    gather = w.get("gather")
+    return w if gather is None else gather(w)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +90,12 @@ class Layout(Divided, Protocol):
     """What a model asks of its division over ranks."""
 
     def records(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Any]:
-        """What `linear` and the vocabulary must know of these parameters, by the path of the record."""
+        """What `linear`, the vocabulary and `gathered` must know of these parameters, by the path of the record."""
+        ...
+
+    def whole(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
+        """What layers compute with of a parameter that this rank holds as `tensor`; `shape`: of the whole of it. The
+        ranks that hold parts of it call it together."""
         ...
 
     def attend(self, attend: Attend) -> Attend:
@@ -162,6 +175,10 @@ class Undivided:
     def records(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Any]:
         """None."""
         return {}
+
+    def whole(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
+        """tensor."""
+        return tensor
 
     def attend(self, attend: Attend) -> Attend:
         """The same."""

@@ -20,9 +20,10 @@ from duetvl.core.mesh import Mesh
 from duetvl.core.stages import ONE_STAGE, Stages
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.sharding import FEATURES, Heads, Owner, owner_of, shard_of, slices_of
+from duetvl.models.qwen_vl.sharding import FEATURES, Heads, Owner, block_of, owner_of, shard_of, slices_of
 
 VisionMode = Literal["divide", "shard"]
+ZeroMode = Literal[1, 3]
 REPLICAS: Final = ("dp", "cp")  # axes of the grid along which ranks hold the same part of what is cut
 EVERYONE: Final = ("dp", "cp", "tp")  # and of what is not
 ENDS: Final = "ends"  # in the place of an axis: the two stages that have a tied embedding
@@ -65,6 +66,7 @@ class Division:
     stages: Stages = ONE_STAGE
     tied: bool = False
     ulysses: int = 1
+    zero: ZeroMode = 1
 
     @classmethod
     def of(
@@ -77,12 +79,15 @@ class Division:
         vision: VisionMode = "divide",
         stages: Stages | None = None,
         ulysses: int | None = None,
+        zero: ZeroMode = 1,
     ) -> Division:
         """That of a model. Raises ConfigError for degrees that it cannot have, which names those that it can.
 
         stages: None for the vision tower on the first and the language model evenly on all. ulysses: of the ranks of
         context parallelism, how many exchange heads with each other; None for all.
         """
+        if zero == 3 and mesh.pp > 1:
+            raise ConfigError(f"parallel.zero 3 with parallel.pp {mesh.pp}: stages do not gather weights; take pp 1")
         heads = Heads.of(config)
         limits = {"query heads": heads.query, "heads in the vision tower": heads.vision}
         for what in limits if vision == "shard" else ["query heads"]:
@@ -106,7 +111,7 @@ class Division:
                 f"keys and values go round instead: parallel.cp_algorithm=ring, or hybrid with parallel.ulysses of at "
                 f"most {most}"
             )
-        return cls(mesh, heads, rank, sequence, vision, stages, config.tie_word_embeddings, ulysses)
+        return cls(mesh, heads, rank, sequence, vision, stages, config.tie_word_embeddings, ulysses, zero)
 
     def for_model(self, config: ModelConfig) -> Division:
         """The same of another model, such as a reference, whose layers are placed by default where it has others."""
@@ -120,6 +125,7 @@ class Division:
             vision=self.vision,
             stages=stages,
             ulysses=self.ulysses,
+            zero=self.zero,
         )
 
     @property
@@ -173,8 +179,8 @@ class Division:
     def teams(self) -> Sequence[tuple[str, ...]]:
         """The axes along which ranks of this grid may share a parameter, in an order that is the same on all of them,
         whatever each has of the model."""
-        found = [EVERYONE] if self.mesh.tp == 1 else [REPLICAS, EVERYONE, ("tp",)]
-        return [*found, (*found[0], ENDS)] if self._spans_stages else found
+        found: list[tuple[str, ...]] = [EVERYONE] if self.mesh.tp == 1 else [REPLICAS, EVERYONE, ("tp",)]
+        return [*found, *([(*found[0], ENDS)] if self._spans_stages else []), *([()] if self.zero == 3 else [])]
 
     @cached_property
     def _spans_stages(self) -> bool:
@@ -191,19 +197,44 @@ class Division:
 
     def part(self, path: str, shape: Shape) -> Part:
         """What this rank holds of a parameter whose whole has this shape."""
+        if not self.is_sharded(path, shape):
+            return self.used(path, shape)
+        unit, team = self.sharing_used(path, shape), self._replicas(path, shape)
+        rows = owned_rows(unit.unit.shape[0], len(team), path)[team.index(self.rank)]
+        return unit.unit.rows(rows.start, rows.stop)
+
+    def used(self, path: str, shape: Shape) -> Part:
+        """What it computes with, which is what it holds, or is gathered where it is used (`is_sharded`)."""
         if self._is_whole(path):
             return Part.all_of(shape)
         return Part(tuple(shape), slices_of(path, shape, self.heads, self.place("tp"), self.mesh.tp))
 
     def sharing(self, path: str, shape: Shape) -> Sharing:
         """Who holds it too."""
-        own = self.part(path, shape)
+        if self.is_sharded(path, shape):
+            return Sharing((), self.part(path, shape))
+        return self.sharing_used(path, shape)
+
+    def sharing_used(self, path: str, shape: Shape) -> Sharing:
+        """Who computes with it too."""
+        own = self.used(path, shape)
         ends = (ENDS,) if path == EMBEDDING and self._spans_stages else ()
         if self._is_whole(path):
             return Sharing((*EVERYONE, *ends), own, copies=1 if self._is_partial(path) else self.mesh.tp)
         if shard_of(path).unit == "kv_head" and self._overlapping:
             return Sharing(EVERYONE, Part.all_of(shape), own.slices.boxes[0].offset[0])
         return Sharing((*REPLICAS, *ends), own)
+
+    def is_sharded(self, path: str, shape: Shape) -> bool:
+        """Whether those who compute with the same numbers of a parameter hold some rows of it each: a block's weights
+        with ZeRO-3. Adapters are not: they are small. Nor is what has fewer rows than they are."""
+        if self.zero == 1 or is_adapter(path) or block_of(path) is None:
+            return False
+        return 1 < len(self._replicas(path, shape)) <= self.sharing_used(path, shape).unit.shape[0]
+
+    def _replicas(self, path: str, shape: Shape) -> list[int]:
+        """The ranks that compute with the same numbers of a parameter of a block."""
+        return self.mesh.ranks_along(*self.sharing_used(path, shape).axes, rank=self.rank)
 
     def _is_whole(self, path: str) -> bool:
         """Whether every rank of tensor parallelism has all of a parameter."""

@@ -1,16 +1,16 @@
-"""Micro-batches run through a model: on one rank one after the other, or through the stages of a pipeline.
+"""Micro-batches run through the stages of a pipeline.
 
-A pipeline follows a schedule (parallel/schedule.py). What a stage has made waits until the exchange that takes it to
+It follows a schedule (parallel/schedule.py). What a stage has made waits until the exchange that takes it to
 the next one; the receiver knows its shape from the micro-batch, which both have. Gradients go back the same way where
 anything before a stage is trained; behind a frozen tower none are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
@@ -18,108 +18,23 @@ from duetvl.core.batch import Batch
 from duetvl.core.boxes import Shape
 from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.params import Parameter
-from duetvl.models.layout import Trained
 from duetvl.models.qwen_vl.model import QwenVL, StageInput
 from duetvl.models.qwen_vl.sharding import Tower
 from duetvl.models.qwen_vl.stage import Between, Run, Stage
-from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.division import Division
+from duetvl.parallel.passes import InOrder, Lockstep, MicroBatch, Outputs, Passes, some_of
 from duetvl.parallel.schedule import Action, Compute, Exchange, Message, Schedule, forward_only, one_f_one_b
 from duetvl.parallel.tensor import layout_of
 
 Tensor = Any
-Outputs = tuple[Tensor, ...]
 Around = Callable[[Action], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A batch, what its last stage computes, which is asked for on the rank that has it, and the key of its pass.
-
-    It is asked with what the stage will be given of the batch's trained tokens.
-    """
-
-    batch: Batch
-    last: Callable[[Trained], LastStage]
-    key: tuple[int, ...] = ()
-
-
-class OneStageModel(Protocol):
-    """A model that runs whole."""
-
-    def forward(self, batch: Batch, last: LastStage, *, key: tuple[int, ...] = ()) -> tuple[Outputs, Tape]:
-        """What `last` makes of a batch, and the tape of it."""
-        ...
-
-    def evaluate(self, batch: Batch, last: LastStage) -> Outputs:
-        """The same without a tape."""
-        ...
-
-    def trained(self, batch: Batch) -> Trained:
-        """Which of the batch's trained tokens these give to `last` on this rank."""
-        ...
-
-
-class Passes(Protocol):
-    """How micro-batches are run. All ranks that have the same ones call the same functions."""
-
-    at_once: int  # how many micro-batches an evaluation should run together
-
-    def train(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        cotangent: Tensor,
-        on_ready: Callable[[Parameter], None],
-        before: Callable[[], None] = lambda: None,
-    ) -> list[Outputs]:
-        """Forward and backward of each; `cotangent` is that of the first output, `before` is called before each.
-
-        Gives the outputs of each where this rank has the last stage, else nothing. `on_ready` as in
-        `Autograd.backward`.
-        """
-        ...
-
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
-        """Forward alone, without a tape."""
-        ...
 
 
 def passes_of(model: Any, backend: Backend, division: Division) -> Passes:
     """How this rank runs a model that is divided so. With a pipeline, all ranks call it together."""
-    return InOrder(model, backend) if division.mesh.pp == 1 else Pipeline(model, backend, division)
-
-
-@dataclass(frozen=True)
-class InOrder:
-    """The `Passes` of a rank that has the whole model: one micro-batch after the other."""
-
-    model: OneStageModel
-    backend: Backend
-    at_once = 1
-
-    def train(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        cotangent: Tensor,
-        on_ready: Callable[[Parameter], None],
-        before: Callable[[], None] = lambda: None,
-    ) -> list[Outputs]:
-        """See `Passes`."""
-        found = []
-        for place, one in enumerate(micro_batches, 1):
-            before()
-            outputs, tape = self.model.forward(one.batch, self._last(one), key=one.key)
-            cotangents = [cotangent, *[None] * (len(outputs) - 1)]
-            self.backend.autograd.backward(tape, cotangents, last=place == len(micro_batches), on_ready=on_ready)
-            found.append(outputs)
-        return found
-
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
-        """See `Passes`."""
-        return [self.model.evaluate(one.batch, self._last(one)) for one in micro_batches]
-
-    def _last(self, one: MicroBatch) -> LastStage:
-        return one.last(self.model.trained(one.batch))
+    if division.mesh.pp > 1:
+        return Pipeline(model, backend, division)
+    return InOrder(model, backend) if division.zero == 1 else Lockstep(model, backend)
 
 
 class Pipeline:
@@ -129,7 +44,6 @@ class Pipeline:
         """All ranks call this together: each tells what it trains."""
         self.model, self.backend, self.division = model, backend, division
         self.ranks = division.team(["pp"])
-        self.at_once = 4 * division.stages.count
         self.around: Around = lambda action: nullcontext()  # entered for each action of a schedule, as to time it
         self.precision = backend.ops.dtype_of(next(iter(model.parameters.values())).tensor)  # of what travels
         trained = {stage.number: _trained(model.parameters_of(stage)) for stage in model.stages.values()}
@@ -152,6 +66,10 @@ class Pipeline:
         """See `Passes`; `on_ready` is not called."""
         run = _Run(self, micro_batches, cotangent, before)
         return run.through(self._schedule(one_f_one_b, len(micro_batches)))
+
+    def together(self, groups: Iterable[Iterable[Batch]]) -> Iterator[Sequence[Batch]]:
+        """See `Passes`."""
+        return some_of(groups, 4 * self.division.stages.count)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
         """See `Passes`."""

@@ -9,7 +9,7 @@ are summed, each by the rank that has it, so that they need no communication of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ from duetvl.parallel.differentiable import (
     reduce_scatter_from,
 )
 from duetvl.parallel.division import Division, dealt
+from duetvl.parallel.gathering import Gathers
 
 Tensor = Any
 
@@ -45,19 +46,21 @@ NO_TOKEN: Final = -1
 def layout_of(division: Division, backend: Backend) -> Layout:
     """How the model of a rank lies, for its `layout`. All ranks of the run call it together."""
     mesh = division.mesh
-    if mesh.pp == mesh.tp == mesh.cp == 1:
+    if mesh.pp == mesh.tp == mesh.cp == division.zero == 1:
         return UNDIVIDED
     context = Context.of(backend, mesh.groups("cp"), division.ulysses)
-    return RankLayout(division, Team.of(backend, mesh.groups("tp")), context)
+    return RankLayout(division, Team.of(backend, mesh.groups("tp")), context, Gathers.of(division, backend))
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """A `models.layout.Layout`: over a team that lies along the grid's axis `tp`, and ranks along `cp`."""
+    """A `models.layout.Layout`: over a team that lies along the grid's axis `tp`, and ranks along `cp`; `gathers` are
+    of the weights that replicas divide."""
 
     division: Division
     team: Team
     context: Context
+    gathers: Gathers = field(default_factory=Gathers)
 
     @property
     def peers(self) -> Sequence[RankLayout]:
@@ -92,18 +95,26 @@ class RankLayout:
         return self.division.part(path, shape)
 
     def records(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Any]:
-        """`leave` beside the weight of each row-parallel layer, `shard` beside the vocabulary's matrices."""
-        found: dict[str, Any] = {}
+        """`leave` beside the weight of each row-parallel layer, `shard` beside the vocabulary's matrices, `gather` in
+        blocks whose weights are divided among replicas."""
+        found: dict[str, Any] = {**self.gathers.records(parameters)}
         for path, parameter in parameters.items():
             module, _, leaf = path.rpartition(".")
             if leaf != "weight" or parameter.part is None or is_adapter(path):
                 continue
+            used = self.division.used(path, parameter.part.whole)
+            if used.is_all:
+                continue
             if module in VOCABULARY:
-                found[f"{module}.shard"] = VocabularyPart(self.team, parameter.part.whole[0])
+                found[f"{module}.shard"] = VocabularyPart(self.team, used.whole[0])
             elif shard_of(path).axis == 1:
                 scatter = module == FEATURES or (self.division.sequence and path.startswith("model."))
-                found[f"{module}.leave"] = LeaveRegion(self.team, parameter.part.slices.boxes[0].offset[1], scatter)
+                found[f"{module}.leave"] = LeaveRegion(self.team, used.slices.boxes[0].offset[1], scatter)
         return found
+
+    def whole(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
+        """Gathered where replicas divide it."""
+        return self.gathers.whole(path, shape, tensor)
 
     def attend(self, attend: Attend) -> Attend:
         """Where this rank's query heads do not fall evenly on its key and value heads, each gets its own copy."""

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from duetvl.core.boxes import Shape
+from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.memory import Load, Trained
-from duetvl.models.qwen_vl.sharding import Tower
+from duetvl.models.qwen_vl.sharding import Tower, block_of
 from duetvl.models.recompute import RUNS_AGAIN, Again, RecomputeMode
 from duetvl.parallel.context import shares_of
 from duetvl.parallel.division import Division
@@ -31,7 +32,8 @@ class Traffic:
     """Bytes that one rank sends in a step: activations and their gradients, gradients of weights, and new weights.
 
     stages: to the stages before and behind its own; activations: between the ranks of tensor parallelism; pieces:
-    between those of context parallelism, which have pieces of the sequences.
+    between those of context parallelism, which have pieces of the sequences. blocks: the weights of blocks whose rows
+    replicas divide, gathered where they run, and their gradients.
     """
 
     activations: int
@@ -39,11 +41,12 @@ class Traffic:
     weights: int
     stages: int = 0
     pieces: int = 0
+    blocks: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.activations + self.gradients + self.weights + self.stages + self.pieces
+        return self.activations + self.gradients + self.weights + self.stages + self.pieces + self.blocks
 
 
 def step_traffic(
@@ -61,7 +64,26 @@ def step_traffic(
     shared = [_shared(trained, division, path) for path in filter(division.holds, trained.paths)]
     gradients = sum(4 * share * math.prod(unit) for share, unit, _ in shared)
     weights = sum(narrow * share * math.prod(unit) for share, unit, narrow in shared)
-    return Traffic(round(passes), round(gradients), round(weights), round(between), pieces)
+    blocks = micro_batches * _gathered(trained, division, load, recompute)
+    return Traffic(round(passes), round(gradients), round(weights), round(between), pieces, round(blocks))
+
+
+def _gathered(trained: Trained, division: Division, load: Load, recompute: RecomputeMode) -> float:
+    """Bytes of a pass that gathers blocks: their weights, once more where the backward pass runs them again, and
+    float32 gradients of those that are trained."""
+    modes, sent, flows = RUNS_AGAIN[recompute], 0.0, False
+    trained_blocks = {block_of(path) or path for path in trained.paths}
+    for path, shape in trained.shapes.items():
+        vision = path.startswith("visual.")
+        if is_adapter(path) or (vision and not load.patches):
+            continue
+        flows = flows or (block_of(path) or path) in trained_blocks
+        if division.is_sharded(path, shape):
+            sharing = division.sharing_used(path, shape)
+            again = flows and modes[0 if vision else 1] == "block"
+            each = trained.narrow * (1 + again) + 4 * (path in trained.paths)
+            sent = sent + each * _ring(len(division.team(sharing.axes))) * math.prod(sharing.unit.shape)
+    return sent
 
 
 def _between_stages(config: ModelConfig, trained: Trained, division: Division, load: Load) -> float:

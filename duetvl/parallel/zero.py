@@ -6,7 +6,9 @@ A parameter that one rank alone holds is owned by it as it is, so that in a run 
 
 What travels are buckets of parameters, in an order that follows from the list of parameters alone: in the reverse of
 their use, so that the backward pass fills them one after the other and each can go while it still runs. In a pipeline
-they go after all backward passes: a rank that waited in a bucket would keep another from the pass that fills it. A
+they go after all backward passes: a rank that waited in a bucket would keep another from the pass that fills it. So
+they do where blocks are gathered in these passes (parallel/gathering.py), which all ranks must do in one order; what is
+gathered there is owned by one rank as it is, and not in a bucket. A
 tied embedding, which is on two stages, goes last, since the stages have no other bucket in common.
 """
 
@@ -17,7 +19,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -28,7 +29,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.ops import Ops
 from duetvl.core.params import Parameter
 from duetvl.parallel.differentiable import Team
-from duetvl.parallel.division import ENDS, Division, Sharing, owned_rows
+from duetvl.parallel.division import ENDS, Division, Sharing
+from duetvl.parallel.units import Together, Unit, cut, joined
 
 Tensor = Any
 Teams = Mapping[tuple[str, ...], Team]
@@ -64,7 +66,7 @@ class Zero:
         travelling = [s for s in reversed(shared) if s.team.size > 1]
         self._buckets = _buckets(backend.ops, travelling, bucket * size)
         self._bucket_of = {s.parameter.path: b for b in self._buckets for s in b.members}
-        self._early = division.mesh.pp == 1  # buckets may go while the backward pass runs
+        self._early = division.mesh.pp == 1 and division.zero == 1  # buckets may go while the backward pass runs
         self._arrived: Counter[Bucket] = Counter()
         self._due: deque[Bucket] = deque()
         self._sent: deque[tuple[Bucket, Pending]] = deque()
@@ -110,55 +112,36 @@ class Zero:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A parameter, and the rows of its unit that each rank of the team that shares it updates; `owned` are this
-    rank's, None where it has none."""
+    """A parameter, its unit, the team that shares it, and the rows that this rank updates (None: it has none)."""
 
     parameter: Parameter
-    sharing: Sharing
+    unit: Unit
     team: Team
-    rows: Sequence[range]
     owned: Parameter | None
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Numbers of each rank."""
-        width = math.prod(self.sharing.unit.shape[1:])
-        return [len(rows) * width for rows in self.rows]
-
-    @cached_property
-    def _held(self) -> tuple[int, int, int]:
-        """Numbers of the unit before, in and behind what this rank holds."""
-        shape = self.parameter.shape
-        before, size = self.sharing.first * math.prod(shape[1:]), math.prod(shape)
-        return before, size, sum(self.sizes) - before - size
 
     def take_gradient(self) -> Tensor:
         """The flat gradient of the unit, zeros where this rank has none; the parameter's own is given up."""
         ops, gradient = self.team.ops, self.parameter.main_grad
         self.parameter.main_grad = None
         if gradient is None:
-            return ops.zeros((sum(self.sizes),))
-        before, _, behind = self._held
-        flat = ops.reshape(gradient, (-1,))
-        return _joined(ops, [*_zeros(ops, before), flat, *_zeros(ops, behind)])
+            return ops.zeros((sum(self.unit.sizes),))
+        return self.unit.widened(ops, gradient)
 
     def receive(self, gradient: Tensor) -> None:
         """The flat gradient of the owned rows, summed over the ranks."""
         assert self.owned is not None
-        copies = self.sharing.copies
+        copies = self.unit.sharing.copies
         complete = gradient if copies == 1 else gradient * (1.0 / copies)
         self.owned.main_grad = self.team.ops.reshape(complete, self.owned.shape)
 
     def write(self, unit: Tensor) -> None:
         """Overwrite the parameter from the flat unit."""
-        ops, held = self.team.ops, self._held
-        (own,) = _cut(ops, unit, held)[1]
-        ops.assign(self.parameter.tensor, ops.reshape(own, self.parameter.shape))
+        self.team.ops.assign(self.parameter.tensor, self.unit.narrowed(self.team.ops, unit))
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Parameters of one team that travel together. A flat tensor of it is, for each rank, the rows of each member."""
+    """Parameters of one team that travel together."""
 
     members: Sequence[Shared]
 
@@ -173,23 +156,19 @@ class Bucket:
         return self.members[0].team
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Numbers of each rank."""
-        return [sum(column) for column in zip(*(m.sizes for m in self.members), strict=True)]
+    def together(self) -> Together:
+        """How they travel."""
+        return Together([member.unit for member in self.members])
 
     def send(self) -> Pending:
         """Begin to sum the members' gradients over the ranks."""
-        team, ops = self.team, self.team.ops
-        units = [m.take_gradient() for m in self.members]
-        if len(units) > 1:  # those of one member lie by rank as they are
-            pieces = [_cut(ops, unit, m.sizes) for unit, m in zip(units, self.members, strict=True)]
-            units = list(chain.from_iterable(chain.from_iterable(zip(*pieces, strict=True))))
-        return team.collectives.reduce_scatter_later(_joined(ops, units), team.group, self.sizes)
+        team = self.team
+        flat = self.together.by_rank(team.ops, [member.take_gradient() for member in self.members])
+        return team.collectives.reduce_scatter_later(flat, team.group, self.together.sizes)
 
     def receive(self, gradient: Tensor) -> None:
         """The flat gradient of what this rank owns."""
-        place = self.team.index
-        pieces = _cut(self.team.ops, gradient, [m.sizes[place] for m in self.members])
+        pieces = self.together.of_rank(self.team.ops, gradient, self.team.index)
         for member, piece in zip(self.members, pieces, strict=True):
             if piece:
                 member.receive(piece[0])
@@ -199,15 +178,10 @@ class Bucket:
         team, ops = self.team, self.team.ops
         own = [ops.reshape(m.owned.tensor, (-1,)) for m in self.members if m.owned is not None]
         dtype = ops.dtype_of(self.members[0].parameter.tensor)
-        flat = _joined(ops, own) if own else ops.zeros((0,), dtype)
-        whole = team.collectives.all_gather(flat, team.group, self.sizes)
-        if len(self.members) == 1:
-            self.members[0].write(whole)
-            return
-        pieces = _cut(ops, whole, [m.sizes[rank] for rank in range(team.size) for m in self.members])
-        for place, member in enumerate(self.members):
-            unit = list(chain.from_iterable(pieces[place :: len(self.members)]))
-            member.write(_joined(ops, unit))
+        flat = joined(ops, own) if own else ops.zeros((0,), dtype)
+        whole = team.collectives.all_gather(flat, team.group, self.together.sizes)
+        for member, unit in zip(self.members, self.together.by_unit(ops, whole), strict=True):
+            member.write(unit)
 
 
 def _buckets(ops: Ops, shared: Sequence[Shared], size: int) -> list[Bucket]:
@@ -221,7 +195,7 @@ def _buckets(ops: Ops, shared: Sequence[Shared], size: int) -> list[Bucket]:
     full: list[list[int]] = []
     for number, each in enumerate(shared):
         p = each.parameter
-        kind = (each.sharing.axes, p.conditional, ops.dtype_of(p.tensor))
+        kind = (each.unit.sharing.axes, p.conditional, ops.dtype_of(p.tensor))
         count = math.prod(p.place.whole) * each.team.size
         if kind in filling and counts[kind] + count > size:
             full.append(filling.pop(kind))
@@ -229,18 +203,18 @@ def _buckets(ops: Ops, shared: Sequence[Shared], size: int) -> list[Bucket]:
         filling.setdefault(kind, []).append(number)
         counts.update({kind: count})
     full.extend(filling.values())
-    full.sort(key=lambda numbers: (ENDS in shared[numbers[0]].sharing.axes, numbers[-1]))
+    full.sort(key=lambda numbers: (ENDS in shared[numbers[0]].unit.sharing.axes, numbers[-1]))
     return [Bucket([shared[number] for number in numbers]) for numbers in full]
 
 
 def _share(backend: Backend, division: Division, teams: Teams, p: Parameter) -> Shared:
     sharing = division.sharing(p.path, p.place.whole)
     team = teams[sharing.axes]
+    unit = Unit.of(sharing, p.shape, team.size, p.path)
     if team.size == 1:
-        return Shared(p, sharing, team, [range(p.shape[0])], p)
-    rows = owned_rows(sharing.unit.shape[0], team.size, p.path)
-    unit = _whole_unit(teams["tp",], division, p) if _overlaps(division, p, sharing) else p.tensor
-    return Shared(p, sharing, team, rows, _owned(backend.ops, p, sharing, unit, rows[team.index]))
+        return Shared(p, unit, team, p)
+    whole = _whole_unit(teams["tp",], division, p) if _overlaps(division, p, sharing) else p.tensor
+    return Shared(p, unit, team, _owned(backend.ops, p, sharing, whole, unit.rows[team.index]))
 
 
 def _owned(ops: Ops, p: Parameter, sharing: Sharing, unit: Tensor, rows: range) -> Parameter | None:
@@ -249,7 +223,7 @@ def _owned(ops: Ops, p: Parameter, sharing: Sharing, unit: Tensor, rows: range) 
         return None
     part = sharing.unit.rows(rows.start, rows.stop)
     tensor = ops.zeros(part.shape, ops.dtype_of(p.tensor))
-    (own,) = _cut(ops, unit, [rows.start, len(rows), unit.shape[0] - rows.stop])[1]
+    (own,) = cut(ops, unit, [rows.start, len(rows), unit.shape[0] - rows.stop])[1]
     ops.assign(tensor, own)
     return Parameter(p.path, tensor, conditional=p.conditional, part=part)
 
@@ -270,20 +244,3 @@ def _whole_unit(team: Team, division: Division, p: Parameter) -> Tensor:
     numbers = np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)])
     places = np.unique(numbers, return_index=True)[1]  # of each row of the unit, where it was gathered to first
     return team.ops.take_rows(held, team.ops.from_numpy(places.astype(np.int32)))
-
-
-def _cut(ops: Ops, x: Tensor, sizes: Sequence[int]) -> list[list[Tensor]]:
-    """The pieces of a tensor along its first axis, each in a list, which is empty for an empty piece."""
-    if not any(sizes):
-        return [[] for _ in sizes]
-    pieces = iter(ops.split(x, [size for size in sizes if size], 0))
-    return [[next(pieces)] if size else [] for size in sizes]
-
-
-def _joined(ops: Ops, pieces: Sequence[Tensor]) -> Tensor:
-    """Flat tensors as one; a single one as it is, without a copy."""
-    return pieces[0] if len(pieces) == 1 else ops.concat(pieces, 0)
-
-
-def _zeros(ops: Ops, count: int) -> list[Tensor]:
-    return [ops.zeros((count,))] if count else []

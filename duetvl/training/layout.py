@@ -14,7 +14,7 @@ from duetvl.models.qwen_vl.memory import Load, Trained
 from duetvl.parallel.division import Division
 from duetvl.parallel.traffic import step_traffic
 from duetvl.training.checkpoints.space import in_words
-from duetvl.training.memory import division_of, estimate, stage_ranks
+from duetvl.training.memory import division_of, estimate, largest_block, stage_ranks
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.text import show
 
@@ -43,6 +43,8 @@ def layout_lines(
         yield from _stages(recipe, config, adapters, load)
     if mesh.tp > 1:
         yield from _parts(recipe, config, adapters, load)
+    if parallel.zero == 3:
+        yield _gathered(recipe, config, adapters)
     if load is not None:
         yield _sent(recipe, config, adapters, *load)
 
@@ -82,6 +84,18 @@ def _parts(
         yield f"  and so on up to tp {recipe.parallel.tp - 1}"
 
 
+def _gathered(recipe: Recipe, config: ModelConfig, adapters: Adapters | None) -> str:
+    """What rank 0 has of the weights, and what it gathers at a time."""
+    every, division = Trained.of(config, recipe.model.dtype, recipe.model.freeze, adapters), division_of(recipe, config)
+    sharded = every.only(lambda path: division.is_sharded(path, every.shapes[path]))
+    held = sharded.cut(lambda path, shape: division.part(path, shape).shape)
+    parts = in_words(held.stored(held.shapes)), in_words(sharded.stored(sharded.shapes))
+    largest = in_words(largest_block(every, division)[0])
+    return (
+        f"  zero 3: a rank holds {parts[0]} of {parts[1]} of weights in blocks, and gathers {largest} at most at a time"
+    )
+
+
 def _held(config: ModelConfig, division: Division) -> str:
     place, tp, heads = division.place("tp"), division.mesh.tp, division.heads
     query, kv = heads.held("head", place, tp), heads.held("kv_head", place, tp)
@@ -114,6 +128,7 @@ def _sent(recipe: Recipe, config: ModelConfig, adapters: Adapters | None, load: 
         "activations": sent.activations,
         "what stages hand on": sent.stages,
         "what pieces of sequences exchange": sent.pieces,
+        "blocks gathered and their gradients": sent.blocks,
         "gradients": sent.gradients,
         "new weights": sent.weights,
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +346,7 @@ class Run:
             return
         with self.ranks.telling(DataError):
             groups = takewhile(lambda _: not self.stopping, self.feed.val_batches())
-            found = self.trainer.evaluate(chain.from_iterable(groups))
+            found = self.trainer.evaluate_groups(groups)
         self.telling.left_out()
         if self.stopping:
             self.say(f"the evaluation after step {self.step} is given up")

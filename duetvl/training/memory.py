@@ -20,7 +20,7 @@ from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.models.qwen_vl.sharding import Unit
+from duetvl.models.qwen_vl.sharding import Unit, block_of
 from duetvl.parallel.context import shares_of
 from duetvl.parallel.division import Division, owned_rows
 from duetvl.parallel.schedule import tapes_in_flight
@@ -150,8 +150,13 @@ def estimate(
     work = activations(config, every, own, recipe.train.recompute, held_sizes(config, division))
     kept = math.ceil(work.kept * _tapes(division, micro_batches))
     before = gradients if micro_batches > 1 else 0
-    backward = work.backward + _bucket(whole, division)
-    most = max(before + kept + max(work.forward, backward), gradients + work.end)
+    bucket, gathered, summed = _bucket(whole, division), *largest_block(whole, division)
+    if division.zero == 3:  # buckets go after the passes
+        backward = max(work.backward + gathered, summed)
+        most = max(before + kept + max(work.forward, backward), gradients + max(bucket, work.end))
+    else:
+        backward = work.backward + bucket
+        most = max(before + kept + max(work.forward, backward), gradients + work.end)
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -192,6 +197,7 @@ def division_of(recipe: Recipe, config: ModelConfig, rank: int = 0) -> Division:
         vision=parallel.vision,
         stages=stages_of(parallel, config),
         ulysses=exchanging(parallel, config),
+        zero=parallel.zero,
     )
 
 
@@ -254,6 +260,21 @@ def _bucket(trained: Trained, division: Division) -> int:
             numbers[sharing.axes] += unit
             largest = max(largest, unit)
     return 4 * max(largest, min(BUCKET, max(numbers.values(), default=0)))
+
+
+def largest_block(trained: Trained, division: Division) -> tuple[int, int]:
+    """Bytes of the weights of the largest block that is gathered, and of its gradients while they are summed: as the
+    backward pass leaves them, and in float32 by rank (parallel/gathering.py)."""
+    gathered: Counter[str] = Counter()
+    summed: Counter[str] = Counter()
+    for path, shape in trained.shapes.items():
+        if division.is_sharded(path, shape):
+            block, numbers = str(block_of(path)), math.prod(division.used(path, shape).shape)
+            gathered[block] += trained.narrow * numbers
+            unit = math.prod(division.sharing_used(path, shape).unit.shape)
+            half = trained.narrow if trained.narrow < 4 else 0
+            summed[block] += (trained.narrow * numbers + (4 + half) * unit) * (path in trained.paths)
+    return max(gathered.values(), default=0), max(summed.values(), default=0)
 
 
 def disk_of(config: ModelConfig, recipe: Recipe, adapters: Adapters | None = None) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -24,7 +24,8 @@ from duetvl.models.layout import Trained
 from duetvl.models.vocabulary import LastStage
 from duetvl.parallel.division import ALONE, Division
 from duetvl.parallel.inventory import inventory
-from duetvl.parallel.pipeline import MicroBatch, Outputs, passes_of
+from duetvl.parallel.passes import MicroBatch, Outputs
+from duetvl.parallel.pipeline import passes_of
 from duetvl.parallel.zero import Zero
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective, Reference
@@ -251,9 +252,13 @@ class Trainer:
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective's means over the batches."""
+        return self.evaluate_groups([batches])
+
+    def evaluate_groups(self, groups: Iterable[Iterable[Batch]]) -> Evaluation:
+        """The same of batches that come in groups, of which all ranks have as many, with none or some batches each."""
         counted, found = np.zeros(2), np.zeros(1 + len(self.objective.logged))  # weight, tokens; loss, values
-        left = (batch for batch in batches if self.objective.weight(batch))
-        while some := list(islice(left, self.passes.at_once)):
+        run = (filter(self.objective.weight, group) for group in groups)
+        for some in self.passes.together(run):
             for outputs in self.passes.evaluate(self._micro_batches(some, [()] * len(some))):
                 found += [*map(self._number, outputs)]
             for batch in some:

@@ -251,7 +251,7 @@ def imported(module: str, name: str) -> None:
 
 for each in (
     "check_training_stages", "check_virtual_stages", "check_pipelines_together", "check_rows", "check_stages",
-    "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided",
+    "check_traffic", "check_another_world", "check_plain", "check_uneven", "check_divided", "check_sharded",
     "check_adapters", "check_preferences", "check_half", "check_overflow", "check_not_finite", "check_edges",
 ):  # fmt: skip
     imported("steps", each)

@@ -25,7 +25,7 @@ def check(be: Backend) -> None:
     """Float32 in the foreground, and bfloat16 with its masters in the background."""
     ranks = Ranks(be.collectives)
     place = Path(ranks.agree(tempfile.mkdtemp() if ranks.writes else ""))
-    for layout in ("dp 2 x tp 2", "pp 2 x cp 2 tied in virtual stages"):
+    for layout in ("dp 2 x tp 2", "dp 2 x cp 2, zero 3", "pp 2 x cp 2 tied in virtual stages"):
         for half in (False, True):
             _check(be, ranks, place / layout / str(half), layout, half=half)
     be.collectives.barrier()

@@ -24,7 +24,7 @@ from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Heads
-from duetvl.parallel.division import Division, VisionMode
+from duetvl.parallel.division import Division, VisionMode, ZeroMode
 from duetvl.parallel.pipeline import passes_of, placed
 from duetvl.parallel.zero import Zero
 from duetvl.training.objective import Objective, TokenLoss
@@ -79,6 +79,9 @@ class Some:
     def all_gather(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Any:
         return self.world.all_gather(x, group or self.everyone, sizes)
 
+    def reduce_scatter(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Any:
+        return self.reduce_scatter_later(x, group, sizes).wait()
+
     def reduce_scatter_later(self, x: Any, group: Group = None, sizes: Sequence[int] | None = None) -> Pending:
         return self.world.reduce_scatter_later(x, group or self.everyone, sizes)
 
@@ -114,6 +117,7 @@ class Tiny:
     vision: VisionMode = "shard"
     stages: Stages | None = None  # of a pipeline; they say how many layers there are
     ulysses: int | None = None  # ranks that exchange heads; None: all of context parallelism
+    zero: ZeroMode = 1
 
     def config(self) -> ModelConfig:
         depth, layers = self.stages.layers if self.stages else (1, 1)
@@ -130,7 +134,7 @@ class Tiny:
 
     def division(self, mesh: Mesh, rank: int) -> Division:
         how = {"sequence": self.sequence, "vision": self.vision, "stages": self.stages, "ulysses": self.ulysses}
-        return Division.of(self.config(), mesh, rank, **how)
+        return Division.of(self.config(), mesh, rank, zero=self.zero, **how)
 
     def model(self, be: Backend, division: Division) -> QwenVL:
         """What this rank has of it."""
@@ -159,6 +163,7 @@ class Tiny:
                 if division.holds(path)
             }
             model.put_adapters(adapters, own)
+        model.recompute = "full" if self.zero == 3 else "none"
         return placed(model, division, be)
 
 
@@ -439,6 +444,32 @@ def check_preferences(be: Backend) -> None:
     for a, b in zip(found.whole.results, found.part.results, strict=True):
         assert a is not None and b is not None
         np.testing.assert_allclose(list(b.values.values()), list(a.values.values()), rtol=1e-4, atol=1e-6)
+
+
+def check_sharded(be: Backend) -> None:
+    """Weights divided over replicas: with uneven packs, a picture on one rank alone, a rank without packs; in half
+    precision bit for bit; together with context and tensor parallelism, key heads that ranks have in common too."""
+    seen, none = mixed(), ()
+    schedule = [deal(mixed(), 2), deal(text(), 2), [seen[3:4], seen[1:2]], [none, seen[:3]], [text(), none]]
+    if found := compared(be, Tiny("qwen2_vl", zero=3), Mesh(dp=2), schedule):
+        trainer = found.trainer
+        held, batch = trainer.model.parameters, trainer.model.pack(seen[0])
+        assert held["model.layers.0.mlp.up_proj.weight"].shape == (25, 32)
+        assert trainer.owned["visual.merger.mlp.0.weight"] is held["visual.merger.mlp.0.weight"]
+        assert held["model.norm.weight"].part is None
+        assert trainer.evaluate([batch] * trainer.ranks.index).tokens == batch.trained_tokens
+        calls, place = trainer.backend.collectives.calls, trainer.ranks.index
+        calls.clear()
+        trainer.step(work(trainer.model, [seen[:3], none], place), 1e-3)
+        # Of three passes one has a picture: gathers of two blocks and of the merger, else of the layer alone; twice.
+        # The rest of tower and language model are two buckets.
+        assert calls == {"gather_objects": 3, "all_gather": 2 * 5 + 2, "reduce_scatter": 5 + 2}, calls
+    exact = be.capabilities.bitwise_repeatable
+    halves = Tiny("qwen2_5_vl", dtype="bfloat16", zero=3)
+    compared(be, halves, Mesh(dp=2), [[mixed(), none], [none, text()]], weights=0.0 if exact else 1e-3)
+    for family, mesh in (("qwen2_vl", Mesh(dp=2, cp=2)), ("qwen2_5_vl", Mesh(tp=3)), ("qwen2_vl", Mesh(dp=2, tp=2))):
+        tiny = Tiny(family, zero=3, sequence=mesh.tp == 2, vision="divide" if mesh.tp == 2 else "shard")
+        compared(be, tiny, mesh, [deal(mixed(), mesh.dp), deal(text(), mesh.dp)])
 
 
 def check_half(be: Backend) -> None:

@@ -54,6 +54,7 @@ def number(whole: np.ndarray, part: Part) -> np.ndarray:
 def test_every_number_is_held_and_updated_by_one_rank(heads: Heads, mesh: Mesh, sequence: bool, vision: str) -> None:
     """The gradient of each number, as the ranks compute its parts, is summed to itself, once."""
     check_numbers(Division(mesh, heads, 0, sequence, vision))
+    check_numbers(Division(mesh, heads, 0, sequence, vision, zero=3))
 
 
 EVEN, ENDS = Stages.even(1, 4, 2), Stages((1, 0, 0, 0), (1, 1, 1, 1))

@@ -71,6 +71,9 @@ LAYOUTS = {
     "pp2cp2": Layout(4, {"pp": 2, "cp": 2, "cp_algorithm": "ring"}),
     "cp4h": Layout(4, {"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}),
     "cp2tp2s": Layout(4, {"cp": 2, "cp_algorithm": "ring", "tp": 2, "sequence": True}),
+    "dp2z": Layout(2, {"dp": 2, "zero": 3}),
+    "dp2tp2z": Layout(4, {"dp": 2, "tp": 2, "sequence": True, "zero": 3}),
+    "dp2cp2z": Layout(4, {"dp": 2, "cp": 2, "cp_algorithm": "ring", "zero": 3}),
     "all": Layout(8, {"pp": 2, "cp": 2, "tp": 2, "sequence": True}),
 }
 
@@ -118,6 +121,8 @@ def recipe_of(place: Path, backend: str, name: str) -> dict[str, Any]:
         "log": {"tensorboard": False, "plot": False},
         **KINDS[kind],
     }
+    if LAYOUTS[layout].section.get("zero") == 3:
+        recipe["train"]["recompute"] = "full"
     if kind == "cached":
         recipe["dpo"] = {**recipe["dpo"], "cache": str(place / backend / f"cache-{family}-{layout}")}
     return recipe

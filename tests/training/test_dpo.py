@@ -12,7 +12,7 @@ from oracle import PAIRS
 from duetvl.core.batch import IGNORE, Batch
 from duetvl.data.loading.loader import Step
 from duetvl.models.qwen_vl.loading import load_model
-from duetvl.parallel.pipeline import InOrder
+from duetvl.parallel.passes import InOrder
 from duetvl.training.preference.dpo import (
     LOGGED,
     PreferenceLoss,

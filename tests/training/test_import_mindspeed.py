@@ -456,9 +456,12 @@ def test_fsdp2(tmp_path):
     made = import_run(*files, variables={"PP": "1", "TP": "1"})
     recipe = recipe_of(made)
     assert recipe.parallel.mesh.size == recipe.parallel.dp == 16 and recipe.parallel.language_layers is None
-    changed = notes(made, "changed")
-    assert changed["--use-torch-fsdp2"].startswith("parallel.dp: 16 - parameters are divided over the replicas there")
-    assert "./fsdp2.yaml is not read" in changed["--fsdp2-config-path"]
+    assert recipe.parallel.zero == 3 and recipe.train.recompute == "full"
+    assert "parallel.zero: 3" in notes(made, "used")["--use-torch-fsdp2"]
+    assert "./fsdp2.yaml is not read" in notes(made, "changed")["--fsdp2-config-path"]
+    staged = import_run(*files, variables={"PP": "8", "TP": "1"})
+    assert recipe_of(staged).parallel.zero == 1
+    assert "parallel.pp 8" in notes(staged, "changed")["--use-torch-fsdp2"]
     assert "the script has one stage" in notes(made, "contradiction")["pipeline_num_layers"]
 
 

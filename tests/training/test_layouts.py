@@ -23,6 +23,7 @@ IN_CI = (
     "sft:2.5:pp2", "sft:2:pp4", "sft:2.5:pp2v2", "sft:2:pp2tp2", "sft:2.5:pp2dp2", "sft:2.5:cp2",
     "sft:2:cp3", "sft:2.5:cp2r", "lora:2:cp4r", "sft:2:pp2cp2", "dpo:2.5:dp2cp2", "cached:2:pp2cp2",
     "sft:2.5:cp4h", "cached:2.5:cp2tp2s",
+    "sft:2.5:dp2z", "lora:2:dp2z", "dpo:2.5:dp2z", "dora:2.5:dp2tp2z", "cached:2:dp2cp2z",
 )  # fmt: skip
 # MindSpore takes several times as long: one run of each way to divide.
 IN_CI_ON_MINDSPORE = (

@@ -16,12 +16,12 @@ from duetvl.models.qwen_vl.adapters import add_adapters, layers
 from duetvl.models.qwen_vl.config import load_config
 from duetvl.models.qwen_vl.memory import Load
 from duetvl.models.qwen_vl.parameters import parameter_shapes
-from duetvl.models.qwen_vl.sharding import shard_of
+from duetvl.models.qwen_vl.sharding import block_of, shard_of
 from duetvl.parallel.inventory import own_entries
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 from duetvl.training.checkpoints.space import Space
-from duetvl.training.lora import kept
+from duetvl.training.lora import kept, plan_adapters
 from duetvl.training.memory import Memory, disk_of, division_of, estimate, host_memory, largest_load
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import make_recipe
@@ -174,6 +174,25 @@ def test_ranks_hold_their_parts(tiny, sequence):
     assert sum(rank.gradients for rank in ranks) == 4 * (2 * divided + 4 * everywhere)
     assert sum(rank.weights for rank in ranks) == 4 * (2 * divided + 4 * everywhere) + owned
     assert all(rank.activations < whole.activations for rank in ranks)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_ranks_that_gather_blocks_hold_their_rows(tiny, lora):
+    """All ranks together: weights and gradients of blocks once, of the rest as in every replica; moments once."""
+    config, load = load_config(tiny.directory("qwen2.5-tied")), Load(400, 200, 96)
+    sections = {"train": {"recompute": "full"}, **({"lora": lora} if lora else {})}
+    adapters = (plan := plan_adapters(recipe_of(**sections), config)) and plan.adapters
+    whole = estimate(config, recipe_of(**sections), load, 1, adapters)
+    recipe = recipe_of(parallel={"dp": 3, "zero": 3}, **sections)
+    ranks = [estimate(config, recipe, load, 1, adapters, division_of(recipe, config, rank)) for rank in range(3)]
+    assert sum(rank.optimizer for rank in ranks) == whole.optimizer
+    shapes = parameter_shapes(config)
+    outside = 4 * sum(math.prod(shape) for path, shape in shapes.items() if block_of(path) is None)
+    blocks = 4 * sum(map(math.prod, shapes.values())) - outside
+    trained = whole.gradients if lora else outside  # is whole on every rank, with the rows that each updates
+    assert sum(rank.weights for rank in ranks) == blocks + 3 * outside + (4 if lora else 1) * trained
+    assert sum(rank.gradients for rank in ranks) == 3 * trained + (0 if lora else blocks)
+    assert all(rank.peak < whole.peak for rank in ranks)
 
 
 def test_a_sequence_divided_keeps_less(tiny):

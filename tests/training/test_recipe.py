@@ -281,6 +281,9 @@ def test_layers_of_stages_are_flat_or_a_row_for_each_virtual_stage():
             ("parallel.cp=4", "parallel.cp_algorithm=hybrid", "parallel.ulysses=3"),
             "parallel.ulysses 3 does not divide parallel.cp 4; possible are 1, 2, 4",
         ),
+        (("parallel.zero=2", "train.recompute=full"), "parallel.zero: found 2, allowed: 1, 3"),
+        (("parallel.zero=3",), "train.recompute is none; give train.recompute=full"),
+        (("parallel.zero=3", "train.recompute=full", "parallel.pp=2"), "parallel.pp is 2; take parallel.pp=1"),
         (("parallel.cp_algorithm=hybrid", "parallel.ulysses=0"), "parallel.ulysses: found 0, allowed: "),
     ],
 )

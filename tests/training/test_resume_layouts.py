@@ -48,11 +48,12 @@ def test_two_by_two_ranks_one_process_and_three_ranks_make_one_curve(run, tmp_pa
         assert file.read_bytes() == (tmp_path / "exported" / file.name).read_bytes(), file.name
 
 
-def test_a_pipeline_goes_on_over_divided_sequences_and_back(run, tmp_path):
+def test_a_pipeline_goes_on_over_divided_sequences_and_weights_and_back(run, tmp_path):
     whole = run("whole", "torch_npu", 1)
     stages = ("parallel.pp=2", "parallel.tp=2", "parallel.sequence=true")
     assert run("stages", "torch_npu", 4, *stages) == pytest.approx(whole, rel=1e-4)
-    pieces = ("parallel.dp=2", "parallel.cp=2", "--resume", f"{tmp_path}/stages@2")
+    pieces = ("parallel.dp=2", "parallel.cp=2", "parallel.zero=3", "train.recompute=full")
+    pieces += ("--resume", f"{tmp_path}/stages@2")
     assert run("pieces", "mindspore", 4, *pieces) == pytest.approx(whole, rel=1e-4)
     assert run("back", "torch_npu", 4, *stages, "--resume", f"{tmp_path}/pieces@4") == pytest.approx(whole, rel=1e-4)
 

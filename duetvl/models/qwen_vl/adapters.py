@@ -65,9 +65,10 @@ def add_adapters(model: QwenVL, adapters: Adapters, seed: int) -> None:
     }
     leaves = model.layout.records(model.parameters)
     for module in filter(model.layout.holds, adapters.sizes if adapters.dora else ()):
-        weight, leave = model.parameters[f"{module}.weight"].tensor, leaves.get(f"{module}.leave")
+        weight, leave = model.parameters[f"{module}.weight"], leaves.get(f"{module}.leave")
+        whole_weight = model.layout.whole(weight.path, weight.place.whole, weight.tensor)
         a, b = (tensors[f"{module}.{letter}"] for letter in (A, B))
-        tensors[f"{module}.{MAGNITUDE}"] = row_norms(ops, weight, a, b, adapters.scale(module), leave)
+        tensors[f"{module}.{MAGNITUDE}"] = row_norms(ops, whole_weight, a, b, adapters.scale(module), leave)
     model.put_adapters(adapters, _parameters(tensors, parts))
 
 

@@ -74,12 +74,20 @@ class ModelInput:
 
 
 def model_input(
-    ops: Ops, family: QwenVLFamily, batch: Batch, dtype: str, layout: Layout, *, tower: bool = True
+    ops: Ops,
+    family: QwenVLFamily,
+    batch: Batch,
+    dtype: str,
+    layout: Layout,
+    *,
+    tower: bool = True,
+    sees: bool = False,
 ) -> ModelInput:
     """A batch, its media included, in the vision tower's order, as far as this rank runs it. `dtype`: that of the
     weights.
 
-    tower: whether this rank runs any of the vision tower; without it no pixels go to the device.
+    tower: whether this rank runs any of the vision tower; without it no pixels go to the device. sees: whether the
+    tower is run without media too, on no rows.
     """
     tables = batch_tables(family.config, batch)
     rows = layout.own_rows(np.diff(batch.cu_seqlens))
@@ -87,7 +95,7 @@ def model_input(
     tokens = _tokens(ops, angles, layout.causal(ops, tables.language.spans), layout)
     ids = ops.from_numpy(layout.looked_up(batch.input_ids, batch.visual_dst)[rows])
     sizes, seen = Sizes(_kept(tokens, len(rows))), None if len(rows) == batch.tokens else rows
-    if not len(batch.grids):
+    if not (sees or len(batch.grids)):
         return ModelInput(ids, tokens, sizes, rows=seen)
     own, at_hand = _own_frames(family, tables.vision, layout)
     visual = _vision_input(ops, family, batch, own, dtype, layout) if tower else None

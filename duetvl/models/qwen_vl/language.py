@@ -12,7 +12,7 @@ from typing import Any
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models.attention import Attend
-from duetvl.models.layout import ALL_HERE, Rows
+from duetvl.models.layout import ALL_HERE, Rows, gathered
 from duetvl.models.linear import linear
 from duetvl.models.qwen_vl.config import TextConfig
 from duetvl.models.recompute import KEEP, Recompute
@@ -50,6 +50,7 @@ def decoder_layers(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, lay
 
 def decoder_layer(ops: Ops, config: TextConfig, w: Weights, tokens: Tokens, layer: int, x_TD: Tensor) -> Tensor:
     """Pre-norm attention and SwiGLU."""
+    w = gathered(w)
     h = tokens.rows.enter(ops.rms_norm(x_TD, w.input_layernorm.weight, eps=config.norm_eps))
     x_TD = x_TD + self_attention(ops, config, w.self_attn, tokens, layer, h)
     return x_TD + tokens.recompute.mlp(partial(mlp, ops, config, w, tokens), x_TD)

@@ -212,7 +212,8 @@ def _keep_vision(tape: _Tape, config: VisionConfig, held: Held, patches: int, tr
     if tape.flows or trained.under("visual.merger."):
         tape.flows = True
     if tape.flows and held.has(held.vision_layers, config.depth - 1):
-        tape.bytes += 4 * narrow * patches * width  # norm's input, both layers' inputs, the activation's
+        whole = 4 * narrow * patches * width  # norm's input, both layers' inputs, the activation's
+        tape.add_block(whole, 0, narrow * patches * width, "block" if mode == "block" else "nothing")
 
 
 def _inputs(trained: Trained, prefix: str) -> Callable[..., bool]:

@@ -113,23 +113,26 @@ class QwenVL:
 
     # -- what a batch gives -----------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, last: LastStage, *, key: tuple[int, ...] = ()) -> tuple[tuple[Tensor, ...], Tape]:
+    def forward(
+        self, batch: Batch, last: LastStage, *, key: tuple[int, ...] = (), sees: bool = False
+    ) -> tuple[tuple[Tensor, ...], Tape]:
         """What `last` makes of the batch's trained rows, and the tape that leads back to the parameters.
 
-        `key` names the random numbers of this pass, for the dropout of adapters; without one there is none.
+        `key` names the random numbers of this pass, for the dropout of adapters; without one there is none. `sees`: the
+        vision tower runs in any case, on no rows where the batch has no picture.
         """
         (only,) = self.stages.values()
-        return self.run(only, self.input(batch), None, last, key=key)
+        return self.run(only, self.input(batch, sees=sees), None, last, key=key)
 
-    def evaluate(self, batch: Batch, last: LastStage) -> tuple[Tensor, ...]:
+    def evaluate(self, batch: Batch, last: LastStage, *, sees: bool = False) -> tuple[Tensor, ...]:
         """The same without a tape and without dropout."""
         (only,) = self.stages.values()
-        return self.run_untaped(only, self.input(batch), None, last)
+        return self.run_untaped(only, self.input(batch, sees=sees), None, last)
 
-    def input(self, batch: Batch) -> StageInput:
-        """What the stages of this rank need of a batch."""
+    def input(self, batch: Batch, *, sees: bool = False) -> StageInput:
+        """What the stages of this rank need of a batch; `sees` as of `forward`."""
         ops, tower = self.backend.ops, any(stage.vision for stage in self.stages.values())
-        given = model_input(ops, self.family, batch, self.dtype, self.layout, tower=tower)
+        given = model_input(ops, self.family, batch, self.dtype, self.layout, tower=tower, sees=sees)
         own = self.layout.own_rows(np.diff(batch.cu_seqlens))
         return StageInput(given, trained_rows(batch.targets[own]))
 

@@ -99,6 +99,13 @@ def owner_of(path: str) -> Owner:
     return Owner(tower, "first" if first else "last")
 
 
+def block_of(path: str) -> str | None:
+    """The path of the block that has a parameter: of what a tower runs again as one; None: it is in none of them."""
+    if match := _LAYER.match(path):
+        return f"{match[1]}.{match[2]}"
+    return "visual.merger" if path.startswith("visual.merger.") else None
+
+
 @dataclass(frozen=True)
 class Heads:
     """Heads of attention in the language model and in the vision tower; `kv` of keys and values."""

@@ -15,7 +15,7 @@ import numpy as np
 from duetvl.core.ops import Ops
 from duetvl.core.params import Weights
 from duetvl.models.attention import Attend
-from duetvl.models.layout import stay
+from duetvl.models.layout import gathered, stay
 from duetvl.models.linear import linear
 from duetvl.models.qwen_vl.config import VisionConfig
 from duetvl.models.recompute import KEEP, Recompute
@@ -64,12 +64,18 @@ def vision_blocks(
 
 def merger(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, x_PD: Tensor) -> Tensor:
     """Neighbouring patches (P, D) as one token each: (M, out_hidden_size)."""
+    return given.recompute.block(partial(_merged, ops, config, w.taken(), given), x_PD)
+
+
+def _merged(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, x_PD: Tensor) -> Tensor:
+    w = gathered(w)
     merged = given.enter(ops.reshape(norm(ops, config, w.ln_q, x_PD), (-1, config.merged_size)))
     return linear(ops, w.mlp[2], ops.gelu(linear(ops, w.mlp[0], merged)))
 
 
 def vision_block(ops: Ops, config: VisionConfig, w: Weights, given: VisionInput, block: int, x_PD: Tensor) -> Tensor:
     """Pre-norm attention and MLP."""
+    w = gathered(w)
     h = given.enter(norm(ops, config, w.norm1, x_PD))
     x_PD = x_PD + self_attention(ops, config, w.attn, given, block, h)
 

@@ -28,7 +28,7 @@ from duetvl.core.params import Weights
 from duetvl.models import vocabulary
 from duetvl.models.layout import EVERY_TOKEN, Trained
 from duetvl.models.vocabulary import LastStage
-from duetvl.parallel.pipeline import MicroBatch, Passes
+from duetvl.parallel.passes import MicroBatch, Passes
 from duetvl.training.objective import Reference, trained_samples
 from duetvl.training.recipe.sections import DpoSection
 

@@ -27,7 +27,8 @@ from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
 from duetvl.parallel.division import ALONE, Division
-from duetvl.parallel.pipeline import Passes, passes_of, placed
+from duetvl.parallel.passes import Passes
+from duetvl.parallel.pipeline import passes_of, placed
 from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
 from duetvl.training.preference.reference_cache import Add, ReferenceCache, reference_name, short_hash

@@ -69,6 +69,12 @@ class ParallelSection(Section):
         description="With `cp_algorithm: hybrid`, how many ranks exchange heads with each other, a divisor of `cp`; "
         "null: as many as the model's heads allow.",
     )
+    zero: Literal[1, 3] = Field(
+        default=1,
+        description="What ranks that hold the same weights divide among themselves: 1, the optimizer's state and "
+        "updates; 3, the weights and gradients of all blocks too, which are gathered where a block runs. 3 needs "
+        "`train.recompute: full`, and `pp: 1`.",
+    )
     vision_layers: StageLayers | None = Field(
         default=None,
         description="Layers of the vision tower in each stage; null: all in the first. It may have fewer rows than "
@@ -93,6 +99,15 @@ class ParallelSection(Section):
             possible = ", ".join(str(n) for n in range(1, self.cp + 1) if self.cp % n == 0)
             raise contradiction(
                 f"parallel.ulysses {self.ulysses} does not divide parallel.cp {self.cp}; possible are {possible}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gathered(self) -> ParallelSection:
+        if self.zero == 3 and self.pp > 1:
+            raise contradiction(
+                f"parallel.zero 3 divides what ranks have that run the same layers, which stages of a pipeline do not: "
+                f"parallel.pp is {self.pp}; take parallel.pp=1 and more of dp, cp or tp, or parallel.zero=1"
             )
         return self
 

@@ -339,6 +339,11 @@ class Recipe(Section):
         for name in ("loss_scale", "loss_scale_window"):
             if getattr(self.optim, name) is not None and self.model.dtype != "float16":
                 raise contradiction(f"optim.{name} has a meaning with model.dtype float16 only, not {self.model.dtype}")
+        if self.parallel.zero == 3 and self.train.recompute != "full":
+            raise contradiction(
+                f"parallel.zero 3 gathers each block's weights again in the backward pass, where train.recompute full "
+                f"runs it again, and train.recompute is {self.train.recompute}; give train.recompute=full"
+            )
         if self.data.streaming and self.train.steps is None:
             raise contradiction("data.streaming does not know how many records there are: give train.steps")
         if self.train.eval_every is not None and not (self.data.val or self.data.val_rate):
