@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live import KEYS, Live
 from PIL import Image
 from scripted import CUT, Script, error, start
 from visits import Visit, chromium, picture, sent_picture
@@ -523,3 +525,35 @@ def test_a_phone_in_the_dark(phone: Visit, script: Script) -> None:
     assert page.evaluate(light) is True
     visit.press("Light or dark")  # the system's own again: the page follows the system
     assert page.evaluate("localStorage.getItem('theme')") is None
+
+
+# -- a model ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_answers_the_page(browser: Any, live: Live) -> None:
+    """The server itself: its key, its models, a picture, the counts of tokens, an answer that is stopped."""
+    with Visit(browser, f"http://127.0.0.1:{live.port}/") as visit:
+        page = visit.page
+        page.fill("#key", KEYS["alice"])
+        page.keyboard.press("Enter")
+        visit.count("#model option[value='tiny']", 1)
+        page.select_option("#model", "tiny")
+        visit.press("Settings")
+        for name, value in {"max_tokens": "5", "temperature": "0"}.items():
+            page.fill(f"#{name}", value)
+        page.keyboard.press("Escape")
+        visit.drop("drop", "leaf.png", "image/png", picture(84, 56))
+        visit.count("#thumbnails img", 1)
+        visit.send("What is this?")
+        visit.see(".statistics", re.compile(r"^tiny · cut at its token limit · \d+ tokens in, 5 out"))
+        url = "data:image/png;base64," + base64.b64encode(picture(84, 56)).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+        _, answer, _ = live.chat(content, max_tokens=5, temperature=0)
+        assert visit.source() == answer["choices"][0]["message"]["content"]
+        visit.press("Settings")
+        page.fill("#max_tokens", "")
+        page.keyboard.press("Escape")
+        visit.send("Go on")
+        visit.count(".turn.model.answering:not(.waiting)", 1)
+        visit.press("Stop")
+        visit.see(".statistics", "stopped")
