@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live import KEYS, Live
 from PIL import Image
 from scripted import CUT, Script, error, start
 from visits import Visit, chromium, picture, sent_picture
@@ -90,7 +92,7 @@ def test_a_chat_with_a_picture_outlives_the_page(visit: Visit, script: Script) -
     script.answers += [["Ein grünes ", "Blatt 🍃 ", "**von oben**"], ["第二个", "答案"]]
     visit.send("What is this?\nIn German.")
     visit.see(".answer", "Ein grünes Blatt 🍃 von oben")
-    visit.see(".statistics", re.compile(r"312 tokens in, 3 out.* · first after \d"))
+    visit.see(".statistics", re.compile(r"^tiny-vl · 312 tokens in, 3 out.* · first after \d"))
 
     page.reload()
     visit.see(".answer", "Ein grünes Blatt 🍃 von oben")
@@ -286,6 +288,10 @@ def test_a_key_is_asked_for_once(visit: Visit, script: Script) -> None:
     page = visit.page
     script.key = "a secret"
     page.reload()
+    page.wait_for_selector("#key-dialog[open]")
+    page.keyboard.press("Escape")
+    visit.see("#notice", "This server asks for a key.")
+    page.click("#notice button")
     page.fill("#key", "wrong")
     page.get_by_text("Use this key").click()
     visit.see("#key-problem", "The server does not accept this key.")
@@ -492,9 +498,12 @@ def test_a_phone_in_the_dark(phone: Visit, script: Script) -> None:
     wide = "| a | b | c | d |\n|-|-|-|-|\n" + "| something long | and more | and yet more | the last |\n" * 3
     code = "```\n" + "x" * 300 + "\n```\n\n" + "w" * 200
     script.answers += [[wide, "\n", code], ["مرحبا **بالعالم**\n\n- واحد"]]
-    visit.send("u" * 200)
+    page.fill("#message", "u" * 200)
+    page.keyboard.press("Enter")  # a line, where there is no key for another
+    page.click("#send")
     visit.see(".statistics", "tokens in")
-    visit.send("قل مرحبا")
+    page.fill("#message", "قل مرحبا")
+    page.click("#send")
     visit.see(".answer", "مرحبا")
     visit.see(".statistics", "tokens in", nth=1)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
@@ -516,3 +525,35 @@ def test_a_phone_in_the_dark(phone: Visit, script: Script) -> None:
     assert page.evaluate(light) is True
     visit.press("Light or dark")  # the system's own again: the page follows the system
     assert page.evaluate("localStorage.getItem('theme')") is None
+
+
+# -- a model ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_answers_the_page(browser: Any, live: Live) -> None:
+    """The server itself: its key, its models, a picture, the counts of tokens, an answer that is stopped."""
+    with Visit(browser, f"http://127.0.0.1:{live.port}/") as visit:
+        page = visit.page
+        page.fill("#key", KEYS["alice"])
+        page.keyboard.press("Enter")
+        visit.count("#model option[value='tiny']", 1)
+        page.select_option("#model", "tiny")
+        visit.press("Settings")
+        for name, value in {"max_tokens": "5", "temperature": "0"}.items():
+            page.fill(f"#{name}", value)
+        page.keyboard.press("Escape")
+        visit.drop("drop", "leaf.png", "image/png", picture(84, 56))
+        visit.count("#thumbnails img", 1)
+        visit.send("What is this?")
+        visit.see(".statistics", re.compile(r"^tiny · cut at its token limit · \d+ tokens in, 5 out"))
+        url = "data:image/png;base64," + base64.b64encode(picture(84, 56)).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+        _, answer, _ = live.chat(content, max_tokens=5, temperature=0)
+        assert visit.source() == answer["choices"][0]["message"]["content"]
+        visit.press("Settings")
+        page.fill("#max_tokens", "")
+        page.keyboard.press("Escape")
+        visit.send("Go on")
+        visit.count(".turn.model.answering:not(.waiting)", 1)
+        visit.press("Stop")
+        visit.see(".statistics", "stopped")

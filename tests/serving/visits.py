@@ -91,6 +91,19 @@ class Visit:
     def press(self, label: str, nth: int = -1) -> None:
         self.page.get_by_label(label, exact=True).nth(nth).click()
 
+    def source(self) -> str:
+        """The last answer of the newest chat as it was sent: what its copy button copies."""
+        chats = self.page.evaluate(
+            """() => new Promise((resolve) => {
+              indexedDB.open("duetvl").onsuccess = ({ target }) => {
+                const all = target.result.transaction("chats").objectStore("chats").getAll();
+                all.onsuccess = () => resolve(all.result);
+              };
+            })"""
+        )
+        turn = max(chats, key=lambda chat: chat["changed"])["turns"][-1]
+        return turn["versions"][turn["shown"]]["text"]
+
     def drop(self, event: str, name: str, kind: str, content: bytes) -> None:
         transfer = self.page.evaluate_handle(
             """([text, name, type]) => {

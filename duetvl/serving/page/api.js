@@ -50,7 +50,7 @@ async function send(path, options) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server cannot be reached. It may have stopped, or the network is down.");
   }
-  if (!response.ok) throw new ServerError(await explanation(response), { status: response.status });
+  if (!response.ok) throw new ServerError(await explanation(response, options), { status: response.status });
   return response;
 }
 
@@ -92,12 +92,13 @@ function read(data) {
 
 // -- errors in words -------------------------------------------------------------------------------------------------
 
-async function explanation(response) {
+async function explanation(response, { headers }) {
   const told = await messageOf(response);
   const wait = Number(response.headers.get("Retry-After"));
   const when = wait > 0 ? `in ${wait} s` : "in a moment";
   switch (response.status) {
-    case 401: return "The server does not accept this key."; // its own words are of headers
+    // The server's own words are of headers.
+    case 401: return headers.Authorization ? "The server does not accept this key." : "This server asks for a key.";
     case 413: return `${told ?? "This is more than the server takes."} Remove a picture or start a new chat.`;
     case 429: return `The server is busy. ${told ?? "Too many requests came at once."} Try again ${when}.`;
     case 503: return `The server is not ready. ${told ?? "It is starting or about to end."} Try again ${when}.`;

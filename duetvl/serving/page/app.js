@@ -92,7 +92,7 @@ class Page {
   newChat() {
     history.pushState(null, "", "#");
     this.show(this.chats.fresh(lastSettings()));
-    this.composer.text.focus();
+    this.composer.focus();
   }
 
   show(chat) {
@@ -217,7 +217,9 @@ class Page {
   }
 
   retry(turn) {
-    if (turn === this.chat.turns.at(-1) && !this.answers.has(this.chat)) this.answer(this.chat, turn);
+    if (turn !== this.chat.turns.at(-1) || this.answers.has(this.chat)) return;
+    this.answer(this.chat, turn);
+    this.composer.focus(); // the button that had the focus is gone
   }
 
   /** More of an answer is there, or its state is another. At most once for each picture that the screen shows. */
@@ -271,6 +273,7 @@ class Page {
     this.undoable(many === 2 ? "Message and answer deleted" : "Deleted", () => turns.splice(at, many));
     this.chats.save(this.chat);
     this.refresh();
+    this.composer.focus();
   }
 
   /** Change the open chat's turns, and offer for a while to take that back. */
@@ -327,5 +330,5 @@ for (const chat of chats.all.values()) endInterrupted(chat);
 const page = new Page(chats);
 page.openAddressed();
 if (!chats.kept) toast("This browser keeps nothing: chats end when the page is closed.");
-if (matchMedia("(hover: hover)").matches) page.composer.text.focus(); // a phone would open its keyboard
+page.composer.focus();
 await page.connect();

@@ -1,6 +1,6 @@
 // Where a message is written, and pictures and videos are added to it.
 
-import { el, icon, iconButton, newId } from "./dom.js";
+import { el, hasKeyboard, icon, iconButton, newId } from "./dom.js";
 import { attachment, LIMITS } from "./media.js";
 
 export class Composer {
@@ -59,7 +59,7 @@ export class Composer {
   pressed(event) {
     // While a word is being composed (Chinese, Japanese, Korean), Enter belongs to the input method.
     if (event.isComposing || event.keyCode === 229) return;
-    if (event.key === "Enter" && !event.shiftKey) {
+    if (event.key === "Enter" && !event.shiftKey && hasKeyboard()) {
       event.preventDefault();
       if (!this.answering) this.submit();
     } else if (event.key === "ArrowUp" && !this.text.value && !this.media.length && !this.editing) {
@@ -84,7 +84,7 @@ export class Composer {
     const waiting = files.slice(0, Math.max(0, room)).map((file) => ({ id: newId(), name: file.name, pending: true, file }));
     if (files.length > waiting.length) this.tell(`A message holds at most ${LIMITS.count} pictures and videos.`);
     this.setMedia([...this.media, ...waiting]);
-    this.text.focus();
+    this.focus();
     // One after another: a decoded photo of 50 megapixels takes 200 MB.
     for (const medium of waiting) await this.prepare(medium);
   }
@@ -113,7 +113,7 @@ export class Composer {
     const remove = () => {
       if (medium.blob) URL.revokeObjectURL(medium.address); // without a blob it belongs to a turn that is edited
       this.setMedia(this.media.filter((other) => other !== medium));
-      this.text.focus();
+      this.focus();
     };
     let view = el("span", { class: "spinner", role: "img", "aria-label": `Reading ${medium.name}` });
     if (medium.kind === "image") view = el("img", { src: medium.address, alt: medium.name });
@@ -158,7 +158,12 @@ export class Composer {
     const { draft } = this.editing;
     this.editing = null;
     this.fill(draft);
-    this.text.focus();
+    this.focus();
+  }
+
+  /** Be ready to write, where that hides nothing. */
+  focus() {
+    if (hasKeyboard()) this.text.focus();
   }
 
   fill({ text, media }) {

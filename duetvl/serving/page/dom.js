@@ -67,6 +67,11 @@ async function copy(text) {
   return copied;
 }
 
+/** Whether there is a mouse, and with it a keyboard: on a phone, a field with the focus covers half of the page. */
+export function hasKeyboard() {
+  return matchMedia("(hover: hover)").matches;
+}
+
 /** Says one line to screen readers. */
 export function announce(text) {
   document.getElementById("status").textContent = text;

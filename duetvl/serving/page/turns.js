@@ -112,14 +112,14 @@ class ModelTurn {
 }
 
 function statistics({ state, cut, usage, first, seconds, model }) {
-  const parts = [];
+  const parts = [model];
   if (state === "stopped") parts.push("stopped");
   if (cut) parts.push("cut at its token limit");
   if (usage) parts.push(`${usage.read} tokens in, ${usage.written} out`);
   // The first token's time is the prompt's; the rest tells how fast tokens are made, if there is enough of it.
   if (usage?.written > 1 && seconds - first > 0.1) parts.push(`${rounded((usage.written - 1) / (seconds - first))} tokens/s`);
   if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);
-  return el("span", { class: "statistics", title: model }, parts.join(" · "));
+  return el("span", { class: "statistics" }, parts.join(" · "));
 }
 
 function rounded(rate) {
