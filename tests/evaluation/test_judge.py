@@ -122,7 +122,7 @@ def test_what_is_tried_again_and_what_is_not(server: Server) -> None:
         endpoint.chat([])
     assert len(server.bodies) == 4
     server.reply = lambda body: (401, {"error": {"message": "no such key"}})
-    with pytest.raises(ServerDown, match="status 401: 'no such key' .the key is that of OPENAI_API_KEY"):
+    with pytest.raises(ServerDown, match=r"status 401: 'no such key' .the key is that of OPENAI_API_KEY"):
         endpoint.chat([])
     for nonsense in (b"<html>", {"choices": []}, {"choices": [{"message": {"content": 5}}]}, [1]):
         server.reply = lambda body, nonsense=nonsense: (200, nonsense)  # type: ignore[misc]
@@ -155,9 +155,9 @@ def test_a_server_that_goes_and_comes_back(
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ServerDown, match="--server http://127.0.0.1:9/v1"):
+    with pytest.raises(ServerDown, match=r"--server http://127.0.0.1:9/v1"):
         Endpoint("http://127.0.0.1:9/v1", "x", "--server", pause=0.001).chat([])
-    with pytest.raises(ConfigError, match="--judge http://127.0.0.1:9/v1: gives no list of models"):
+    with pytest.raises(ConfigError, match=r"--judge http://127.0.0.1:9/v1: gives no list of models"):
         open_endpoint("http://127.0.0.1:9/v1", None, "--judge")
 
 
