@@ -35,8 +35,7 @@ from duetvl.training.train import train
 from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.metrics import read_metrics
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("training", "evaluation", "data"))
 import miniatures  # after their directories are known
 import tiny_run
 
