@@ -88,7 +88,8 @@ def test_the_last_override_wins():
         ("rl", "override 'rl' is not of the form section.key=value"),
         (
             "every=3",
-            "override 'every=3' is not of the form section.key=value; did you mean checkpoint.every or log.every or eval.every?",
+            "override 'every=3' is not of the form section.key=value; did you mean checkpoint.every or log.every or "
+            "eval.every?",
         ),
         ("optim.learning_rate=1", "optim has no field 'learning_rate'; did you mean optim.lr?"),
         ("train.lr=1", "train has no field 'lr'; did you mean optim.lr?"),
