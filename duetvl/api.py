@@ -21,6 +21,7 @@ from duetvl.core.params import Parameter, split_trainable
 from duetvl.core.ranks import Ranks
 from duetvl.data.encode import Processor
 from duetvl.data.tokenizer import TextTokenizer
+from duetvl.evaluating import TaskScores
 from duetvl.inference import engine as inference
 from duetvl.inference.defaults import Defaults, read_defaults
 from duetvl.inference.generate import generate
@@ -298,10 +299,11 @@ def train(
 ) -> TrainResult:
     """Run a recipe: a file, a mapping of its sections, or a `Recipe`; see `duetvl.training.train.train`.
 
-    Besides, validation samples are answered where `log.generate` asks for it.
+    Besides, validation samples are answered where `log.generate` asks for it, and benchmarks where `eval.tasks` does.
     """
     given = read_recipe(recipe, overrides)
-    own = [SampleAnswers()] if given.log.generate else []
+    own: list[Callback] = [SampleAnswers()] if given.log.generate else []
+    own += [TaskScores()] if given.eval.tasks else []
     return train_module.train(
         given, backend=backend, resume=resume, restart=restart, prepare=prepare, callbacks=[*own, *callbacks]
     )

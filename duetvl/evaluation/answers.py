@@ -108,9 +108,10 @@ def _place(row: Row) -> int:
 # -- run.json --------------------------------------------------------------------------------------------------------
 
 
-def open_run(directory: Path, asked: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+def open_run(directory: Path, asked: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """Write what a run asks and how (`asked`, on which its answers depend), and what else is to be known (`told`).
 
+    Gives what was written.
     ConfigError where the directory holds a run that asked something else: nothing is written over.
     """
     plain = _plain(asked)
@@ -126,6 +127,7 @@ def open_run(directory: Path, asked: Mapping[str, Any], told: Mapping[str, Any])
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     content = {"asked": plain, "told": {**_plain(told), "duetvl": __version__, "started": started}}
     write_text(directory / RUN, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return content
 
 
 def read_run(directory: Path) -> dict[str, Any]:

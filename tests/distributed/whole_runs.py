@@ -21,6 +21,8 @@ from duetvl.answers import SampleAnswers
 from duetvl.core.backend import Backend
 from duetvl.core.errors import DataError
 from duetvl.core.ranks import Ranks
+from duetvl.evaluating import TaskScores
+from duetvl.evaluation.answers import read_answers
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.finding import find_checkpoint
 from duetvl.training.agreement import same_data
@@ -33,8 +35,9 @@ from duetvl.training.train import train
 from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.metrics import read_metrics
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import tiny_run  # after its directory is known
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("training", "evaluation", "data"))
+import miniatures  # after their directories are known
+import tiny_run
 
 Trains = Callable[..., Any]
 HERE = "/proc/self/cwd"  # another directory for each rank, under one name
@@ -156,25 +159,32 @@ def check_stops(be: Backend) -> None:
 
 
 def check_watching(be: Backend) -> None:
-    """Answers, trackers and checkpoints by the clock: written once, and the same however the model is divided."""
+    """Answers, scores, trackers, checkpoints by the clock: written once, the same however the model is divided."""
     ranks = Ranks(be.collectives)
     with small_runs(be) as (place, trains):
         more = ("log.generate=2", "log.generate_tokens=4", "log.tensorboard=true", "checkpoint.minutes=1e-9")
         more += ("checkpoint.keep_last=null", "train.eval_every=2")
-        answers = []
+        data = ranks.first(lambda: str(miniatures.ai2d(place)))
+        more += (f"eval.tasks={{ai2d_test: {data}}}", "eval.every=2", "eval.limit=3", "eval.max_new_tokens=2")
+        more += ("eval.min_pixels=784", "eval.max_pixels=784")
+        answers, scored = [], []
         layouts = {
             "grid": ("parallel.dp=2", "parallel.tp=2"),
             "copies": ("parallel.dp=auto",),
             "stages": ("parallel.pp=2", "parallel.cp=2"),
         }
         for name, degrees in layouts.items():
-            assert trains(name, *degrees, *more, callbacks=[SampleAnswers()]).step == 3
+            assert trains(name, *degrees, *more, callbacks=[SampleAnswers(), TaskScores()]).step == 3
+            kept = {step: read_answers(place / name / "evals" / "ai2d_test" / f"step-000000{step}") for step in (2, 3)}
+            scored.append([row["text"] for step in kept for row in kept[step].values()])
+            assert [row["step"] for row in read_metrics(place / name) if "eval_ai2d_test" in row] == [2, 3]
             answers.append((place / name / "samples.jsonl").read_text())
             assert len(answers[-1].splitlines()) == 2 * 2, "two samples after two evaluations"
             assert len(list((place / name).rglob("*tfevents*"))) == 1
             saved = sorted(path.name for path in (place / name / "checkpoints").glob("step-*"))
             assert saved == ["step-0000001", "step-0000002", "step-0000003"]
         assert answers[0] == answers[1] == answers[2]
+        assert len(scored[0]) == 6 and scored[0] == scored[1] == scored[2]
         assert losses(place / "grid") == pytest.approx(losses(place / "copies"), rel=1e-5)
         peaks = ranks.each(be.device.peak_memory())
         logged = [row["peak_memory"] for row in read_metrics(place / "copies") if "loss" in row]

@@ -85,7 +85,5 @@ def test_what_makes_two_hard_to_compare(runs: Path, tmp_path: Path) -> None:
     main(["eval", "--rescore", "-o", str(other)])
     warnings = " ".join(compare_runs(runs / "a", other).warnings)
     assert "their data differ: md5" in warnings and "another profile: vlmevalkit and qwen2_vl" in warnings
-    with pytest.raises(
-        ConfigError, match=r"a is a run of ai2d_test, .*other of chartqa_test; they must be of one task"
-    ):
+    with pytest.raises(ConfigError, match=r"a is a run of ai2d_test, .*other of chartqa_test; they must"):
         compare_runs(runs / "a", runs / "other")

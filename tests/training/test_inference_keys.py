@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from duetvl.commands.mindspeed import apply
+from duetvl.commands.mindspeed import apply, apply_evaluation
 from duetvl.core.errors import ConfigError
+from duetvl.migrate.evaluation_keys import read_evaluation
 from duetvl.migrate.inference_keys import read_inference
 
 CONTENT: dict[str, Any] = {
@@ -127,3 +128,65 @@ def test_options_of_the_user_come_first(tmp_path: Path) -> None:
     given.model = str(tmp_path / "mm")
     list(apply(given))
     assert given.base == "ckpt/hf/Qwen"
+
+
+# -- evaluate_*.json --------------------------------------------------------------------------------------------------
+
+
+def evaluation(directory: Path, **changes: Any) -> Path:
+    """The same file as it is for an evaluation."""
+    content = {
+        name: value for name, value in CONTENT.items() if name not in ("pipeline_class", "image_path", "prompts")
+    }
+    content |= {
+        "model_id": "Qwen2VlPipeline", "dataset_path": "./AI2D_TEST.tsv", "evaluation_dataset": "ai2d_test",
+        "evaluation_model": "qwen2_vl_7b", "result_output_path": "./evaluation_outputs/", **changes,
+    }  # fmt: skip
+    file = directory / "evaluate.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_every_key_of_an_evaluation_is_taken_or_explained(tmp_path: Path) -> None:
+    options, report = read_evaluation(evaluation(tmp_path))
+    assert options == {
+        "data": Path("AI2D_TEST.tsv"), "task": "ai2d_test", "profile": "qwen2_vl",
+        "output": Path("evaluation_outputs/qwen2_vl_7b_ai2d_test"), "pretrained": "ckpt/hf/Qwen", "dtype": "bfloat16",
+        "device": "npu", "min_pixels": 1003520, "max_pixels": 12845056, "temperature": 0.1, "top_k": 1,
+        "top_p": 0.001, "min_p": None, "repetition_penalty": 1.05, "max_new_tokens": 128, "min_new_tokens": None,
+        "stop_token": [5, 6], "stop": ["END"],
+    }  # fmt: skip
+    told = {note.key for note in report.notes}
+    for key in (
+        "dataset_path", "evaluation_dataset", "evaluation_model", "result_output_path", "use_custom_prompt",
+        "min_pixels", "model_id", "patch.infer_fa", "text_decoder.use_infer_fa", "generation_config.pad_token_id",
+    ):  # fmt: skip
+        assert key in told, key
+    options, _ = read_evaluation(evaluation(tmp_path, use_custom_prompt=False))
+    assert options["profile"] == "vlmevalkit"
+
+
+def test_options_come_before_the_evaluation_file(tmp_path: Path) -> None:
+    names = ("model", "base", "profile", "task", "output", "data", "device", "dtype", "temperature", "top_k", "top_p",
+             "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens", "stop_token", "stop", "min_pixels",
+             "max_pixels")  # fmt: skip
+    args = Namespace(**dict.fromkeys(names), from_mindspeed=evaluation(tmp_path), allow_unknown=False)
+    args.profile, args.data = "vlmevalkit", Path("other.tsv")
+    lines = list(apply_evaluation(args))
+    assert (args.profile, args.data, args.task) == ("vlmevalkit", Path("other.tsv"), "ai2d_test")
+    assert args.model == "ckpt/hf/Qwen" and any("evaluation_dataset" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "x"}, r"evaluate\.json: dataset is not known"),
+        ({"use_custom_prompt": "yes"}, "use_custom_prompt is 'yes', expected true or false"),
+        ({"dataset_path": 3}, "dataset_path is 3, expected a text"),
+    ],
+)
+def test_what_an_evaluation_file_says_wrongly(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_evaluation(evaluation(tmp_path, **changes))
+    with pytest.raises(ConfigError, match=r"is no evaluate_.*json: it has neither evaluation_dataset nor dataset_path"):
+        read_evaluation(written(tmp_path))

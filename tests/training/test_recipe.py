@@ -62,7 +62,7 @@ def test_the_last_override_wins():
         (
             "optm.lr=1",
             "a recipe has no section 'optm'; did you mean 'optim'? "
-            "(backend, checkpoint, data, dpo, log, lora, model, optim, parallel, train)",
+            "(backend, checkpoint, data, dpo, eval, log, lora, model, optim, parallel, train)",
         ),
         ("train.epochs=1e300", "train.epochs: found 1e+300, allowed: a number or null, > 0, <= 1e+09"),
         ("optim.lr=fast", "optim.lr: found 'fast', allowed: a number, > 0"),
@@ -88,7 +88,8 @@ def test_the_last_override_wins():
         ("rl", "override 'rl' is not of the form section.key=value"),
         (
             "every=3",
-            "override 'every=3' is not of the form section.key=value; did you mean checkpoint.every or log.every?",
+            "override 'every=3' is not of the form section.key=value; did you mean checkpoint.every or log.every or "
+            "eval.every?",
         ),
         ("optim.learning_rate=1", "optim has no field 'learning_rate'; did you mean optim.lr?"),
         ("train.lr=1", "train has no field 'lr'; did you mean optim.lr?"),

@@ -63,7 +63,7 @@ HARMLESS = frozenset(
 PLACES = frozenset({"path", "image_root"})  # of a data set
 LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
 # A checkpoint knows no layout: any can resume from it.
-HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "log", "parallel"})
+HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "eval", "log", "parallel"})
 
 RECIPE = "resolved_recipe.yaml"
 TRACKERS = "trackers.json"

@@ -296,6 +296,26 @@ class LogSection(Section):
         return self
 
 
+class EvalSection(Section):
+    """Benchmarks that the model in training is asked as the run goes on; docs/evaluation.md describes them.
+
+    Validation loss has its own fields: `data.val` and `train.eval_every`.
+    """
+
+    tasks: dict[str, Place] = Field(
+        default={}, description="Benchmarks and their data: `{ai2d_test: data/AI2D_TEST.tsv}`; also a task's YAML file."
+    )
+    every: int = Field(default=500, ge=1, description="Ask them every N steps, and after the last one.")
+    limit: int | None = Field(default=None, ge=1, description="The first N questions of each; null: all.")
+    profile: str | None = Field(
+        default=None, min_length=1, description="Prompt profile; by default that of the model's family."
+    )
+    min_pixels: int | None = Field(default=None, ge=1, description="Pixels of a picture, instead of the profile's.")
+    max_pixels: int | None = Field(default=None, ge=1, description="The same, at most.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Most tokens of an answer.")
+    at_once: int = Field(default=16, ge=1, description="Answers that grow together; each needs room beside training.")
+
+
 class BackendSection(Section):
     """The framework and the device. `--backend`, `--device` and DUETVL_BACKEND on the command line come first."""
 
@@ -330,6 +350,7 @@ class Recipe(Section):
     dpo: DpoSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    eval: EvalSection = EvalSection()
     backend: BackendSection = BackendSection()
 
     @model_validator(mode="after")
