@@ -6,9 +6,9 @@ clients at once for a minute, some of which leave in the middle.
 compare: requests a second and time to the first text, of streams, from 1 and from 16 clients. The plain loop answers
 one request at a time, as such loops do. overhead: tokens of 16 streams over HTTP for a second of the processor's time,
 which other work on the machine does not change, against the same engine without a server. soak: what 200 clients get,
-how long /health takes meanwhile (asked from a process of its own, and beside it a bare uvicorn that does nothing else),
-and the server's memory. All with one random model, its weights in float32, on the CPU; the first two with texts alone,
-as transformers' processor wants torchvision. `--write` puts the tables and what they ran on into
+how long /health takes meanwhile (asked from a process of its own, and beside it a bare uvicorn that does nothing
+else), and the server's memory. All with random models, their weights in float32, on the CPU, the last with a tiny one; the
+first two with texts alone, as transformers' processor wants torchvision. `--write` puts the tables and what they ran on into
 benchmarks/results/serve.md.
 """
 
@@ -221,7 +221,7 @@ async def probed(port: int, other: int, seconds: float) -> dict[str, Any]:
             start = time.perf_counter()
             status, _ = await client.get("/health")
             own.append(time.perf_counter() - start if status == 200 else float("inf"))
-        if len(times[0]) % 20 == 0:
+        if time.perf_counter() > end - seconds + len(memory):  # once a second
             told = (await clients[0].get("/metrics"))[1].decode()
             memory.append(value_of(told, "process_resident_memory_bytes"))
         await asyncio.sleep(0.05)
@@ -319,11 +319,12 @@ def run(chosen: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         model = tiny_run.write_model(Path(directory) / "model", **SIZES)
+        tiny = tiny_run.write_model(Path(directory) / "tiny")
         lines = ["# `duetvl serve` under load", ""]
         for name in chosen.parts or PARTS:
-            lines += [*PARTS[name](model, chosen), ""]
+            lines += [*PARTS[name](tiny if name == "soak" else model, chosen), ""]
     lines += [
-        "A random model of 8 layers of width 512, 26 million parameters, float32.",
+        "Random models in float32: 8 layers of width 512 (26 million parameters); for many clients 2 of width 32.",
         f"{platform.machine()}, {os.cpu_count()} cores that are shared with other work (load average "
         f"{os.getloadavg()[0]:.1f} at the end) and with the clients themselves, 1 thread, "
         f"Python {platform.python_version()}.",
