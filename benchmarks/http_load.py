@@ -91,6 +91,15 @@ class Client:
         outcome.tokens = (chunk.get("usage") or {}).get("completion_tokens", outcome.tokens)
 
     async def _sent(self, line: str, body: bytes) -> dict[str, str]:
+        """Send a request; the head of its response. A kept connection that the server has closed is opened anew."""
+        if self.writer is not None:
+            try:
+                return await self._sent_over(line, body)
+            except (OSError, EOFError):
+                self.close()
+        return await self._sent_over(line, body)
+
+    async def _sent_over(self, line: str, body: bytes) -> dict[str, str]:
         if self.writer is None or self.writer.is_closing():
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         assert self.reader is not None

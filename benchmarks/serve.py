@@ -6,9 +6,9 @@ clients at once for a minute, some of which leave in the middle.
 compare: requests a second and time to the first text, of streams, from 1 and from 16 clients. The plain loop answers
 one request at a time, as such loops do. overhead: tokens of 16 streams over HTTP for a second of the processor's time,
 which other work on the machine does not change, against the same engine without a server. soak: what 200 clients get,
-how long /health takes meanwhile (asked from a process of its own, and beside it a bare uvicorn that does nothing else),
-and the server's memory. All with one random model, its weights in float32, on the CPU; the first two with texts alone,
-as transformers' processor wants torchvision. `--write` puts the tables and what they ran on into
+how long /health takes meanwhile (asked from a process of its own; beside it a bare uvicorn that does nothing else), and
+the server's memory. All with random models, their weights in float32, on the CPU, the last with a tiny one; the first
+two with texts alone, as transformers' processor wants torchvision. `--write` puts the tables and what they ran on into
 benchmarks/results/serve.md.
 """
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from http_load import Client, Outcome, Payload, all_answered, percentile, soak
-from http_servers import Running, bare, plain_loop, served
+from http_servers import Running, bare, plain_loop, processor_seconds, served
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))
@@ -181,7 +181,15 @@ def soaked(directory: Path, chosen: argparse.Namespace) -> list[str]:
     full = ours(directory, "--max-requests", str(chosen.clients * 3 // 4))
     with served(idle) as other, served(full, FIRST) as server:
         asyncio.run(soak(server.port, mixture(chosen.new), chosen.clients, 5.0, leaving=0.2))  # to warm it up
-        command = [sys.executable, __file__, "--probe", str(server.port), str(other.port), str(chosen.seconds)]
+        command = [
+            sys.executable,
+            __file__,
+            "--probe",
+            str(server.port),
+            str(server.pid),
+            str(other.port),
+            str(chosen.seconds),
+        ]
         probe = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         outcomes = asyncio.run(soak(server.port, mixture(chosen.new), chosen.clients, chosen.seconds, leaving=0.2))
         seen = json.loads(probe.communicate()[0].splitlines()[-1])
@@ -211,21 +219,30 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-async def probed(port: int, other: int, seconds: float) -> dict[str, Any]:
-    """How long /health takes here and at another server, and this one's memory, as time goes by."""
+async def probed(port: int, pid: int, other: int, seconds: float) -> dict[str, Any]:
+    """How long /health takes here and at another server, and this one's memory, as time goes by.
+
+    `busy` is what this one's threads had of the processors meanwhile: about how long it would take if nothing else ran.
+    """
     end, clients = time.perf_counter() + seconds, (Client(port), Client(other))
-    times: tuple[list[float], list[float]] = ([], [])
-    memory = []
+    seen: dict[str, list[float]] = {"times": [], "other": [], "busy": [], "memory": []}
     while time.perf_counter() < end:
-        for client, own in zip(clients, times, strict=True):
-            start = time.perf_counter()
-            status, _ = await client.get("/health")
-            own.append(time.perf_counter() - start if status == 200 else float("inf"))
-        if len(times[0]) % 20 == 0:
+        busy = processor_seconds(pid)
+        seen["times"].append(await timed(clients[0]))
+        seen["busy"].append(processor_seconds(pid) - busy)
+        seen["other"].append(await timed(clients[1]))
+        if time.perf_counter() > end - seconds + len(seen["memory"]):  # once a second
             told = (await clients[0].get("/metrics"))[1].decode()
-            memory.append(value_of(told, "process_resident_memory_bytes"))
+            seen["memory"].append(value_of(told, "process_resident_memory_bytes"))
         await asyncio.sleep(0.05)
-    return {"times": times[0], "other": times[1], "memory": memory}
+    return seen
+
+
+async def timed(client: Client) -> float:
+    """Seconds of one /health; infinite where it fails."""
+    start = time.perf_counter()
+    status, _ = await client.get("/health")
+    return time.perf_counter() - start if status == 200 else float("inf")
 
 
 async def at_rest(port: int) -> dict[str, float]:
@@ -267,7 +284,8 @@ def soak_table(
         f"| answers a second | {len(good) / chosen.seconds:.1f} |",
         f"| first text p50, p99 | {percentile(firsts, 0.5):.2f} s, {percentile(firsts, 0.99):.2f} s |",
         f"| /health p50, p99, longest of {len(seen['times'])} | {in_milliseconds(seen['times'])} |",
-        f"| the same of a bare uvicorn beside it | {in_milliseconds(seen['other'])} |",
+        f"| processor time that the server had meanwhile | {in_milliseconds(seen['busy'])} |",
+        f"| /health of a bare uvicorn beside it | {in_milliseconds(seen['other'])} |",
         f"| resident memory, mean of each third of the time | {', '.join(f'{mean:.0f}' for mean in thirds)} MiB |",
         f"| at rest afterwards | {', '.join(f'{name} {value:g}' for name, value in after.items())} |",
     ]  # fmt: skip
@@ -297,7 +315,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--plain", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
-    parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--probe", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.plain:
@@ -305,8 +323,8 @@ def main() -> None:
     elif chosen.engine:
         print(engine_alone(Path(chosen.engine), chosen.new))  # noqa: T201
     elif chosen.probe:
-        port, other, seconds = chosen.probe
-        print(json.dumps(asyncio.run(probed(int(port), int(other), float(seconds)))))  # noqa: T201
+        port, pid, other, seconds = chosen.probe
+        print(json.dumps(asyncio.run(probed(int(port), int(pid), int(other), float(seconds)))))  # noqa: T201
     elif chosen.bare:
         bare(chosen.bare)
     else:
@@ -319,11 +337,12 @@ def run(chosen: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         model = tiny_run.write_model(Path(directory) / "model", **SIZES)
+        tiny = tiny_run.write_model(Path(directory) / "tiny")
         lines = ["# `duetvl serve` under load", ""]
         for name in chosen.parts or PARTS:
-            lines += [*PARTS[name](model, chosen), ""]
+            lines += [*PARTS[name](tiny if name == "soak" else model, chosen), ""]
     lines += [
-        "A random model of 8 layers of width 512, 26 million parameters, float32.",
+        "Random models in float32: 8 layers of width 512 (26 million parameters); for many clients 2 of width 32.",
         f"{platform.machine()}, {os.cpu_count()} cores that are shared with other work (load average "
         f"{os.getloadavg()[0]:.1f} at the end) and with the clients themselves, 1 thread, "
         f"Python {platform.python_version()}.",

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 from clips import write_clip
 from PIL import Image
@@ -64,6 +65,18 @@ def test_a_data_uri_is_its_content() -> None:
     assert media.open(f"data:application/octet-stream;base64,{text}", "image") == PNG
     lines = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
     assert media.open(f"data:image/jpeg;base64, {lines}\r\n", "image") == PNG  # the content says what it is
+
+
+def test_large_data_uris_are_decoded_in_pieces() -> None:
+    noise = np.random.default_rng(3).integers(0, 255, (500, 400, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(noise), "BMP") + b"x"  # its base64 has padding
+    text = base64.b64encode(content).decode()
+    media = Media(MediaPolicy())
+    lines = "\r\n".join(text[start : start + 77] for start in range(0, len(text), 77))
+    for spelt in (text, lines, text.rstrip("="), f" {text}\n"):
+        assert media.open(f"data:image/bmp;base64,{spelt}", "image") == content
+    for bad in (text[:400_000] + "=" + text[400_000:], text[:300_001] + "?" + text[300_001:], text + "AAAA"):
+        assert "not base64" in str(refusal(media, f"data:image/bmp;base64,{bad}"))
 
 
 @pytest.mark.parametrize(
