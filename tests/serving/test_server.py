@@ -499,7 +499,7 @@ def test_logs_hold_no_prompts_and_no_keys(live: Live) -> None:
     live.chat([{"type": "text", "text": SECRET}, {"type": "image_url", "image_url": {"url": SECRET}}])
     live.chat(SECRET, stop=[""])
     live.ask("POST", "/v1/chat/completions", {**TEXT, SECRET: 1})
-    live.chat([image(RED[:-9]), {"type": "text", "text": data_uri(RED)}])
+    assert live.chat([image(RED[:-40]), {"type": "text", "text": data_uri(RED)}], max_tokens=2)[0] == 400
     told = "\n".join(live.lines)
     assert len(live.lines) > 10 and "POST" in told
     assert "rosebud" not in told and not any(key in told for key in KEYS.values())
