@@ -95,7 +95,12 @@ class Reply(Response):
         else:
             await JSONResponse(await self.answering.whole(prepared))(scope, receive, send)
         usage = prepared.answers.usage()
-        logs.note(scope, prompt_tokens=usage["prompt_tokens"], output_tokens=usage["completion_tokens"])
+        logs.note(
+            scope,
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            output_tokens=usage["completion_tokens"],
+        )
 
     async def _stream(self, chunks: Any, scope: Scope, send: Send) -> None:
         """Write chunks as events. What goes wrong before the first is a response of its own, later it is an event."""

@@ -18,7 +18,8 @@ from duetvl.data.conversation import Conversation, ImagePart, Part, Turn, VideoP
 from duetvl.data.draft import Draft
 from duetvl.data.encode import Processor
 from duetvl.data.formats.tools import calls_text
-from duetvl.data.media.images import Resize
+from duetvl.data.media.images import NO_WISH, Resize
+from duetvl.data.media.pixels import PixelSettings
 from duetvl.serving.errors import ServerError
 from duetvl.serving.media import Media
 from duetvl.serving.protocol import (
@@ -122,11 +123,9 @@ class Prompts:
         if isinstance(part, TextPart):
             return part.text
         if isinstance(part, VideoUrlPart):
-            wish = Resize(options.min_pixels, options.max_pixels)
+            wish = _wish(options, self.processor.video_settings)
             return VideoPart(self.media.open(part.video_url.url, "video"), fps=options.fps, wish=wish)
-        low = part.image_url.detail == "low"
-        bounds = [most for most in (options.max_pixels, _LOW_DETAIL if low else None) if most is not None]
-        wish = Resize(options.min_pixels, min(bounds, default=None))
+        wish = _wish(options, self.processor.image_settings, low=part.image_url.detail == "low")
         return ImagePart(self.media.open(part.image_url.url, "image"), wish=wish)
 
     # -- bounds -------------------------------------------------------------------------------------------------------
@@ -139,6 +138,20 @@ class Prompts:
     def _check_tokens(self, tokens: int) -> None:
         if tokens > self.longest:
             raise _too_long(f"the prompt has {tokens} tokens, at most {self.longest} are taken; shorten it")
+
+
+def _wish(options: MediaOptions, settings: PixelSettings, *, low: bool = False) -> Resize:
+    """The sizes that a request asks for; more than the server's own is not given. Raises ServerError."""
+    if options.max_pixels is None and options.min_pixels is None and not low:
+        return NO_WISH
+    most = min(options.max_pixels or settings.max_pixels, settings.max_pixels)
+    most = min(most, _LOW_DETAIL) if low else most
+    least = min(settings.min_pixels, most) if options.min_pixels is None else options.min_pixels
+    if least > most:
+        raise ServerError(
+            f"min_pixels is {least}, and pictures have at most {most} pixels here", param="mm_processor_kwargs"
+        )
+    return Resize(least, most)
 
 
 def _too_long(words: str) -> ServerError:
