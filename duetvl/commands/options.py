@@ -58,7 +58,8 @@ def add_infer(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """`duetvl eval`."""
-    _add_model(parser, optional=True)
+    _add_model(parser, optional=True, alone="processes, each with all of the model on a device of its own; with --tp or "
+               "--pp, with a part of it")  # fmt: skip
     parser.add_argument("--task", metavar="NAME", help="benchmark, such as ai2d_test, or the YAML file of your own")
     parser.add_argument("--data", type=Path, metavar="PATH", help="its data file or directory")
     parser.add_argument(
@@ -66,7 +67,6 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--profile", metavar="NAME", help="prompt profile; default: the one of the model's family")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions; default: all")
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes, each with a device of its own: 1")
     parser.add_argument(
         "--server", metavar="URL", help="ask an OpenAI-compatible server; MODEL is its name there, if it has several"
     )
@@ -150,7 +150,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--media-root", type=Path, metavar="DIR", help="file:// of media below this; default: none")
 
 
-def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False, adapters: bool = False) -> None:
+def _add_model(
+    parser: argparse.ArgumentParser, *, optional: bool = False, adapters: bool = False, alone: str | None = None
+) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -176,17 +178,13 @@ def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False, adapt
         "--media-tokens", type=int, metavar="N", help="room for features of pictures and videos; default: 16384"
     )
     parser.add_argument("--max-sequences", type=int, metavar="N", help="answers that grow at once; default: 64")
-    add_ranks(parser)
-
-
-def add_ranks(parser: argparse.ArgumentParser) -> None:
-    """Those of a command that may run over many ranks."""
     group = parser.add_argument_group("many ranks", "default: one process")
-    group.add_argument("--nproc", type=int, metavar="N", help="processes, one for each device of this machine")
+    nproc = alone or "processes, one for each device of this machine, that divide the model"
+    group.add_argument("--nproc", type=int, metavar="N", help=nproc)
     group.add_argument("--tp", type=int, metavar="T", help="ranks that divide each layer; default: those of --nproc")
     group.add_argument("--pp", type=int, metavar="P", help="ranks that divide the layers among them: 1")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: kept where they failed")
-    parser.set_defaults(team=None)
+    parser.set_defaults(team=None, divides=alone is None)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

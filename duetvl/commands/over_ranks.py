@@ -66,6 +66,8 @@ def over_ranks(args: argparse.Namespace, run: Callable[[], int]) -> int:
     place = own_place()
     if place is not None:
         return _take_part(args, run, place)
+    if not args.divides and args.tp is None and args.pp is None:
+        return run()
     mesh = mesh_of(args)
     return run() if mesh.size == 1 else _start(args, mesh)
 
@@ -116,6 +118,7 @@ def _take_part(args: argparse.Namespace, run: Callable[[], int], place: Path) ->
     backend.collectives.start()
     ranks = Ranks(backend.collectives)
     mesh = mesh_of(args, ranks.count)
+    args.nproc = None  # they are there
     if ranks.count == 1:
         return run()
     line = connect(backend)

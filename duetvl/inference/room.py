@@ -42,9 +42,8 @@ def pool_blocks(model: Generator, room: Room, limits: Limits, context: int, spar
         int(share * free) - largest,
         model,
         spare,
-        f"{free / 2**30:.2f} GiB of {device.name} are free{for_each}, of which {share:.0%} may be used, and the largest "
-        f"pass takes "
-        f"{largest / 2**30:.2f} GiB (lower pass_tokens, pass_patches or media_tokens)",
+        f"{free / 2**30:.2f} GiB of {device.name} are free{for_each}, of which {share:.0%} may be used, and the "
+        f"largest pass takes {largest / 2**30:.2f} GiB (lower pass_tokens, pass_patches or media_tokens)",
     )
     return min(blocks, limits.max_sequences * -(-context // size))  # more would never be used by what runs
 
