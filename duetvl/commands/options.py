@@ -58,8 +58,8 @@ def add_infer(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """`duetvl eval`."""
-    _add_model(parser, optional=True, alone="processes, each with all of the model on a device of its own; with --tp or "
-               "--pp, with a part of it")  # fmt: skip
+    nproc = "processes, each with all of the model on a device of its own; with --tp or --pp, with a part of it"
+    _add_model(parser, optional=True, nproc=nproc)
     parser.add_argument("--task", metavar="NAME", help="benchmark, such as ai2d_test, or the YAML file of your own")
     parser.add_argument("--data", type=Path, metavar="PATH", help="its data file or directory")
     parser.add_argument(
@@ -151,7 +151,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(
-    parser: argparse.ArgumentParser, *, optional: bool = False, adapters: bool = False, alone: str | None = None
+    parser: argparse.ArgumentParser, *, optional: bool = False, adapters: bool = False, nproc: str | None = None
 ) -> None:
     parser.add_argument(
         "model",
@@ -179,12 +179,12 @@ def _add_model(
     )
     parser.add_argument("--max-sequences", type=int, metavar="N", help="answers that grow at once; default: 64")
     group = parser.add_argument_group("many ranks", "default: one process")
-    nproc = alone or "processes, one for each device of this machine, that divide the model"
-    group.add_argument("--nproc", type=int, metavar="N", help=nproc)
+    usual = "processes, one for each device of this machine, that divide the model"
+    group.add_argument("--nproc", type=int, metavar="N", help=nproc or usual)
     group.add_argument("--tp", type=int, metavar="T", help="ranks that divide each layer; default: those of --nproc")
     group.add_argument("--pp", type=int, metavar="P", help="ranks that divide the layers among them: 1")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: kept where they failed")
-    parser.set_defaults(team=None, divides=alone is None)
+    parser.set_defaults(team=None, divides=nproc is None)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

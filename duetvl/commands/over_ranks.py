@@ -102,6 +102,8 @@ def check_degrees(mesh: Mesh, config: ModelConfig) -> None:
 
 def _start(args: argparse.Namespace, mesh: Mesh) -> int:
     """Start the ranks on this machine, with the words of this command."""
+    if getattr(args, "server", None) is not None:
+        raise ConfigError("--tp and --pp divide a model among processes here; with --server there is none")
     if args.model is not None:
         check_degrees(mesh, open_model(args.model, base=args.base, weights=False).config)
     backend = choose_backend(backend_name(args), args.device or "auto")
