@@ -238,8 +238,6 @@ def _run(args: argparse.Namespace) -> int:
         return run(args)
     from duetvl.commands.over_ranks import over_ranks
 
-    if args.command == "eval" and args.tp is None and args.pp is None:
-        return run(args)  # the processes of --nproc are copies, each with questions of its own
     return over_ranks(args, lambda: run(args))
 
 

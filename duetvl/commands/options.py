@@ -58,7 +58,8 @@ def add_infer(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """`duetvl eval`."""
-    _add_model(parser, optional=True, copies=True)
+    nproc = "processes, each with all of the model on a device of its own; with --tp or --pp, with a part of it"
+    _add_model(parser, optional=True, nproc=nproc)
     parser.add_argument("--task", metavar="NAME", help="benchmark, such as ai2d_test, or the YAML file of your own")
     parser.add_argument("--data", type=Path, metavar="PATH", help="its data file or directory")
     parser.add_argument(
@@ -150,7 +151,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(
-    parser: argparse.ArgumentParser, *, optional: bool = False, adapters: bool = False, copies: bool = False
+    parser: argparse.ArgumentParser, *, optional: bool = False, adapters: bool = False, nproc: str | None = None
 ) -> None:
     parser.add_argument(
         "model",
@@ -177,18 +178,13 @@ def _add_model(
         "--media-tokens", type=int, metavar="N", help="room for features of pictures and videos; default: 16384"
     )
     parser.add_argument("--max-sequences", type=int, metavar="N", help="answers that grow at once; default: 64")
-    add_ranks(parser, copies=copies)
-
-
-def add_ranks(parser: argparse.ArgumentParser, *, copies: bool = False) -> None:
-    """Those of a command that may run over many ranks; `copies`: each of them has the whole model unless told."""
     group = parser.add_argument_group("many ranks", "default: one process")
-    usual = "each has the whole model" if copies else "those of --nproc"
-    group.add_argument("--nproc", type=int, metavar="N", help="processes, one for each device of this machine")
-    group.add_argument("--tp", type=int, metavar="T", help=f"ranks that divide each layer; default: {usual}")
+    usual = "processes, one for each device of this machine, that divide the model"
+    group.add_argument("--nproc", type=int, metavar="N", help=nproc or usual)
+    group.add_argument("--tp", type=int, metavar="T", help="ranks that divide each layer; default: those of --nproc")
     group.add_argument("--pp", type=int, metavar="P", help="ranks that divide the layers among them: 1")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: kept where they failed")
-    parser.set_defaults(team=None)
+    parser.set_defaults(team=None, divides=nproc is None)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from shutil import rmtree
 from typing import Final
 
 from duetvl.api import Model, load_model
+from duetvl.commands.mindspeed import apply
 from duetvl.convert.opening import open_model
 from duetvl.core.backend import AUTO, Backend, choose_backend, load_backend
 from duetvl.core.errors import ConfigError
@@ -60,9 +61,13 @@ def over_ranks(args: argparse.Namespace, run: Callable[[], int]) -> int:
 
     On rank 0 `args.team` is then there for `session.load`; the other ranks do not run the command.
     """
+    if getattr(args, "from_mindspeed", None) is not None:
+        list(apply(args))  # it may name the model and the device; the command itself reports it
     place = own_place()
     if place is not None:
         return _take_part(args, run, place)
+    if not args.divides and args.tp is None and args.pp is None:
+        return run()
     mesh = mesh_of(args)
     return run() if mesh.size == 1 else _start(args, mesh)
 
@@ -97,6 +102,8 @@ def check_degrees(mesh: Mesh, config: ModelConfig) -> None:
 
 def _start(args: argparse.Namespace, mesh: Mesh) -> int:
     """Start the ranks on this machine, with the words of this command."""
+    if getattr(args, "server", None) is not None:
+        raise ConfigError("--tp and --pp divide a model among processes here; with --server there is none")
     if args.model is not None:
         check_degrees(mesh, open_model(args.model, base=args.base, weights=False).config)
     backend = choose_backend(backend_name(args), args.device or "auto")
@@ -113,6 +120,7 @@ def _take_part(args: argparse.Namespace, run: Callable[[], int], place: Path) ->
     backend.collectives.start()
     ranks = Ranks(backend.collectives)
     mesh = mesh_of(args, ranks.count)
+    args.nproc = None  # they are there
     if ranks.count == 1:
         return run()
     line = connect(backend)

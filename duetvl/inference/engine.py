@@ -145,8 +145,8 @@ class Engine:
 
     @property
     def stopped(self) -> bool:
-        """Whether it takes no more requests: it was closed, or its thread has ended with an error."""
-        return self._stopping
+        """Whether it takes no more requests: it was closed, its thread has ended with an error, or another rank has."""
+        return self._stopping or (self.lead is not None and self.lead.over)
 
     def _prepared(self, request: Request, first: int) -> list[Job]:
         model = self.models.get(request.adapter)
