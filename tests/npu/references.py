@@ -6,6 +6,7 @@ float64 and rounded once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from .schemas import SCHEMAS, TORCH_NPU, schemas_of
 torch = pytest.importorskip("torch")
 
 Tensor = torch.Tensor
+CALLS: Counter[str] = Counter()  # of each reference
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -51,6 +53,7 @@ def with_names(schema: str, reference: Callable[[Any], Any]) -> Callable[..., An
     defaults = {a.name: a.default_value for s in (latest, parsed) for a in s.arguments if a.has_default_value()}
 
     def kernel(*given: Any, **named: Any) -> Any:
+        CALLS[reference.__name__] += 1
         results = reference(SimpleNamespace(**(defaults | dict(zip(names, given, strict=False)) | named)))
         return results[: len(parsed.returns)] if isinstance(results, tuple) else results
 
