@@ -49,7 +49,7 @@ class Here:
             wide = {"type": "mrope", "mrope_section": [8, 12, 12]}
             sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_scaling": wide}
             tiny_run.write_model(directory / f"{family}_heads_of_64", STD, family, **sizes)
-        questions = [*records[:2], *records[4:6], *videos[:2]]
+        questions = [records[0], records[3], *records[4:6], *videos[:2]]
         questions[1]["messages"][0]["content"] = "say hello " * 15  # its answer ends in another block of the cache
         _write(directory / "questions.jsonl", [{**q, "messages": q["messages"][:1]} for q in questions])
         return cls(directory, miniatures.ai2d(directory))
@@ -81,7 +81,7 @@ class Here:
         self.run("eval", backend, family, "-o", str(output), "--task", "ai2d_test", "--data", str(self.benchmark),
                  "--limit", "8", "--max-new-tokens", "4")  # fmt: skip
         rows = (output / "answers.jsonl").read_text().splitlines()
-        return [json.loads(row)["answer"] for row in rows]
+        return [json.loads(row)["text"] for row in rows]
 
     def run(self, command: str, backend: str, family: str, *words: str) -> None:
         """A command on the model with heads of 64, the smallest that the paged kernels take, in float16."""
