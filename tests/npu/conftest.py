@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="package")
-def operators() -> Iterator[None]:
+def operators() -> Any:
+    """torch.ops.npu."""
     if os.environ.get("DUETVL_REAL_TORCH_NPU"):
         importlib.import_module("torch_npu")
-    from .references import register
+    from .references import registered
+    from .schemas import TORCH_NPU
 
-    libraries = register()
-    yield
-    libraries.clear()
+    return registered(TORCH_NPU)
 
 
 @pytest.fixture(scope="package")
-def ops(operators: None) -> Any:
+def ops(operators: Any) -> Any:
+    """NpuOps on CPU tensors."""
     import torch
 
     from duetvl.backends.torch_npu.autograd import TorchAutograd

@@ -6,40 +6,56 @@ float64 and rounded once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from .schemas import SCHEMAS
+from .schemas import SCHEMAS, TORCH_NPU, schemas_of
 
 torch = pytest.importorskip("torch")
 
 Tensor = torch.Tensor
+CALLS: Counter[str] = Counter()  # of each reference
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def register() -> list[torch.library.Library]:
-    """Give the operators CPU kernels, and define them first unless torch_npu has. They last as long as the result."""
-    missing = [s for s in SCHEMAS if not hasattr(torch.ops.npu, s.partition("(")[0])]
-    libraries = [torch.library.Library("npu", "FRAGMENT")]
-    for schema in missing:
-        libraries[0].define(schema)
-    for schema in SCHEMAS:
-        name = schema.partition("(")[0]
-        libraries[0].impl(name, _bound(schema, globals()[name]), "CPU")
-    return libraries
+@cache
+def registered(version: str) -> Any:
+    """The namespace of operators with the schemas of a version of torch_npu, and references as their CPU kernels.
+
+    It is torch.ops.npu for the version of TORCH_NPU, where operators that torch_npu has registered stay as they are.
+    """
+    space = "npu" if version == TORCH_NPU else f"npu_{version.replace('.', '_')}"
+    _LIBRARIES.append(library := torch.library.Library(space, "FRAGMENT"))
+    operators = getattr(torch.ops, space)
+    for name, schema in schemas_of(version).items():
+        if not hasattr(operators, name):
+            library.define(schema)
+        library.impl(name, with_names(schema, globals()[name]), "CPU")
+    return operators
 
 
-def _bound(schema: str, reference: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A kernel that hands `reference` all arguments by name: the dispatcher leaves out those at their default."""
-    arguments = torch._C.parse_schema(f"npu::{schema}").arguments
-    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+_LIBRARIES: list[torch.library.Library] = []  # what they register ends with them
+
+
+def with_names(schema: str, reference: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A kernel that hands `reference` all arguments by name: the dispatcher leaves out those at their default.
+
+    Of an older version it gets the arguments that it lacks at their later default, and gives as much as was returned.
+    """
+    parsed = torch._C.parse_schema(f"npu::{schema}")
+    latest = torch._C.parse_schema(f"npu::{SCHEMAS[parsed.name.removeprefix('npu::')]}")
+    names = [a.name for a in parsed.arguments]
+    defaults = {a.name: a.default_value for s in (latest, parsed) for a in s.arguments if a.has_default_value()}
 
     def kernel(*given: Any, **named: Any) -> Any:
-        positional = dict(zip((a.name for a in arguments), given, strict=False))
-        return reference(SimpleNamespace(**(defaults | positional | named)))
+        CALLS[reference.__name__] += 1
+        results = reference(SimpleNamespace(**(defaults | dict(zip(names, given, strict=False)) | named)))
+        return results[: len(parsed.returns)] if isinstance(results, tuple) else results
 
     return kernel
 
@@ -247,10 +263,10 @@ def npu_scatter_pa_kv_cache(a: Any) -> None:
     assert a.slot_mapping.dtype == torch.int32
     assert a.slot_mapping.shape == a.key.shape[:1]
     assert len(a.slot_mapping.unique()) == len(a.slot_mapping)
-    for rows, cache in ((a.key, a.key_cache), (a.value, a.value_cache)):
+    for rows, held in ((a.key, a.key_cache), (a.value, a.value_cache)):
         assert rows.is_contiguous()
-        assert cache.is_contiguous()
-        assert rows.dtype == cache.dtype
-        assert cache.ndim == 4
-        assert rows.shape[1:] == cache.shape[2:]
-        cache.view(-1, *cache.shape[2:])[a.slot_mapping.long()] = rows
+        assert held.is_contiguous()
+        assert rows.dtype == held.dtype
+        assert held.ndim == 4
+        assert rows.shape[1:] == held.shape[2:]
+        held.view(-1, *held.shape[2:])[a.slot_mapping.long()] = rows

@@ -105,8 +105,7 @@ def to_mindspore(x: Any) -> Any:
 
 def standing_in(schema_of: str, kernel: Any, names: dict[str, str]) -> Callable[..., Any]:
     """The torch reference `schema_of`, called with the arguments of a MindSpore kernel, renamed where they differ."""
-    schema = next(s for s in references.SCHEMAS if s.startswith(f"{schema_of}("))
-    reference = references._bound(schema, getattr(references, schema_of))
+    reference = references.with_names(references.SCHEMAS[schema_of], getattr(references, schema_of))
     signature = inspect.signature(kernel if inspect.isfunction(kernel) else type(kernel).__call__)
     blank = [] if inspect.isfunction(kernel) else [None]
 

@@ -16,9 +16,21 @@ def create(device: str = "auto") -> Backend:
     """The backend on `device`: cpu, ascend (npu), or auto for ascend where it is there."""
     os.environ.setdefault("GLOG_v", "3")  # the framework's C++ log: errors only, before it is imported
     try:
-        import mindspore as ms
+        import mindspore  # noqa: F401
     except ImportError as error:
         raise BackendError(f"backend mindspore needs MindSpore: pip install 'duetvl[mindspore]' ({error})") from None
+
+    target = _start(device)
+    return assemble(target, target)
+
+
+def assemble(kind: str, target: str) -> Backend:
+    """The backend as it is for devices of a `kind`, CPU or Ascend, with the process's device `target`.
+
+    They are the same, but for tests, which run what is there for Ascend on CPU tensors (tests/npu).
+    """
+    import mindspore as ms
+
     from duetvl.backends.mindspore.autograd import RECOMPUTATION, MindSporeAutograd
     from duetvl.backends.mindspore.checkpoint_io import MindSporeCheckpointIO
     from duetvl.backends.mindspore.collectives import MindSporeCollectives, MindSporeCpuCollectives
@@ -26,9 +38,8 @@ def create(device: str = "auto") -> Backend:
     from duetvl.backends.mindspore.ops import MindSporeOps
     from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
 
-    target = _start(device)
     autograd = MindSporeAutograd()
-    on_cpu = target == "CPU"
+    on_cpu = kind == "CPU"
     ops: MindSporeOps
     optimizer: MindSporeOptimizer
     kv_cache: ComposedKVCache

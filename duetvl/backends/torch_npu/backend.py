@@ -10,6 +10,8 @@ from duetvl.core.backend import Backend, Capabilities
 from duetvl.core.errors import BackendError
 
 if TYPE_CHECKING:
+    import torch
+
     from duetvl.backends.torch_npu.ops import TorchOps
 
 DEVICES = ("cpu", "cuda", "npu")
@@ -21,6 +23,19 @@ def create(device: str = "auto") -> Backend:
         import torch
     except ImportError as error:
         raise BackendError(f"backend torch_npu needs PyTorch: pip install 'duetvl[torch]' ({error})") from None
+
+    kind = _choose(device)
+    place = torch.device("cpu") if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    return assemble(kind, place)
+
+
+def assemble(kind: str, place: torch.device) -> Backend:
+    """The backend as it is for devices of a `kind`, with its tensors at `place`.
+
+    The place has that kind, but for tests, which run what is there for Ascend on CPU tensors (tests/npu).
+    """
+    import torch
+
     from duetvl.backends.torch_npu.autograd import TorchAutograd
     from duetvl.backends.torch_npu.checkpoint_io import TorchCheckpointIO
     from duetvl.backends.torch_npu.collectives import TorchCollectives
@@ -28,8 +43,6 @@ def create(device: str = "auto") -> Backend:
     from duetvl.backends.torch_npu.kv_cache import TorchKVCache
     from duetvl.backends.torch_npu.optimizer import TorchOptimizer
 
-    kind = _choose(device)
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
     autograd = TorchAutograd()
     cache_class: type[TorchKVCache] = TorchKVCache
     optimizer_class: type[TorchOptimizer] = TorchOptimizer

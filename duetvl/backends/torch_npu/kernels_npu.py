@@ -1,7 +1,7 @@
 """Ascend kernels by torch_npu: attention, norm, rotation, gate, cached attention, optimizer. Not run on hardware.
 
-This is the one file that names torch_npu. tests/npu checks every call against the operators' schemas (torch_npu
-2.13) and the numbers against CPU references under those schemas; docs/ascend.md says what that leaves open.
+tests/npu checks every call against the operators' schemas (torch_npu 2.6, 2.9, 2.13), and the numbers and whole runs
+against CPU references under those schemas; docs/ascend.md says what that leaves open.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from duetvl.backends.torch_npu.autograd import TorchAutograd
 from duetvl.backends.torch_npu.kv_cache import TorchKVCache
+from duetvl.backends.torch_npu.npu_operators import NpuOperators
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.backends.torch_npu.optimizer import TorchOptimizer
 from duetvl.core.composed import AscendAttention
@@ -53,12 +54,17 @@ def why_missing() -> str | None:
 
 
 class NpuOps(AscendAttention, TorchOps):
-    """See core/ops.py. On any other device than npu the operators must have been registered, as tests/npu does."""
+    """See core/ops.py. On any other device than npu the operators must have been registered, as tests/npu does.
 
-    def __init__(self, autograd: TorchAutograd, place: torch.device):
+    `space` holds the operators: torch.ops.npu where None.
+    """
+
+    def __init__(self, autograd: TorchAutograd, place: torch.device, space: Any = None):
         super().__init__(autograd, place)
         if place.type == "npu":
             importlib.import_module("torch_npu")
+        self.operators = NpuOperators(space or torch.ops.npu)
+        self.npu = self.operators.space
 
     @cached_property
     def by_row(self) -> bool:
@@ -66,16 +72,16 @@ class NpuOps(AscendAttention, TorchOps):
 
         torch_npu 2.6.0 has no such argument; there, as without it, each span's lie as (H, L, 8).
         """
-        arguments = torch.ops.npu.npu_fusion_attention.default._schema.arguments
-        return any(argument.name == "softmax_layout" for argument in arguments)
+        return self.operators.knows("npu_fusion_attention", "softmax_layout")
 
     # -- attention -------------------------------------------------------------------------------------------------
 
     def _takes(self, q: Tensor, spans: Spans) -> bool:
-        return q.shape[-1] <= LARGEST_HEAD and max(spans.rows, spans.key_rows) <= MOST_ROWS
+        fits = q.shape[-1] <= LARGEST_HEAD and max(spans.rows, spans.key_rows) <= MOST_ROWS
+        return fits and "attention" not in self.operators.lacking
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        out, top, total, *_ = torch.ops.npu.npu_fusion_attention(
+        out, top, total, *_ = self.npu.npu_fusion_attention(
             q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **self.layout_of(spans)
         )
         return out, self.lse_of(top, total, spans)
@@ -84,7 +90,7 @@ class NpuOps(AscendAttention, TorchOps):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans
     ) -> tuple[Tensor, ...]:
         top, total = self.statistics_of(lse, spans)
-        return torch.ops.npu.npu_fusion_attention_grad(
+        return self.npu.npu_fusion_attention_grad(
             q, k, v, dout, q.shape[1], "TND",
             softmax_max=top.contiguous(), softmax_sum=total, attention_in=out,
             scale_value=q.shape[-1] ** -0.5, **self.layout_of(spans),
@@ -104,34 +110,37 @@ class NpuOps(AscendAttention, TorchOps):
     # -- norm, rotation, gate --------------------------------------------------------------------------------------
 
     def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
-        if x.dtype != scale.dtype or x.ndim < 2 or x.numel() == 0:
+        if x.dtype != scale.dtype or x.ndim < 2 or x.numel() == 0 or "rms_norm" in self.operators.lacking:
             return super().rms_norm(x, scale, eps=eps)
 
         def forward(needs: Any, x: Tensor, scale: Tensor) -> Any:
-            y, inverse = torch.ops.npu.npu_rms_norm(x, scale, epsilon=eps)
+            y, inverse = self.npu.npu_rms_norm(x, scale, epsilon=eps)
             return y, (x, scale, inverse)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
             x, scale, inverse = residuals
-            dx, dscale = torch.ops.npu.npu_rms_norm_backward(d, x, scale, inverse)
+            dx, dscale = self.npu.npu_rms_norm_backward(d, x, scale, inverse)
             return dx, dscale.to(scale.dtype)  # it comes in float32
 
         return self.autograd.custom_vjp(forward, backward)(x, scale)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The composed rope uses it for the gradient too, with -sin. In float32, as the kernel takes one dtype."""
-        if x.numel() == 0 or x.shape[-1] >= ROTATED_HEAD:
+        if x.numel() == 0 or x.shape[-1] >= ROTATED_HEAD or "rope" in self.operators.lacking:
             return super()._rotate(x, cos, sin)
         full_cos, full_sin = (torch.cat([half, half], -1)[None, :, None] for half in (cos, sin))
-        return torch.ops.npu.npu_rotary_mul(x[None].float(), full_cos, full_sin)[0].to(x.dtype)
+        return self.npu.npu_rotary_mul(x[None].float(), full_cos, full_sin)[0].to(x.dtype)
 
     @cached_property
     def _swiglu(self) -> Any:
+        if "swiglu" in self.operators.lacking:
+            return super()._swiglu
+
         def forward(needs: Any, gate: Tensor, up: Tensor) -> Any:
-            return torch.ops.npu.npu_swiglu(torch.cat([gate, up], -1)), (gate, up)
+            return self.npu.npu_swiglu(torch.cat([gate, up], -1)), (gate, up)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
-            return torch.ops.npu.npu_swiglu_backward(d, torch.cat(residuals, -1)).chunk(2, -1)
+            return self.npu.npu_swiglu_backward(d, torch.cat(residuals, -1)).chunk(2, -1)
 
         return self.autograd.custom_vjp(forward, backward)
 
@@ -163,9 +172,8 @@ class NpuKVCache(TorchKVCache):
 
     @cached_property
     def scatters(self) -> bool:
-        """Whether the writing kernel can be told of our layout: without `cache_mode` it means another."""
-        kernel = getattr(torch.ops.npu, "npu_scatter_pa_kv_cache", None)
-        return kernel is not None and any(a.name == "cache_mode" for a in kernel.default._schema.arguments)
+        """Whether a kernel writes; else torch does."""
+        return "writing to the cache" not in self.ops.operators.lacking
 
     @cached_property
     def hidden_later(self) -> Tensor:
@@ -187,7 +195,7 @@ class NpuKVCache(TorchKVCache):
             super().cache_append(cache, layer, k, v, plan)
             return
         blocks = (x.unflatten(0, (-1, cache.block_size)) for x in (cache.keys[layer], cache.values[layer]))
-        torch.ops.npu.npu_scatter_pa_kv_cache(k.contiguous(), v.contiguous(), *blocks, plan.written, cache_mode="Norm")
+        self.ops.npu.npu_scatter_pa_kv_cache(k.contiguous(), v.contiguous(), *blocks, plan.written, cache_mode="Norm")
 
     def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
@@ -195,7 +203,7 @@ class NpuKVCache(TorchKVCache):
         if not isinstance(plan, PagedPlan):
             return super().attention_cached(q, cache, layer, plan)
         k, v = (x.view(cache.blocks, cache.block_size, -1) for x in (keys, values))
-        out, _ = torch.ops.npu.npu_fused_infer_attention_score(
+        out, _ = self.ops.npu.npu_fused_infer_attention_score(
             q.contiguous(), k, v,
             atten_mask=self.hidden_later, sparse_mode=RIGHT_DOWN_CAUSAL, input_layout="TND",
             block_table=plan.tables, block_size=cache.block_size,
@@ -208,7 +216,8 @@ class NpuKVCache(TorchKVCache):
         rows, groups, size = cache.keys[0].shape
         fits = cache.keys[0].dtype in HALF and size in PAGED_HEADS and groups * size <= WIDEST_ROW
         blocks = cache.block_size % BLOCK == 0 and cache.block_size <= LARGEST_BLOCK
-        return fits and blocks and rows * groups * size < CACHE_LIMIT and self.paged(cache)
+        there = "attention to the cache" not in self.ops.operators.lacking
+        return there and fits and blocks and rows * groups * size < CACHE_LIMIT and self.paged(cache)
 
 
 class NpuOptimizer(TorchOptimizer):
