@@ -436,6 +436,8 @@ CASES = {
     "|a|b|\n|-|-:|\n|1\\|2|\n|x<br>y|`z`|w|": "<div><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody>"
     "<tr><td>1|2</td><td></td></tr><tr><td>x<br>y</td><td><code>z</code></td></tr></tbody></table></div>",
     "see https://a.example/b, [c](https://a.example/d_(e)) [f]": "<p>see <a>https://a.example/b</a>, <a>c</a> [f]</p>",
+    "```py\nif x: 'a' # c\n```": "<figure><pre><code><span>if</span> x: <span>'a'</span> <span># c</span></code></pre>"
+    "</figure>",
     "~~~\n```\n\tx\n~~~": "<figure><pre><code>```\n\tx</code></pre></figure>",
 }
 RENDER = """async (cases) => {
