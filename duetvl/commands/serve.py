@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,10 @@ def serve(args: argparse.Namespace, say: Say) -> int:
     host, port = server.address
     say(f"models: {', '.join(names)}; tokens of prompt and answer: {answering.engine.longest}")
     say(f"chat page: {_url(host, port)}/  OpenAI's clients: {_url(host, port)}/v1")
+    # What was made up to here stays. A full collection would look at all of it each time, and nobody gets an answer
+    # for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     return server.serve_until_stopped()
 
 
