@@ -21,7 +21,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.core.ranks import Ranks
 from duetvl.inference.lead import Adapt, Follower, Lead, Load, connect
-from duetvl.launch.plan import Plan, log_directory, own_place
+from duetvl.launch.plan import Plan, log_directory, own_place, survived
 from duetvl.launch.run import USER_ERROR, launch
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.parallel.division import Division
@@ -108,8 +108,8 @@ def _start(args: argparse.Namespace, mesh: Mesh) -> int:
         check_degrees(mesh, open_model(args.model, base=args.base, weights=False).config)
     backend = choose_backend(backend_name(args), args.device or "auto")
     logs = log_directory(args.log_dir) if args.log_dir else Path(tempfile.mkdtemp(prefix="duetvl-ranks-"))
-    survives = (signal.SIGINT,) if args.command == "chat" else ()
-    status = launch(Plan(backend, (*args.argv, "--backend", backend), mesh.size, survives=survives), logs, logs)
+    words = (*args.argv, "--backend", backend)
+    status = launch(Plan(backend, words, mesh.size, survives=survived(args.command)), logs, logs)
     if not args.log_dir and status in _NOTHING_TO_SEE:
         rmtree(logs, ignore_errors=True)
     return status
