@@ -40,10 +40,10 @@ class Team:
     mesh: Mesh
     lead: Lead
 
-    def load(self, path: str, *, dtype: str, adapter: Path | None, base: str | None) -> Model:
+    def load(self, told: Load) -> Model:
         """Have every rank read its part of a model; this one's."""
-        with self.lead.telling(Load(path, dtype, adapter, base)):
-            return load_model(path, backend=self.backend, dtype=dtype, adapter=adapter, base=base, mesh=self.mesh)
+        with self.lead.telling(told):
+            return part_of(told, self.backend, self.mesh)
 
     def adapt(self, adapters: dict[str, Model]) -> None:
         """Have the others lay on their parts what `Model.with_adapter` laid on this one's."""
@@ -130,16 +130,13 @@ def _take_part(args: argparse.Namespace, run: Callable[[], int], place: Path) ->
     for number in FOLLOWED:
         signal.signal(number, signal.SIG_IGN)
     with ending_alone(ranks, place):
-        Follower(ranks, line, lambda told: _part(told, backend, mesh), _adapted).follow(0)
+        Follower(ranks, line, lambda told: part_of(told, backend, mesh), Model.with_adapter).follow(0)
     return 0
 
 
-def _part(told: Load, backend: Backend, mesh: Mesh) -> Model:
+def part_of(told: Load, backend: Backend, mesh: Mesh) -> Model:
+    """What this rank has of a model."""
     return load_model(told.path, backend=backend, dtype=told.dtype, adapter=told.adapter, base=told.base, mesh=mesh)
-
-
-def _adapted(model: Model, directory: str) -> Model:
-    return model.with_adapter(directory)
 
 
 def _lead(lead: Lead, run: Callable[[], int], place: Path) -> int:
