@@ -6,9 +6,10 @@ Whatever takes the name of a backend then runs them: recipes, commands, processe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from duetvl.core.backend import ENTRY_POINTS, Backend
+from duetvl.core.backend import ENTRY_POINTS, Backend, load_backend
 
 TESTS = Path(__file__).parents[1]
 
@@ -24,6 +25,25 @@ def torch_backend(device: str = "auto") -> Backend:
 
     registered(TORCH_NPU)
     return assemble("npu", torch.device("cpu"))
+
+
+def mindspore_backend(device: str = "auto") -> Backend:
+    """The same of MindSpore; `mindspore_references.stand_in` puts references in the kernels' places."""
+    from duetvl.backends.mindspore.backend import assemble
+
+    load_backend("mindspore", "cpu")  # the process's device
+    return assemble("Ascend", "CPU")
+
+
+def mindspore_inherited(device: str = "auto") -> Backend:
+    """MindSpore without a kernel of ours on CPU: the framework's own functions, which Ascend inherits too."""
+    from duetvl.backends.mindspore.ops import MindSporeOps
+    from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
+    from duetvl.core.composed import ComposedKVCache
+
+    backend = mindspore_backend()
+    ops = MindSporeOps(backend.autograd)
+    return replace(backend, ops=ops, kv_cache=ComposedKVCache(ops), optimizer=MindSporeOptimizer(ops))
 
 
 def entry_point(directory: Path, factories: Mapping[str, str]) -> Path:
