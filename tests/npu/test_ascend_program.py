@@ -20,8 +20,7 @@ from .mindspore_references import CALLS, STAND_INS, stand_in
 from .whole_runs import Here, assert_alike, assert_same_tokens
 
 OPERATORS = {operator for operator, _ in STAND_INS.values()} | {"npu_rms_norm"}
-INHERITED = [("sft", "qwen2_vl"), ("lora", "qwen2_5_vl"), ("dpo", "qwen2_5_vl")]
-FUSED = [("sft", "qwen2_5_vl"), ("lora", "qwen2_vl"), ("dpo", "qwen2_vl")]
+RUNS = [("sft", "qwen2_vl"), ("dpo of adapters", "qwen2_5_vl")]
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +33,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
         yield Here.written(tmp_path_factory.mktemp("ascend"))
 
 
-@pytest.mark.parametrize(("kind", "family"), INHERITED)
+@pytest.mark.parametrize(("kind", "family"), RUNS)
 def test_training_on_the_functions_that_ascend_inherits(here: Here, tmp_path: Path, kind: str, family: str) -> None:
     curve = here.curve(on_cpu.mindspore_inherited(), kind, family, "float32", tmp_path / "inherited")
     expected = here.curve(load_backend("torch_npu", "cpu"), kind, family, "float32", tmp_path / "cpu")
     assert_alike(curve, expected, "float32")
 
 
-@pytest.mark.parametrize(("kind", "family"), FUSED)
+@pytest.mark.parametrize(("kind", "family"), RUNS)
 def test_training_by_fused_kernels(here: Here, tmp_path: Path, kind: str, family: str) -> None:
     CALLS.clear()
     curve = here.curve(on_cpu.mindspore_backend(), kind, family, "float16", tmp_path / "fused")
