@@ -5,9 +5,11 @@ Whatever takes the name of a backend then runs them: recipes, commands, processe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from duetvl.core.backend import ENTRY_POINTS, Backend, load_backend
 
@@ -25,6 +27,23 @@ def torch_backend(device: str = "auto") -> Backend:
 
     registered(TORCH_NPU)
     return assemble("npu", torch.device("cpu"))
+
+
+@contextmanager
+def optimizer_of_torch_npu() -> Iterator[None]:
+    """Let torch's fused AdamW take `grad_scale` and `found_inf` and use neither, as torch_npu's kernel for it does."""
+    import torch
+
+    plain = torch._fused_adamw_
+
+    def fused(*lists: Any, grad_scale: Any, found_inf: Any, **options: Any) -> None:
+        plain(*lists, **options)
+
+    torch._fused_adamw_ = fused
+    try:
+        yield
+    finally:
+        torch._fused_adamw_ = plain
 
 
 def mindspore_backend(device: str = "auto") -> Backend:

@@ -20,14 +20,15 @@ LAYOUTS = {  # kind, family, and the recipe's section `parallel`
 
 def run_all(directory: Path, output: Path) -> None:
     """Train in every layout."""
-    from npu.on_cpu import torch_backend
+    from npu.on_cpu import optimizer_of_torch_npu, torch_backend
     from npu.references import CALLS
     from npu.whole_runs import Here
 
     here, backend, curves = Here(directory, directory), torch_backend(), {}
     for name, (kind, family, layout) in LAYOUTS.items():
         CALLS.clear()
-        curves[name] = here.curve(backend, kind, family, "float32", output / name, *layout)
+        with optimizer_of_torch_npu():
+            curves[name] = here.curve(backend, kind, family, "float32", output / name, *layout)
         assert CALLS["npu_fusion_attention_grad"] > 0
     if backend.collectives.rank == 0:
         np.savez(output / "curves.npz", **curves)
