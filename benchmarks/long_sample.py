@@ -151,8 +151,8 @@ def report(rows: dict[str, dict[str, Any]], command: str) -> str:
         "them of one video, one training step. Memory in MiB, of the rank with most, above the imported program and "
         "the batch, beside the estimate of `duetvl check`; how much of it comes and goes with the step; the batch as "
         "it lies in the host's memory: the frames as bytes, all of them on each rank. Seconds of the processors are "
-        "those of all ranks together. Beyond a quarter are the weights and the rows of them that a rank updates; and where "
-        "four ranks exchange heads for rows and the model has two key heads, each of these is on two ranks.",
+        "those of all ranks together. Beyond a quarter are the weights and the rows of them that a rank updates; and "
+        "where four ranks exchange heads for rows and the model has two key heads, each of these is on two ranks.",
         "",
         f"| layout | {' | '.join(COLUMNS)} |",
         f"|---|{'---:|' * len(COLUMNS)}",

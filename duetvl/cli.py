@@ -250,16 +250,17 @@ def _train(args: argparse.Namespace) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     from duetvl.core.backend import AUTO, choose_backend
-    from duetvl.launch.plan import Plan, check_words, log_directory
+    from duetvl.launch.plan import Plan, check_words, log_directory, survived
     from duetvl.launch.run import launch
     from duetvl.training.recipe.reading import for_world, load_recipe
 
-    check_words(args.words, ("train", "infer", "chat", "bench"))
+    check_words(args.words)
     inner = _parse(args.words)
     if inner.command != "train":
         backend = choose_backend(args.backend or inner.backend or AUTO, inner.device or "auto")
         logs = log_directory(args.log_dir)
-        return launch(Plan(backend, (*args.words, "--backend", backend), *_nodes(args)), logs, logs)
+        words = (*args.words, "--backend", backend)
+        return launch(Plan(backend, words, *_nodes(args), survives=survived(inner.command)), logs, logs)
     recipe = load_recipe(inner.recipe, _overrides(inner))
     backend = choose_backend(args.backend or recipe.backend.name, recipe.backend.device)
     words = (*args.words, "--backend", backend)

@@ -23,7 +23,7 @@ if [ ! -x "$python" ]; then
     "${PYTHON:-python3.11}" -m venv "$folder/venv"
 fi
 "$python" -m pip install -q ${index:+--extra-index-url "$index"} \
-    torch==2.13.0 torch_npu==2.13.0 numpy==1.26.4 pyyaml pytest
+    torch==2.13.0 torch_npu==2.13.0 numpy==1.26.4 pytest "$root[eval]"
 
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 stubs=$folder/stubs

@@ -74,9 +74,9 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", params=list(FRAMEWORKS))
 def be(request: pytest.FixtureRequest) -> Backend:
-    """Each backend that is installed, on the CPU."""
+    """Each backend that is installed, on the CPU, or on the device of DUETVL_TEST_DEVICE."""
     need(request.param)
-    return load_backend(request.param, device="cpu")
+    return load_backend(request.param, device=os.environ.get("DUETVL_TEST_DEVICE", "cpu"))
 
 
 class TinyModels:

@@ -21,7 +21,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.core.ranks import Ranks
 from duetvl.inference.lead import Adapt, Follower, Lead, Load, connect
-from duetvl.launch.plan import Plan, log_directory, own_place
+from duetvl.launch.plan import Plan, log_directory, own_place, survived
 from duetvl.launch.run import USER_ERROR, launch
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.parallel.division import Division
@@ -40,10 +40,10 @@ class Team:
     mesh: Mesh
     lead: Lead
 
-    def load(self, path: str, *, dtype: str, adapter: Path | None, base: str | None) -> Model:
+    def load(self, told: Load) -> Model:
         """Have every rank read its part of a model; this one's."""
-        with self.lead.telling(Load(path, dtype, adapter, base)):
-            return load_model(path, backend=self.backend, dtype=dtype, adapter=adapter, base=base, mesh=self.mesh)
+        with self.lead.telling(told):
+            return part_of(told, self.backend, self.mesh)
 
     def adapt(self, adapters: dict[str, Model]) -> None:
         """Have the others lay on their parts what `Model.with_adapter` laid on this one's."""
@@ -108,8 +108,8 @@ def _start(args: argparse.Namespace, mesh: Mesh) -> int:
         check_degrees(mesh, open_model(args.model, base=args.base, weights=False).config)
     backend = choose_backend(backend_name(args), args.device or "auto")
     logs = log_directory(args.log_dir) if args.log_dir else Path(tempfile.mkdtemp(prefix="duetvl-ranks-"))
-    survives = (signal.SIGINT,) if args.command == "chat" else ()
-    status = launch(Plan(backend, (*args.argv, "--backend", backend), mesh.size, survives=survives), logs, logs)
+    words = (*args.argv, "--backend", backend)
+    status = launch(Plan(backend, words, mesh.size, survives=survived(args.command)), logs, logs)
     if not args.log_dir and status in _NOTHING_TO_SEE:
         rmtree(logs, ignore_errors=True)
     return status
@@ -130,16 +130,13 @@ def _take_part(args: argparse.Namespace, run: Callable[[], int], place: Path) ->
     for number in FOLLOWED:
         signal.signal(number, signal.SIG_IGN)
     with ending_alone(ranks, place):
-        Follower(ranks, line, lambda told: _part(told, backend, mesh), _adapted).follow(0)
+        Follower(ranks, line, lambda told: part_of(told, backend, mesh), Model.with_adapter).follow(0)
     return 0
 
 
-def _part(told: Load, backend: Backend, mesh: Mesh) -> Model:
+def part_of(told: Load, backend: Backend, mesh: Mesh) -> Model:
+    """What this rank has of a model."""
     return load_model(told.path, backend=backend, dtype=told.dtype, adapter=told.adapter, base=told.base, mesh=mesh)
-
-
-def _adapted(model: Model, directory: str) -> Model:
-    return model.with_adapter(directory)
 
 
 def _lead(lead: Lead, run: Callable[[], int], place: Path) -> int:

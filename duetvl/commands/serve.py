@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ def serve(args: argparse.Namespace, say: Say) -> int:
     from duetvl.serving.limits import Keys
     from duetvl.serving.server import DRAIN, Server, bind
 
+    _check_counts(args)
     keys = Keys.read(args.api_key_file, os.environ)
     limits, policy = _limits(args), _policy(args)
     adapters = adapters_of(args.adapters or ())
@@ -61,7 +63,19 @@ def serve(args: argparse.Namespace, say: Say) -> int:
     host, port = server.address
     say(f"models: {', '.join(names)}; tokens of prompt and answer: {answering.engine.longest}")
     say(f"chat page: {_url(host, port)}/  OpenAI's clients: {_url(host, port)}/v1")
+    # What was made up to here stays. A full collection would look at all of it each time, and nobody gets an answer
+    # for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     return server.serve_until_stopped()
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    """Raise ConfigError for numbers that make no sense."""
+    for name, least in (("context", 2), ("prepare_threads", 1), ("drain", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2**31:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: expected {least} or more")
 
 
 def adapters_of(given: Sequence[str]) -> dict[str, Path]:

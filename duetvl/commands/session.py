@@ -20,6 +20,7 @@ from duetvl.data.media.plan import MediaSettings
 from duetvl.inference.defaults import Defaults, read_defaults
 from duetvl.inference.engine import Engine
 from duetvl.inference.guided import Grammars, Guides
+from duetvl.inference.lead import Load
 from duetvl.inference.output import check_stops
 from duetvl.inference.request import Request
 from duetvl.inference.sampling import MOST_ALTERNATIVES, Sampling, check_count
@@ -88,7 +89,7 @@ def load(args: argparse.Namespace, opened: Opened, say: Say) -> Model:
     where = f"; {team.lead.ranks.count} ranks, tp {team.mesh.tp} x pp {team.mesh.pp}" if team else ""
     say(f"{args.model}: {dtype} on {backend.name}, {backend.device.name}{where}")
     if team:
-        model = team.load(args.model, dtype=dtype, adapter=args.adapter, base=args.base)
+        model = team.load(Load(args.model, dtype, args.adapter, args.base))
     else:
         model = load_model(args.model, backend=backend, dtype=dtype, adapter=args.adapter, base=args.base)
     model.processor.media = opened.processor.media

@@ -106,7 +106,9 @@ class Lead:
         try:
             yield
         except BaseException as error:
-            if not getattr(error, "agreed", False):
+            if getattr(error, "agreed", False):
+                self._ended = True  # the others leave with the same error
+            else:
                 self.broken = error
             raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -16,6 +17,7 @@ from duetvl.core.errors import ConfigError
 
 RANK: Final = Path(__file__).with_name("rank.py")
 LAUNCHER: Final = "DUETVL_LAUNCHER"  # the number of the process whose screen is rank 0's
+RANKS_RUN: Final = ("train", "infer", "chat", "bench", "eval", "serve")  # the commands that may run over ranks
 PLACE: Final = "DUETVL_LAUNCH_PLACE"  # the directory of this start, known to its ranks
 
 
@@ -140,11 +142,16 @@ def own_place() -> Path | None:
     return None if place is None else Path(place)
 
 
-def check_words(words: Sequence[str], known: Sequence[str]) -> None:
+def survived(command: str) -> tuple[int, ...]:
+    """The signals that interrupt a command and do not end it."""
+    return (signal.SIGINT,) if command == "chat" else ()
+
+
+def check_words(words: Sequence[str]) -> None:
     """Raise ConfigError where what follows `--` on the command line is none of the commands that ranks run."""
-    if not words or words[0] not in known:
+    if not words or words[0] not in RANKS_RUN:
         found = " ".join(words[:1]) or "nothing"
         raise ConfigError(
-            f"launch: after -- comes the command that every rank runs ({', '.join(known)}), found {found}: duetvl "
+            f"launch: after -- comes the command that every rank runs ({', '.join(RANKS_RUN)}), found {found}: duetvl "
             f"launch --nproc 8 -- train RECIPE ..."
         )

@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -21,11 +21,11 @@ from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError, DataError, DuetvlError, did_you_mean
 from duetvl.data.encode import Processor
 from duetvl.inference.engine import Engine
-from duetvl.inference.guided import Grammars
+from duetvl.inference.guided import Grammars, Guides
 from duetvl.inference.request import Request
 from duetvl.inference.sampling import Sampling
 from duetvl.serving.calls import CLOSE
-from duetvl.serving.errors import ServerError
+from duetvl.serving.errors import SERVER_KIND, ServerError
 from duetvl.serving.grammars import Grammar, KnownGrammars, grammar_of
 from duetvl.serving.limits import Admission, Limits
 from duetvl.serving.media import Media
@@ -108,7 +108,7 @@ class Answering:
     def check_alive(self) -> None:
         """Raise ServerError where the engine has ended."""
         if self.engine.stopped:
-            raise ServerError("the engine has stopped", status=HTTPStatus.SERVICE_UNAVAILABLE, kind="server_error")
+            raise ServerError("the engine has stopped", status=HTTPStatus.SERVICE_UNAVAILABLE, kind=SERVER_KIND)
 
     def check_ready(self) -> None:
         """Raise ServerError where no request is taken."""
@@ -178,7 +178,7 @@ class Answering:
         assert isinstance(asked, CompletionRequest)
         return asked, [self.prompts.of_text(prompt) for prompt in asked.prompts]
 
-    async def _guides(self, grammar: Grammar) -> Any:
+    async def _guides(self, grammar: Grammar) -> Guides:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._compiling, self._grammars.guides, grammar)
@@ -199,7 +199,7 @@ class Answering:
             raise ServerError(
                 "the request could not be prepared in time",
                 status=HTTPStatus.GATEWAY_TIMEOUT,
-                kind="server_error",
+                kind=SERVER_KIND,
                 code="deadline_exceeded",
             )
         self.prompts.check_ids(asked.stop_token_ids, "stop_token_ids")
@@ -301,7 +301,7 @@ class Answering:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def as_server_error(error: DuetvlError, ids: Any = ()) -> ServerError:
+def as_server_error(error: DuetvlError, ids: Iterable[str]) -> ServerError:
     """An error of the engine as the client sees it: what was asked is at fault, or the server is."""
     if isinstance(error, ServerError):
         return error
@@ -310,14 +310,14 @@ def as_server_error(error: DuetvlError, ids: Any = ()) -> ServerError:
         words = words.removeprefix(f"{id}: ")
     if isinstance(error, ConfigError | DataError):
         return ServerError(words)
-    return ServerError(words, status=HTTPStatus.INTERNAL_SERVER_ERROR, kind="server_error")
+    return ServerError(words, status=HTTPStatus.INTERNAL_SERVER_ERROR, kind=SERVER_KIND)
 
 
 def _shutting_down() -> ServerError:
     return ServerError(
         "the server is shutting down",
         status=HTTPStatus.SERVICE_UNAVAILABLE,
-        kind="server_error",
+        kind=SERVER_KIND,
         code="shutting_down",
         retry_after=_RETRY,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
@@ -102,7 +102,7 @@ class Reply(Response):
             output_tokens=usage["completion_tokens"],
         )
 
-    async def _stream(self, chunks: Any, scope: Scope, send: Send) -> None:
+    async def _stream(self, chunks: AsyncIterator[dict[str, Any]], scope: Scope, send: Send) -> None:
         """Write chunks as events. What goes wrong before the first is a response of its own, later it is an event."""
         first = await anext(chunks)
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})

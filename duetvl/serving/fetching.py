@@ -31,6 +31,8 @@ _PORTS: Final = {"http": 80, "https": 443}
 _LONGEST_URL: Final = 8192
 _CHUNK: Final = 1 << 16
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+_PATH: Final = "/%:@!$&'()*+,;=~"  # stay as they are, as letters and digits do
+_QUERY: Final = _PATH + "?"
 _UNSAFE: Final = re.compile(r"[\x00-\x20\x7f\\]")
 _HOST: Final = re.compile(r"(\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[0-9]{1,5})?")
 
@@ -73,24 +75,21 @@ def _matches(entry: str, target: Target) -> bool:
 
 def parse_target(url: str) -> Target:
     """The parts of an http(s) URL. Raises ServerError where programs might read it in different ways."""
+    if len(url) > _LONGEST_URL or _UNSAFE.search(url):
+        raise _refused(f"it is not a URL of at most {_LONGEST_URL} characters without blanks and backslashes")
     try:
         parts = urlsplit(url)
         port = parts.port
         host = (parts.hostname or "").encode("idna").decode().lower().rstrip(".")
     except (ValueError, UnicodeError) as error:
         raise _refused(f"it is not a URL: {first_line(error)}") from None
-    if not host or len(url) > _LONGEST_URL or _UNSAFE.search(url):
-        raise _refused(f"it is not a URL of at most {_LONGEST_URL} characters without blanks and backslashes")
+    if not host:
+        raise _refused("it is not a URL: it names no host")
     if parts.username is not None or parts.password is not None:
         raise _refused("it has a user name in it; leave out what stands before the @")
     scheme = parts.scheme.lower()
-    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-        f"?{quote(parts.query, safe=_QUERY)}" if parts.query else ""
-    )
-    return Target(scheme, host, _PORTS[scheme] if port is None else port, path)
-
-
-_QUERY: Final = "/?%:@!$&'()*+,;=~"
+    path, query = quote(parts.path or "/", safe=_PATH), quote(parts.query, safe=_QUERY)
+    return Target(scheme, host, _PORTS[scheme] if port is None else port, f"{path}?{query}" if query else path)
 
 
 def addresses_of(host: str, port: int) -> list[str]:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
+from duetvl.core.errors import ConfigError
 from duetvl.inference.guided import Grammars, Guides
 from duetvl.serving.errors import ServerError
 from duetvl.serving.protocol import Asked, ChatRequest, NamedTool, PlainFormat, SchemaFormat
@@ -72,15 +73,22 @@ class KnownGrammars:
         """make: the compiler, which takes seconds to make; ConfigError where that is not installed."""
         self._make = make
         self._compiler: Grammars | None = None
-        self._kept: OrderedDict[str, Guides] = OrderedDict()
+        self._kept: OrderedDict[str, Guides | str] = OrderedDict()
 
     def guides(self, grammar: Grammar) -> Guides:
         """A compiled grammar. Raises ConfigError for one that cannot be used."""
         key = json.dumps(grammar[:2])
-        guides = self._kept.pop(key, None) or self._compile(grammar)
+        guides = self._kept.pop(key, None)
+        if guides is None:
+            try:
+                guides = self._compile(grammar)
+            except ConfigError as error:  # one that takes too long is not tried again each time
+                guides = str(error)
         self._kept[key] = guides
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
+        if isinstance(guides, str):
+            raise ConfigError(guides)
         return guides
 
     def _compile(self, grammar: Grammar) -> Guides:

@@ -128,15 +128,6 @@ class Limits:
             if value is not None and not value > 0:
                 raise ConfigError(f"limit {field.name} is {shown(value)}, it must be above 0")
 
-    def check_prompt(self, tokens: int) -> None:
-        """Raise ServerError for a prompt of too many tokens."""
-        if self.prompt_tokens is not None and tokens > self.prompt_tokens:
-            raise ServerError(
-                f"the prompt has {tokens} tokens, this server takes {self.prompt_tokens}; shorten it",
-                param="messages",
-                code="context_length_exceeded",
-            )
-
     def check_output(self, tokens: int, param: str = "max_tokens") -> None:
         """Raise ServerError where an answer of too many tokens is asked for."""
         if self.output_tokens is not None and tokens > self.output_tokens:

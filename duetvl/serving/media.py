@@ -33,6 +33,7 @@ _PICTURES: Final = ((0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"
 _VIDEOS: Final = (*((4, kind) for kind in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),
                   (0, b"\x1aE\xdf\xa3"), (8, b"AVI "), (0, b"FLV\1"), (0, b"\0\0\1\xba"))  # fmt: skip
 _MAGIC: Final = {"image": _PICTURES, "video": _VIDEOS}
+_LONGEST_PATH: Final = 4096
 _PIECE: Final = 1 << 18  # letters of base64
 _PACKET: Final = 188  # bytes of a packet of an MPEG transport stream, each of which begins with a G
 
@@ -148,6 +149,8 @@ class Media:
             raise _bad(
                 "this server reads no files of its own; send the file itself as a data: URI", "media_not_allowed"
             )
+        if len(url) > _LONGEST_PATH:
+            raise _bad("the path is too long")
         name = url
         if scheme:
             parts = urlsplit(url)
@@ -160,11 +163,7 @@ class Media:
                 raise FileNotFoundError
             with path.open("rb") as file:
                 return self._sized(file.read(self.policy.max_bytes + 1))
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ):  # links in a circle, a NUL byte: one answer for all that is not there
+        except (OSError, ValueError, RuntimeError):  # a NUL byte, links in a circle: one answer for all of them
             raise _bad("there is no such file in the directory that this server reads from") from None
 
     def _sized(self, content: bytes) -> bytes:

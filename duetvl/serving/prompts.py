@@ -67,19 +67,19 @@ class Prompts:
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: MediaOptions | None = None
     ) -> Draft:
         """The same without its pixels: all tokens, and the sizes of pictures and videos. Raises ServerError."""
-        self._check_letters(_texts(messages))
+        self._check_letters(_texts(messages), "messages")
         try:
             conversation = self._conversation(messages, tools, options or _PLAIN)
             draft = self.processor.draft(conversation, add_generation_prompt=True)
         except DataError as error:
             raise ServerError(error, param="messages") from None
-        self._check_tokens(len(draft.input_ids))
+        self._check_tokens(len(draft.input_ids), "messages")
         return draft
 
     def of_text(self, prompt: str | Sequence[int]) -> Sample:
         """A text, or tokens, as they are: no turns are put around it. Raises ServerError."""
         ids = self.ids(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_tokens(len(ids))
+        self._check_tokens(len(ids), "prompt")
         if not ids:
             raise ServerError("the prompt is empty: it has no token", param="prompt")
         self.check_ids(ids, "prompt")
@@ -87,7 +87,7 @@ class Prompts:
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text. Raises ServerError for one that is too long to be read."""
-        self._check_letters([text])
+        self._check_letters([text], "prompt")
         return self.processor.tokenizer.encode(text)
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
@@ -130,14 +130,14 @@ class Prompts:
 
     # -- bounds -------------------------------------------------------------------------------------------------------
 
-    def _check_letters(self, texts: Iterable[str]) -> None:
+    def _check_letters(self, texts: Iterable[str], field: str) -> None:
         letters, most = sum(map(len, texts)), _MOST_LETTERS * self.longest
         if letters > most:
-            raise _too_long(f"the text has {letters} characters, at most {most} are read")
+            raise _too_long(f"the text has {letters} characters, at most {most} are read", field)
 
-    def _check_tokens(self, tokens: int) -> None:
+    def _check_tokens(self, tokens: int, field: str) -> None:
         if tokens > self.longest:
-            raise _too_long(f"the prompt has {tokens} tokens, at most {self.longest} are taken; shorten it")
+            raise _too_long(f"the prompt has {tokens} tokens, at most {self.longest} are taken; shorten it", field)
 
 
 def _wish(options: MediaOptions, settings: PixelSettings, *, low: bool = False) -> Resize:
@@ -154,8 +154,8 @@ def _wish(options: MediaOptions, settings: PixelSettings, *, low: bool = False) 
     return Resize(least, most)
 
 
-def _too_long(words: str) -> ServerError:
-    return ServerError(words, param="messages", code="context_length_exceeded")
+def _too_long(words: str, field: str) -> ServerError:
+    return ServerError(words, param=field, code="context_length_exceeded")
 
 
 def _split(messages: Sequence[Message]) -> tuple[list[SystemMessage], list[Message]]:

@@ -13,7 +13,7 @@ from duetvl.inference.output import spelt
 from duetvl.inference.request import Completion, Delta
 from duetvl.inference.sampling import TokenLogprob
 from duetvl.serving.calls import Call, CallReader
-from duetvl.serving.errors import ServerError
+from duetvl.serving.errors import SERVER_KIND, ServerError
 
 DONE: Final = b"data: [DONE]\n\n"
 
@@ -253,11 +253,11 @@ def check_finish(completion: Completion) -> None:
         raise ServerError(
             f"the answer was not finished in time; {len(completion.token_ids)} tokens of it were made",
             status=504,
-            kind="server_error",
+            kind=SERVER_KIND,
             code="deadline_exceeded",
         )
     if completion.finish_reason == "cancelled":
-        raise ServerError("the server is shutting down", status=503, kind="server_error", code="shutting_down")
+        raise ServerError("the server is shutting down", status=503, kind=SERVER_KIND, code="shutting_down")
 
 
 def _call(call: Call, index: int | None = None) -> dict[str, Any]:

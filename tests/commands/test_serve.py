@@ -39,6 +39,8 @@ def taken() -> Iterator[int]:
         (["--max-requests", "0"], "limit requests is 0, it must be above 0"),
         (["--media-root", "nowhere"], "media root nowhere is not a directory"),
         (["--api-key-file", "nowhere"], "API keys: nowhere cannot be read"),
+        (["--prepare-threads", "0"], "--prepare-threads 0: expected 1 or more"),
+        (["--drain", "nan"], "--drain nan: expected 0 or more"),
         (["--max-pixels", "1"], "make no sense"),
     ],
 )

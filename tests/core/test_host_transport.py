@@ -154,3 +154,28 @@ def test_a_stranger_is_not_let_in() -> None:
     assert got.tolist() == [1.0, 1.0]
     first.close()
     second.close()
+
+
+def test_values_of_one_rank_and_its_end(ranks: list[HostTransport]) -> None:
+    """Values go one way, whatever they are; another thread hears of an end, and of nothing else."""
+    sent = [{"ids": np.arange(5, dtype=np.int32), "none": np.zeros((0, 3))}, None, "text" * 10000, b""]
+
+    def receive(t: HostTransport) -> list[Any]:
+        return [t.receive_value(0) for _ in sent]
+
+    with ThreadPoolExecutor(SIZE) as pool:
+        ended = pool.submit(ranks[0].wait_for_end)
+        received = [pool.submit(receive, transport) for transport in ranks[1:]]
+        for value in sent:
+            ranks[0].send_value(value, [1, 2])
+        for found in (future.result() for future in received):
+            assert found[1:] == sent[1:]
+            assert all((found[0][key] == sent[0][key]).all() for key in sent[0])
+            found[0]["ids"][0] = 7  # it is the receiver's own
+        ranks[2].send_value("before it goes", [0])
+        assert not ended.done()
+        ranks[2].close()
+        assert ended.result() == 2
+        assert ranks[0].receive_value(2) == "before it goes"
+        with pytest.raises(BackendError, match="rank 2 has gone"):
+            ranks[0].receive_value(2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from typing import Any
 
 import pytest
@@ -12,8 +10,6 @@ import pytest
 @pytest.fixture(scope="package")
 def operators() -> Any:
     """torch.ops.npu."""
-    if os.environ.get("DUETVL_REAL_TORCH_NPU"):
-        importlib.import_module("torch_npu")
     from .references import registered
     from .schemas import TORCH_NPU
 

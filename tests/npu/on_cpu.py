@@ -5,10 +5,13 @@ Whatever takes the name of a backend then runs them: recipes, commands, processe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from duetvl.core.backend import ENTRY_POINTS, Backend
+from duetvl.core.backend import ENTRY_POINTS, Backend, load_backend
 
 TESTS = Path(__file__).parents[1]
 
@@ -24,6 +27,42 @@ def torch_backend(device: str = "auto") -> Backend:
 
     registered(TORCH_NPU)
     return assemble("npu", torch.device("cpu"))
+
+
+@contextmanager
+def optimizer_of_torch_npu() -> Iterator[None]:
+    """Let torch's fused AdamW take `grad_scale` and `found_inf` and use neither, as torch_npu's kernel for it does."""
+    import torch
+
+    plain = torch._fused_adamw_
+
+    def fused(*lists: Any, grad_scale: Any, found_inf: Any, **options: Any) -> None:
+        plain(*lists, **options)
+
+    torch._fused_adamw_ = fused
+    try:
+        yield
+    finally:
+        torch._fused_adamw_ = plain
+
+
+def mindspore_backend(device: str = "auto") -> Backend:
+    """The same of MindSpore; `mindspore_references.stand_in` puts references in the kernels' places."""
+    from duetvl.backends.mindspore.backend import assemble
+
+    load_backend("mindspore", "cpu")  # the process's device
+    return assemble("Ascend", "CPU")
+
+
+def mindspore_inherited(device: str = "auto") -> Backend:
+    """MindSpore without a kernel of ours on CPU: the framework's own functions, which Ascend inherits too."""
+    from duetvl.backends.mindspore.ops import MindSporeOps
+    from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
+    from duetvl.core.composed import ComposedKVCache
+
+    backend = mindspore_backend()
+    ops = MindSporeOps(backend.autograd)
+    return replace(backend, ops=ops, kv_cache=ComposedKVCache(ops), optimizer=MindSporeOptimizer(ops))
 
 
 def entry_point(directory: Path, factories: Mapping[str, str]) -> Path:

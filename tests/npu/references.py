@@ -6,6 +6,8 @@ float64 and rounded once.
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -27,8 +29,10 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 def registered(version: str) -> Any:
     """The namespace of operators with the schemas of a version of torch_npu, and references as their CPU kernels.
 
-    It is torch.ops.npu for the version of TORCH_NPU, where operators that torch_npu has registered stay as they are.
+    It is torch.ops.npu for the version of TORCH_NPU. With DUETVL_REAL_TORCH_NPU set torch_npu itself registers it.
     """
+    if os.environ.get("DUETVL_REAL_TORCH_NPU"):
+        importlib.import_module("torch_npu")
     space = "npu" if version == TORCH_NPU else f"npu_{version.replace('.', '_')}"
     _LIBRARIES.append(library := torch.library.Library(space, "FRAGMENT"))
     operators = getattr(torch.ops, space)
@@ -107,6 +111,8 @@ def _checked_spans(a: Any) -> list[tuple[slice, slice]]:
     assert 1 <= a.query.shape[2] <= 768
     rows, keys = (_between(ends, x) for ends, x in ((a.actual_seq_qlen, a.query), (a.actual_seq_kvlen, a.key)))
     assert 1 <= len(rows) == len(keys) <= 1024
+    if a.sparse_mode == 0:
+        assert a.pre_tockens == a.next_tockens == 2147483647, "without a mask these may hide keys"
     if a.sparse_mode == 3:
         assert all(q.stop - q.start <= k.stop - k.start for q, k in zip(rows, keys, strict=True))
     _check_mask(a.atten_mask, a.sparse_mode)

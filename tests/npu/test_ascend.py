@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,6 @@ import numpy as np
 import pytest
 
 from duetvl.core.spans import Spans
-
-from . import references
 
 if os.environ.get("DUETVL_REAL_TORCH_NPU"):
     pytest.skip("the environment of torch_npu has no MindSpore", allow_module_level=True)
@@ -26,7 +23,9 @@ from duetvl.core.composed import ComposedKVCache  # noqa: E402
 from duetvl.core.composed.ascend_attention import statistic_places  # noqa: E402
 from duetvl.core.kv_cache import Append  # noqa: E402
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+from .mindspore_references import stand_in  # noqa: E402
 
 TOLERANCE = 3e-3  # float16
 NO_KERNEL = r"The kernel \w+ unregistered"
@@ -95,91 +94,10 @@ def test_wrong_arguments_fail_before_the_kernel(ops: AscendOps) -> None:
 # -- the numbers, with references in the kernels' places --------------------------------------------------------------
 
 
-def to_torch(x: Any) -> Any:
-    return torch.from_numpy(x.asnumpy().copy()) if isinstance(x, ms.Tensor) else x
-
-
-def to_mindspore(x: Any) -> Any:
-    return ms.Tensor(x.numpy()) if isinstance(x, torch.Tensor) else x
-
-
-def standing_in(schema_of: str, kernel: Any, names: dict[str, str]) -> Callable[..., Any]:
-    """The torch reference `schema_of`, called with the arguments of a MindSpore kernel, renamed where they differ."""
-    reference = references.with_names(references.SCHEMAS[schema_of], getattr(references, schema_of))
-    signature = inspect.signature(kernel if inspect.isfunction(kernel) else type(kernel).__call__)
-    blank = [] if inspect.isfunction(kernel) else [None]
-
-    def call(*given: Any, **named: Any) -> Any:
-        arguments = signature.bind(*blank, *given, **named).arguments
-        found = reference(**{names.get(k, k): to_torch(v) for k, v in arguments.items() if k != "self"})
-        return tuple(to_mindspore(x) for x in found) if isinstance(found, tuple) else to_mindspore(found)
-
-    return call
-
-
-def reshape_and_cache(key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> Any:
-    """Writes in place, into whole tensors, the rows (1, T, G * K)."""
-    places = slot_mapping.asnumpy()
-    assert places.dtype == np.int32
-    assert len(np.unique(places)) == len(places)
-    for rows, cache in ((key, key_cache), (value, value_cache)):
-        assert rows.dtype == cache.dtype
-        assert rows.shape == (1, len(places), cache.shape[2] * cache.shape[3])
-        array = cache.asnumpy()
-        assert np.may_share_memory(array, cache.asnumpy()), "what is written into a view is lost"
-        array.reshape(-1, *cache.shape[2:])[places] = rows.asnumpy().reshape(-1, *cache.shape[2:])
-    return key
-
-
-def paged_attention(head_num: int, scale_value: float, kv_head_num: int) -> Callable[..., Any]:
-    """The last row of each sequence; `context_lens` counts it."""
-
-    def call(query: Any, key_cache: Any, value_cache: Any, block_tables: Any, context_lens: Any) -> Any:
-        size = key_cache.shape[3]
-        assert query.shape == (len(block_tables), 1, head_num * size)
-        assert key_cache.shape[2] == kv_head_num
-        tables, lengths = block_tables.asnumpy(), context_lens.asnumpy()
-        assert tables.dtype == lengths.dtype == np.int32
-        assert ((tables >= 0) & (tables < key_cache.shape[0])).all()
-        outs = []
-        for row, table, length in zip(query.asnumpy(), tables, lengths, strict=True):
-            k, v = (
-                x.asnumpy()[table]
-                .reshape(-1, kv_head_num, size)[:length]
-                .astype(np.float64)
-                .repeat(head_num // kv_head_num, 1)
-                for x in (key_cache, value_cache)
-            )
-            p = np.exp(np.einsum("hk,mhk->hm", row.reshape(head_num, size).astype(np.float64), k) * scale_value)
-            outs.append(np.einsum("hm,mhk->hk", p / p.sum(1, keepdims=True), v).reshape(1, -1))
-        return ms.Tensor(np.stack(outs).astype(query.asnumpy().dtype))
-
-    return call
-
-
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """References for all of AscendOps' kernels. No layout is named: the statistics come as the kernel keeps them."""
-    tokens = {"next_tokens": "next_tockens", "pre_tokens": "pre_tockens"}
-    norm = {"x": "input", "cos": "r1", "sin": "r2"}
-    stand_ins = {
-        "speed_fusion_attention": ("npu_fusion_attention", tokens),
-        "speed_fusion_attention_grad": ("npu_fusion_attention_grad", tokens),
-        "rms_norm_grad": ("npu_rms_norm_backward", norm),
-        "rotate": ("npu_rotary_mul", norm),
-        "swiglu": ("npu_swiglu", {}),
-        "swiglu_grad": ("npu_swiglu_backward", {}),
-    }
-    for name, (reference, names) in stand_ins.items():
-        monkeypatch.setattr(kernels_ascend, name, standing_in(reference, getattr(kernels_ascend, name), names))
-    prim = kernels_ascend.RmsNorm
-    monkeypatch.setattr(kernels_ascend, "reshape_and_cache", reshape_and_cache)
-    monkeypatch.setattr(kernels_ascend, "PagedAttention", paged_attention)
-    monkeypatch.setattr(
-        kernels_ascend,
-        "RmsNorm",
-        lambda epsilon: lambda x, gamma: standing_in("npu_rms_norm", prim(epsilon), norm)(x, gamma),
-    )
+    """References for all of AscendOps' kernels."""
+    stand_in(monkeypatch)
 
 
 def assert_same(found: Any, wanted: Any) -> None:

@@ -5,14 +5,18 @@ Only the kernels are references; schemas, and all that calls them, are what runs
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+from distributed.world import _free_port
 from tiny_run import FAMILIES
 
 from duetvl.core.backend import load_backend
@@ -20,8 +24,10 @@ from duetvl.core.backend import load_backend
 from . import on_cpu
 from .references import CALLS
 from .schemas import SCHEMAS
-from .whole_runs import KINDS, Here, assert_alike, assert_same_tokens
+from .two_ranks import LAYOUTS
+from .whole_runs import Here, assert_alike, assert_same_tokens
 
+TWO_RANKS = str(Path(__file__).with_name("two_ranks.py"))
 INFERENCE = {"npu_fused_infer_attention_score", "npu_scatter_pa_kv_cache"}
 TRAINING = set(SCHEMAS) - INFERENCE
 FORWARD = {name for name in TRAINING if "_grad" not in name and "backward" not in name}
@@ -53,14 +59,11 @@ def no_fallback() -> Iterator[None]:
         yield
 
 
-def test_every_kind_is_run() -> None:
-    assert {kind for kind, *_ in RUNS} == set(KINDS)
-
-
 @pytest.mark.parametrize(("kind", "family", "dtype"), RUNS)
 def test_training_is_that_of_the_cpu(here: Here, tmp_path: Path, kind: str, family: str, dtype: str) -> None:
     backend = load_backend("npu_on_cpu")
-    curve = here.curve(backend, kind, family, dtype, tmp_path / "npu")
+    with on_cpu.optimizer_of_torch_npu():
+        curve = here.curve(backend, kind, family, dtype, tmp_path / "npu")
     assert set(CALLS) == TRAINING
     assert_alike(curve, here.curve(load_backend("torch_npu", "cpu"), kind, family, dtype, tmp_path / "cpu"), dtype)
 
@@ -78,3 +81,21 @@ def test_an_evaluation_is_that_of_the_cpu(here: Here, tmp_path: Path) -> None:
     expected = here.evaluated("torch_npu", "qwen2_5_vl", tmp_path / "cpu")
     assert len(answers) == len(set(zip(range(8), expected, strict=True))) == 8
     assert sum(one != other for one, other in zip(answers, expected, strict=True)) <= 1  # float16: a tie may fall
+
+
+def test_two_ranks_are_one_process(here: Here, tmp_path: Path) -> None:
+    """gloo in the place of hccl; one start for all layouts."""
+    tools = Path(sys.executable).parent
+    command = [str(tools / "torchrun"), "--nproc-per-node=2", f"--master-port={_free_port()}", TWO_RANKS]
+    output = (tmp_path / "output").open("w")
+    ended = subprocess.run(
+        [*command, str(here.directory), str(tmp_path)], stdout=output, stderr=subprocess.STDOUT, timeout=500
+    )
+    assert ended.returncode == 0, (tmp_path / "output").read_text()[-3000:]
+    curves = np.load(tmp_path / "curves.npz")
+    assert set(curves) == set(LAYOUTS)
+    backend = load_backend("torch_npu", "cpu")
+    for name, (kind, family, _) in LAYOUTS.items():
+        assert_alike(
+            curves[name], here.curve(backend, kind, family, "float32", tmp_path / f"{kind} {family}"), "float32"
+        )

@@ -21,10 +21,12 @@ from duetvl.training.watching.metrics import read_metrics
 STEPS = 5
 TOKENS = 32
 STD = 0.2  # of the weights: smaller ones make attention a mean, whoever may attend to whom
+DPO = ["dpo.beta=0.1", "data.pack_tokens=400", "optim.lr=2e-4"]
 KINDS = {
     "sft": ["train.recompute=full"],
     "lora": ["lora.rank=4", "lora.dropout=0.1", "lora.targets=[language,vision]", "optim.lr=4e-3"],
-    "dpo": ["dpo.beta=0.1", "data.pack_tokens=400", "optim.lr=2e-4"],
+    "dpo": DPO,
+    "dpo of adapters": [*DPO, "lora.rank=4", "lora.targets=[language,vision,projector]", "optim.lr=4e-3"],
 }
 
 NEAR = 0.06  # of log-probabilities by float16, of logits of about 10; measured: at most 0.02, half of them 0.003
@@ -42,8 +44,11 @@ class Here:
         """Records of text, of pictures of several sizes, and of videos; pairs with none to two pictures."""
         tiny_run.write_data(directory)
         records, videos = _records(directory), [_video(directory, number) for number in range(4)]
-        _write(directory / "data.jsonl", [*records, *videos])
-        _write(directory / "pairs.jsonl", [_pair(r, number) for number, r in enumerate([*records, *videos])])
+        mixed = [*records, *videos]
+        pairs = [_pair(record, number) for number, record in enumerate(mixed)]
+        for name, data in (("data", mixed), ("pairs", pairs)):
+            _write(directory / f"{name}.jsonl", data)
+            _write(directory / f"{name}_val.jsonl", data[::5])
         for family in tiny_run.FAMILIES:
             tiny_run.write_model(directory / family, STD, family)
             wide = {"type": "mrope", "mrope_section": [8, 12, 12]}
@@ -56,11 +61,15 @@ class Here:
 
     def curve(self, backend: Backend, kind: str, family: str, dtype: str, output: Path, *more: str) -> np.ndarray:
         """(STEPS + 1, 2): loss and gradient norm of each step, and the loss of the evaluation twice."""
-        data = str(self.directory / ("pairs.jsonl" if kind == "dpo" else "data.jsonl"))
+        data = "pairs" if "dpo" in kind else "data"
         recipe = {
             "model": {"path": str(self.directory / family), "dtype": dtype},
-            "data": {"train": data, "val": data, "pack_tokens": 300},
-            "train": {"output_dir": str(output), "global_batch": 6, "steps": STEPS},
+            "data": {
+                "train": str(self.directory / f"{data}.jsonl"),
+                "val": str(self.directory / f"{data}_val.jsonl"),
+                "pack_tokens": 300,
+            },
+            "train": {"output_dir": str(output), "global_batch": 4, "steps": STEPS},
             "optim": {"lr": 1e-3, "eps": 1e-5},
             "checkpoint": {"every": None, "export": False},
             "log": {"tensorboard": False, "plot": False},

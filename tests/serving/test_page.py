@@ -226,7 +226,9 @@ def test_markdown_grows_and_the_page_follows_only_at_the_end(visit: Visit, scrip
     visit.see(".answer > p", "line 39")
     assert kept.is_visible() and kept.inner_text() == "A bold move:"  # the same element: only the last is made anew
     at_end = "area => area.scrollHeight - area.scrollTop - area.clientHeight < 2"
-    assert page.eval_on_selector("#scroller", at_end)
+    visit.becomes("#scroller", at_end)
+    page.set_viewport_size({"width": 1000, "height": 500})  # as a phone's keyboard does
+    visit.becomes("#scroller", at_end)
     page.hover("#scroller")
     page.mouse.wheel(0, -600)
     visit.expect(page.locator("#to-end")).to_be_visible()
@@ -236,6 +238,10 @@ def test_markdown_grows_and_the_page_follows_only_at_the_end(visit: Visit, scrip
     assert not page.eval_on_selector("#scroller", at_end)
     page.click("#to-end")
     visit.expect(page.locator("#to-end")).to_be_hidden()
+    page.mouse.wheel(0, -600)
+    visit.expect(page.locator("#to-end")).to_be_visible()
+    visit.press("Delete answer")
+    visit.expect(page.locator("#to-end")).to_be_hidden()  # nothing is left to go to
 
 
 def test_errors_say_what_happened_and_keep_what_came(visit: Visit, script: Script) -> None:
@@ -430,6 +436,8 @@ CASES = {
     "|a|b|\n|-|-:|\n|1\\|2|\n|x<br>y|`z`|w|": "<div><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody>"
     "<tr><td>1|2</td><td></td></tr><tr><td>x<br>y</td><td><code>z</code></td></tr></tbody></table></div>",
     "see https://a.example/b, [c](https://a.example/d_(e)) [f]": "<p>see <a>https://a.example/b</a>, <a>c</a> [f]</p>",
+    "```py\nif x: 'a' # c\n```": "<figure><pre><code><span>if</span> x: <span>'a'</span> <span># c</span></code></pre>"
+    "</figure>",
     "~~~\n```\n\tx\n~~~": "<figure><pre><code>```\n\tx</code></pre></figure>",
 }
 RENDER = """async (cases) => {

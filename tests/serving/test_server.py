@@ -422,7 +422,7 @@ def test_who_reads_nothing_is_given_up(live: Live) -> None:
 
 def test_an_answer_that_takes_too_long_says_so(tiny_model: Any) -> None:
     """S15 besides: a second server of the same model in this process. Limits and the drain are its own."""
-    with_limits = Live(*tiny_model, seconds=0.3, output_tokens=1900, per_key=1, requests=3)
+    with_limits = Live(*tiny_model, seconds=0.3, prompt_tokens=100, output_tokens=1900, per_key=1, requests=3)
     try:
         status, body, headers = with_limits.ask("POST", "/v1/chat/completions", LONG)
         assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
@@ -435,6 +435,9 @@ def test_an_answer_that_takes_too_long_says_so(tiny_model: Any) -> None:
             ))  # fmt: skip
         status, body, _ = with_limits.chat("a", max_tokens=1901)
         assert (status, body["error"]["param"]) == (400, "max_tokens")
+        status, body, _ = with_limits.chat("a" * 100, max_tokens=1)
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+        assert "at most 100 are taken" in body["error"]["message"]
     finally:
         with_limits.stop()
 

@@ -88,6 +88,14 @@ class Visit:
     def count(self, selector: str, number: int) -> None:
         self.expect(self.page.locator(selector)).to_have_count(number)
 
+    def becomes(self, selector: str, condition: str) -> None:
+        """Wait until a function of the element is true. (The page's policy refuses playwright's own way to wait.)"""
+        for _ in range(PATIENCE // 20):
+            if self.page.eval_on_selector(selector, condition):
+                return
+            self.page.wait_for_timeout(20)
+        raise AssertionError(f"{selector} never became {condition}")
+
     def press(self, label: str, nth: int = -1) -> None:
         self.page.get_by_label(label, exact=True).nth(nth).click()
 

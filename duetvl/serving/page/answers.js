@@ -26,8 +26,11 @@ export class Answers {
 
   /** Make a version of `turn`, the last of its chat. Returns the error that it ended with, or null. */
   async make(chat, turn, model) {
-    const version = { text: "", model, state: "answering", error: null, cut: false, usage: null, first: null, seconds: null };
-    turn.versions = turn.versions.filter((old) => old.text || old.state === "done"); // a failure without a word is replaced
+    const version = {
+      text: "", model, state: "answering", error: null, cut: false, usage: null, first: null, seconds: null,
+    };
+    // A failure without a word is replaced.
+    turn.versions = turn.versions.filter((old) => old.text || old.state === "done");
     turn.shown = turn.versions.push(version) - 1;
     const stop = new AbortController();
     this.running.set(chat.id, stop);
@@ -52,7 +55,8 @@ export class Answers {
 
   async receive(chat, turn, version, signal) {
     await this.chats.save(chat);
-    const request = { model: version.model, messages: await this.messagesBefore(chat, turn), ...parameters(chat.settings) };
+    const messages = await this.messagesBefore(chat, turn);
+    const request = { model: version.model, messages, ...parameters(chat.settings) };
     const began = performance.now();
     for await (const event of answer(request, this.key(), signal)) {
       if (event.text) {
@@ -93,7 +97,7 @@ export class Answers {
 
   async partOf({ id, kind, name }) {
     const blob = await this.chats.medium(id);
-    if (!blob) throw new Error(`${name} is no longer in this browser's store. Delete its message, or edit it and add it anew.`);
+    if (!blob) throw new Error(`${name} is gone from this browser. Delete its message, or edit it and add it anew.`);
     return { type: `${kind}_url`, [`${kind}_url`]: { url: await dataAddress(blob) } };
   }
 }

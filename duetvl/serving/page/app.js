@@ -20,7 +20,8 @@ class Page {
     this.scroller = new Scroller(byId("scroller"), byId("to-end"));
     this.views = new Map(); // id of a turn of the open chat -> its view
     this.addresses = new Map(); // id of a picture -> its blob: address
-    this.answers = new Answers({ chats, key: () => this.key.value, onchange: (chat, turn) => this.changed(chat, turn) });
+    const onchange = (chat, turn) => this.changed(chat, turn);
+    this.answers = new Answers({ chats, key: () => this.key.value, onchange });
     this.sidebar = new Sidebar({ chats, running: (chat) => this.answers.has(chat), actions: {
       rename: (chat, title) => this.rename(chat, title), remove: (chat) => this.removeChat(chat) } });
     this.sheet = new Sheet({ changed: (settings) => this.setSettings(settings) });
@@ -250,7 +251,8 @@ class Page {
 
   async edit(turn) {
     if (this.answers.has(this.chat)) return;
-    const media = await Promise.all(turn.media.map(async (medium) => ({ ...medium, address: await this.address(medium.id) })));
+    const withAddress = async (medium) => ({ ...medium, address: await this.address(medium.id) });
+    const media = await Promise.all(turn.media.map(withAddress));
     this.composer.edit(turn, media);
   }
 

@@ -81,7 +81,8 @@ export class Composer {
   async add(files) {
     this.tell("");
     const room = LIMITS.count - this.media.length;
-    const waiting = files.slice(0, Math.max(0, room)).map((file) => ({ id: newId(), name: file.name, pending: true, file }));
+    const taken = files.slice(0, Math.max(0, room));
+    const waiting = taken.map((file) => ({ id: newId(), name: file.name, pending: true, file }));
     if (files.length > waiting.length) this.tell(`A message holds at most ${LIMITS.count} pictures and videos.`);
     this.setMedia([...this.media, ...waiting]);
     this.focus();

@@ -10,7 +10,10 @@ const WORDS = new Set(`abstract as assert async await break case catch class con
   var void where while with yield`.split(/\s+/));
 const SQL = new Set(`and as by case create delete distinct drop else end from group having in inner insert into is join
   left limit not null on or order outer right select set table then union update values when where with`.split(/\s+/));
-const STRING = String.raw`"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'|${"`"}(?:\\.|[^${"`"}\\])*${"`"}?`;
+const STRING = [
+  String.raw`"""[^]*?(?:"""|$)`, String.raw`'''[^]*?(?:'''|$)`, String.raw`"(?:\\.|[^"\\\n])*"?`,
+  String.raw`'(?:\\.|[^'\\\n])*'`, "`(?:\\\\.|[^`\\\\])*`?",
+].join("|");
 const REST = String.raw`\b\d[\w.]*|[A-Za-z_$][\w$]*`;
 const COMMENTS = {
   hash: "#[^\n]*",
@@ -20,7 +23,7 @@ const COMMENTS = {
 };
 const KINDS = {
   hash: "python py bash sh shell zsh console yaml yml toml ruby rb r perl dockerfile makefile make ini",
-  slash: "javascript js typescript ts jsx tsx json c cpp c++ cc h cs csharp java kotlin swift go rust rs scala php dart css scss",
+  slash: "javascript js typescript ts jsx tsx json c cpp c++ cc h cs csharp java kotlin swift go rust rs scala php dart css",
   dash: "sql lua haskell",
   markup: "html xml svg",
 };

@@ -223,7 +223,8 @@ function listNode({ ordered, first, loose, items }, live) {
 
 function itemNode({ done, blocks }, loose, live) {
   const node = el("li", { class: done === null ? "" : "task" });
-  if (done !== null) node.append(el("span", { role: "img", "aria-label": done ? "done" : "to do" }, done ? "☑" : "☐"), " ");
+  const label = done ? "done" : "to do";
+  if (done !== null) node.append(el("span", { role: "img", "aria-label": label }, done ? "☑" : "☐"), " ");
   blocks.forEach((block, nth) => {
     const growing = live && nth === blocks.length - 1;
     if (block.kind === "paragraph" && !loose) for (const part of inline(block.text, { live: growing })) node.append(part);

@@ -10,7 +10,10 @@ export class Scroller {
     area.addEventListener("scroll", () => this.moved(), { passive: true });
     button.addEventListener("click", () => this.toEnd());
     // Pictures that get their size, or a keyboard that opens on a phone, change what is in view as well.
-    const observer = new ResizeObserver(() => this.follow());
+    const observer = new ResizeObserver(() => {
+      this.follow();
+      this.moved(); // what shrinks may bring the end into view without a scroll
+    });
     observer.observe(area);
     observer.observe(area.querySelector("#turns"));
   }

@@ -59,7 +59,8 @@ export class Sheet {
   take(field) {
     this.mark(field);
     if (!field.validity.valid) return; // what was valid before stays in force
-    this.settings[field.name] = NUMBERS.includes(field.name) ? (field.value === "" ? null : Number(field.value)) : field.value;
+    const number = field.value === "" ? null : Number(field.value);
+    this.settings[field.name] = NUMBERS.includes(field.name) ? number : field.value;
     this.store();
   }
 

@@ -3,7 +3,10 @@
 import { copyButton, el, icon, iconButton } from "./dom.js";
 import { GrowingMarkdown } from "./markdown.js";
 
-/** The view of one turn: {turn, element, update(turn)}. `actions`: {edit, remove, retry, pick, open}, each called with the turn. */
+/**
+ * The view of one turn: {turn, element, update(turn)}. `actions`: {edit, remove, retry, pick}, each called with the
+ * turn, and open(address, name) for a picture; `addresses(id)` promises the blob: address of a picture, null if it is lost.
+ */
 export function turnView(turn, actions, addresses) {
   return turn.role === "user" ? new UserTurn(turn, actions, addresses) : new ModelTurn(turn, actions);
 }
@@ -37,7 +40,8 @@ function mediumView(medium, addresses, open) {
     return video;
   }
   const image = el("img", { alt: name, width, height, decoding: "async" });
-  const button = el("button", { type: "button", class: "medium", title: name, "aria-label": `Show ${name} large` }, image);
+  const label = `Show ${name} large`;
+  const button = el("button", { type: "button", class: "medium", title: name, "aria-label": label }, image);
   addresses(medium.id).then((address) => {
     if (!address) return button.replaceWith(lost(name));
     image.src = address;
@@ -117,7 +121,8 @@ function statistics({ state, cut, usage, first, seconds, model }) {
   if (cut) parts.push("cut at its token limit");
   if (usage) parts.push(`${usage.read} tokens in, ${usage.written} out`);
   // The first token's time is the prompt's; the rest tells how fast tokens are made, if there is enough of it.
-  if (usage?.written > 1 && seconds - first > 0.1) parts.push(`${rounded((usage.written - 1) / (seconds - first))} tokens/s`);
+  const rest = seconds - first;
+  if (usage?.written > 1 && rest > 0.1) parts.push(`${rounded((usage.written - 1) / rest)} tokens/s`);
   if (first !== null) parts.push(`first after ${first.toFixed(2)} s`);
   return el("span", { class: "statistics" }, parts.join(" · "));
 }
