@@ -16,7 +16,8 @@ import tiny_run
 from PIL import Image
 
 from duetvl import doctor
-from duetvl.cli import _overrides, _parse, main
+from duetvl.cli import _overrides, main
+from duetvl.commands.parser import parse
 from duetvl.core import backend as backend_module
 from duetvl.core.errors import BackendError
 
@@ -79,7 +80,7 @@ def test_a_wrong_command_is_argparse_s_error(argv, capsys):
 
 def test_overrides_stand_anywhere_and_options_win(monkeypatch):
     monkeypatch.setenv("DUETVL_BACKEND", "mindspore")
-    args = _parse(["train", "r.yaml", "optim.lr=1", "--backend", "torch", "train.steps=2", "--device", "cpu"])
+    args = parse(["train", "r.yaml", "optim.lr=1", "--backend", "torch", "train.steps=2", "--device", "cpu"])
     assert _overrides(args) == [
         "backend.name=mindspore", "optim.lr=1", "train.steps=2", "backend.name=torch", "backend.device=cpu",
     ]  # fmt: skip
@@ -95,7 +96,7 @@ def test_overrides_stand_anywhere_and_options_win(monkeypatch):
     ],
 )
 def test_resume(argv, resume, overrides):
-    args = _parse(["train", "r.yaml", *argv])
+    args = parse(["train", "r.yaml", *argv])
     assert (args.resume, args.overrides) == (resume, overrides)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from duetvl.cli import _parser
+from duetvl.commands.parser import make_parser
 from duetvl.core.errors import ConfigError
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.yaml_values import parse_yaml
@@ -119,7 +119,7 @@ def complaints(words: list[str]) -> list[str]:
     if "--" in words:  # what `duetvl launch` runs
         at = words.index("--")
         return complaints(words[:at]) + complaints(["duetvl", *words[at + 1 :]])
-    parser = _parser()
+    parser = make_parser()
     for word in (word for word in words[1:] if not word.startswith("-")):
         inner = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
         if inner is None:

@@ -13,7 +13,8 @@ import pytest
 import tiny_run
 from PIL import Image
 
-from duetvl.cli import _overrides, _parse
+from duetvl.cli import _overrides
+from duetvl.commands.parser import parse
 from duetvl.core.errors import ConfigError
 from duetvl.models.qwen_vl.config import published_config, published_names
 from duetvl.training.lora import plan_adapters
@@ -51,7 +52,7 @@ def test_every_size_has_its_tasks():
 @pytest.mark.parametrize("backend", ["torch", "mindspore"])
 def test_it_is_valid_for_its_model_on_both_backends(path: Path, backend: str, monkeypatch):
     monkeypatch.delenv("DUETVL_BACKEND", raising=False)
-    recipe = load_recipe(path, _overrides(_parse(["train", str(path), "--backend", backend])))
+    recipe = load_recipe(path, _overrides(parse(["train", str(path), "--backend", backend])))
     assert recipe.backend.name == backend
     assert recipe.train.output_dir == f"runs/{path.stem}"
     published = recipe.model.path.removeprefix("Qwen/").removesuffix("-Instruct")
@@ -175,7 +176,7 @@ def test_the_command_at_its_top_trains_it(path: Path):
         launched, words = words[: words.index("--")], words[words.index("--") :]
         given = dict(zip(launched[2::2], launched[3::2], strict=True))
         started = int(given["--nproc"]) * int(given.get("--nnodes", "1"))
-    inner = _parse(words[1:])
+    inner = parse(words[1:])
     assert Path(inner.recipe) == Path("recipes", path.name)
     recipe = for_world(load_recipe(path, _overrides(inner)), started)
     assert recipe.parallel.mesh.size == load_recipe(path).parallel.mesh.size

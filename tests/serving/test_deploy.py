@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from duetvl.cli import _parse
+from duetvl.commands.parser import parse
 from duetvl.inference.blocks import BlockPool
 from duetvl.inference.scheduler import Limits, Scheduler
 from duetvl.inference.vision_cache import VisionCache
@@ -37,7 +37,7 @@ def test_the_unit_of_systemd_starts_the_server_and_lets_it_drain() -> None:
     unit.read_string(lines_of("duetvl.service"))
     service = unit["Service"]
     _, *words = shlex.split(service["ExecStart"])
-    args = _parse(words)
+    args = parse(words)
     assert args.command == "serve" and args.api_key_file is not None and args.log_format == "json"
     assert int(service["TimeoutStopSec"]) >= drain_of(args) + CLOSING
     assert service["KillSignal"] == "SIGTERM" and "2" in service["RestartPreventExitStatus"].split()
@@ -46,7 +46,7 @@ def test_the_unit_of_systemd_starts_the_server_and_lets_it_drain() -> None:
 def test_the_image_starts_the_server_without_a_shell_and_without_rights() -> None:
     steps = dict(line.split(" ", 1) for line in lines_of("Dockerfile").splitlines() if line)
     entry = json.loads(steps["ENTRYPOINT"])
-    args = _parse([*entry[1:], "/models/a"])
+    args = parse([*entry[1:], "/models/a"])
     assert entry[0] == "duetvl" and args.model == "/models/a"
     assert (args.host, str(args.port)) == ("0.0.0.0", steps["EXPOSE"]) and steps["USER"] != "0"
     assert f"127.0.0.1:{args.port}/health" in steps["HEALTHCHECK"]
@@ -63,7 +63,7 @@ def test_the_pod_is_probed_and_ends_in_step_with_the_drain(manifests: dict[str, 
     pod = manifests["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     entry = json.loads(dict(line.split(" ", 1) for line in lines_of("Dockerfile").splitlines() if line)["ENTRYPOINT"])
-    args = _parse([*entry[1:], *container["args"]])
+    args = parse([*entry[1:], *container["args"]])
     assert args.port == container["ports"][0]["containerPort"]
     assert args.api_key_file.is_relative_to(container["volumeMounts"][1]["mountPath"])
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}

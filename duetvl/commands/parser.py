@@ -1,0 +1,166 @@
+"""The words of the command line: every command with its options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import duetvl
+from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer, add_serve
+
+_RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
+_OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command and its options; `overrides` of a recipe and the words of another command apart."""
+    parser = make_parser()
+    words: list[str] = []
+    if argv[:1] == ["launch"] and "--" in argv:  # what follows is another command
+        argv, words = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    args, rest = parser.parse_known_args(argv)
+    args.words = words
+    if getattr(args, "resume", None) and "=" in args.resume and not Path(args.resume).exists():
+        rest, args.resume = [args.resume, *rest], ""  # `--resume optim.lr=1e-5`: an override, not a directory
+    if args.command == "import-mindspeed":  # files may stand on both sides of an option
+        args.files, rest = _files_first([*args.files, *rest])
+    known = hasattr(args, "recipe") or args.command == "import-mindspeed"
+    wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
+    if wrong:
+        hint = "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5" * hasattr(args, "recipe")
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
+    args.overrides, args.argv = rest, argv
+    return args
+
+
+def _files_first(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Names of files, and NAME=VALUE, options and whatever else."""
+    files = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    return [Path(word) for word in files], [word for word in words if word not in files]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="duetvl", description=duetvl.__doc__)
+    parser.add_argument("--version", action="version", version=f"duetvl {duetvl.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train what a recipe says", epilog=_OVERRIDES)
+    _add_recipe(train)
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR[@STEP]",
+        help="resume from the newest checkpoint, which must be there, or from another run or an earlier step; without "
+        "it a run that has checkpoints is resumed as well",
+    )
+    train.add_argument(
+        "--restart", action="store_true", help="start at the beginning; what the run directory holds is set aside"
+    )
+
+    _add_launch(commands.add_parser("launch", help="train, or answer, over many processes, by torchrun or msrun"))
+
+    check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
+    _add_recipe(check)
+    check.add_argument(
+        "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
+    )
+    check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline there")
+
+    _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
+
+    commands.add_parser("doctor", help="what is installed, which backends and devices work")
+
+    export = commands.add_parser("export", help="write a run's checkpoint for transformers, of a LoRA run for PEFT")
+    export.add_argument("run", metavar="RUN[@STEP]", help="run directory; by default its newest checkpoint")
+    export.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
+
+    merge = commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it")
+    merge.add_argument("model", metavar="MODEL", help="model directory, or an id of a hub")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
+    merge.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
+
+    plot = commands.add_parser("plot", help="draw the curves of runs")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    plot.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        help="a number of metrics.jsonl, such as grad_norm or eval_loss; may be given several times. By default losses "
+        "and learning rates",
+    )
+    plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
+
+    _add_data(commands.add_parser("data", help="convert data sets, look at samples"))
+
+    add_infer(commands.add_parser("infer", help="answers to a prompt, to records, to a directory of pictures"))
+    add_eval(commands.add_parser("eval", help="a model's scores on benchmarks; two runs compared"))
+    add_chat(commands.add_parser("chat", help="talk with a model in the terminal"))
+    add_serve(commands.add_parser("serve", help="an OpenAI-compatible server with a chat page"))
+    bench = commands.add_parser("bench", help="how fast a model is here")
+    add_bench(bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="answering"))
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="published data sets to records that training reads")
+    layouts = convert.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
+
+    preview = actions.add_parser("preview", help="samples as the model sees them", epilog=_OVERRIDES)
+    _add_recipe(preview)
+    preview.add_argument("-n", "--count", type=int, default=3, metavar="N", help="how many; default 3")
+    preview.add_argument(
+        "-o", "--output", type=Path, default=Path("preview.png"), metavar="PNG", help="default: preview.png"
+    )
+
+    llava = layouts.add_parser("llava", help="LLaVA-Instruct's JSON and its pictures")
+    llava.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="llava_instruct_150k.json")
+    llava.add_argument("--images", type=Path, required=True, metavar="DIR", help="its pictures: COCO's train2017")
+    llava.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="JSON", help="must not exist (.json or .jsonl)"
+    )
+
+    rlhf_v = layouts.add_parser("rlhf-v", help="preference pairs of RLHF-V or RLAIF-V, openbmb's or llamafactory's")
+    rlhf_v.add_argument("--parquet", type=Path, required=True, nargs="+", metavar="FILE", help="Parquet files")
+    rlhf_v.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="JSON", help="must not exist; or a directory"
+    )
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} --nproc N [options] -- train RECIPE [options] [section.key=value ...]"
+    parser.add_argument("--backend", help="torch_npu or mindspore; default: that of the recipe")
+    parser.add_argument("--nproc", type=int, required=True, metavar="N", help="processes on this node, one a device")
+    parser.add_argument("--nnodes", default="1", metavar="M", help="nodes; with torchrun also MIN:MAX. Default 1")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="the number of this node; default 0")
+    parser.add_argument("--master", metavar="HOST:PORT", help="a free port of node 0, the same on all nodes")
+    parser.add_argument("--restarts", type=int, default=0, metavar="K", help="how often to start again after a failure")
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: launch-logs/TIME-PROCESS, which is new"
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
+    parser.usage = f"{parser.prog} RECIPE [options] [section.key=value ...]"
+    parser.add_argument(
+        "--backend",
+        help="torch_npu (or torch), mindspore, or auto for the one that is installed; default: DUETVL_BACKEND, the "
+        "recipe's, auto",
+    )
+    parser.add_argument("--device", help="cpu, cuda, npu (ascend) or auto; default: the recipe's")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} DATA MODEL SCRIPT -o RECIPE [NAME=VALUE ...]"
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="DATA MODEL SCRIPT",
+        help="data.json, model.json and the shell script, which is read, never run; NAME=VALUE sets a variable of it",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="RECIPE", help="file to be made")
+    parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")
