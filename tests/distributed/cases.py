@@ -275,7 +275,8 @@ for each in (
 
 # -- answering (engines.py) --------------------------------------------------------------------------------------------
 
-imported("engines", "check_engines")
+for each in ("check_engines", "check_engines_with_one_key_head"):
+    imported("engines", each)
 
 
 # -- collectives over all ranks ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,29 +27,35 @@ from duetvl.models.qwen_vl.loading import save_model
 
 NEW, BLOCK = 8, 8
 CLOSE = 1e-4  # of log-probabilities; where two tokens are as close as that, either may be chosen
-FAMILIES = {"new": Whole("qwen2_5_vl", 4, 1, "lora"), "old": Whole("qwen2_vl", 4, 2, "lora")}
+OLD, LATER = Whole("qwen2_vl", 4, 2, "lora"), Whole("qwen2_5_vl", 4, 1, "lora")
 
 
 def check_engines(be: Backend) -> None:
-    """tp 2, tp 4 with a key head that all ranks have, pp 2, and both; two replicas where two ranks suffice for one."""
-    ranks, line = Ranks(be.collectives), connect(be)
-    be = in_small_blocks(be)
-    place = Path(ranks.first(lambda: str(made(be))))
-    wanted = {name: ranks.first(lambda name=name: alone(be, place / name)) for name in FAMILIES}
-    for name, mesh, parts in (  # of the cache: four ranks of tp have the one key head four times
-        ("old", Mesh(dp=2, tp=2), 2), ("new", Mesh(tp=4), 1), ("new", Mesh(pp=2, dp=2), 2), ("old", Mesh(pp=2, tp=2), 4)
-    ):  # fmt: skip
+    """tp 2 in two replicas, and pp 2 x tp 2: half of the cache's rows, and a quarter."""
+    check(be, OLD, {Mesh(dp=2, tp=2): 2, Mesh(pp=2, tp=2): 4})
+
+
+def check_engines_with_one_key_head(be: Backend) -> None:
+    """tp 4, where every rank has that head, and pp 2 in two replicas."""
+    check(be, LATER, {Mesh(tp=4): 1, Mesh(pp=2, dp=2): 2})
+
+
+def check(be: Backend, of: Whole, layouts: Mapping[Mesh, int]) -> None:
+    """One rank of each replica leads, the others follow; into so many parts is the cache divided."""
+    ranks, line, be = Ranks(be.collectives), connect(be), in_small_blocks(be)
+    place = Path(ranks.first(lambda: str(made(be, of))))
+    wanted, block = ranks.first(lambda: alone(be, place))
+    for mesh, parts in layouts.items():
         team = mesh.ranks_along("pp", "tp", rank=ranks.index)
-        if team[0] != ranks.index:
+        if team[0] == ranks.index:
+            lead = Lead(ranks, line, team[1:])
+            found = answers(be, place, mesh, lead, block // parts)
+            lead.end()
+            same(found, wanted)
+        else:
             follower = Follower(ranks, line, lambda told, mesh=mesh: load(be, told, mesh), duetvl.Model.with_adapter)
             follower.follow(team[0])
             assert follower.runner is not None and len(follower.runner.features) > 0
-            continue
-        lead = Lead(ranks, line, team[1:])
-        whole = duetvl.load_model(place / name / "model", backend=be).cache_block_bytes
-        found = answers(be, place / name, mesh, lead, whole // parts)
-        lead.end()
-        same(found, wanted[name])
     ranks.each(None)
     line.close()
     if ranks.writes:
@@ -63,12 +69,11 @@ def in_small_blocks(be: Backend) -> Backend:
     return replace(be, kv_cache=store)
 
 
-def made(be: Backend) -> Path:
-    """A model and an adapter of each family."""
+def made(be: Backend, of: Whole) -> Path:
+    """A model and an adapter."""
     place = Path(tempfile.mkdtemp())
-    for name, of in FAMILIES.items():
-        save_model(model_of(be, replace(of, kind="full")), place / name / "model")
-        save_adapter(model_of(be, of), place / name / "adapter")
+    save_model(model_of(be, replace(of, kind="full")), place / "model")
+    save_adapter(model_of(be, of), place / "adapter")
     return place
 
 
@@ -89,11 +94,12 @@ def requests() -> list[Request]:
     return [Request(prompt, f"{number}", **(common | more)) for number, (prompt, more) in enumerate(prompts)]
 
 
-def alone(be: Backend, place: Path) -> list[Completion]:
-    """What one process answers."""
+def alone(be: Backend, place: Path) -> tuple[list[Completion], int]:
+    """What one process answers, and the bytes of a block of its cache."""
     model = duetvl.load_model(place / "model", backend=be)
     other = model.with_adapter(place / "adapter")
-    return completed(duetvl.Engine(model, adapters={"other": other}, cache_tokens=2000))
+    found = completed(duetvl.Engine(model, adapters={"other": other}, cache_tokens=2000))
+    return found, model.cache_block_bytes
 
 
 def answers(be: Backend, place: Path, mesh: Mesh, lead: Lead, block: int) -> list[Completion]:

@@ -32,14 +32,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+def worlds() -> dict[str, World]:
+    """Those that were started: pytest takes the backends by turns, and makes `world` anew at each."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worlds: dict[str, World]) -> World:
     """One start for all cases that this session has selected."""
     backend = request.param
+    if backend in worlds:
+        return worlds[backend]
     if find_spec(FRAMEWORKS[backend]) is None:
         pytest.skip(f"{FRAMEWORKS[backend]} is not installed")
     chosen = [getattr(item, "callspec", None) for item in request.session.items]
     names = {spec.params["case"] for spec in chosen if spec and spec.params.get("world") == backend}
-    return World(backend, [name for name in CASES if name in names], tmp_path_factory.mktemp(backend))
+    worlds[backend] = World(backend, [name for name in CASES if name in names], tmp_path_factory.mktemp(backend))
+    return worlds[backend]
 
 
 def test_in_four_processes(world: World, case: str) -> None:
