@@ -42,7 +42,7 @@ def script(readme: str) -> str:
         if language == "bash":
             skipped |= RUN_BY_CI & set(text.splitlines())
             parts += [line for line in text.splitlines() if line not in RUN_BY_CI]
-        elif language == "yaml":
+        elif language in ("yaml", "yml"):  # a recipe; another file
             (name,) = re.findall(r"`(\w+\.yaml)`", readme[: found.start()].strip().splitlines()[-1])
             parts += [f"cat > {name} <<'END'", text + "END"]
         elif language == "json":
