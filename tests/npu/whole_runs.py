@@ -57,8 +57,9 @@ class Here:
             wide = {"type": "mrope", "mrope_section": [8, 12, 12]}
             sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_scaling": wide}
             tiny_run.write_model(directory / f"{family}_heads_of_64", STD, family, **sizes)
-        questions = [records[0], records[3], *records[4:6], *videos[:2]]
-        questions[1]["messages"][0]["content"] = "say hello " * 15  # its answer ends in another block of the cache
+        # A question of more than a block of the cache, and one that begins with it and finds that block.
+        long = [{"messages": [{"role": "user", "content": "say hello " * 15 + end}]} for end in ("", "and bye")]
+        questions = [long[0], records[0], *records[4:6], *videos[:2], long[1]]
         _write(directory / "questions.jsonl", [{**q, "messages": q["messages"][:1]} for q in questions])
         return cls(directory, miniatures.ai2d(directory))
 
@@ -83,9 +84,10 @@ class Here:
         return np.array([*steps, *evaluated], np.float64)  # a norm that overflows is logged as None: nan
 
     def answers(self, backend: str, family: str, output: Path) -> list[dict[str, Any]]:
-        """`duetvl infer`: TOKENS to each of six questions, two with nothing but text, two with pictures or a video."""
+        """`duetvl infer`: TOKENS to each of seven questions, of text, with pictures, with videos, four at once."""
         self.run("infer", backend, family, "-o", str(output), "--input", str(self.directory / "questions.jsonl"),
-                 "--max-new-tokens", str(TOKENS), "--ignore-eos", "--logprobs", "1")  # fmt: skip
+                 "--max-new-tokens", str(TOKENS), "--ignore-eos", "--logprobs", "1",
+                 "--max-sequences", "4")  # fmt: skip
         return [json.loads(line) for line in output.read_text().splitlines()]
 
     def evaluated(self, backend: str, family: str, output: Path) -> list[str]:
@@ -113,7 +115,7 @@ def assert_alike(curve: np.ndarray, expected: np.ndarray, dtype: str) -> None:
 
 def assert_same_tokens(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """The same log-probabilities up to the first token that is another, which must be as likely, within `NEAR`."""
-    assert len(answers) == len(expected) == 6
+    assert len(answers) == len(expected) == 7
     same = 0
     for answer, other in zip(answers, expected, strict=True):
         assert len(answer["logprobs"]) == len(other["logprobs"]) == TOKENS
