@@ -100,8 +100,8 @@ class Here:
     def run(self, command: str, backend: str, family: str, *words: str) -> None:
         """A command on the model with heads of 64, the smallest that the paged kernels take, in float16."""
         model = str(self.directory / f"{family}_heads_of_64")
-        given = [command, model, "--backend", backend, "--device", "cpu", "--dtype", "float16", *words]
-        assert main(given) == 0
+        given = [command, model, "--backend", backend, "--device", "cpu", "--dtype", "float16"]
+        assert main([*given, "--cache-tokens", "4096", *words]) == 0
 
 
 def assert_alike(curve: np.ndarray, expected: np.ndarray, dtype: str) -> None:
