@@ -20,6 +20,7 @@ from .mindspore_references import CALLS, STAND_INS, stand_in
 from .whole_runs import Here, assert_alike, assert_same_tokens
 
 OPERATORS = {operator for operator, _ in STAND_INS.values()} | {"npu_rms_norm"}
+SMALL = "train.global_batch=2"  # MindSpore takes three times as long
 RUNS = [("sft", "qwen2_vl"), ("dpo of adapters", "qwen2_5_vl")]
 
 
@@ -35,17 +36,17 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 
 @pytest.mark.parametrize(("kind", "family"), RUNS)
 def test_training_on_the_functions_that_ascend_inherits(here: Here, tmp_path: Path, kind: str, family: str) -> None:
-    curve = here.curve(on_cpu.mindspore_inherited(), kind, family, "float32", tmp_path / "inherited")
-    expected = here.curve(load_backend("torch_npu", "cpu"), kind, family, "float32", tmp_path / "cpu")
+    curve = here.curve(on_cpu.mindspore_inherited(), kind, family, "float32", tmp_path / "inherited", SMALL)
+    expected = here.curve(load_backend("torch_npu", "cpu"), kind, family, "float32", tmp_path / "cpu", SMALL)
     assert_alike(curve, expected, "float32")
 
 
 @pytest.mark.parametrize(("kind", "family"), RUNS)
 def test_training_by_fused_kernels(here: Here, tmp_path: Path, kind: str, family: str) -> None:
     CALLS.clear()
-    curve = here.curve(on_cpu.mindspore_backend(), kind, family, "float16", tmp_path / "fused")
+    curve = here.curve(on_cpu.mindspore_backend(), kind, family, "float16", tmp_path / "fused", SMALL)
     assert set(CALLS) == OPERATORS
-    expected = here.curve(load_backend("torch_npu", "cpu"), kind, family, "float16", tmp_path / "cpu")
+    expected = here.curve(load_backend("torch_npu", "cpu"), kind, family, "float16", tmp_path / "cpu", SMALL)
     assert_alike(curve, expected, "float16")
 
 

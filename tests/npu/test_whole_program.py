@@ -27,7 +27,7 @@ from .schemas import SCHEMAS
 from .two_ranks import LAYOUTS
 from .whole_runs import Here, assert_alike, assert_same_tokens
 
-TWO_RANKS = str(Path(__file__).with_name("two_ranks.py"))
+TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 INFERENCE = {"npu_fused_infer_attention_score", "npu_scatter_pa_kv_cache"}
 TRAINING = set(SCHEMAS) - INFERENCE
 FORWARD = {name for name in TRAINING if "_grad" not in name and "backward" not in name}
@@ -85,13 +85,10 @@ def test_an_evaluation_is_that_of_the_cpu(here: Here, tmp_path: Path) -> None:
 
 def test_two_ranks_are_one_process(here: Here, tmp_path: Path) -> None:
     """gloo in the place of hccl; one start for all layouts."""
-    tools = Path(sys.executable).parent
-    command = [str(tools / "torchrun"), "--nproc-per-node=2", f"--master-port={_free_port()}", TWO_RANKS]
-    output = (tmp_path / "output").open("w")
-    ended = subprocess.run(
-        [*command, str(here.directory), str(tmp_path)], stdout=output, stderr=subprocess.STDOUT, timeout=500
-    )
-    assert ended.returncode == 0, (tmp_path / "output").read_text()[-3000:]
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [torchrun, "--nproc-per-node=2", f"--master-port={_free_port()}", TWO_RANKS, here.directory, tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     curves = np.load(tmp_path / "curves.npz")
     assert set(curves) == set(LAYOUTS)
     backend = load_backend("torch_npu", "cpu")

@@ -13,7 +13,7 @@ import numpy as np
 TESTS = Path(__file__).parents[1]
 LAYOUTS = {  # kind, family, and the recipe's section `parallel`
     "tensors divided": ("sft", "qwen2_vl", ["parallel.tp=2"]),
-    "rows divided, attention around a ring": ("sft", "qwen2_5_vl", ["parallel.cp=2"]),
+    "rows divided, attention around a ring": ("sft", "qwen2_5_vl", ["parallel.cp=2", "parallel.cp_algorithm=ring"]),
     "samples divided": ("dpo", "qwen2_5_vl", ["parallel.dp=2"]),
 }
 
