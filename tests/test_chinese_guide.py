@@ -201,7 +201,12 @@ def test_every_command_of_the_guide_runs(place: Path, monkeypatch: pytest.Monkey
 
 # -- what the guides name ---------------------------------------------------------------------------------------------
 
-VARIABLES = """
+
+def names(text: str) -> list[str]:
+    return text.split()
+
+
+VARIABLES = names("""
     ASCEND_RT_VISIBLE_DEVICES ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL ASCEND_LAUNCH_BLOCKING
     ACLNN_CACHE_LIMIT HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT HCCL_BUFFSIZE HCCL_DETERMINISTIC LCCL_DETERMINISTIC
     INF_NAN_MODE_ENABLE TASK_QUEUE_ENABLE COMBINED_ENABLE CPU_AFFINITY_CONF NPU_ASD_ENABLE PYTORCH_NPU_ALLOC_CONF
@@ -214,8 +219,8 @@ VARIABLES = """
     MODELTEST_DATASET_SPECIFIED llm_path
     model_path input_image input_text dataset_path max_batch_size max_input_length max_output_length
     shm_name_save_path
-""".split()
-KEYS = """
+""")
+KEYS = names("""
     dataset_type model_name_or_path use_fast_tokenizer split_special_tokens image_max_pixels image_min_pixels
     video_max_pixels video_min_pixels video_fps video_maxlen template dataset_dir dataset cache_dir train_on_prompt
     mask_history preprocessing_batch_size preprocessing_num_workers max_samples tool_format streaming overwrite_cache
@@ -237,7 +242,7 @@ KEYS = """
     --virtual-pipeline-model-parallel-size --enable-dummy-optimizer --calculate-per-sample-loss
     --calculate-per-token-loss --use-torch-fsdp2 --fsdp2-config-path --untie-embeddings-and-output-weights
     --init-model-with-meta-device
-""".split()
+""")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=("english", "chinese"))
