@@ -237,7 +237,7 @@ def test_files_that_are_named_exist(path: Path) -> None:
 @every_document
 def test_recipes_are_valid(path: Path) -> None:
     for language, text in blocks(path):
-        if language == "yaml":
+        if language == "yaml" and not text.startswith("name:"):  # else a task of evaluation: test_readme.py asks it
             make_recipe(parse_yaml(text, path.name))
 
 
