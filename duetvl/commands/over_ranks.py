@@ -14,7 +14,7 @@ from shutil import rmtree
 from typing import Final
 
 from duetvl.api import Model, load_model
-from duetvl.commands.mindspeed import apply
+from duetvl.commands.mindspeed import apply, apply_evaluation
 from duetvl.convert.opening import open_model
 from duetvl.core.backend import AUTO, Backend, choose_backend, load_backend
 from duetvl.core.errors import ConfigError
@@ -62,7 +62,8 @@ def over_ranks(args: argparse.Namespace, run: Callable[[], int]) -> int:
     On rank 0 `args.team` is then there for `session.load`; the other ranks do not run the command.
     """
     if getattr(args, "from_mindspeed", None) is not None:
-        list(apply(args))  # it may name the model and the device; the command itself reports it
+        taken = apply_evaluation if args.command == "eval" else apply
+        list(taken(args))  # it may name the model and the device; the command itself reports it
     place = own_place()
     if place is not None:
         return _take_part(args, run, place)
