@@ -159,13 +159,34 @@ def _import_mindspeed(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.full:
+        return _doctor_full(args)
     from duetvl.doctor import report
 
+    if args.output is not None or args.nproc is not None or args.device is not None or args.backend is not None:
+        raise ConfigError("doctor: --device, --backend, --nproc and -o belong to the full examination: add --full")
     works = False
     for line, good in report():
         _say(line)
         works = works or good
     return 0 if works else 1
+
+
+def _doctor_full(args: argparse.Namespace) -> int:
+    from duetvl.core.backend import AUTO
+
+    if args.between is not None:
+        from duetvl.doctor.worker import take_part
+
+        return take_part(args.backend, args.device, args.between)
+    from duetvl.doctor.full import examine_fully
+
+    if args.output is not None:
+        _check_target(args.output)
+    device = args.device or "auto"
+    for line in examine_fully(args.backend or AUTO, device, ranks=args.nproc, output=args.output):
+        _say(line)
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
 
-    commands.add_parser("doctor", help="what is installed, which backends and devices work")
+    _add_doctor(commands.add_parser("doctor", help="what is installed, which backends and devices work"))
 
     export = commands.add_parser("export", help="write a run's checkpoint for transformers, of a LoRA run for PEFT")
     export.add_argument("run", metavar="RUN[@STEP]", help="run directory; by default its newest checkpoint")
@@ -152,6 +152,17 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "recipe's, auto",
     )
     parser.add_argument("--device", help="cpu, cuda, npu (ascend) or auto; default: the recipe's")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--full", action="store_true", help="every operation, a tiny training and answers on one device, with figures"
+    )
+    parser.add_argument("--device", help="npu, cuda or cpu (default: the best that is there)")
+    parser.add_argument("--backend", help="torch or mindspore (default: PyTorch where both are installed)")
+    parser.add_argument("--nproc", type=int, metavar="N", help="cards whose collectives are tried (default: all)")
+    parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="the report as a file, to be sent")
+    parser.add_argument("--between", type=Path, help=argparse.SUPPRESS)
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

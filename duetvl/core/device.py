@@ -29,6 +29,10 @@ class Device(Protocol):
         """Bytes of the device's memory that can still be had (of the machine's or the container's on a CPU)."""
         ...
 
+    def count(self) -> int:
+        """Devices of this kind that this process sees; 1 on a CPU."""
+        ...
+
     def supports(self, dtype: str) -> bool:
         """Whether weights may be stored in this dtype."""
         ...

@@ -45,6 +45,9 @@ class MindSporeDevice:
             return free_host_memory()
         return self.total_memory() - int(ms.runtime.memory_allocated())
 
+    def count(self) -> int:
+        return 1 if self.on_cpu else int(ms.hal.device_count())
+
     def supports(self, dtype: str) -> bool:
         if dtype == "bfloat16":
             return not _NO_BFLOAT16.fullmatch(self.product)

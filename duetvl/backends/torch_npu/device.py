@@ -47,6 +47,9 @@ class TorchDevice:
         unused = module.memory_reserved(self.place) - module.memory_allocated(self.place)  # by the allocator
         return int(module.mem_get_info(self.place)[0] + unused)
 
+    def count(self) -> int:
+        return 1 if self.place.type == "cpu" else int(self._module.device_count())
+
     def supports(self, dtype: str) -> bool:
         if dtype == "bfloat16" and self.place.type == "npu":  # an Atlas 300I DUO has none
             return bool(self._module.is_bf16_supported())

@@ -52,7 +52,7 @@ def report() -> Iterator[tuple[str, bool]]:
     """Lines to show, and for each whether it is about a backend that works."""
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()} ({sys.executable})", False
     for name, package in PACKAGES:
-        yield f"  {name:14}{_installed(package)}", False
+        yield f"  {name:14}{installed(package)}", False
     yield "backends (each tried in a process of its own: a matrix product and its gradient)", False
     from duetvl.core.backend import known_devices
 
@@ -74,7 +74,7 @@ def examine(backend: str, device: str) -> Finding:
     for line in done.stdout.splitlines():
         if line.startswith(_MARK):
             return Finding(**json.loads(line.removeprefix(_MARK)))
-    return Finding(backend, device, False, _cause_of_death(done))
+    return Finding(backend, device, False, cause_of_death(done))
 
 
 def probe(backend: str, device: str) -> None:
@@ -110,7 +110,8 @@ def _try(backend: str, device: str) -> str:
     return f"{chosen.capabilities.framework}, {chosen.device.name}, {memory:.0f} GiB"
 
 
-def _cause_of_death(done: subprocess.CompletedProcess[str]) -> str:
+def cause_of_death(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process ended, in a line."""
     if done.returncode < 0:
         return f"the process died of {signal.Signals(-done.returncode).name}"
     last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
@@ -125,7 +126,8 @@ def _line(finding: Finding) -> str:
     return f"{place}-        {finding.detail}" + (f"\n{'':22}         -> {advice}" if advice else "")
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of a package, or that it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:
