@@ -41,12 +41,12 @@ class Operation:
     spans: Spans | None = None
 
 
-def composed_of(ops: Ops) -> ComposedOps:
+def composed_of(backend: Backend) -> ComposedOps:
     """The device's small functions with every longer operation as core/composed makes it."""
-    composed = type("Composed", (ComposedOps,), {})(ops.autograd)  # type: ignore[attr-defined]
+    composed = type("Composed", (ComposedOps,), {})(backend.autograd)
     longer = {**vars(ComposedAttention), **vars(ComposedOps)}
     small = [name for name in vars(Ops) if not name.startswith("_") and name not in longer]
-    vars(composed).update({name: getattr(ops, name) for name in small})
+    vars(composed).update({name: getattr(backend.ops, name) for name in small})
     return composed
 
 
@@ -137,7 +137,7 @@ def _normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def _check(backend: Backend, operation: Operation, dtype: str) -> Check:
-    composed = composed_of(backend.ops)
+    composed = composed_of(backend)
     inputs = [backend.ops.from_numpy(array, dtype) for array in operation.arrays]
     ours = _results(backend, backend.ops, operation, inputs)
     wide = [backend.ops.cast(x, "float32") for x in inputs]
@@ -180,7 +180,7 @@ def _named(implementation: Any, owner: type) -> str:
 
 def _check_cache(backend: Backend, dtype: str) -> Check:
     """A prompt, a chunk and single rows in blocks that lie in order and in any order."""
-    composed = composed_of(backend.ops)
+    composed = composed_of(backend)
     pairs = []
     for scattered in (False, True):
         ours = _cached(backend.kv_cache, backend.ops, dtype, dtype, scattered)

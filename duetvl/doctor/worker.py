@@ -35,7 +35,7 @@ def work(backend: str, device: str, parts: Sequence[str], composed: bool, dtypes
         _tell("refused", f"{type(error).__name__}: {first_line(error)}")
         return
     if composed:
-        ops = composed_of(loaded.ops)
+        ops = composed_of(loaded)
         loaded = replace(loaded, ops=ops, kv_cache=ComposedKVCache(ops))
     for part in parts:
         try:
