@@ -141,7 +141,10 @@ class Spans:
         )
 
     def parts(self, most: int) -> Iterator[Part]:
-        """Groups of at most `most` neighbouring spans."""
+        """Groups of at most `most` neighbouring spans; where one is enough it holds these spans themselves."""
+        if 0 < self.lengths.size <= most:
+            yield Part(slice(0, self.rows), slice(0, self.key_rows), self)
+            return
         for a in range(0, self.lengths.size, most):
             ends, keys = self.cu_seqlens[a : a + most + 1], self.key_offsets[a : a + most + 1]
             yield Part(

@@ -18,7 +18,7 @@ from duetvl.core.kv_cache import Append  # noqa: E402
 from duetvl.core.spans import Spans  # noqa: E402
 
 from . import reference  # noqa: E402
-from .tolerances import HALF, error  # noqa: E402
+from .tolerances import HALF, TOLERANCES, error  # noqa: E402
 
 Tensor = Any
 CALLS: list[str] = []
@@ -254,3 +254,34 @@ def test_keys_are_gathered_where_the_kernel_does_not_read_them_in_place(
         append = Append(np.array([[2, 3]], np.int32), np.array([0]), np.array([20]))
         with pytest.warns(UserWarning, match="in float16 with head size 64 is off, as tried here"):
             assert cache.plan(store, append).index is not None
+
+
+def test_the_bounds_of_spans_are_moved_once_for_all_layers(ops: CudaOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[np.ndarray] = []
+    place = ops.from_numpy
+    monkeypatch.setattr(ops, "from_numpy", lambda array, *rest: moved.append(array) or place(array, *rest))
+    spans = Spans.of_lengths((5, 1, 17), causal=True)
+    q = torch.randn(23, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(3):
+        ops.attention(q, q, q, spans)[0].sum().backward()
+    assert CALLS == ["forward", "backward"] * 3
+    assert len(moved) == 2
+    ops.attention(q, q, q, Spans.of_lengths((23,), causal=True))
+    assert len(moved) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(37, 256), (3, 5, 80), (0, 16)])
+def test_rms_norm(ops: CudaOps, shape: tuple[int, ...], dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    x, d = (torch.randn(shape).to(kind).requires_grad_() for _ in range(2))
+    scale = torch.randn(shape[-1]).to(kind).requires_grad_()
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, scale)]
+    out, expected = ops.rms_norm(x, scale, eps=1e-6), reference.rms_norm(*wide, 1e-6)
+    assert out.dtype == kind
+    ours = torch.autograd.grad(out, [x, scale], d.detach())
+    theirs = torch.autograd.grad(expected, wide, d.detach().double())
+    for found, right in zip((out, *ours), (expected, *theirs), strict=True):
+        assert error(found.detach().double().numpy(), right.detach().numpy()) <= 2 * TOLERANCES["rms_norm"].of(dtype)
+    halves = ops.rms_norm(x.to(torch.float32), scale, eps=1e-6)
+    assert halves.dtype == torch.float32

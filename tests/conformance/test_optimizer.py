@@ -227,3 +227,24 @@ def test_grad_norm_of_little(be: Backend) -> None:
 def test_grad_norm_shows_what_is_not_finite(be: Backend, bad: float) -> None:
     found = norm_of(be, [[1.0, 2.0], np.array([1.0] * 5000 + [bad])])
     assert np.isnan(found) if np.isnan(bad) else found == np.inf
+
+
+def test_parameters_that_have_taken_different_numbers_of_steps(be: Backend) -> None:
+    """Moments are corrected by each parameter's own count, also where all are updated in one call."""
+    start = np.linspace(-1, 1, 6, dtype=np.float32)
+
+    def run(first_step_of: Sequence[int]) -> list[np.ndarray]:
+        parameters = [Parameter(f"p{n}", be.ops.from_numpy(start.copy())) for n in range(2)]
+        groups = [ParameterGroup(parameters)]
+        state = be.optimizer.create(groups)
+        for chosen in (first_step_of, (0, 1)):
+            for n in chosen:
+                parameters[n].main_grad = be.ops.from_numpy(start + np.float32(0.3))
+            be.optimizer.step(state, groups, lr=0.1, betas=(0.9, 0.99), eps=1e-8, grad_scale=0.5)
+        return [be.to_numpy(p.tensor) for p in parameters]
+
+    late, (early, both) = run((0,)), run((0, 1))
+    np.testing.assert_array_equal(late[0], early)
+    np.testing.assert_array_equal(early, both)
+    first = start - 0.1 * np.sign(start + np.float32(0.3))  # what a first step of AdamW is
+    np.testing.assert_allclose(late[1], first, rtol=0, atol=1e-6)

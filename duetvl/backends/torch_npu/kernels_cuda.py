@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from duetvl.backends.torch_npu.autograd import TorchAutograd
 from duetvl.backends.torch_npu.kv_cache import TorchKVCache
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.core.composed import FusedAttention
@@ -35,6 +38,18 @@ class CudaOps(FusedAttention, TorchOps):
     """See core/ops.py."""
 
     spans_a_call = 2**31
+
+    def __init__(self, autograd: TorchAutograd, place: torch.device):
+        super().__init__(autograd, place)
+        self._moved: WeakKeyDictionary[Spans, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.place.type == "cuda" else tensor  # else the copy waits for the device
+
+    def rms_norm(self, x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+        if x.dtype != scale.dtype:
+            return super().rms_norm(x, scale, eps=eps)
+        return F.rms_norm(x, (x.shape[-1],), scale, eps)
 
     @cached_property
     def capability(self) -> tuple[int, int]:
@@ -66,8 +81,11 @@ class CudaOps(FusedAttention, TorchOps):
         )  # fmt: skip
 
     def _bounds(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """Where the query and the key rows of each span begin, on the device."""
-        return self.from_numpy(spans.cu_seqlens), self.from_numpy(spans.key_offsets)
+        """Where the query and the key rows of each span begin, on the device: moved once for all layers."""
+        if (bounds := self._moved.get(spans)) is None:
+            bounds = self.from_numpy(spans.cu_seqlens), self.from_numpy(spans.key_offsets)
+            self._moved[spans] = bounds
+        return bounds
 
 
 @dataclass(frozen=True, eq=False)

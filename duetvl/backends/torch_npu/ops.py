@@ -37,8 +37,12 @@ class TorchOps(ComposedOps):
     def from_numpy(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
         if not array.flags.writeable:
             array = array.copy()  # torch warns about tensors over read-only memory
-        tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+        tensor = self._staged(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)))
         return tensor.to(self.place, None if dtype is None else DTYPES[dtype], non_blocking=True)
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        """The tensor where the device can fetch it from."""
+        return tensor
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         x = x.detach()

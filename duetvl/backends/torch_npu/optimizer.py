@@ -57,10 +57,10 @@ class TorchOptimizer:
                     [h.first for h in held],
                     [h.second for h in held],
                     [],
-                    [torch.tensor(float(state.step[p.path]), device=device) for p in together],
+                    _steps([state.step[p.path] for p in together], device),
                     fused=True,
                     # The kernel divides gradients by this scale on its way, which saves a pass over them.
-                    grad_scale=torch.tensor(1.0 / grad_scale, device=device),
+                    grad_scale=torch.full((), 1.0 / grad_scale, device=device),
                     found_inf=torch.zeros((), device=device),
                     amsgrad=False,
                     maximize=False,
@@ -109,6 +109,16 @@ class _Held:
                 own.copy_(new)
         if p.path in state.master:
             p.tensor.copy_(self.weight)
+
+
+def _steps(counts: Sequence[int], device: torch.device) -> list[torch.Tensor]:
+    """A float32 scalar for each parameter. Filled on the device, as far as the counts are equal: a copy from the host
+    would wait for all that the device still has to do, for each of them."""
+    most = max(counts)
+    steps = torch.full((len(counts),), float(most), device=device)
+    if min(counts) != most:
+        steps.sub_(torch.tensor([float(most - count) for count in counts]).to(device))
+    return list(steps.unbind())
 
 
 def _rounded_at_random(x: torch.Tensor, p: Parameter, step: int) -> torch.Tensor:
