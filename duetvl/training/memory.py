@@ -28,6 +28,11 @@ from duetvl.parallel.zero import BUCKET
 from duetvl.training.recipe.placement import exchanging, stages_of
 from duetvl.training.recipe.sections import Recipe
 
+ON_A_CPU = (  # measured: benchmarks/results/memory_estimate.md
+    "memory: a process on a CPU takes about 0.1 GiB besides, and 5 to 41% more that glibc keeps of what was freed; "
+    "with MALLOC_MMAP_THRESHOLD_=262144 in the environment it is given back, which costs processor time"
+)
+
 
 @dataclass(frozen=True)
 class Memory:
