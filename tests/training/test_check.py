@@ -188,7 +188,7 @@ def test_what_a_run_takes_of_disk_and_memory_is_told(home, tmp_path):
     place = f"train.output_dir={tmp_path}/run"
     lines = list(check(home / "tiny.json", [place]))
     assert any(line.startswith("disk: a checkpoint takes ") for line in lines)
-    tensors = next(place for place, line in enumerate(lines) if line.startswith("memory: tensors of about "))
+    tensors = next(number for number, line in enumerate(lines) if line.startswith("memory: tensors of about "))
     assert "MALLOC_MMAP_THRESHOLD_" in lines[tensors + 1]
     assert not any("MALLOC_" in line for line in check(home / "tiny.json", [place, "backend.device=npu"]))
     assert not [line for line in lines if line.startswith("warning")]
