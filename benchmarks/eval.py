@@ -6,7 +6,7 @@ lengths differ as those of a trained model do; `--new` bounds them. duetvl reads
 writes answers.jsonl; transformers gets the same words and pictures from the same table, one question at a time, or 16
 padded on the left. The table, not the model, is read within the time. Contenders take turns; answers are compared.
 
-    python benchmarks/eval.py [--questions 32] [--new 2 24] [--repeats 3] [--profile] [--write]
+    python benchmarks/eval.py [--questions 16] [--new 8] [--side 36] [--repeats 3] [--profile] [--write]
 
 `--write` puts the table and what it ran on into benchmarks/results/eval.md.
 """
@@ -41,12 +41,13 @@ from duetvl.evaluation.run import engine_answers, keep
 from duetvl.evaluation.tasks.registry import find_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "demo"))
-import tiny_model  # noqa: E402  # the demo's tokenizer, which transformers reads as well
+import tiny_model  # the demo's tokenizer, which transformers reads as well
 
 BATCH = 16
 PAD = "<|image_pad|>"
 STOPS = range(0, tiny_model.ORDINARY_TOKENS, 12)
-WORDS = "What colour shape do you see Where is the it many corners has triangle square top left bottom right are there".split()
+TEXT = "What colour shape do you see Where is the it many corners has triangle square top left bottom right are there"
+WORDS = TEXT.split()
 Answer = Callable[[Path], Mapping[int, str]]  # a table -> the answers to its questions
 
 
@@ -60,13 +61,13 @@ class Taken:
 
 
 def config() -> dict:
-    """Qwen2.5-VL of some 20 million parameters."""
+    """A small Qwen2.5-VL; its vision tower has one block of full attention."""
     return tiny_model.tiny_config() | {
-        "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 4,
         "initializer_range": 0.05, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
         "vision_config": {
-            **tiny_model.tiny_config()["vision_config"], "depth": 4, "hidden_size": 128, "intermediate_size": 352,
-            "out_hidden_size": 256, "fullatt_block_indexes": [3],
+            **tiny_model.tiny_config()["vision_config"], "depth": 3, "hidden_size": 128, "intermediate_size": 352,
+            "out_hidden_size": 256, "fullatt_block_indexes": [2],
         },
     }  # fmt: skip
 
@@ -229,7 +230,7 @@ def profile(answer: Answer, table: Path) -> str:
     return stream.getvalue()
 
 
-def report(lines: Sequence[str], chosen: argparse.Namespace, lengths: Sequence[str]) -> str:
+def report(lines: Sequence[str], chosen: argparse.Namespace, size: int) -> str:
     """The table with the machine and the command."""
     import torch
     import transformers
@@ -241,10 +242,11 @@ def report(lines: Sequence[str], chosen: argparse.Namespace, lengths: Sequence[s
             "|---|---|---|---|---|---|---|---|",
             *lines,
             "",
-            f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each. The two ratios are of processor",
-            "seconds: the machine is shared, and its wall seconds are those of whoever else was at work. Same answers: as",
-            f"transformers gives one at a time. {' '.join(lengths)}",
-            "Qwen2.5-VL of 20 million parameters, float32, pictures of 64 to 96 tokens.",
+            f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each. The two ratios are of",
+            "processor seconds: the machine is shared, and wall seconds are also those of whoever else was at work.",
+            f"Same answers: as transformers gives one at a time. A Qwen2.5-VL with {size / 1e6:.1f} MB of weights in float32;",
+            f"pictures of {chosen.side**2} to {chosen.side * (chosen.side + 4)} tokens (VLMEvalKit has at least 1,280), "
+            "questions of 60 to 130.",
             f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
             f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
             f"Command: `python benchmarks/eval.py {' '.join(sys.argv[1:])}`",
@@ -255,9 +257,9 @@ def report(lines: Sequence[str], chosen: argparse.Namespace, lengths: Sequence[s
 def main() -> None:
     """Let all answer both tables, and print, or write, the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--side", type=int, default=36, help="a picture has this times as many tokens")
-    parser.add_argument("--new", type=int, nargs="*", default=[2, 24], help="most tokens of an answer")
+    parser.add_argument("--new", type=int, nargs="*", default=[8], help="most tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="where duetvl's time goes, on the standard error output")
@@ -270,6 +272,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         write_model(home / "model")
+        size = sum(file.stat().st_size for file in (home / "model").glob("*.safetensors"))
         tables = {many: write_table(home / f"{many}.tsv", chosen.questions, many, chosen.side) for many in (1, 4)}
         short = write_table(home / "short.tsv", 4, 1, 4)
         for new in chosen.new:
@@ -280,7 +283,7 @@ def main() -> None:
                 print("\n".join(lines[-3:]), file=sys.stderr)  # noqa: T201
                 if chosen.profile:
                     print(profile(taking_part["duetvl eval"], table), file=sys.stderr)  # noqa: T201
-    text = report(lines, chosen, []) + "\n"
+    text = report(lines, chosen, size) + "\n"
     print(text)  # noqa: T201
     if chosen.write:
         (Path(__file__).parent / "results" / "eval.md").write_text(text, encoding="utf-8")
