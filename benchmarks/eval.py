@@ -242,10 +242,11 @@ def report(lines: Sequence[str], chosen: argparse.Namespace, size: int) -> str:
             "|---|---|---|---|---|---|---|---|",
             *lines,
             "",
-            f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each. Seconds of rates and ratios are",
-            "the processor's: the machine is shared, and wall seconds are also those of whoever else was at work.",
-            f"Same answers: as transformers gives one at a time. A Qwen2.5-VL with {size / 1e6:.1f} MB of weights, float32;",
-            f"pictures of {chosen.side**2} to {chosen.side * (chosen.side + 4)} tokens; VLMEvalKit's have 1,280 and more.",
+            f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each. Seconds of rates and ratios",
+            "are the processor's: the machine is shared, and wall seconds are also those of whoever else was at work.",
+            f"Same answers: as transformers gives one at a time. A Qwen2.5-VL with {size / 1e6:.1f} MB of weights,",
+            f"float32; pictures of {chosen.side**2} to {chosen.side * (chosen.side + 4)} tokens, where VLMEvalKit's have "
+            "1,280 and more.",
             f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
             f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
             f"Command: `python benchmarks/eval.py {' '.join(sys.argv[1:])}`",
