@@ -242,10 +242,10 @@ def report(lines: Sequence[str], chosen: argparse.Namespace, size: int) -> str:
             "|---|---|---|---|---|---|---|---|",
             *lines,
             "",
-            f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each. Seconds of rates and ratios",
-            "are the processor's: the machine is shared, and wall seconds are also those of whoever else was at work.",
+            f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each; rates and ratios are",
+            "of processor seconds: the machine is shared, and wall seconds are also those of whoever else was at work.",
             f"Same answers: as transformers gives one at a time. A Qwen2.5-VL with {size / 1e6:.1f} MB of weights,",
-            f"float32; pictures of {chosen.side**2} to {chosen.side * (chosen.side + 4)} tokens, where VLMEvalKit's have "
+            f"float32; pictures of {chosen.side**2} to {chosen.side * (chosen.side + 4)} tokens; VLMEvalKit has "
             "1,280 and more.",
             f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
             f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
