@@ -112,8 +112,7 @@ def test_one_process_and_several_killed_and_started_again(run: Run, be: Backend,
     if be.name == "mindspore":  # which takes long to start
         status, _, told = run(*words, "-o", str(many))
     else:
-        again = subprocess.run([*command, "--nproc", "3"], cwd=here, capture_output=True, text=True)
-        status, told = again.returncode, again.stderr
+        status, _, told = run(*words, "-o", str(many), "--nproc", "3")
         assert len(list((many / "logs").iterdir())) == 3
     assert status == 0 and f"{kept} of 48 questions are answered already" in told, told
     assert untimed(many) == untimed(one)
