@@ -8,7 +8,7 @@ padded on the left. The table, not the model, is read within the time. Contender
 
     python benchmarks/eval.py [--questions 16] [--new 8] [--side 36] [--repeats 3] [--profile] [--write]
 
-`--write` puts the table and what it ran on into benchmarks/results/eval.md.
+`--write` puts the table and what it ran on into benchmarks/results/eval.md, above what its sections say of it.
 """
 
 from __future__ import annotations
@@ -286,7 +286,9 @@ def main() -> None:
     text = report(lines, chosen, size) + "\n"
     print(text)  # noqa: T201
     if chosen.write:
-        (Path(__file__).parent / "results" / "eval.md").write_text(text, encoding="utf-8")
+        page = Path(__file__).parent / "results" / "eval.md"
+        _, heading, sections = page.read_text(encoding="utf-8").partition("\n## ") if page.exists() else ("", "", "")
+        page.write_text(text + heading + sections, encoding="utf-8")
 
 
 if __name__ == "__main__":

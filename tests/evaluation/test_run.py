@@ -93,8 +93,8 @@ def test_one_process_and_several_killed_and_started_again(run: Run, be: Backend,
 
     # Two processes are killed in the middle; three go on, or one, and ask what the two have not.
     command = [sys.executable, "-m", "duetvl", "eval", *words, "--backend", be.name, "-o", str(many)]
-    slow = [*command, "--nproc", "2", "--max-sequences", "1"]
-    started = subprocess.Popen(slow, cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    command += ["--nproc", "2", "--max-sequences", "1"]
+    started = subprocess.Popen(command, cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     kept = 0
     while started.poll() is None and kept < 3:
         time.sleep(0.02)
