@@ -24,7 +24,7 @@ Prepared = Iterator[tuple[int, Sample | DuetvlError]]
 def sample_of(processor: Processor, conversation: Conversation, id: str) -> Sample:
     """A prompt with its pixels. Raises DataError naming it."""
     try:
-        sample = processor.load(processor.draft(conversation, id=id, add_generation_prompt=True))
+        sample = processor.load(processor.draft(conversation, id=id, add_generation_prompt=True), as_bytes=True)
     except DataError as error:
         raise DataError(str(error) if id in str(error) else f"{id}: {error}") from None
     assert not isinstance(sample, Pair)

@@ -1,7 +1,8 @@
 """The main job on small real input: one recipe, two frameworks, one loss curve.
 
 Draws pictures with questions, makes a tiny Qwen2.5-VL with random weights, fine-tunes it on PyTorch and on MindSpore,
-and says how the two compare, what the models learnt, and that each resumes the other's checkpoint.
+and says how the two compare, what the models learnt, that each resumes the other's checkpoint, and what `duetvl eval`
+scores the trained one.
 
     python scripts/demo/run.py [--steps 700] [--directory build/demo]
 """
@@ -51,6 +52,7 @@ def main() -> None:
     problems = compare_curves(home, chosen.steps)
     problems += ask(home, records)
     problems += cross(home, chosen.steps)
+    problems += benchmark(home, records)
     say(f"\nLoss plot: {home / 'loss.png'}; runs: {home}/run-torch, {home}/run-mindspore")
     say(f"Took {time.monotonic() - started:.0f} s.")
     for problem in problems:
@@ -183,6 +185,30 @@ def cross(home: Path, steps: int) -> list[str]:
         if gap > 1e-4:
             problems.append(f"{other} resumes {source}'s checkpoint with a loss that differs by {gap:.1e}")
     return problems
+
+
+def benchmark(home: Path, records: Sequence[Record]) -> list[str]:
+    """The held-out questions as a benchmark of their own, scored by `duetvl eval`; returns what is wrong."""
+    say("\n6. The held-out questions as a benchmark")
+    lines = [
+        {
+            "image": str((home / "pictures" / record["messages"][0]["content"][0]["image"]).absolute()),
+            "question": question(record),
+            "answer": expected(record),
+            "task": record["task"],
+        }
+        for record in records
+    ]
+    data, task, target = home / "held_out.jsonl", home / "held_out.yaml", home / "eval"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    task.write_text('name: held_out\ncolumns: {image: image}\nprompt: "{question}"\ngroups: [task]\n', encoding="utf-8")
+    words = ["--task", task, "--data", data, "-o", target, "--min-pixels", "784", "--max-pixels", "78400"]
+    say("$ duetvl eval run-torch/export --task held_out.yaml --data held_out.jsonl")
+    command = [sys.executable, "-m", "duetvl", "eval", home / "run-torch" / "export", "--device", "cpu", *words]
+    subprocess.run([*map(str, command), "--backend", "torch", "--max-new-tokens", "8"], check=True)
+    scores = json.loads((target / "scores.json").read_text(encoding="utf-8"))
+    least = 100 * sum(NEEDED.values()) / len(NEEDED)
+    return [] if scores["low"] >= least else [f"duetvl eval scores at least {scores['low']} %, not {least:.0f}"]
 
 
 if __name__ == "__main__":

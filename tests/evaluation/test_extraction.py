@@ -56,7 +56,7 @@ def test_mindie_takes_the_first_letter_anywhere(answer: str, letter: str | None)
         ("The answer is 5.", {5.0}), ("x = 3e2", {300.0, 2.0}), ("Paris", {"paris"}), ("is", {"is"}),
         ("So the total is 1,234.567 m", {"1,234.567 m", 1234.0, 234.57}), ("it is b", {" b", "b "}),
         ("Sum is 4\nso the final answer is oak tree", {4.0, "oak tree"}), ("It is :", {"it is :"}),
-        ("12 is even. So is 14", {14.0}),
+        ("12 is even. So is 14", {14.0}), ("9" * 20_000, {float("inf")}),
     ],
 )  # fmt: skip
 def test_open_answers_are_read_by_the_rule_of_mmmu(answer: str, values: set[str | float]) -> None:

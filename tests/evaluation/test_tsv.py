@@ -109,12 +109,19 @@ def test_a_question_that_cannot_be_asked_says_why(tmp_path: Path, row: dict[str,
     ("content", "message"),
     [
         ("index\timage\tquestion\n1\tx\ty\n", "has no column 'answer'; its columns are index, image, question"),
-        ("index\tquestion\tanswer\n1\tx\ty\n", "has neither a column 'image' nor 'image_path'"),
+        (
+            "index\timage\tquestion\tanswer\n1\tx\ty\tA\n",
+            "has no column 'A'; its columns are index, image, question, ans",
+        ),
+        ("index\tquestion\tanswer\tA\tB\n1\tx\ty\tz\tz\n", "has neither a column 'image' nor 'image_path'"),
         ("index\timage\tquestion\tanswer\n1\tx\n", "AI2D_TEST.tsv:2: has 2 fields, but the line of names has 4"),
         ('index\timage\tquestion\tanswer\n1\t"x\ty\tz\n', "never closed"),
         ("index\timage\tquestion\tanswer\n", "no records"),
         ("", "is empty"),
-        ("index\timage\tquestion\tanswer\n1\t\tx\ty\n1\t\tx\ty\n", "AI2D_TEST.tsv:3: its id '1' is that of .*:2 too"),
+        (
+            "index\timage\tquestion\tanswer\tA\tB\n1\t\tx\ty\ta\tb\n1\t\tx\ty\ta\tb\n",
+            "AI2D_TEST.tsv:3: its id '1' is that of .*:2 too",
+        ),
     ],
 )
 def test_damaged_files_are_refused_at_once(tmp_path: Path, content: str, message: str) -> None:

@@ -138,6 +138,19 @@ def test_the_plot_is_a_picture_that_appears_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl", "two.png"]
 
 
+def test_scores_of_benchmarks_have_a_part_of_their_own(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(1, 5):
+        log.write(row(step, loss=3 / step))
+    plot_runs([tmp_path], tmp_path / "loss.png")
+    log.write({"step": 4, "eval_ai2d_test": 60.0, "eval_ai2d_test_low": 50.0, "eval_ai2d_test_high": 70.0})
+    log.close()
+    plot_runs([tmp_path], tmp_path / "scores.png")
+    plot_runs([tmp_path], tmp_path / "key.png", ["eval_ai2d_test"])
+    heights = [Image.open(tmp_path / f"{name}.png").size[1] for name in ("loss", "scores", "key")]
+    assert heights[0] == heights[2] < heights[1]
+
+
 def test_a_plot_of_nothing_is_no_error(tmp_path):
     MetricsLog(tmp_path).close()
     plot_runs([tmp_path], tmp_path / "loss.png")

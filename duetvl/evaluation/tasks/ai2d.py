@@ -8,5 +8,5 @@ from duetvl.evaluation.tasks.tsv_task import TsvTask, ask_choice, choice_score
 
 AI2D: Final = TsvTask(
     name="ai2d_test", file="AI2D_TEST.tsv", ask=ask_choice, rule=choice_score, has_options=True,
-    groups=("split", "category"),
+    columns=("question", "answer", "A", "B"), groups=("split", "category"),
 )  # fmt: skip

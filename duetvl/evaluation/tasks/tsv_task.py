@@ -25,7 +25,8 @@ Rule = Callable[[Question, str, Profile], Score]
 class TsvTask:
     """A benchmark in one of VLMEvalKit's files, named `file` there.
 
-    `has_options` says that its columns A, B, C and so on are options; a row without any is an open question.
+    `has_options` says that its columns A, B, C and so on are options; a row without any is an open question. `columns`
+    must be in the file.
     """
 
     name: str
@@ -33,13 +34,14 @@ class TsvTask:
     ask: Ask
     rule: Rule
     has_options: bool = False
+    columns: tuple[str, ...] = ("question", "answer")
     groups: tuple[str, ...] = ()
     profiles: tuple[str, ...] = ("qwen2_vl", "vlmevalkit")
 
     def questions(self, path: Path, profile: Profile) -> Questions:
         """See `Task`. `path` is the file, or the directory that it lies in."""
         require_profile(self.name, self.profiles, profile)
-        rows = TsvRows(data_file(path, self.file), ("question", "answer"))
+        rows = TsvRows(data_file(path, self.file), self.columns)
         return Questions(len(rows), lambda number: self._question(rows, number, profile))
 
     def score(self, question: Question, answer: str, profile: Profile) -> Score:

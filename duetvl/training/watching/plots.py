@@ -17,8 +17,9 @@ Row = Mapping[str, Any]
 def plot_runs(runs: Sequence[Path], target: Path, keys: Sequence[str] = ()) -> None:
     """Draw curves of runs into a PNG, which appears whole or not at all.
 
-    By default losses (of steps and of evaluations) above learning rates; with `keys` one part for each of these
-    numbers of metrics.jsonl. ConfigError for a key that no run has.
+    By default losses (of steps and of evaluations) above learning rates, and below them the scores of benchmarks with
+    their intervals, where there are some; with `keys` one part for each of these numbers of metrics.jsonl.
+    ConfigError for a key that no run has.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,20 +27,24 @@ def plot_runs(runs: Sequence[Path], target: Path, keys: Sequence[str] = ()) -> N
     rows = [read_metrics(run) for run in runs]
     labels = [""] if len(runs) == 1 else [f"{name}: " for name in _names(runs)]
     _check_keys(keys, rows)
-    figure = Figure(figsize=(9, 6.5 if len(keys) < 3 else 2.6 * len(keys)), layout="constrained")
-    heights = [1] * len(keys) or [3, 1]
+    scores = [] if keys else _scores(rows)
+    names = [*keys] or ["loss", "learning rate", *["score, %"] * bool(scores)]
+    heights = [1] * len(keys) or [3, 1, 2][: len(names)]
+    figure = Figure(figsize=(9, 6.5 if len(names) < 3 else 2.6 * len(names)), layout="constrained")
     parts = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
     for one, label in zip(rows, labels, strict=True):
         if keys:
             _draw_keys(parts, keys, one, label)
         else:
             _draw_run(parts[0], parts[1], one, label)
-    for axes, name in zip(parts, keys or ("loss", "learning rate"), strict=True):
+            _draw_scores(parts[-1], scores, one, label)
+    for axes, name in zip(parts, names, strict=True):
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
     parts[-1].set_xlabel("step")
-    if parts[0].get_legend_handles_labels()[1]:
-        parts[0].legend()
+    for axes in parts:
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
     FigureCanvasAgg(figure).print_png(content := io.BytesIO())
     write_bytes(target, content.getvalue())
 
@@ -69,6 +74,22 @@ def _draw_run(loss: Any, rate: Any, rows: Sequence[Row], label: str) -> None:
         rate.plot(steps, rates, color=raw.get_color())
     if held:
         loss.plot(*zip(*held, strict=True), marker="o", linestyle="--", label=f"{label}evaluation")
+
+
+def _scores(runs: Sequence[Sequence[Row]]) -> list[str]:
+    """The keys of benchmarks' scores: those that have an interval."""
+    keys = dict.fromkeys(key for rows in runs for row in rows for key in row if key.startswith("eval_"))
+    return [key for key in keys if f"{key}_low" in keys]
+
+
+def _draw_scores(axes: Any, keys: Sequence[str], rows: Sequence[Row], label: str) -> None:
+    for key in keys:
+        names = (key, f"{key}_low", f"{key}_high")
+        points = [(row["step"], *(row[name] for name in names)) for row in rows if row.get(key) is not None]
+        if points:
+            steps, values, lows, highs = zip(*points, strict=True)
+            (line,) = axes.plot(steps, values, marker="o", label=f"{label}{key.removeprefix('eval_')}")
+            axes.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
