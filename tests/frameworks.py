@@ -14,3 +14,9 @@ def need(*backends: str) -> None:
     for name in backends:
         if find_spec(FRAMEWORKS[name]) is None:
             pytest.skip(f"{FRAMEWORKS[name]} is not installed")
+
+
+def need_one() -> None:
+    """Skip the test unless a framework is installed, whichever."""
+    if not any(map(find_spec, FRAMEWORKS.values())):
+        pytest.skip(f"none of {', '.join(FRAMEWORKS.values())} is installed")

@@ -19,6 +19,7 @@ from typing import Any
 import openai
 import pytest
 import tiny_run
+from frameworks import need_one
 from live import KEYS, Live, events, until
 from said import CONVERSATIONS, NEW, RED, Offline, data_uri, image
 
@@ -472,6 +473,7 @@ def test_an_engine_that_has_ended_is_seen(tiny_model: Any) -> None:
 
 def test_a_second_signal_ends_what_is_under_way(tmp_path: Path) -> None:
     """S5, in a process of its own, on one backend: the command, its signals and its status."""
+    need_one()
     directory = tiny_run.write_model(tmp_path / "tiny", std=0.2)
     words = ["serve", str(directory), "--port", "0", "--device", "cpu", "--cache-tokens", "4096"]
     environment = {**os.environ, "DUETVL_API_KEYS": f"alice:{KEYS['alice']}"}
