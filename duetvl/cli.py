@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duetvl
 from duetvl.commands.parser import parse
 from duetvl.core.errors import ConfigError, DuetvlError, one_line
 from duetvl.core.streams import discard_output, open_streams
+
+if TYPE_CHECKING:
+    from duetvl.migrate.importer import Imported
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -77,6 +80,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 def _run(args: argparse.Namespace) -> int:
     commands = {
         "train": _train, "launch": _launch, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed,
+        "import-llamafactory": _import_llamafactory,
         "doctor": _doctor, "export": _export, "merge": _merge, "plot": _plot, "infer": _infer, "chat": _chat,
         "bench": _bench, "eval": _eval, "serve": _serve,
     }  # fmt: skip
@@ -134,7 +138,6 @@ def _check(args: argparse.Namespace) -> int:
 def _import_mindspeed(args: argparse.Namespace) -> int:
     from duetvl.migrate.importer import import_run
     from duetvl.migrate.reading import check_task
-    from duetvl.storage.files import write_text
 
     if len(args.files) != 3 or not args.output:
         for path in args.files:
@@ -143,18 +146,34 @@ def _import_mindspeed(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"import-mindspeed takes data.json model.json script.sh -o RECIPE; found {given or 'nothing'}"
         )
-    _check_target(args.output)
-    if args.output.exists():
-        raise ConfigError(f"{args.output}: exists already; choose another name, or move it away")
+    _check_new(args.output)
     variables = dict(text.split("=", 1) for text in args.overrides)
-    made = import_run(*args.files, variables=variables, allow_unknown=args.allow_unknown)
+    return _write_import(import_run(*args.files, variables=variables, allow_unknown=args.allow_unknown), args.output)
+
+
+def _import_llamafactory(args: argparse.Namespace) -> int:
+    from duetvl.migrate.llamafactory.importer import import_yaml
+
+    _check_new(args.output)
+    return _write_import(import_yaml(args.yaml, devices=args.devices, allow_unknown=args.allow_unknown), args.output)
+
+
+def _check_new(path: Path) -> None:
+    _check_target(path)
+    if path.exists():
+        raise ConfigError(f"{path}: exists already; choose another name, or move it away")
+
+
+def _write_import(imported: Imported, output: Path) -> int:
+    from duetvl.storage.files import write_text
+
     try:
-        write_text(args.output, made.text)
+        write_text(output, imported.text)
     except OSError as error:
-        raise ConfigError(f"{args.output}: cannot be written: {error.strerror or error}") from None
-    for line in made.report.lines():
+        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from None
+    for line in imported.report.lines():
         _say(line)
-    _say(f"{args.output}: {made.summary}")
+    _say(f"{output}: {imported.summary}")
     return 0
 
 

@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline there")
 
     _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
+    _add_llamafactory(commands.add_parser("import-llamafactory", help="make a recipe of LLaMA-Factory's training YAML"))
 
     _add_doctor(commands.add_parser("doctor", help="what is installed, which backends and devices work"))
 
@@ -174,4 +175,11 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         help="data.json, model.json and the shell script, which is read, never run; NAME=VALUE sets a variable of it",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="RECIPE", help="file to be made")
+    parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")
+
+
+def _add_llamafactory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("yaml", type=Path, metavar="YAML", help="its training YAML, of stage sft or dpo")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many devices the run had (default 1)")
     parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")

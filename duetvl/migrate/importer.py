@@ -61,7 +61,8 @@ def import_run(
         f"{what}, pp {mesh.pp} x dp {mesh.dp} x cp {mesh.cp} x tp {mesh.tp} on {mesh.size} "
         f"device{'s' * (mesh.size > 1)}, {recipe.train.global_batch} samples a step"
     )
-    return Imported(_text(made, data, model, script), report, summary)
+    head = f"import-mindspeed {data.name} {model.name} {script.name}"
+    return Imported(recipe_text(made, head), report, summary)
 
 
 @dataclass
@@ -141,7 +142,7 @@ class _Import:
         )  # fmt: skip
 
 
-def _text(made: Mapping[str, Any], *sources: Path) -> str:
-    """The recipe as it is written: sections apart, and where they come from on top."""
-    head = f"# Made by `duetvl import-mindspeed {' '.join(path.name for path in sources)}`.\n"
+def recipe_text(made: Mapping[str, Any], command: str) -> str:
+    """The recipe as it is written: sections apart, and the command of duetvl that made it on top."""
+    head = f"# Made by `duetvl {command}`.\n"
     return head + "".join(f"\n{write_yaml({name: values}, flow=True)}" for name, values in made.items())

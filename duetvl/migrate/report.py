@@ -1,4 +1,4 @@
-"""What is taken from MindSpeed-MM's files and what is not, key by key."""
+"""What is taken from another tool's files and what is not, key by key."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""A training YAML of LLaMA-Factory as a recipe."""

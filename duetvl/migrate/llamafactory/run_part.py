@@ -1,0 +1,195 @@
+"""LLaMA-Factory's keys of the run to the sections `train`, `optim`, `parallel`, `checkpoint` and `log`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from duetvl.core.errors import ConfigError
+from duetvl.migrate.llamafactory.keys import Keys
+from duetvl.storage.files import read_object
+
+_SCHEDULES: Final = {
+    "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
+    "cosine_with_min_lr": "cosine",
+}  # fmt: skip
+_EVERY: Final = ("steps", "epoch", "no")
+
+
+def train_section(keys: Keys, devices: int, evaluates: bool) -> dict[str, Any]:
+    """Batch, length, recomputation and evaluation. `devices`: how many the run had."""
+    per_device = keys.whole("per_device_train_batch_size")
+    accumulated = keys.whole("gradient_accumulation_steps")
+    batch = per_device * accumulated * devices
+    plural = "s" * (devices > 1)
+    said = f"train.global_batch: {batch} = {per_device} x {accumulated} x {devices} device{plural} (--devices)"
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        keys.note(key, said)
+    section: dict[str, Any] = {"global_batch": batch}
+    if (steps := keys.whole("max_steps")) > 0:
+        section["steps"] = keys.take("max_steps", "train.steps", whole=True)
+        if "num_train_epochs" in keys:
+            keys.report.add("not needed", "num_train_epochs", "max_steps is given")
+    else:
+        section["epochs"] = keys.take("num_train_epochs", "train.epochs")
+        if "max_steps" in keys:
+            keys.report.add("not needed", "max_steps", f"{steps}, the epochs count")
+    if directory := keys.text("output_dir"):
+        section["output_dir"] = directory
+        keys.note("output_dir", f"train.output_dir: {directory}")
+    if _recomputes(keys):
+        section["recompute"] = "full"
+    return section | _evaluation(keys, evaluates)
+
+
+def _recomputes(keys: Keys) -> bool:
+    """LLaMA-Factory recomputes unless told not to."""
+    wanted = not keys.switch("disable_gradient_checkpointing")
+    key = "disable_gradient_checkpointing"
+    keys.note(key, f"train.recompute: {'full' if wanted else 'none'}")
+    if keys.peek("gradient_checkpointing") is not None:
+        keys.switch("gradient_checkpointing")
+        keys.report.add("not needed", "gradient_checkpointing", f"{key} decides it there")
+    return wanted
+
+
+def _strategy(keys: Keys, key: str, usual: str) -> str:
+    value = keys.get(key, usual)
+    value = "no" if value is False else value
+    if value not in _EVERY:
+        raise ConfigError(f"{keys.table.title}: {key} is {value}, expected steps, epoch or no")
+    return str(value)
+
+
+def _evaluation(keys: Keys, evaluates: bool) -> dict[str, Any]:
+    key = "evaluation_strategy" if keys.peek("evaluation_strategy") is not None else "eval_strategy"
+    strategy = _strategy(keys, key, "no")
+    present = [name for name in (key, "do_eval", "eval_steps") if keys.peek(name) is not None]
+    if not evaluates:
+        for name in present:
+            keys.report.add("not needed", name, "neither eval_dataset nor val_size gives anything to evaluate")
+        return {}
+    if strategy != "steps":
+        for name in present:
+            keys.note(name, "data.val is evaluated at the end alone; train.eval_every does more", changed=True)
+        return {}
+    every = keys.number("eval_steps", keys.whole("logging_steps"))
+    if every < 1 or every != int(every):
+        raise ConfigError(f"{keys.table.title}: eval_steps is {every:g}, expected a number of steps, 1 or more")
+    keys.note(key, "train.eval_every")
+    keys.note("eval_steps", f"train.eval_every: {int(every)}")
+    if "do_eval" in keys:
+        keys.note("do_eval", "train.eval_every")
+    return {"eval_every": int(every)}
+
+
+def optim_section(keys: Keys) -> dict[str, Any]:
+    """AdamW, its schedule and clipping."""
+    optimizer = str(keys.get("optim"))
+    if optimizer not in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_npu_fused", "adamw_apex_fused"):
+        keys.report.lacks(keys.table.title, f"optim: {optimizer}", ": duetvl has AdamW alone")
+    elif "optim" in keys:
+        keys.note("optim", "AdamW, the one there is")
+    lr = keys.take("learning_rate", "optim.lr")
+    section = {"lr": lr, **_schedule(keys, lr)}
+    section["betas"] = [keys.take("adam_beta1", "optim.betas"), keys.take("adam_beta2", "optim.betas")]
+    section["eps"] = keys.take("adam_epsilon", "optim.eps")
+    section["weight_decay"] = keys.take("weight_decay", "optim.weight_decay")
+    section["clip"] = keys.take("max_grad_norm", "optim.clip") or None
+    return section
+
+
+def _schedule(keys: Keys, lr: float) -> dict[str, Any]:
+    asked = keys.one_of("lr_scheduler_type", tuple(_SCHEDULES))
+    section: dict[str, Any] = {"schedule": _SCHEDULES[asked]}
+    keys.note("lr_scheduler_type", f"optim.schedule: {section['schedule']}")
+    steps, ratio = float(keys.number("warmup_steps")), float(keys.number("warmup_ratio"))
+    key = "warmup_steps" if steps else "warmup_ratio"  # steps count where both are given
+    if asked == "constant" and (steps or ratio):
+        keys.report.add("not needed", key, "constant has no warm-up there; constant_with_warmup has")
+    elif steps or ratio:
+        section["warmup"] = steps or ratio
+        keys.note(key, f"optim.warmup: {section['warmup']:g}")
+    if steps and ratio:
+        keys.report.add("not needed", "warmup_ratio", "warmup_steps is given")
+    options = keys.get("lr_scheduler_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"{keys.table.title}: lr_scheduler_kwargs is {options}, expected keys and values")
+    for name, value in options.items():
+        if name not in ("min_lr", "min_lr_rate") or asked != "cosine_with_min_lr" or not isinstance(value, int | float):
+            keys.report.lacks(keys.table.title, f"lr_scheduler_kwargs.{name}", ": is not an option of this schedule")
+            continue
+        section["min_lr_ratio"] = float(f"{value / lr:.12g}") if name == "min_lr" else float(value)
+        keys.note("lr_scheduler_kwargs", f"optim.min_lr_ratio: {section['min_lr_ratio']:g}")
+    return section
+
+
+def parallel_section(keys: Keys, devices: int) -> tuple[dict[str, Any], bool]:
+    """Replicas and what they divide; and whether the optimizer's state is kept on the host."""
+    section: dict[str, Any] = {"dp": devices} if devices > 1 else {}
+    setting = keys.get("deepspeed")
+    if not setting:
+        return section, False
+    stage, offload = _deepspeed(keys, setting)
+    said = f"ZeRO-{stage}: parallel.zero: {3 if stage == 3 else 1}" + ", optim.offload: true" * offload
+    if devices == 1:
+        said += " - left out with one device (--devices)" * (stage == 3)
+    elif stage == 3:
+        section["zero"] = 3
+    keys.note("deepspeed", said, changed=True)
+    return section, offload
+
+
+def _deepspeed(keys: Keys, setting: Any) -> tuple[int, bool]:
+    """Its stage and whether it offloads, from the file, and by the file's name where it is not there."""
+    if isinstance(setting, str) and not Path(setting).is_file():
+        name = Path(setting).name
+        stages = [stage for stage in range(4) if f"z{stage}" in name or f"zero{stage}" in name]
+        if not stages:
+            raise ConfigError(f"{keys.table.title}: deepspeed {setting}: no such file, and its name gives no stage")
+        return stages[0], "offload" in name
+    options = setting if isinstance(setting, dict) else read_object(Path(str(setting)), ConfigError)
+    zero = options.get("zero_optimization") or {}
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
+        raise ConfigError(f"{keys.table.title}: deepspeed: zero_optimization.stage is none of 0, 1, 2 and 3")
+    target = zero.get("offload_optimizer")
+    return int(zero.get("stage", 0)), isinstance(target, dict) and target.get("device", "none") != "none"
+
+
+def checkpoint_section(keys: Keys) -> dict[str, Any]:
+    """When checkpoints are saved, and how many are kept."""
+    strategy = _strategy(keys, "save_strategy", "steps")
+    section: dict[str, Any] = {}
+    if strategy == "no":
+        section["every"] = None
+        keys.note("save_strategy", "checkpoint.every: null; the last step is saved", changed=True)
+    elif strategy == "epoch":
+        keys.note(
+            "save_strategy", "checkpoint.every is a number of steps: its default, and the last step", changed=True
+        )
+    else:
+        section["every"] = keys.take("save_steps", "checkpoint.every", whole=True, least=1)
+        keys.note("save_strategy", "checkpoint.every")
+    section["keep_last"] = keys.whole("save_total_limit")
+    keys.note("save_total_limit", f"checkpoint.keep_last: {section['keep_last'] or 'null, all of them'}")
+    return section
+
+
+def log_section(keys: Keys) -> dict[str, Any]:
+    """How often a line is printed, and the trackers."""
+    section: dict[str, Any] = {"every": keys.take("logging_steps", "log.every", whole=True, least=1)}
+    trackers = keys.names("report_to")
+    if trackers:
+        section["tensorboard"] = bool({"tensorboard", "all"} & set(trackers))
+        others = set(trackers) - {"tensorboard", "wandb", "swanlab", "none", "all"}
+        if others:
+            keys.report.lacks(keys.table.title, "report_to", f": {', '.join(sorted(others))} is no tracker of duetvl's")
+        keys.note("report_to", f"log: {', '.join(trackers)}")
+    if "wandb" in trackers:
+        section["wandb"] = "llamafactory"
+    if keys.switch("use_swanlab") or "swanlab" in trackers:
+        section["swanlab"] = keys.text("swanlab_project")
+        keys.note("swanlab_project", f"log.swanlab: {section['swanlab']}")
+        if "use_swanlab" in keys:
+            keys.note("use_swanlab", "log.swanlab")
+    return section
