@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from duetvl.migrate.llamafactory.tables import LLAMAFACTORY
 from duetvl.migrate.tables import TABLES
 
 _PREFACE = """
 <!-- Made by `duetvl.migrate.key_tables.key_tables()`; a test holds that it is current. -->
 
 What [`duetvl import-mindspeed`](migrating.md) does with every key of `data.json` and `model.json` and every argument of
-a training script. `*` stands for anything. Fields are described in [recipe.md](recipe.md).
+a training script, and `duetvl import-llamafactory` with every key of LLaMA-Factory's training YAML.
+`*` stands for anything. Fields are described in [recipe.md](recipe.md).
 """
 
 
 def key_tables() -> str:
     """All keys as markdown tables."""
-    titles = ", ".join(f"[{table.title}](#{_anchor(table.title)})" for table in TABLES)
-    lines = ["# Keys of MindSpeed-MM", "", _PREFACE.strip(), "", f"Contents: {titles}.", ""]
-    for table in TABLES:
+    tables = (*TABLES, LLAMAFACTORY)
+    titles = ", ".join(f"[{table.title}](#{_anchor(table.title)})" for table in tables)
+    lines = ["# Keys of MindSpeed-MM and LLaMA-Factory", "", _PREFACE.strip(), "", f"Contents: {titles}.", ""]
+    for table in tables:
         lines += [f"## {table.title}", "", "| key | in a recipe |", "|---|---|"]
         lines += _rows(table.used, "")
         lines += _rows(table.not_needed, "not needed: ")

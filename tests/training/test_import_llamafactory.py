@@ -120,7 +120,7 @@ def test_freeze_trains_whole_layers_and_check_agrees(tmp_path, monkeypatch, laye
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"lora_rnak": 8}, r"lora_rnak is not known; did you mean 'lora_rank'\?; --allow-unknown"),
-    ({"quantization_bit": 4}, "quantization_bit: weights are not quantised"),
+    ({"quantization_bit": 4}, r"run\.yaml: quantization_bit: weights are not quantised"),
     ({"stage": "kto"}, "stage is kto, expected sft or dpo"),
     ({"stage": "dpo", "pref_loss": "orpo"}, "pref_loss: orpo: duetvl has sigmoid, hinge, ipo"),
     ({"finetuning_type": "oft"}, "finetuning_type is oft"),

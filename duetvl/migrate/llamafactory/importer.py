@@ -35,7 +35,7 @@ def import_yaml(path: Path, *, devices: int = 1, allow_unknown: bool = False) ->
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"{path}: has no keys and values, as LLaMA-Factory's training YAML has")
     report = Report(allow_unknown)
-    keys = Keys(values, report)
+    keys = Keys(path, values, report)
     recipe_sections = _sections(keys, devices)
     keys.account()
     recipe = make_recipe(recipe_sections, name=path.stem)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from duetvl.core.errors import ConfigError
@@ -14,10 +16,9 @@ from duetvl.training.recipe.yaml_values import BLANK
 class Keys(Values):
     """The values of one YAML file; a key that is left out has LLaMA-Factory's default."""
 
-    def __init__(self, values: dict[str, Any], report: Report) -> None:
-        super().__init__(
-            LLAMAFACTORY, {key: None if value is BLANK else value for key, value in values.items()}, report
-        )
+    def __init__(self, path: Path, values: dict[str, Any], report: Report) -> None:
+        given = {key: None if value is BLANK else value for key, value in values.items()}
+        super().__init__(replace(LLAMAFACTORY, title=str(path)), given, report)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value, LLaMA-Factory's default where it is not given or null; it counts as read."""

@@ -35,7 +35,7 @@ _METHOD = "duetvl trains all weights, whole layers, or LoRA adapters, with AdamW
 _HUB = "nothing is uploaded; `duetvl export` writes the model"
 
 LLAMAFACTORY: Final = Table(
-    "the YAML",
+    "LLaMA-Factory's YAML",
     used={
         "stage": "the section dpo",
         "do_train": "must not be false",
