@@ -62,6 +62,10 @@ def test_a_lora_run(tmp_path):
     assert (recipe.checkpoint.every, recipe.checkpoint.keep_last, recipe.log.tensorboard) == (300, None, False)
     assert recipe.train.recompute == "full" and recipe.dpo is None
     assert all(run.report.mentions(key) for key in LORA)
+    off = imported(tmp_path, neftune_noise_alpha=0, quantization_bit=None, use_galore=False).report
+    assert {
+        note.kind for note in off.notes if note.key in ("neftune_noise_alpha", "quantization_bit", "use_galore")
+    } == {"not needed"}
 
 
 @pytest.mark.parametrize(("changes", "parts"), [
@@ -128,6 +132,8 @@ def test_freeze_trains_whole_layers_and_check_agrees(tmp_path, monkeypatch, laye
     ({"dataset_dir": "ONLINE"}, "not downloaded"),
     ({"bf16": "yes"}, "bf16 is 'yes', expected true or false"),
     ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
+    ({"streaming": True, "max_steps": 9}, "max_samples and streaming are both given"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0 and"),
     ({"val_size": 100}, "val_size: 100 records"),
     ({"do_train": False}, "do_train is false"),
     ({"finetuning_type": "freeze", "model_name_or_path": "someone/else"}, "give its directory"),

@@ -60,6 +60,8 @@ def _sources(keys: Keys, key: str) -> list[Any]:
     keys.note("dataset_dir", f"{directory}{absent}", changed=bool(absent))
     if not most:
         return paths
+    if keys.switch("streaming"):
+        raise ConfigError(f"{keys.table.title}: max_samples and streaming are both given; give max_steps instead")
     keys.note("max_samples", f"max_samples: {most} of each set, chosen by data.seed; there the first", changed=True)
     return [{"path": path, "max_samples": most} for path in paths]
 

@@ -18,6 +18,7 @@ class Keys(Values):
 
     def __init__(self, path: Path, values: dict[str, Any], report: Report) -> None:
         given = {key: None if value is BLANK else value for key, value in values.items()}
+        given |= {key: False for key in LLAMAFACTORY.cannot if given.get(key) == 0}  # 0 asks for nothing
         super().__init__(replace(LLAMAFACTORY, title=str(path)), given, report)
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -20,6 +20,11 @@ def train_section(keys: Keys, devices: int, evaluates: bool) -> dict[str, Any]:
     """Batch, length, recomputation and evaluation. `devices`: how many the run had."""
     per_device = keys.whole("per_device_train_batch_size")
     accumulated = keys.whole("gradient_accumulation_steps")
+    if per_device < 1 or accumulated < 1:
+        raise ConfigError(
+            f"{keys.table.title}: per_device_train_batch_size is {per_device} and gradient_accumulation_steps "
+            f"{accumulated}, expected 1 or more of each"
+        )
     batch = per_device * accumulated * devices
     plural = "s" * (devices > 1)
     said = f"train.global_batch: {batch} = {per_device} x {accumulated} x {devices} device{plural} (--devices)"
