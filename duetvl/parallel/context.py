@@ -114,6 +114,8 @@ class HeadShare:
     def spread(self) -> Sequence[int] | None:
         """For each query head the place of its key head among these; None where each has as many, in their order."""
         places = [head // self.group - self.keys.start for head in self.queries]
+        if not places:
+            return None
         each, more = divmod(len(self.queries), len(self.keys))
         return places if more or places != [i // each for i in range(len(places))] else None
 

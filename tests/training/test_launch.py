@@ -25,7 +25,8 @@ from duetvl.training.watching.metrics import read_metrics
 PEER_TIMEOUT = 8  # seconds
 SLOW_START = 20  # the same where four ranks at once load what the first step needs
 ENDED = 40 + 20  # seconds in which all is over after a rank is lost; the second part for a machine with other work
-# What goes wrong on one rank alone, which reads this file before anything else; of several, one at each start.
+# What goes wrong on one rank alone, which reads this file before anything else; of several, one at each start, and the
+# last again after that.
 FAULT = """
 import os
 faults = os.environ.get("FAULT", "")
@@ -36,7 +37,8 @@ if os.environ.get("RANK", os.environ.get("MS_NODE_ID")) == "1" and os.environ.ge
             if name == "duetvl.training.loop":
                 sys.meta_path.remove(self)
                 again = sys.argv[1].rpartition("restart-")[2]
-                fault = faults.split(",")[int(again) if again.isdigit() else 0]
+                wanted = faults.split(",")
+                fault = wanted[min(int(again) if again.isdigit() else 0, len(wanted) - 1)]
                 import duetvl.training.step as step
                 took = step.Trainer.step
                 def failing(self, work, lr, number=0, *more):
@@ -117,11 +119,11 @@ class Launch:
         assert pid is not None
         os.kill(pid, number)
 
-    def end(self, process: subprocess.Popen[str], limit: float = ENDED) -> str:
-        """What it has said, once it and its ranks have ended."""
+    def end(self, process: subprocess.Popen[str], limit: float = ENDED, *, starts: bool = True) -> str:
+        """What it has said, once it and its ranks have ended; `starts`: whether there were any."""
         told = process.communicate(timeout=limit)[0]
         pids = [int(file.read_text()) for file in self.place.glob("logs/**/rank-*.pid")]
-        assert pids and [pid for pid in pids if Path(f"/proc/{pid}").exists()] == [], told
+        assert bool(pids) == starts and [pid for pid in pids if Path(f"/proc/{pid}").exists()] == [], told
         return told
 
     def close(self) -> None:
@@ -271,7 +273,7 @@ def test_a_rank_that_is_killed_while_it_starts_or_saves(launch: Launch, full: bo
 def test_what_a_user_gets_wrong_is_one_line_and_no_restart(launch: Launch, full: bool) -> None:
     only_on(launch, "torch_npu", full)
     process = launch.start("parallel.tp=3", "parallel.dp=1")
-    told = launch.end(process)
+    told = launch.end(process, starts=False)
     assert process.returncode == 2
     assert told.startswith("error: parallel: pp 1 x dp 1 x cp 1 x tp 3 needs 3 processes, and 2 were started; start 3")
     assert len(told.splitlines()) == 1

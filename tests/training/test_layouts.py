@@ -72,11 +72,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, inputs: Path) -> Runs:
+def known() -> dict[str, Runs]:
+    """Of each backend: pytest takes the backends by turns, and makes `runs` anew at each."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, inputs: Path, known: dict[str, Runs]) -> Runs:
     need(request.param)
+    if request.param in known:
+        return known[request.param]
     chosen = [getattr(item, "callspec", None) for item in request.session.items]
     names = {spec.params["name"] for spec in chosen if spec and spec.params.get("runs") == request.param}
-    return Runs(request.param, inputs, sorted(names & set(ALL)))
+    known[request.param] = Runs(request.param, inputs, sorted(names & set(ALL)))
+    return known[request.param]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
