@@ -11,6 +11,7 @@ from duetvl.core.errors import BackendError
 from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.recompute import RecomputeMode
 from duetvl.training.recipe.data_section import DataSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.section import Place, Section, as_tuple, contradiction, one_or_more
 
@@ -93,68 +94,6 @@ class TrainSection(Section):
             raise contradiction(
                 f"train.steps {self.steps} and train.epochs {self.epochs:g} both say how long to train; keep one"
             )
-        return self
-
-
-class OptimSection(Section):
-    """AdamW, its learning-rate schedule, and clipping."""
-
-    lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
-    ] = Field(default=(0.9, 0.999), description="Decay of AdamW's first and second moment.")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(
-        default=0.0,
-        ge=0,
-        description="Decoupled weight decay of matrices; norms and biases (one axis) are not decayed.",
-    )
-    no_decay: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-        default=(), description="More that is not decayed: parts, or patterns of names as in `model.freeze`."
-    )
-    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={},
-        description="Factors of the learning rate by part or pattern of names, such as `{vision: 0.1}`; where several "
-        "match, the last one counts.",
-    )
-    clip: float | None = Field(
-        default=1.0,
-        gt=0,
-        description="Largest norm of all gradients together, of the mean over tokens; null: no clipping.",
-    )
-    state_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Storage dtype of AdamW's two moments; they are updated in float32."
-    )
-    offload: bool = Field(
-        default=False,
-        description="Keep moments and master weights in the host's memory, and move them for the update of each "
-        "parameter. On a CPU they are there anyway.",
-    )
-    loss_scale: float | None = Field(
-        default=None,
-        gt=0,
-        description="float16 alone: the first factor of the loss, 65536 by default. It halves where the gradient "
-        "overflows, and that step makes no update.",
-    )
-    loss_scale_window: int | None = Field(
-        default=None, ge=1, description="float16 only: the factor doubles after this many updates, 2000 by default."
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate falls after the warm-up; the formulas are transformers'."
-    )
-    warmup: int | float = Field(
-        default=0, ge=0, description="Warm-up: a fraction of all steps when below 1, a number of steps otherwise."
-    )
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end, as a fraction of `lr`.")
-
-    @model_validator(mode="after")
-    def _whole_warmup(self) -> OptimSection:
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise contradiction(
-                f"optim.warmup: found {self.warmup}, allowed: a fraction of all steps below 1, or whole steps"
-            )
-        if self.schedule == "constant" and self.min_lr_ratio:
-            raise contradiction("optim.min_lr_ratio has no meaning with optim.schedule constant; remove it")
         return self
 
 
