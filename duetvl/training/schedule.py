@@ -21,7 +21,7 @@ def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warm-up (or of wsd's decay): `warmup` itself, or that fraction of `total`, rounded up, when it is below 1."""
+    """Steps of warm-up or wsd's decay: `warmup` itself, or that fraction of `total`, rounded up, when it is below 1."""
     return math.ceil(_as_written(warmup) * total) if warmup < 1 else int(warmup)
 
 

@@ -39,6 +39,8 @@ HARMLESS = frozenset(
         "train.steps",
         "train.epochs",
         "train.eval_every",
+        "train.eval_first",
+        "train.patience",
         "train.output_dir",
         "train.on_nonfinite",
         "optim.offload",

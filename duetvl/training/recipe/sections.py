@@ -87,6 +87,21 @@ class TrainSection(Section):
     eval_every: int | None = Field(
         default=None, ge=1, description="Evaluate `data.val` every N steps; it is always evaluated at the end."
     )
+    eval_first: bool = Field(
+        default=False, description="Evaluate `data.val` before the first step too: what the model can do untrained."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="End the run, as at its last step, after this many evaluations in a row without a lower eval_loss "
+        "than the lowest so far; null: train all steps.",
+    )
+
+    @model_validator(mode="after")
+    def _patient_between_evaluations(self) -> TrainSection:
+        if self.patience is not None and self.eval_every is None:
+            raise contradiction(f"train.patience {self.patience} counts evaluations: give train.eval_every")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -310,6 +325,8 @@ class Recipe(Section):
             raise contradiction(
                 f"train.eval_every {self.train.eval_every} needs data.val or data.val_rate, and neither is given"
             )
+        if self.train.eval_first and not (self.data.val or self.data.val_rate):
+            raise contradiction("train.eval_first needs data.val or data.val_rate, and neither is given")
         if self.log.generate and not (self.data.val or self.data.val_rate):
             raise contradiction(
                 f"log.generate {self.log.generate} needs data.val or data.val_rate, and neither is given"
