@@ -18,11 +18,11 @@ from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
-from duetvl.storage.finding import CheckpointRef
+from duetvl.storage.finding import CheckpointRef, saved_steps
 from duetvl.training.checkpoints.checkpoint import go_on_from
 from duetvl.training.checkpoints.run_directory import Start, begin, note_saved
 from duetvl.training.checkpoints.saving import Saver
-from duetvl.training.checkpoints.writing import remove_leftovers
+from duetvl.training.checkpoints.writing import note_best, remove_leftovers
 from duetvl.training.ending import Export, TrainResult, last_losses
 from duetvl.training.evaluations import Evaluations
 from duetvl.training.failures import ending_alone
@@ -202,9 +202,11 @@ class Run:
     def _steps(self) -> None:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
+        section = self.recipe.checkpoint
         self._last_save = self.step, time.monotonic()
         if self.recipe.train.eval_first and self.step == 0 and self.evaluations.last_step < 0:
             self._evaluate()
+        self._note_best()  # it may have been killed between a checkpoint and its note
         self._stop_early()  # a run that ended so before, unless it may go on for longer now
         while self.step < self.total:
             ahead = self._look_ahead()
@@ -218,10 +220,11 @@ class Run:
                 self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
                 return
             self.saver.poll()
-            evaluate, save = self._due(self.recipe.train.eval_every), self._due(self.recipe.checkpoint.every)
+            evaluate, save = self._due(self.recipe.train.eval_every), self._due(section.every)
             if evaluate:
                 self._evaluate()
                 self._stop_early()
+                save = save or (section.keep_best is not None and self.evaluations.improved_at(self.step))
             if save:
                 self._save()
             elif evaluate:
@@ -267,6 +270,7 @@ class Run:
         self.saver.wait()
         if self.saved_step != self.step:
             self.saver.save_last(self.state.snapshot)
+        self._note_best()
         self._agree_on_end()
         if self.caught is not None and self._unfinished():
             self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
@@ -369,8 +373,19 @@ class Run:
         self.saved, self.saved_step = path, step
         if self.ranks.writes:
             note_saved(self.run_dir)
+        self._note_best()
         self.say(f"saved {path}")
         self.callbacks.call("on_save", path)
+
+    def _note_best(self) -> None:
+        """Note which of the checkpoints that are there has the lowest eval_loss, where the recipe keeps it."""
+        if not self.ranks.writes:
+            return
+        kept = self.recipe.checkpoint.keep_best is not None
+        try:
+            note_best(self.run_dir, self.evaluations.best(saved_steps(self.run_dir)) if kept else None)
+        except OSError as error:
+            self.watch.warn(f"warning: the best checkpoint cannot be noted: {error.strerror or error}")
 
     def _result(self) -> TrainResult:
         loss, eval_loss = last_losses(self.run_dir)

@@ -9,6 +9,8 @@ import pytest
 from bag_model import write_records
 
 from duetvl.core.backend import load_backend
+from duetvl.core.errors import CheckpointError
+from duetvl.storage.finding import parse_run, saved_steps
 from duetvl.training.evaluations import Evaluations
 from duetvl.training.train import train
 from duetvl.training.watching.metrics import read_metrics
@@ -28,12 +30,17 @@ def recipe(tmp_path):
     }
 
 
-def run(recipe, *overrides):
-    return train(recipe, overrides, backend=load_backend("torch_npu", "cpu"), prepare=bag_model.prepare)
+def run(recipe, *overrides, **options):
+    return train(recipe, overrides, backend=load_backend("torch_npu", "cpu"), prepare=bag_model.prepare, **options)
 
 
 def losses(run_dir):
     return {row["step"]: row["eval_loss"] for row in read_metrics(run_dir) if "eval_loss" in row}
+
+
+def lowest(run_dir):
+    evaluations = losses(run_dir)
+    return min(evaluations, key=evaluations.get)
 
 
 def test_evaluations_count_from_the_best():
@@ -68,3 +75,26 @@ def test_a_run_that_becomes_better_goes_to_its_end(recipe, tmp_path):
     assert (result.step, result.stop_reason) == (12, None)
     evaluations = [*losses(tmp_path / "run").values()]
     assert len(evaluations) == 7 and evaluations == sorted(evaluations, reverse=True)
+
+
+def test_the_best_checkpoint_is_kept_and_has_a_name(recipe, tmp_path):
+    """The learning rate is so high that the validation loss is at its lowest long before the end."""
+    place, note = tmp_path / "run", tmp_path / "run/checkpoints/best"
+    high = "optim.lr=2", "optim.schedule=constant", "checkpoint.every=5"
+    keep = *high, "checkpoint.keep_best=eval_loss"
+    run(recipe, *keep, "train.steps=10")
+    best = lowest(place)
+    assert best < 10 and best % 5, "neither the last one nor one that is due anyway"
+    assert saved_steps(place) == {best, 10} and parse_run(f"{place}@best") == (place, best)
+    note.unlink()  # as after a kill before it was written
+    run(recipe, *keep, "train.steps=11")
+    best = lowest(place)
+    assert best < 11 and saved_steps(place) == {best, 11} and parse_run(f"{place}@best") == (place, best)
+    back = run(recipe, *keep, "train.steps=11", resume="@best")
+    assert back.step == 11 and lowest(place) == best
+    run(recipe, *high, "train.steps=13")
+    assert saved_steps(place) == {13}
+    with pytest.raises(
+        CheckpointError, match=r"run@best: no checkpoint is noted as the best .*checkpoint.keep_best=eval_loss"
+    ):
+        parse_run(f"{place}@best")

@@ -85,6 +85,7 @@ def test_the_last_override_wins():
         ("optim.warmup=1.5", "optim.warmup: found 1.5, allowed: a fraction of all steps below 1, or whole steps"),
         ("train.eval_every=3", "train.eval_every 3 needs data.val or data.val_rate, and neither is given"),
         ("train.eval_first=true", "train.eval_first needs data.val or data.val_rate, and neither is given"),
+        ("checkpoint.keep_best=eval_loss", "checkpoint.keep_best eval_loss needs train.eval_every"),
         ("train.patience=3", "train.patience 3 counts evaluations: give train.eval_every"),
         ("lr=3", "override 'lr=3' is not of the form section.key=value; did you mean optim.lr?"),
         ("rl", "override 'rl' is not of the form section.key=value"),

@@ -194,6 +194,11 @@ class CheckpointSection(Section):
     keep_last: int | None = Field(
         default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."
     )
+    keep_best: Literal["eval_loss"] | None = Field(
+        default=None,
+        description="Save whenever an evaluation has the lowest eval_loss so far, and keep that checkpoint beside the "
+        "`keep_last` newest until there is a better one; `RUN@best` is its name where a run is read.",
+    )
     background: bool = Field(
         default=False,
         description="Write in a thread while training continues. Takes host memory of one checkpoint's size meanwhile.",
@@ -325,6 +330,8 @@ class Recipe(Section):
             raise contradiction(
                 f"train.eval_every {self.train.eval_every} needs data.val or data.val_rate, and neither is given"
             )
+        if self.checkpoint.keep_best and self.train.eval_every is None:
+            raise contradiction(f"checkpoint.keep_best {self.checkpoint.keep_best} needs train.eval_every")
         if self.train.eval_first and not (self.data.val or self.data.val_rate):
             raise contradiction("train.eval_first needs data.val or data.val_rate, and neither is given")
         if self.log.generate and not (self.data.val or self.data.val_rate):
