@@ -381,9 +381,10 @@ class Run:
         """Note which of the checkpoints that are there has the lowest eval_loss, where the recipe keeps it."""
         if not self.ranks.writes:
             return
-        kept = self.recipe.checkpoint.keep_best is not None
+        section = self.recipe.checkpoint
+        best = None if section.keep_best is None else self.evaluations.best(saved_steps(self.run_dir))
         try:
-            note_best(self.run_dir, self.evaluations.best(saved_steps(self.run_dir)) if kept else None)
+            note_best(self.run_dir, best, section.keep_last)
         except OSError as error:
             self.watch.warn(f"warning: the best checkpoint cannot be noted: {error.strerror or error}")
 

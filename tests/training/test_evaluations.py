@@ -71,8 +71,9 @@ def test_a_run_that_does_not_become_better_ends_as_finished(recipe, tmp_path, ca
 
 
 def test_a_run_that_becomes_better_goes_to_its_end(recipe, tmp_path):
-    result = run(recipe, "train.patience=1", "train.eval_first=true")
+    result = run(recipe, "train.patience=1", "train.eval_first=true", "checkpoint.keep_best=eval_loss")
     assert (result.step, result.stop_reason) == (12, None)
+    assert saved_steps(tmp_path / "run") == {12}, "no best that has been replaced"
     evaluations = [*losses(tmp_path / "run").values()]
     assert len(evaluations) == 7 and evaluations == sorted(evaluations, reverse=True)
 

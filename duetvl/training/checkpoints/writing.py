@@ -332,13 +332,23 @@ def _spent(spare: Sequence[Path], others: Sequence[Path], keep_last: int | None)
     return [path for path in spare[:count] if path.name != noted_name(path.parent, "best")]
 
 
-def note_best(run_dir: str | Path, step: int | None) -> None:
-    """Name the checkpoint of `step` as the best: it is not removed while it is. None: there is no best. OSError."""
-    note, name = checkpoints_dir(run_dir) / "best", None if step is None else step_name(step)
+def note_best(run_dir: str | Path, step: int | None, keep_last: int | None) -> None:
+    """Name the checkpoint of `step` as the best: it is not removed while it is. None: there is no best. OSError.
+
+    The best so far is removed where it is older than the `keep_last` newest.
+    """
+    folder = checkpoints_dir(run_dir)
+    before, name = noted_name(folder, "best"), None if step is None else step_name(step)
+    if name == before:
+        return
     if name is None:
-        note.unlink(missing_ok=True)
-    elif noted_name(note.parent, "best") != name:
-        write_text(note, name + "\n")
+        (folder / "best").unlink(missing_ok=True)
+    else:
+        write_text(folder / "best", name + "\n")
+    saved = sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), key=_written_at)
+    for old in saved[: _too_many(saved[1:], keep_last)]:
+        if old.name == before != noted_name(folder, "latest"):  # which a run may have gone back to
+            remove_directory(old)
 
 
 def _too_many(others: Sequence[Path], keep_last: int | None) -> int:
