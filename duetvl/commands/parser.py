@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume",
         nargs="?",
         const="",
-        metavar="DIR[@STEP]",
+        metavar="DIR[@STEP|@best]",
         help="resume from the newest checkpoint, which must be there, or from another run or an earlier step; without "
         "it a run that has checkpoints is resumed as well",
     )
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_doctor(commands.add_parser("doctor", help="what is installed, which backends and devices work"))
 
     export = commands.add_parser("export", help="write a run's checkpoint for transformers, of a LoRA run for PEFT")
-    export.add_argument("run", metavar="RUN[@STEP]", help="run directory; by default its newest checkpoint")
+    export.add_argument("run", metavar="RUN[@STEP|@best]", help="run directory; by default its newest checkpoint")
     export.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
 
     merge = commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from duetvl.core.errors import CheckpointError
 from duetvl.core.ranks import Ranks
@@ -105,15 +105,29 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
-    """A run and a step of it, from DIR or DIR@STEP; without DIR it is `own`. What exists is a DIR, also with an @."""
+    """A run and a step of it, from DIR, DIR@STEP or DIR@best; without DIR it is `own`.
+
+    What exists is a DIR, also with an @. Raises CheckpointError, also where a run has not named its best checkpoint.
+    """
     name, at, step = text.rpartition("@")
     if not at or Path(text).exists():
         name, step = text, ""
-    elif not (step.isascii() and step.isdigit()):
-        raise CheckpointError(f"{text}: after @ comes the number of a step, found {step!r}")
+    elif step != "best" and not (step.isascii() and step.isdigit()):
+        raise CheckpointError(f"{text}: after @ comes the number of a step, or best; found {step!r}")
     if not name and own is None:
         raise CheckpointError(f"{text!r}: names no run directory; give DIR or DIR@STEP")
-    return _run(Path(name)) if name or own is None else own, int(step) if step else None
+    run = _run(Path(name)) if name or own is None else own
+    return run, _best(run) if step == "best" else int(step) if step else None
+
+
+def _best(run: Path) -> int:
+    name = noted_name(checkpoints_dir(run), "best")
+    if not (name and (match := STEP.fullmatch(name))):
+        raise CheckpointError(
+            f"{run}@best: no checkpoint is noted as the best of this run; train with checkpoint.keep_best=eval_loss, "
+            f"or give a step: {run}@STEP"
+        )
+    return int(match[1])
 
 
 def _run(given: Path) -> Path:
@@ -127,10 +141,15 @@ def checkpoints_dir(run: str | Path) -> Path:
     return Path(run) / "checkpoints"
 
 
-def latest_name(folder: Path) -> str | None:
-    """What `latest` names among a run's checkpoints; None where it cannot be read."""
+def saved_steps(run: str | Path) -> set[int]:
+    """The steps that a run has checkpoints of, damaged or not. Raises CheckpointError where it may not be read."""
+    return set(_candidates(Path(run)))
+
+
+def noted_name(folder: Path, note: Literal["latest", "best"]) -> str | None:
+    """What `latest` or `best` names among a run's checkpoints; None where it cannot be read."""
     try:
-        return (folder / "latest").read_text(encoding="utf-8").strip()
+        return (folder / note).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
 
@@ -181,7 +200,7 @@ def _candidates(run: Path) -> dict[int, Path]:
 
 
 def _latest(folder: Path) -> int | None:
-    name = latest_name(folder)
+    name = noted_name(folder, "latest")
     return int(match[1]) if name and (match := STEP.fullmatch(name)) else None
 
 

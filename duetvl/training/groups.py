@@ -9,7 +9,7 @@ from duetvl.core.optimizer import ParameterGroup
 from duetvl.core.params import Parameter
 from duetvl.core.patterns import Parts, require_matching
 from duetvl.parallel.inventory import Inventory
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 
 
 def parameter_groups(

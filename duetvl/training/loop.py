@@ -18,12 +18,13 @@ from duetvl.core.errors import CheckpointError, DataError
 from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
-from duetvl.storage.finding import CheckpointRef
+from duetvl.storage.finding import CheckpointRef, saved_steps
 from duetvl.training.checkpoints.checkpoint import go_on_from
 from duetvl.training.checkpoints.run_directory import Start, begin, note_saved
 from duetvl.training.checkpoints.saving import Saver
-from duetvl.training.checkpoints.writing import remove_leftovers
+from duetvl.training.checkpoints.writing import note_best, remove_leftovers
 from duetvl.training.ending import Export, TrainResult, last_losses
+from duetvl.training.evaluations import Evaluations
 from duetvl.training.failures import ending_alone
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
@@ -154,7 +155,8 @@ class Run:
         section = self.recipe.checkpoint
         with watched(
             self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, history=self.start.history
-        ) as (self.watch, self.evaluated_step):
+        ) as (self.watch, losses):
+            self.evaluations = Evaluations(losses)
             self.telling = Telling(self.state, self.watch, self.callbacks, self.total)
             self.signals = StopSignals(self._announce_stop, section.grace)
             if self.ranks.count == 1:  # many agree on it at the edge of a step
@@ -200,7 +202,12 @@ class Run:
     def _steps(self) -> None:
         if self.step >= self.total:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
+        section = self.recipe.checkpoint
         self._last_save = self.step, time.monotonic()
+        if self.recipe.train.eval_first and self.step == 0 and self.evaluations.last_step < 0:
+            self._evaluate()
+        self._note_best()  # it may have been killed between a checkpoint and its note
+        self._stop_early()  # a run that ended so before, unless it may go on for longer now
         while self.step < self.total:
             ahead = self._look_ahead()
             if ahead.outlook.late:
@@ -213,9 +220,11 @@ class Run:
                 self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
                 return
             self.saver.poll()
-            evaluate, save = self._due(self.recipe.train.eval_every), self._due(self.recipe.checkpoint.every)
+            evaluate, save = self._due(self.recipe.train.eval_every), self._due(section.every)
             if evaluate:
                 self._evaluate()
+                self._stop_early()
+                save = save or (section.keep_best is not None and self.evaluations.improved_at(self.step))
             if save:
                 self._save()
             elif evaluate:
@@ -256,11 +265,12 @@ class Run:
     def _finish(self) -> None:
         """The last evaluation, checkpoint and plot; after a signal the checkpoint alone."""
         self._agree_on_end()
-        if self.caught is None and self.evaluated_step != self.step:  # it may have been killed just before
+        if self.caught is None and self.evaluations.last_step != self.step:  # it may have been killed just before
             self._evaluate()
         self.saver.wait()
         if self.saved_step != self.step:
             self.saver.save_last(self.state.snapshot)
+        self._note_best()
         self._agree_on_end()
         if self.caught is not None and self._unfinished():
             self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
@@ -288,7 +298,7 @@ class Run:
     def _unfinished(self) -> bool:
         """Whether a signal has kept the run from something."""
         ended = self.step >= self.total or self.stop_reason is not None
-        evaluated = not self.feed.has_val or self.evaluated_step == self.step
+        evaluated = not self.feed.has_val or self.evaluations.last_step == self.step
         return not ended or not evaluated or self.ranks.first(self._export_due)
 
     # -- what callbacks use ------------------------------------------------------------------------------------------
@@ -346,20 +356,37 @@ class Run:
             return
         with self.ranks.telling(DataError):
             groups = takewhile(lambda _: not self.stopping, self.feed.val_batches())
-            found = self.trainer.evaluate_groups(groups)
+            evaluation = self.trainer.evaluate_groups(groups)
         self.telling.left_out()
         if self.stopping:
             self.say(f"the evaluation after step {self.step} is given up")
             return
-        self.evaluated_step = self.step
-        self.telling.evaluation(found)
+        self.evaluations.add(self.step, evaluation.loss if evaluation.weight else None)
+        self.telling.evaluation(evaluation)
+
+    def _stop_early(self) -> None:
+        """End the run before its last step where the validation loss has not become better for long enough."""
+        if self.step < self.total and self.stop_reason is None:
+            self.stop_reason = self.evaluations.reason_to_stop(self.recipe.train.patience)
 
     def _saved(self, path: Path, step: int) -> None:
         self.saved, self.saved_step = path, step
         if self.ranks.writes:
             note_saved(self.run_dir)
+        self._note_best()
         self.say(f"saved {path}")
         self.callbacks.call("on_save", path)
+
+    def _note_best(self) -> None:
+        """Note which of the checkpoints that are there has the lowest eval_loss, where the recipe keeps it."""
+        if not self.ranks.writes:
+            return
+        section = self.recipe.checkpoint
+        best = None if section.keep_best is None else self.evaluations.best(saved_steps(self.run_dir))
+        try:
+            note_best(self.run_dir, best, section.keep_last)
+        except OSError as error:
+            self.watch.warn(f"warning: the best checkpoint cannot be noted: {error.strerror or error}")
 
     def _result(self) -> TrainResult:
         loss, eval_loss = last_losses(self.run_dir)

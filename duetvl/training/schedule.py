@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Final
 
-from duetvl.training.recipe.sections import OptimSection, Recipe
+from duetvl.training.recipe.optim_section import OptimSection
+from duetvl.training.recipe.sections import Recipe
 
 
 def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
@@ -20,7 +21,7 @@ def total_steps(recipe: Recipe, records: Fraction | int | None) -> int:
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warm-up: `warmup` itself, or that fraction of `total`, rounded up, when it is below 1."""
+    """Steps of warm-up or wsd's decay: `warmup` itself, or that fraction of `total`, rounded up, when it is below 1."""
     return math.ceil(_as_written(warmup) * total) if warmup < 1 else int(warmup)
 
 
@@ -46,16 +47,48 @@ def stretched(recipe: Recipe, stored: Mapping[str, Any], records: Fraction | int
 def learning_rate(step: int, total: int, optim: OptimSection) -> float:
     """The rate of update number `step`, from 0, of `total`.
 
-    It rises from 0 over the warm-up, and falls to `min_lr_ratio` of the peak at `total`: the same numbers as
-    transformers' schedules, whose first update with a warm-up has rate 0.
+    It rises from 0 over the warm-up, and falls as the schedule has it, to `min_lr_ratio` of the peak at `total` (but
+    for constant and inverse_sqrt, which have no end): the same numbers as transformers' schedules, whose first update
+    with a warm-up has rate 0.
     """
     warm = warmup_steps(optim.warmup, total)
     if step < warm:
         return optim.lr * step / warm
-    progress = min(1.0, (step - warm) / max(1, total - warm))
-    fall = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[optim.schedule]
+    fall = _FALLS[optim.schedule](step, warm, total, optim)
     return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * fall)
+
+
+def _progress(step: int, first: int, total: int) -> float:
+    """How far a step is on the way from `first` to `total`: 0 to 1."""
+    return min(1.0, max(0, step - first) / max(1, total - first))
+
+
+def _cosine(step: int, first: int, total: int, optim: OptimSection) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * _progress(step, first, total)))
+
+
+def _linear(step: int, first: int, total: int, optim: OptimSection) -> float:
+    return 1.0 - _progress(step, first, total)
+
+
+def _constant(step: int, first: int, total: int, optim: OptimSection) -> float:
+    return 1.0
+
+
+def _inverse_sqrt(step: int, warm: int, total: int, optim: OptimSection) -> float:
+    """The root of scale / (scale + steps since the warm-up), where the scale is the warm-up's length."""
+    scale = warm or _SCALE_WITHOUT_WARMUP
+    return math.sqrt(scale / (scale + step - warm))
+
+
+def _wsd(step: int, warm: int, total: int, optim: OptimSection) -> float:
+    decay = warmup_steps(_DECAY if optim.decay is None else optim.decay, total)
+    return _cosine(step, max(warm, total - decay), total, optim)
+
+
+_SCALE_WITHOUT_WARMUP: Final = 10_000  # transformers'
+_DECAY: Final = 0.1
+# The part of the peak that is left at a step after the warm-up.
+_FALLS: Final[Mapping[str, Callable[[int, int, int, OptimSection], float]]] = {
+    "cosine": _cosine, "linear": _linear, "constant": _constant, "inverse_sqrt": _inverse_sqrt, "wsd": _wsd,
+}  # fmt: skip

@@ -29,7 +29,7 @@ from duetvl.parallel.pipeline import passes_of
 from duetvl.parallel.zero import Zero
 from duetvl.training.groups import parameter_groups
 from duetvl.training.objective import Objective, Reference
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.scaling import START, WINDOW, LossScale
 
 Tensor = Any

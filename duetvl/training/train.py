@@ -38,8 +38,8 @@ def train(
     """Run a recipe: a file, a mapping of its sections, or a `Recipe`.
 
     `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
-    checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step, and `restart`
-    sets aside what the directory holds and starts at the beginning.
+    checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step ("DIR@best":
+    from its best), and `restart` sets aside what the directory holds and starts at the beginning.
     `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. Where it asks other ranks
     otherwise than by `Ranks`, no rank may fail alone before that. `callbacks` are called as the run goes along. However
     it ends, no file is left half-written.

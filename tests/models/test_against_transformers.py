@@ -18,7 +18,7 @@ from duetvl.core.batch import IGNORE, Batch
 from duetvl.core.errors import ConfigError
 from duetvl.data.loading.loader import Step
 from duetvl.training.objective import TokenLoss
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.step import Trainer
 
 LOGITS = 7e-5  # measured: 1.5e-5 on torch, 1.7e-5 on MindSpore

@@ -21,7 +21,7 @@ from duetvl.parallel.inventory import own_entries
 from duetvl.parallel.tensor import RankLayout
 from duetvl.storage.weights_dir import open_weights, write_shards
 from duetvl.training.groups import parameter_groups
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 
 NAMES = ["qwen2-untied", "qwen2.5-tied"]
 

@@ -115,12 +115,13 @@ def recipe_of(place: Path, backend: str, name: str) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "model": {"path": str(place / FAMILIES[family])},
         "data": {"train": str(place / f"{records}.jsonl"), "val": str(place / f"{records}.jsonl"), "pack_tokens": 300},
-        "train": {"output_dir": str(run_dir(place, backend, name)), "global_batch": 5, "steps": 5, "eval_every": 3},
-        "checkpoint": {"every": 1, "keep_last": None},
+        "train": {"output_dir": str(run_dir(place, backend, name)), "global_batch": 5, "steps": 5},
+        "checkpoint": {"every": 1, "keep_last": None, "keep_best": "eval_loss"},
         "parallel": dict(LAYOUTS[layout].section),
         "log": {"tensorboard": False, "plot": False},
         **KINDS[kind],
     }
+    recipe["train"] |= {"eval_first": True, "eval_every": 3, "patience": 3}
     if LAYOUTS[layout].section.get("zero") == 3:
         recipe["train"]["recompute"] = "full"
     if kind == "cached":

@@ -15,7 +15,7 @@ from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.parallel.inventory import own_entries
 from duetvl.training.groups import check_patterns, parameter_groups
 from duetvl.training.objective import TokenLoss
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.step import Trainer
 
 

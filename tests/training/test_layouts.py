@@ -112,7 +112,8 @@ def test_the_run_is_that_of_one_process(runs: Runs, name: str) -> None:
         [row["eval_loss"] for row in read_metrics(run) if "eval_loss" in row] for run in (found, expected)
     )
     assert evaluated == pytest.approx(also, rel=1e-5)
-    assert len(evaluated) == 2
+    assert len(evaluated) == 3
+    assert (found / "checkpoints/best").read_text() == (expected / "checkpoints/best").read_text()
     # After the first step the first moment is a tenth of the gradient.
     gradients, ours = values(expected, 1, "exp_avg"), values(found, 1, "exp_avg")
     assert ours.keys() == gradients.keys()

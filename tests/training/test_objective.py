@@ -12,7 +12,7 @@ from bag_model import BagModel
 from duetvl.core.batch import IGNORE, Sample
 from duetvl.data.loading.loader import Step
 from duetvl.training.objective import TokenLoss
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.step import Trainer
 
 MODES = ("token", "micro_batch", "sample")

@@ -13,7 +13,7 @@ from duetvl.core.batch import Sample
 from duetvl.core.spans import Spans
 from duetvl.data.loading.loader import Step
 from duetvl.training.objective import TokenLoss
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.scaling import LEAST, LossScale
 from duetvl.training.step import NonFiniteError, Trainer
 from duetvl.training.watching.metrics import read_metrics

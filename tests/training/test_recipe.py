@@ -56,7 +56,7 @@ def test_the_last_override_wins():
         (
             "optim.rl=3e-5",
             "optim has no field 'rl'; did you mean 'lr'? "
-            "(betas, clip, eps, loss_scale, loss_scale_window, lr, lr_scale, min_lr_ratio, no_decay, offload, "
+            "(betas, clip, decay, eps, loss_scale, loss_scale_window, lr, lr_scale, min_lr_ratio, no_decay, offload, "
             "schedule, state_dtype, warmup, weight_decay)",
         ),
         (
@@ -72,7 +72,7 @@ def test_the_last_override_wins():
         ("optim.clip=", "optim.clip has no value; allowed: a number or null, > 0; or leave the field out"),
         ("data.train=", "data.train has no value; allowed: a path or a list of sources, not empty"),
         ("optim.betas=[0.9]", "optim.betas: found [0.9], allowed: 2 numbers, each: a number, >= 0, < 1"),
-        ("optim.schedule=cos", "optim.schedule: found 'cos', allowed: cosine, linear, constant"),
+        ("optim.schedule=cos", "optim.schedule: found 'cos', allowed: cosine, linear, constant, inverse_sqrt, wsd"),
         ("train.steps=1.5", "train.steps: found 1.5, allowed: a whole number or null, >= 1"),
         ("train.steps=true", "train.steps: found true, allowed: a whole number or null, >= 1"),
         ("data.shuffle=no", "data.shuffle: found 'no', allowed: true or false"),
@@ -84,6 +84,9 @@ def test_the_last_override_wins():
         ),
         ("optim.warmup=1.5", "optim.warmup: found 1.5, allowed: a fraction of all steps below 1, or whole steps"),
         ("train.eval_every=3", "train.eval_every 3 needs data.val or data.val_rate, and neither is given"),
+        ("train.eval_first=true", "train.eval_first needs data.val or data.val_rate, and neither is given"),
+        ("checkpoint.keep_best=eval_loss", "checkpoint.keep_best eval_loss needs train.eval_every"),
+        ("train.patience=3", "train.patience 3 counts evaluations: give train.eval_every"),
         ("lr=3", "override 'lr=3' is not of the form section.key=value; did you mean optim.lr?"),
         ("rl", "override 'rl' is not of the form section.key=value"),
         (
@@ -176,6 +179,8 @@ def test_an_error_in_a_data_set_names_its_field(override, expected):
         (("optim.loss_scale=1024",), "optim.loss_scale has a meaning with model.dtype float16 only, not float32"),
         (("model.freeze=[vision,projector,language]",), "nothing would be trained"),
         (("optim.schedule=constant", "optim.min_lr_ratio=0.1"), "has no meaning with optim.schedule constant"),
+        (("optim.decay=0.2",), "optim.decay has a meaning with optim.schedule wsd only, not cosine"),
+        (("optim.schedule=wsd", "optim.decay=1.5"), "optim.decay: found 1.5, allowed: a fraction"),
         (("data.min_pixels=100", "data.max_pixels=50"), "data.min_pixels 100 is more than data.max_pixels 50"),
         (("dpo.loss=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing has a meaning with dpo.loss sigmoid only"),
         (("dpo.beta=0.1", "train.loss=sample"), "train.loss sample has no meaning with dpo"),

@@ -13,7 +13,7 @@ from duetvl.data.loading.loader import Step
 from duetvl.data.loading.packing import pack
 from duetvl.data.sources.catalog import Records
 from duetvl.training.objective import TokenLoss
-from duetvl.training.recipe.sections import OptimSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.step import NonFiniteError, Trainer
 
 OPTIM = OptimSection(lr=0.05, weight_decay=0.1, clip=0.5, betas=(0.9, 0.95))

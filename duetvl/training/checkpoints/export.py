@@ -30,8 +30,8 @@ Fetch = Callable[[str], np.ndarray]
 
 
 def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
-    """Write a checkpoint, `RUN` or `RUN@STEP`, as transformers loads it, or that of a LoRA run as PEFT does; the
-    directory that is returned.
+    """Write a checkpoint, `RUN`, `RUN@STEP` or `RUN@best`, as transformers loads it, or that of a LoRA run as PEFT
+    does; the directory that is returned.
 
     Takes the weights as they are stored and the tokenizer and settings of the recipe's model. `target` appears whole
     or not at all, and one that exists is refused. The run may still be going on. Where the checkpoint is damaged, an

@@ -39,6 +39,8 @@ HARMLESS = frozenset(
         "train.steps",
         "train.epochs",
         "train.eval_every",
+        "train.eval_first",
+        "train.patience",
         "train.output_dir",
         "train.on_nonfinite",
         "optim.offload",
@@ -101,7 +103,8 @@ def find_start(recipe: Recipe, resume: str | None = None, verify: Verify = verif
 
     resume None: go on from the newest checkpoint of `train.output_dir` where it has one, else start at the
     beginning. "": the same, but a checkpoint must be there. "DIR" or "DIR@STEP": go on from a checkpoint of that
-    run, in this recipe's own directory; "@STEP": from that step of its own run. A checkpoint's own directory will do.
+    run, in this recipe's own directory; "@STEP": from that step of its own run. STEP may be "best". A checkpoint's own
+    directory will do.
     `verify` reads the files of a checkpoint (see `find_checkpoint`).
     To decide for a run that is then started, hold `locked`. Raises ConfigError where the recipe is not the one that
     the checkpoint was trained with and where results without a checkpoint would be overwritten, CheckpointError where

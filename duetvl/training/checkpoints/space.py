@@ -58,6 +58,7 @@ class Space:
         """
         saves = math.ceil(steps / section.every) if section.every else 1
         kept = saves + there if section.keep_last is None else min(saves + there, section.keep_last + 1)
+        kept += 1 if section.keep_best else 0
         return self.checkpoint * max(kept - there, 1) + self.export
 
     def warning(self, run_dir: Path, section: CheckpointSection, steps: int, *, refuse: bool = False) -> str | None:

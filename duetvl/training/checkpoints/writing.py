@@ -38,7 +38,7 @@ from duetvl.storage.checkpoint_format import (
     stored_to_json,
 )
 from duetvl.storage.files import free_space, remove_directory, remove_temporaries, sync_directory, write_text
-from duetvl.storage.finding import STEP, checkpoints_dir, latest_name, step_name
+from duetvl.storage.finding import STEP, checkpoints_dir, noted_name, step_name
 from duetvl.storage.tensor_files import FileRecord, write_tensor_file
 from duetvl.training.checkpoints.pieces import HostPiece
 
@@ -117,7 +117,7 @@ def write_first(
 ) -> Path:
     """Write rank 0's share, wait for the records of the others, and commit: the checkpoint's directory.
 
-    It is the latest from then on, and all but the `keep_last` newest are removed.
+    It is the latest from then on, and all but the `keep_last` newest, and the best, are removed.
 
     CheckpointError, and nothing is left of it, where a rank could not write, or one is missing and nothing has been
     written for DUETVL_PEER_TIMEOUT seconds. `look` is called while this waits, and may end it with an error of its own.
@@ -322,8 +322,33 @@ def _rotate(folder: Path, newest: Path, keep_last: int | None) -> None:
     """By the time of writing, not by number: a run that went back to an earlier step keeps its new ones."""
     others = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path != newest]
     others.sort(key=_written_at)
-    for old in others[: _too_many(others, keep_last)]:
+    for old in _spent(others, others, keep_last):
         remove_directory(old)
+
+
+def _spent(spare: Sequence[Path], others: Sequence[Path], keep_last: int | None) -> list[Path]:
+    """Those of `spare`, oldest first, that go once there is a new one beside the others: never the best."""
+    count = _too_many(others, keep_last)
+    return [path for path in spare[:count] if path.name != noted_name(path.parent, "best")]
+
+
+def note_best(run_dir: str | Path, step: int | None, keep_last: int | None) -> None:
+    """Name the checkpoint of `step` as the best: it is not removed while it is. None: there is no best. OSError.
+
+    The best so far is removed where it is older than the `keep_last` newest.
+    """
+    folder = checkpoints_dir(run_dir)
+    before, name = noted_name(folder, "best"), None if step is None else step_name(step)
+    if name == before:
+        return
+    if name is None:
+        (folder / "best").unlink(missing_ok=True)
+    else:
+        write_text(folder / "best", name + "\n")
+    saved = sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), key=_written_at)
+    for old in saved[: _too_many(saved[1:], keep_last)]:
+        if old.name == before != noted_name(folder, "latest"):  # which a run may have gone back to
+            remove_directory(old)
 
 
 def _too_many(others: Sequence[Path], keep_last: int | None) -> int:
@@ -334,9 +359,9 @@ def _too_many(others: Sequence[Path], keep_last: int | None) -> int:
 def _make_room(folder: Path, needed: int, keep_last: int | None) -> None:
     """Where the disk is too full, remove what `_rotate` would remove after the next one, apart from the latest."""
     others = sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), key=_written_at)
-    latest = folder / (latest_name(folder) or "")
+    latest = folder / (noted_name(folder, "latest") or "")
     spare = [path for path in others if path != (latest if latest in others else others[-1])]
-    for old in spare[: _too_many(others, keep_last)]:
+    for old in _spent(spare, others, keep_last):
         free = free_space(folder)
         if free is None or free > needed + _MANIFEST:
             return

@@ -11,6 +11,7 @@ from duetvl.core.errors import BackendError
 from duetvl.models.qwen_vl.parameters import PARTS
 from duetvl.models.recompute import RecomputeMode
 from duetvl.training.recipe.data_section import DataSection
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.section import Place, Section, as_tuple, contradiction, one_or_more
 
@@ -86,6 +87,21 @@ class TrainSection(Section):
     eval_every: int | None = Field(
         default=None, ge=1, description="Evaluate `data.val` every N steps; it is always evaluated at the end."
     )
+    eval_first: bool = Field(
+        default=False, description="Evaluate `data.val` before the first step too: what the model can do untrained."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="End the run, as at its last step, after this many evaluations in a row without a lower eval_loss "
+        "than the lowest so far; null: train all steps.",
+    )
+
+    @model_validator(mode="after")
+    def _patient_between_evaluations(self) -> TrainSection:
+        if self.patience is not None and self.eval_every is None:
+            raise contradiction(f"train.patience {self.patience} counts evaluations: give train.eval_every")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -93,68 +109,6 @@ class TrainSection(Section):
             raise contradiction(
                 f"train.steps {self.steps} and train.epochs {self.epochs:g} both say how long to train; keep one"
             )
-        return self
-
-
-class OptimSection(Section):
-    """AdamW, its learning-rate schedule, and clipping."""
-
-    lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
-    ] = Field(default=(0.9, 0.999), description="Decay of AdamW's first and second moment.")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(
-        default=0.0,
-        ge=0,
-        description="Decoupled weight decay of matrices; norms and biases (one axis) are not decayed.",
-    )
-    no_decay: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-        default=(), description="More that is not decayed: parts, or patterns of names as in `model.freeze`."
-    )
-    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={},
-        description="Factors of the learning rate by part or pattern of names, such as `{vision: 0.1}`; where several "
-        "match, the last one counts.",
-    )
-    clip: float | None = Field(
-        default=1.0,
-        gt=0,
-        description="Largest norm of all gradients together, of the mean over tokens; null: no clipping.",
-    )
-    state_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Storage dtype of AdamW's two moments; they are updated in float32."
-    )
-    offload: bool = Field(
-        default=False,
-        description="Keep moments and master weights in the host's memory, and move them for the update of each "
-        "parameter. On a CPU they are there anyway.",
-    )
-    loss_scale: float | None = Field(
-        default=None,
-        gt=0,
-        description="float16 alone: the first factor of the loss, 65536 by default. It halves where the gradient "
-        "overflows, and that step makes no update.",
-    )
-    loss_scale_window: int | None = Field(
-        default=None, ge=1, description="float16 only: the factor doubles after this many updates, 2000 by default."
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate falls after the warm-up; the formulas are transformers'."
-    )
-    warmup: int | float = Field(
-        default=0, ge=0, description="Warm-up: a fraction of all steps when below 1, a number of steps otherwise."
-    )
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end, as a fraction of `lr`.")
-
-    @model_validator(mode="after")
-    def _whole_warmup(self) -> OptimSection:
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise contradiction(
-                f"optim.warmup: found {self.warmup}, allowed: a fraction of all steps below 1, or whole steps"
-            )
-        if self.schedule == "constant" and self.min_lr_ratio:
-            raise contradiction("optim.min_lr_ratio has no meaning with optim.schedule constant; remove it")
         return self
 
 
@@ -239,6 +193,11 @@ class CheckpointSection(Section):
     )
     keep_last: int | None = Field(
         default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."
+    )
+    keep_best: Literal["eval_loss"] | None = Field(
+        default=None,
+        description="Save whenever an evaluation has the lowest eval_loss so far, and keep that checkpoint beside the "
+        "`keep_last` newest until there is a better one; `RUN@best` is its name where a run is read.",
     )
     background: bool = Field(
         default=False,
@@ -371,6 +330,10 @@ class Recipe(Section):
             raise contradiction(
                 f"train.eval_every {self.train.eval_every} needs data.val or data.val_rate, and neither is given"
             )
+        if self.checkpoint.keep_best and self.train.eval_every is None:
+            raise contradiction(f"checkpoint.keep_best {self.checkpoint.keep_best} needs train.eval_every")
+        if self.train.eval_first and not (self.data.val or self.data.val_rate):
+            raise contradiction("train.eval_first needs data.val or data.val_rate, and neither is given")
         if self.log.generate and not (self.data.val or self.data.val_rate):
             raise contradiction(
                 f"log.generate {self.log.generate} needs data.val or data.val_rate, and neither is given"

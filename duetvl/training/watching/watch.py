@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -85,22 +86,23 @@ class Watch(Quiet):
 @contextmanager
 def watched(
     recipe: Recipe, run_dir: Path, ranks: Ranks, *, done: int, total: int, history: Path | None
-) -> Iterator[tuple[Quiet, int]]:
-    """What this rank has, in a run with `done` of `total` steps behind it; and the step last evaluated, or -1.
+) -> Iterator[tuple[Quiet, dict[int, float]]]:
+    """What this rank has, in a run with `done` of `total` steps behind it; and the eval_loss by step.
 
     `history` is another run's directory whose rows are taken over. Raises what the logs and trackers raise, on all.
     """
     found: list[Quiet] = [Quiet(ranks.index)]
     with ExitStack() as open_things:
 
-        def opened() -> int:
+        def opened() -> dict[int, float]:
             progress = Progress(total, done=done, every=recipe.log.every)
             open_things.callback(progress.close)
             trackers = open_trackers(recipe, run_dir, done)
             log = MetricsLog(run_dir, after=done, history=history, trackers=trackers, say=progress.say)
             open_things.callback(log.close)
             found.append(Watch(run_dir, progress, log, plots=recipe.log.plot))
-            return max((row["step"] for row in read_metrics(run_dir) if "eval_loss" in row), default=-1)
+            rows = [row for row in read_metrics(run_dir) if "eval_loss" in row]
+            return {row["step"]: math.nan if row["eval_loss"] is None else row["eval_loss"] for row in rows}
 
-        evaluated = ranks.first(opened)
-        yield found[-1], evaluated
+        losses = ranks.first(opened)
+        yield found[-1], losses
