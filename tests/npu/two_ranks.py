@@ -39,7 +39,7 @@ def run_all(directory: Path, output: Path) -> None:
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS), *(str(TESTS / folder) for folder in ("training", "data"))]
     run_all(Path(sys.argv[1]), Path(sys.argv[2]))
-    # One in three orderly ends aborts inside torch ("terminate called without an active exception"), with operators that
-    # are registered from Python and gloo in one process. All that is tested has been written by now.
+    # One in three orderly ends aborts inside torch ("terminate called without an active exception"), with operators
+    # that are registered from Python and gloo in one process. All that is tested has been written by now.
     sys.stderr.flush()
     os._exit(0)
