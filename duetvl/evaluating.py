@@ -110,13 +110,13 @@ class TaskScores(Callback):
             "min_pixels": asked.profile.pixels.min_pixels, "max_pixels": asked.profile.pixels.max_pixels,
             "max_new_tokens": asked.profile.max_new_tokens, "backend": run.backend.name,
         }  # fmt: skip
-        told = {
+        about = {
             "task": name, "data": Path(run.recipe.eval.tasks[name]).absolute(), "questions": asked.count,
             "model": f"{run.run_dir}@{run.step}",
         }  # fmt: skip
         if directory.exists():  # of steps that were done again from an earlier checkpoint
             remove_directory(directory)
-        written = open_run(directory, settings, told)
+        written = open_run(directory, settings, about)
         kept = RunAnswers(asked, directory)
         with kept.file.adding() as add:
             for number, row in rows.items():

@@ -36,11 +36,11 @@ Ask = Callable[[list[int]], Answers]
 
 @dataclass(frozen=True)
 class Source:
-    """Who answers. told: how, on which answers depend; more: what else is to be known. `ask`, with what is asked, gives
+    """Who answers. settings: what answers depend on; more: what else is to be known. `ask`, with what is asked, gives
     the answers to questions by their numbers."""
 
     family: str
-    told: Mapping[str, Any]
+    settings: Mapping[str, Any]
     more: Mapping[str, Any]
     ask: Callable[[Asked], Ask]
 
@@ -77,9 +77,9 @@ def _answer(args: argparse.Namespace, say: Say) -> None:
     count = len(questions) if args.limit is None else min(args.limit, len(questions))
     if not count:
         raise DataError(f"{args.data}: has no questions")
-    told = {"task": task.name, "profile": profile.name, **pixels_of(profile), **source.told}
-    told["md5"] = data_md5(args.data)
-    asked = Asked(task, profile, questions, count, json.dumps(told, sort_keys=True, default=str))
+    settings = {"task": task.name, "profile": profile.name, **pixels_of(profile), **source.settings}
+    settings["md5"] = data_md5(args.data)
+    asked = Asked(task, profile, questions, count, json.dumps(settings, sort_keys=True, default=str))
     if args.process is not None:
         end_with_parent()
         with alone(args.output / f"{ANSWERS}.{args.process}"):
@@ -89,7 +89,7 @@ def _answer(args: argparse.Namespace, say: Say) -> None:
     with alone(args.output / ANSWERS):
         task_file = Path(args.task).absolute() if Path(args.task).is_file() else args.task
         more = {"task": task_file, "data": args.data.absolute(), "questions": count, **source.more}
-        open_run(args.output, told, more)
+        open_run(args.output, settings, more)
         run = RunAnswers(asked, args.output)
         _answer_all(args, run, source, say)
         run.finish()
@@ -154,14 +154,14 @@ def _model(args: argparse.Namespace, say: Say) -> Source:
     way = way_of(args, Defaults(stop_ids=opened.defaults.stop_ids))
     how = json.loads(way_name(args, opened.source, way))
     backend = choose_backend(args.backend or "auto", args.device or "auto")
-    told = {
+    settings = {
         "backend": backend,
         **{name: how[name] for name in ("weights", "adapter", "dtype")},
         "guided": how["guided"] if any(how["guided"]) else None,
         **{name: value for name, value in how["way"].items() if name != "max_new_tokens"},
     }
     more = {"model": args.model, "device": args.device or "auto"}
-    return Source(family, told, more, partial(_engine_asker, args, opened, way, say))
+    return Source(family, settings, more, partial(_engine_asker, args, opened, way, say))
 
 
 def _engine_asker(args: argparse.Namespace, opened: Opened, way: Way, say: Say, asked: Asked) -> Ask:
@@ -181,7 +181,7 @@ def _server(args: argparse.Namespace) -> Source:
         raise ConfigError("--logprobs and grammars belong to a model in this process, and not to --server")
     way = way_of(args, Defaults())
     sampling = {name: value for name, value in vars(way.sampling).items() if value != getattr(Sampling(), name)}
-    told = {"server": endpoint.url, "served": endpoint.model, "sampling": sampling, "stop": way.stop}
+    settings = {"server": endpoint.url, "served": endpoint.model, "sampling": sampling, "stop": way.stop}
 
     def asker(asked: Asked) -> Ask:
         options = {
@@ -194,7 +194,7 @@ def _server(args: argparse.Namespace) -> Source:
         }
         return lambda numbers: server_answers(endpoint, asked, numbers, args.concurrency or CONCURRENCY, options)
 
-    return Source("qwen2_vl" if older else "qwen2_5_vl", told, {"model": endpoint.model}, asker)
+    return Source("qwen2_vl" if older else "qwen2_5_vl", settings, {"model": endpoint.model}, asker)
 
 
 def _bounds(profile: Profile) -> dict[str, Any]:

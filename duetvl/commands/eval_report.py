@@ -35,7 +35,7 @@ def report(args: argparse.Namespace, out: Say, say: Say) -> bool:
         run,
         marked,
         summary,
-        published=beside_published(str(run["told"].get("model", "")), asked.task.name, summary),
+        published=beside_published(str(run["about"].get("model", "")), asked.task.name, summary),
         judge=None if judge is None else judge.summary(),
         remarks=[*remarks, *notes(marked)],
     )
@@ -69,9 +69,9 @@ def compare(args: argparse.Namespace, out: Say, say: Say) -> int:
 
 def _pictures_of(run: Mapping[str, Any], say: Say) -> Callable[[int], Question] | None:
     """The questions of a run with their pictures, where its data are still where they were."""
-    told = run["told"]
+    about = run["about"]
     try:
-        questions = find_task(told["task"]).questions(Path(told["data"]), find_profile(run["asked"]["profile"]))
+        questions = find_task(about["task"]).questions(Path(about["data"]), find_profile(run["settings"]["profile"]))
     except DuetvlError as error:
         say(f"the page has no pictures: {error}")
         return None
@@ -80,16 +80,16 @@ def _pictures_of(run: Mapping[str, Any], say: Say) -> Callable[[int], Question] 
 
 def asked_again(args: argparse.Namespace, run: Mapping[str, Any]) -> tuple[Asked, list[str]]:
     """The questions of a run, from its data, and what has changed about them since. ConfigError, DataError."""
-    asked, told = run["asked"], run["told"]
-    data = args.data or Path(told["data"])
-    if args.task is not None and find_task(args.task).name != asked["task"]:
-        raise ConfigError(f"--task {args.task}: the run in {args.output} is one of {asked['task']}")
-    task, profile = find_task(args.task or told["task"]), find_profile(asked["profile"])
+    settings, about = run["settings"], run["about"]
+    data = args.data or Path(about["data"])
+    if args.task is not None and find_task(args.task).name != settings["task"]:
+        raise ConfigError(f"--task {args.task}: the run in {args.output} is one of {settings['task']}")
+    task, profile = find_task(args.task or about["task"]), find_profile(settings["profile"])
     questions = task.questions(data, profile)
     md5 = data_md5(data)
     remarks: list[str] = []
-    if md5 != asked["md5"]:
-        remarks.append(f"the data have changed since they were asked: md5 {asked['md5']}, now {md5}")
-    if told["questions"] < len(questions):
-        remarks.append(f"these are the first {told['questions']} of {len(questions)} questions")
-    return Asked(task, profile, questions, min(told["questions"], len(questions))), remarks
+    if md5 != settings["md5"]:
+        remarks.append(f"the data have changed since they were asked: md5 {settings['md5']}, now {md5}")
+    if about["questions"] < len(questions):
+        remarks.append(f"these are the first {about['questions']} of {len(questions)} questions")
+    return Asked(task, profile, questions, min(about["questions"], len(questions))), remarks

@@ -108,15 +108,15 @@ def _place(row: Row) -> int:
 # -- run.json --------------------------------------------------------------------------------------------------------
 
 
-def open_run(directory: Path, asked: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """Write what a run asks and how (`asked`, on which its answers depend), and what else is to be known (`told`).
+def open_run(directory: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what a run's answers depend on (`settings`), and what else is to be known (`about`).
 
     Gives what was written.
     ConfigError where the directory holds a run that asked something else: nothing is written over.
     """
-    plain = _plain(asked)
+    plain = _plain(settings)
     if (directory / RUN).exists():
-        before = read_run(directory)["asked"]
+        before = read_run(directory)["settings"]
         name = next((name for name in {**before, **plain} if before.get(name) != plain.get(name)), None)
         if name is not None:
             raise ConfigError(
@@ -125,7 +125,7 @@ def open_run(directory: Path, asked: Mapping[str, Any], told: Mapping[str, Any])
             )
     directory.mkdir(parents=True, exist_ok=True)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    content = {"asked": plain, "told": {**_plain(told), "duetvl": __version__, "started": started}}
+    content = {"settings": plain, "about": {**_plain(about), "duetvl": __version__, "started": started}}
     write_text(directory / RUN, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return content
 
@@ -135,8 +135,8 @@ def read_run(directory: Path) -> dict[str, Any]:
     if not (directory / RUN).is_file():
         raise ConfigError(f"{directory}: is no directory of duetvl eval: it has no {RUN}")
     run = read_object(directory / RUN, ConfigError)
-    if not all(isinstance(run.get(name), dict) for name in ("asked", "told")):
-        raise ConfigError(f"{directory / RUN}: is not what duetvl eval writes: it lacks asked or told")
+    if not all(isinstance(run.get(name), dict) for name in ("settings", "about")):
+        raise ConfigError(f"{directory / RUN}: is not what duetvl eval writes: it lacks settings or about")
     return run
 
 

@@ -47,7 +47,7 @@ def gain(a: Marked, b: Marked) -> float:
 def compare_runs(first: Path, second: Path) -> Comparison:
     """Compare two directories of `duetvl eval`. ConfigError where they are none, or have no question in common."""
     runs = [read_run(directory) for directory in (first, second)]
-    tasks = [run["asked"].get("task") for run in runs]
+    tasks = [run["settings"].get("task") for run in runs]
     if tasks[0] != tasks[1]:
         raise ConfigError(
             f"--compare: {first} is a run of {tasks[0]}, {second} of {tasks[1]}; they must be of one task"
@@ -143,7 +143,7 @@ def _in_group(pairs: Sequence[tuple[Marked, Marked]], field: str, value: str) ->
 
 
 def _warnings(runs: Sequence[dict[str, Any]], pairs: Sequence[tuple[Marked, Marked]]) -> Iterator[str]:
-    a, b = (run["asked"] for run in runs)
+    a, b = (run["settings"] for run in runs)
     if a.get("md5") != b.get("md5"):
         yield f"their data differ: md5 {a.get('md5')} and {b.get('md5')}"
     for name in ("profile", "min_pixels", "max_pixels", "max_new_tokens"):

@@ -80,7 +80,10 @@ def _write(content: Mapping[str, Any], target: Path) -> None:
 
 def _run(run: Mapping[str, Any], report: Report | None = None) -> dict[str, Any]:
     """The head of the page: scores and settings of one run."""
-    head = {"name": str(run["told"].get("model") or run["told"].get("server") or ""), "settings": list(_settings(run))}
+    head = {
+        "name": str(run["about"].get("model") or run["about"].get("server") or ""),
+        "settings": list(_settings(run)),
+    }
     if report is None:
         return head | {"tallies": [], "published": None, "judge": None, "remarks": []}
     return head | {
@@ -92,7 +95,7 @@ def _run(run: Mapping[str, Any], report: Report | None = None) -> dict[str, Any]
 
 
 def _settings(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in {**run["told"], **run["asked"]}.items():
+    for name, value in {**run["about"], **run["settings"]}.items():
         if value is not None and value != [] and value != {}:
             yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

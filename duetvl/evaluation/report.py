@@ -47,7 +47,7 @@ class Report:
     @property
     def name(self) -> str:
         """What was asked, in two words."""
-        asked = self.run["asked"]
+        asked = self.run["settings"]
         return f"{asked['task']}, profile {asked['profile']}"
 
 
@@ -57,13 +57,13 @@ def write_report(report: Report, directory: Path) -> None:
     write_text(directory / TABLE, _table(report))
     lines = (json.dumps(one.as_row(), ensure_ascii=False) + "\n" for one in report.marked)
     write_text(directory / RESULTS, "".join(lines))
-    if str(report.run["asked"]["profile"]).startswith("mindie"):
+    if str(report.run["settings"]["profile"]).startswith("mindie"):
         write_text(directory / MINDIE, _mindie(report))
 
 
 def scores(report: Report) -> dict[str, Any]:
     """The content of scores.json."""
-    asked, whole = report.run["asked"], asdict(report.summary.whole)
+    asked, whole = report.run["settings"], asdict(report.summary.whole)
     return {
         "task": asked["task"],
         "profile": asked["profile"],
@@ -77,7 +77,7 @@ def scores(report: Report) -> dict[str, Any]:
         "judge": report.judge,
         "remarks": list(report.remarks),
         "settings": asked,
-        "run": report.run["told"],
+        "run": report.run["about"],
     }
 
 
@@ -200,7 +200,7 @@ def _in_words(one: Tally) -> str:
 
 
 def _table(report: Report) -> str:
-    asked = report.run["asked"]
+    asked = report.run["settings"]
     rows: list[list[Any]] = [["task", "profile", "field", "group", *_COLUMNS]]
     summary = report.summary
     groups = [(field, value, one) for field, values in summary.groups.items() for value, one in values.items()]
@@ -213,7 +213,7 @@ def _table(report: Report) -> str:
 def _mindie(report: Report) -> str:
     """A line for the whole, and one for each set of videos."""
     rows: list[list[Any]] = [["Tasks", "N-Shot", "Total", "Pass", "Metric", "Value"]]
-    task = report.run["asked"]["task"]
+    task = report.run["settings"]["task"]
     sets = report.summary.groups.get("set", {})
     for name, one in [(task, report.summary.whole), *((f"{task}/{name}", one) for name, one in sets.items())]:
         score = one.score or 0.0

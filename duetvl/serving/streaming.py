@@ -185,8 +185,8 @@ class ChatAnswers(Answers):
     def _of(
         self, index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = (), reason: str | None = None
     ) -> dict[str, Any]:
-        told = self._told(logprobs) if logprobs else None
-        return self._chunk({"index": index, "delta": delta, "logprobs": told, "finish_reason": reason})
+        shown = self._logprobs(logprobs) if logprobs else None
+        return self._chunk({"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason})
 
     def _last(self, index: int, choice: _Choice) -> dict[str, Any]:
         """See Answers."""
@@ -199,10 +199,10 @@ class ChatAnswers(Answers):
             message["content"] = choice.text or None
             message["tool_calls"] = [_call(call) for call in choice.calls]
         completion = choice.completion
-        told = self._told(choice.logprobs) if completion is not None and completion.logprobs is not None else None
-        return {"index": index, "message": message, "logprobs": told, "finish_reason": self._reason(choice)}
+        shown = self._logprobs(choice.logprobs) if completion is not None and completion.logprobs is not None else None
+        return {"index": index, "message": message, "logprobs": shown, "finish_reason": self._reason(choice)}
 
-    def _told(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         return {"content": [_without_ids(spelt(self._tokenizer, one)) for one in logprobs], "refusal": None}
 
 
@@ -217,8 +217,8 @@ class TextAnswers(Answers):
         """See Answers."""
         text = "".join(piece for piece in pieces if isinstance(piece, str))
         if text or logprobs:
-            told = self._told(logprobs, choice.letters) if logprobs else None
-            yield self._chunk({"index": index, "text": text, "logprobs": told, "finish_reason": None})
+            shown = self._logprobs(logprobs, choice.letters) if logprobs else None
+            yield self._chunk({"index": index, "text": text, "logprobs": shown, "finish_reason": None})
 
     def _last(self, index: int, choice: _Choice) -> dict[str, Any]:
         """See Answers."""
@@ -227,10 +227,12 @@ class TextAnswers(Answers):
     def _whole(self, index: int, choice: _Choice) -> dict[str, Any]:
         """See Answers."""
         completion = choice.completion
-        told = self._told(choice.logprobs, 0) if completion is not None and completion.logprobs is not None else None
-        return {"index": index, "text": choice.text, "logprobs": told, "finish_reason": self._reason(choice)}
+        shown = (
+            self._logprobs(choice.logprobs, 0) if completion is not None and completion.logprobs is not None else None
+        )
+        return {"index": index, "text": choice.text, "logprobs": shown, "finish_reason": self._reason(choice)}
 
-    def _told(self, logprobs: Sequence[TokenLogprob], letters: int) -> dict[str, Any]:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], letters: int) -> dict[str, Any]:
         """In the older layout: lists side by side. `letters` of the text come before."""
         entries = [spelt(self._tokenizer, one) for one in logprobs]
         offsets = []

@@ -123,12 +123,12 @@ def test_a_missing_video_is_not_asked(tmp_path: Path) -> None:
 def test_a_directory_is_of_one_run(data: Path, tmp_path: Path) -> None:
     open_run(tmp_path, {"task": "a", "profile": "b"}, {"data": data})
     open_run(tmp_path, {"task": "a", "profile": "b"}, {"data": data, "questions": 7})
-    assert read_run(tmp_path)["told"]["questions"] == 7
+    assert read_run(tmp_path)["about"]["questions"] == 7
     with pytest.raises(ConfigError, match="holds a run with profile 'b', and this one has 'c'; give each run a direct"):
         open_run(tmp_path, {"task": "a", "profile": "c"}, {})
     with pytest.raises(ConfigError, match="holds a run with seed None, and this one has 3"):
         open_run(tmp_path, {"task": "a", "profile": "b", "seed": 3}, {})
-    (tmp_path / "run.json").write_text('{"asked": 1}')
+    (tmp_path / "run.json").write_text('{"settings": 1}')
     with pytest.raises(ConfigError, match="is not what duetvl eval writes"):
         read_run(tmp_path)
 
