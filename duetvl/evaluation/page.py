@@ -59,7 +59,7 @@ def write_comparison_page(
     ordered = [*(pair[0] for pair in comparison.different), *(pair[0] for pair in comparison.pairs)]
     chosen = pictures.of(ordered)
     content = {
-        "title": f"{runs[0]['asked']['task']}: two runs",
+        "title": f"{runs[0]['settings']['task']}: two runs",
         "runs": [_run(run) | {"name": name} for run, name in zip(runs, comparison.names, strict=True)],
         "comparison": _comparison(comparison),
         "questions": [_question(pair, chosen.get(pair[0].index)) for pair in comparison.pairs],
