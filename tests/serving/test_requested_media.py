@@ -167,9 +167,9 @@ class Remote(BaseHTTPRequestHandler):
         self.end_headers()
 
     def give_picture(self) -> None:
+        self.server.hosts.append(self.headers["Host"])  # type: ignore[attr-defined]
         self._head(Content_Length=str(len(PNG)), X_Host=self.headers["Host"])
         self.wfile.write(PNG)
-        self.server.hosts.append(self.headers["Host"])  # type: ignore[attr-defined]
 
     def give_open_ended(self) -> None:
         self._head()
