@@ -88,7 +88,7 @@ def write_model(directory: Path) -> None:
 
 
 def write_table(path: Path, questions: int, a_picture: int, side: int) -> Path:
-    """AI2D_TEST.tsv with so many questions, of which each `a_picture` are about one picture of side x side tokens."""
+    """AI2D_TEST.tsv with `questions` questions, `a_picture` of them about each picture of side x side tokens."""
     rng = np.random.default_rng(3)
     lines = ["index\timage\tquestion\tA\tB\tC\tD\tanswer"]
     for number in range(questions):
@@ -243,7 +243,7 @@ def report(lines: Sequence[str], chosen: argparse.Namespace, size: int) -> str:
             *lines,
             "",
             f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each; rates and ratios are",
-            "of processor seconds: the machine is shared, and wall seconds are also those of whoever else was at work.",
+            "of processor seconds: the machine is shared, and wall seconds include other work on it.",
             f"Same answers: as transformers gives one at a time. A Qwen2.5-VL with {size / 1e6:.1f} MB of weights,",
             f"float32; pictures of {chosen.side**2} to {chosen.side * (chosen.side + 4)} tokens; VLMEvalKit has "
             "1,280 and more.",

@@ -36,7 +36,7 @@ class Client:
     writer: asyncio.StreamWriter | None = None
 
     async def post(self, payload: Payload, *, leave_after: float | None = None) -> Outcome:
-        """Send a request and read its answer; or leave after so many seconds, wherever that is."""
+        """Send a request and read its answer, or disconnect after the given seconds."""
         outcome, start = Outcome(), time.perf_counter()
         try:
             await asyncio.wait_for(self._exchange(CHAT, json.dumps(payload).encode(), outcome, start), leave_after)
@@ -129,7 +129,7 @@ class Client:
 
 
 async def all_answered(port: int, payloads: Sequence[Payload], clients: int) -> list[Outcome]:
-    """Outcomes of requests that so many clients send, each its next one as soon as it has its answer."""
+    """Outcomes of the clients' requests; each sends its next one when it has its answer."""
     waiting, outcomes = list(reversed(payloads)), []
 
     async def client() -> None:

@@ -1,6 +1,6 @@
 """One long video over ranks of context parallelism: `python benchmarks/long_sample.py [--tokens N] [--layers N]`.
 
-A sample of so many tokens, nearly all of them of one video clip, which is written first, goes the way of a training
+A sample of `--tokens` tokens, nearly all of them of one generated video clip, goes the way of a training
 run: it is decoded, packed and trained on for one step, by real processes (torchrun, gloo). The model is a random
 Qwen2.5-VL with heads of the published sizes (128 numbers, and 80 in the vision tower), few of them and few layers, in
 float32. Memory is that of the rank with most: with a malloc that gives back what is freed (MALLOC_MMAP_THRESHOLD_), the
@@ -49,7 +49,7 @@ COLUMNS = {
 
 
 def write_inputs(place: Path, tokens: int, layers: int) -> None:
-    """The model, and a record about a clip of as many frames as give nearly so many tokens."""
+    """The model, and a record about a clip whose frames give just under `tokens` tokens."""
     import av
     import tiny_run
 

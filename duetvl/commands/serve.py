@@ -145,7 +145,7 @@ def _given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]
 
 def _tell_who_may_ask(host: str, keys: Keys, say: Say) -> None:
     if not keys and not _is_loopback(host):
-        say(f"--host {host} without keys: whoever reaches this machine may ask; see --api-key-file")
+        say(f"--host {host} without keys: anyone who reaches this machine can use it; see --api-key-file")
 
 
 def _url(host: str, port: int) -> str:

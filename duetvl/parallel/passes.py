@@ -92,14 +92,15 @@ class InOrder:
         before: Callable[[], None] = lambda: None,
     ) -> list[Outputs]:
         """See `Passes`."""
-        found = []
-        for place, one in enumerate(micro_batches, 1):
+        passes, results = self._agreed(micro_batches), []
+        for place, (one, sees) in enumerate(passes, 1):
             before()
-            outputs, tape = self.model.forward(one.batch, self._last(one), key=one.key)
+            outputs, tape = self._forward(one, sees)
             cotangents = [cotangent, *[None] * (len(outputs) - 1)]
-            self.backend.autograd.backward(tape, cotangents, last=place == len(micro_batches), on_ready=on_ready)
-            found.append(outputs)
-        return found
+            last = bool(micro_batches) and place == len(passes)
+            self.backend.autograd.backward(tape, cotangents, last=last, on_ready=on_ready)
+            results.append(outputs)
+        return results[len(passes) - len(micro_batches) :]
 
     def together(self, groups: Iterable[Iterable[Batch]]) -> Iterator[Sequence[Batch]]:
         """One by one."""
@@ -107,14 +108,26 @@ class InOrder:
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
         """See `Passes`."""
-        return [self.model.evaluate(one.batch, self._last(one)) for one in micro_batches]
+        passes = self._agreed(micro_batches)
+        results = [self._untaped(one, sees) for one, sees in passes]
+        return results[len(passes) - len(micro_batches) :]
+
+    def _agreed(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, bool]]:
+        """The passes that this rank runs, its own last; of each whether the vision tower runs without media too."""
+        return [(one, False) for one in micro_batches]
+
+    def _forward(self, one: MicroBatch, sees: bool) -> tuple[Outputs, Tape]:
+        return self.model.forward(one.batch, self._last(one), key=one.key)
+
+    def _untaped(self, one: MicroBatch, sees: bool) -> Outputs:
+        return self.model.evaluate(one.batch, self._last(one))
 
     def _last(self, one: MicroBatch) -> LastStage:
         return one.last(self.model.trained(one.batch))
 
 
 @dataclass(frozen=True)
-class Lockstep:
+class Lockstep(InOrder):
     """The `Passes` of ranks that hold some rows of each block's weights: each of them has to run whenever one does.
 
     All ranks call the same functions, those without a micro-batch too. A rank that has fewer than another first runs
@@ -123,49 +136,24 @@ class Lockstep:
     """
 
     model: QwenVL
-    backend: Backend
-
-    def train(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        cotangent: Tensor,
-        on_ready: Callable[[Parameter], None],
-        before: Callable[[], None] = lambda: None,
-    ) -> list[Outputs]:
-        """See `Passes`."""
-        found = []
-        blank, sees = self._agreed(micro_batches)
-        for place, (one, some) in enumerate(zip([*blank, *micro_batches], sees, strict=True), 1):
-            before()
-            outputs, tape = self.model.forward(
-                one.batch, one.last(self.model.trained(one.batch)), key=one.key, sees=some
-            )
-            own = place > len(blank)
-            cotangents = [cotangent, *[None] * (len(outputs) - 1)]
-            self.backend.autograd.backward(tape, cotangents, last=own and place == len(sees), on_ready=on_ready)
-            found.extend([outputs] * own)
-        return found
 
     def together(self, groups: Iterable[Iterable[Batch]]) -> Iterator[Sequence[Batch]]:
         """Group by group, as other ranks do, also where this one has nothing of a group."""
         return map(list, groups)
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Outputs]:
-        """See `Passes`."""
-        blank, sees = self._agreed(micro_batches)
-        passes = zip([*blank, *micro_batches], sees, strict=True)
-        outputs = [
-            self.model.evaluate(one.batch, one.last(self.model.trained(one.batch)), sees=some) for one, some in passes
-        ]
-        return outputs[len(blank) :]
-
-    def _agreed(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[bool]]:
-        """(the passes of no rows that this rank runs before its own; of each of all, whether the tower runs in it)"""
+    def _agreed(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, bool]]:
         told = Ranks(self.backend.collectives).each([len(one.batch.grids) > 0 for one in micro_batches])
         count = max(map(len, told))
         aligned = [[False] * (count - len(own)) + own for own in told]  # their last ones are one pass
         blank = MicroBatch(self._no_rows(), lambda trained: self._nothing)
-        return [blank] * (count - len(micro_batches)), [any(column) for column in zip(*aligned, strict=True)]
+        passes = [*[blank] * (count - len(micro_batches)), *micro_batches]
+        return [(one, any(column)) for one, column in zip(passes, zip(*aligned, strict=True), strict=True)]
+
+    def _forward(self, one: MicroBatch, sees: bool) -> tuple[Outputs, Tape]:
+        return self.model.forward(one.batch, self._last(one), key=one.key, sees=sees)
+
+    def _untaped(self, one: MicroBatch, sees: bool) -> Outputs:
+        return self.model.evaluate(one.batch, self._last(one), sees=sees)
 
     def _no_rows(self) -> Batch:
         width = self.model.config.vision.patch_row

@@ -88,7 +88,7 @@ class Metrics:
         self.registry.register(_EngineNumbers(scheduler, self.model_names[0]))
 
     def ran_pass(self, rows: int) -> None:
-        """The engine ran a pass of so many rows. For its own thread to call."""
+        """Count a pass of `rows` rows. Called on the engine's thread."""
         self.pass_sizes.labels(self.model_names[0]).observe(rows)
 
     def responded(self, handler: str, method: str, status: int, seconds: float) -> None:
