@@ -251,3 +251,11 @@ def test_a_recipe_for_videos_runs(be, tmp_path):
     recipe = load_recipe(RECIPES / "qwen2_5_vl_3b_sft_video.yaml", overrides(tmp_path, "videos.json"))
     first, second = losses(recipe, be)
     assert 4 < first < 7 and 4 < second < 7
+
+
+@every_recipe
+def test_its_own_layout_leaves_room_in_64_gib(path: Path):
+    """An eighth of a device is left to the allocator and the collectives; offloaded state is on the host."""
+    recipe = load_recipe(path)
+    memory = estimated(for_world(recipe, recipe.parallel.mesh.size))
+    assert (memory.peak - memory.optimizer * memory.offload) / GIB < 56
