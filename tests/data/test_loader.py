@@ -53,13 +53,13 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Data:
-    from duetvl.data.sources import records
+    from duetvl.data.sources import json_files
 
-    plain, records.SHARD_BYTES = records.SHARD_BYTES, 150  # a shard of three records or so
+    plain, json_files.SHARD_BYTES = json_files.SHARD_BYTES, 150  # a shard of three records or so
     try:
         return Data(tmp_path_factory.mktemp("data"))
     finally:
-        records.SHARD_BYTES = plain
+        json_files.SHARD_BYTES = plain
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 4])

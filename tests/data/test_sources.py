@@ -19,7 +19,7 @@ from duetvl.core.errors import DataError
 from duetvl.data.formats.reading import read_record
 from duetvl.data.loading.stream import StreamSource
 from duetvl.data.media.images import load_image
-from duetvl.data.sources import records as records_module
+from duetvl.data.sources import json_files
 from duetvl.data.sources.blob import Blob
 from duetvl.data.sources.catalog import Records, Source, open_source, resolve
 from duetvl.data.sources.records import Reading
@@ -83,7 +83,7 @@ KINDS = {
 
 @pytest.fixture(params=list(KINDS))
 def file(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(records_module, "SHARD_BYTES", 40)
+    monkeypatch.setattr(json_files, "SHARD_BYTES", 40)
     KINDS[request.param](tmp_path / request.param)
     return open_source(tmp_path / request.param)[0]
 
@@ -408,7 +408,7 @@ def test_names_may_be_composed_otherwise(tmp_path: Path) -> None:
 
 
 def test_a_huge_line_is_an_error_and_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(records_module, "LONGEST_LINE", 100)
+    monkeypatch.setattr(json_files, "LONGEST_LINE", 100)
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": "' + "x" * 500 + '"}\n{"n": 3}\n')
     records = Records([tmp_path / "a.jsonl"])
     assert [records[i].values["n"] for i in (0, 2)] == [1, 3]
@@ -418,14 +418,14 @@ def test_a_huge_line_is_an_error_and_passed_over(tmp_path, monkeypatch):
 
 
 def test_lines_longer_than_shards_are_had_once_and_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(records_module, "SHARD_BYTES", 64)
+    monkeypatch.setattr(json_files, "SHARD_BYTES", 64)
     content = "".join(json.dumps({"text": "x" * size}) + "\n" for size in (1000, 1, 500, 40, 54, 53, 52))
     (tmp_path / "a.jsonl").write_text(content)
     (file,) = open_source(str(tmp_path / "a.jsonl"))
     found = [at for start, stop in file.shards() for at, _ in file.scan(start, stop)]
     assert found == list(file.places().at) and len(found) == 7
     line = io.BytesIO(b"x" * 100 + b"\n")
-    assert records_module._skip_line(line, 10) == 10 and line.tell() == 10
+    assert json_files._skip_line(line, 10) == 10 and line.tell() == 10
 
 
 def test_a_file_that_is_cut_off_says_so(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from duetvl.core.errors import DataError
 from duetvl.data.loading.order import Mixture
 from duetvl.data.loading.stream import StreamCursor, StreamSource
-from duetvl.data.sources import records as records_module
+from duetvl.data.sources import json_files
 from duetvl.data.sources.catalog import open_source
 
 
@@ -25,11 +25,11 @@ def source(tmp_path_factory) -> StreamSource:
     write(directory / "a.jsonl", 20)
     write(directory / "b.jsonl", 6)
     (directory / "c.json").write_text(json.dumps([{"n": n} for n in range(5)]))
-    plain, records_module.SHARD_BYTES = records_module.SHARD_BYTES, 60
+    plain, json_files.SHARD_BYTES = json_files.SHARD_BYTES, 60
     try:
         return StreamSource([open_source(directory / name) for name in ("a.jsonl", "b.jsonl", "c.json")])
     finally:
-        records_module.SHARD_BYTES = plain
+        json_files.SHARD_BYTES = plain
 
 
 def cursor_of(source, position=None, *, weights=(1.0, 1.0, 1.0), buffer=4, seed=0, shuffle=True) -> StreamCursor:

@@ -23,7 +23,8 @@ from duetvl.data.conversation import Conversation, ImagePart, Preference, Turn, 
 from duetvl.data.draft import MissingMedia
 from duetvl.data.formats.reading import read_record
 from duetvl.data.formats.tools import parse_json
-from duetvl.data.sources.records import Places, Reading, Record, RecordFile, open_json
+from duetvl.data.sources.json_files import open_json
+from duetvl.data.sources.records import Places, Reading, Record, RecordFile
 from duetvl.data.sources.tables import ParquetFile
 from duetvl.storage.files import staged_directory, staged_file
 

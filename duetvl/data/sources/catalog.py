@@ -14,16 +14,8 @@ import numpy as np
 
 from duetvl.core.errors import DataError
 from duetvl.data.formats.dataset_info import INFO_NAME, info_names, read_dataset_info
-from duetvl.data.sources.records import (
-    Places,
-    Reading,
-    Record,
-    RecordFile,
-    Ref,
-    check_text,
-    describe_os_error,
-    open_json,
-)
+from duetvl.data.sources.json_files import check_text, open_json
+from duetvl.data.sources.records import Places, Reading, Record, RecordFile, Ref, describe_os_error
 from duetvl.data.sources.spelling import on_disk, spellings
 from duetvl.data.sources.tables import ParquetFile, TsvFile
 from duetvl.data.sources.tar import TarShard

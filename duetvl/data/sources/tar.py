@@ -25,7 +25,8 @@ import numpy as np
 
 from duetvl.core.errors import DataError, one_line, shown
 from duetvl.data.sources.blob import Blob
-from duetvl.data.sources.records import LONGEST_LINE, Places, Reading, Record, kind_of, parse_json
+from duetvl.data.sources.json_files import kind_of, parse_json
+from duetvl.data.sources.records import LONGEST_LINE, Places, Reading, Record
 
 IMAGES: Final = frozenset({
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "tga",
