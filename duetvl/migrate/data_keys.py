@@ -8,8 +8,9 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError
+from duetvl.migrate.names import PIXEL_DEFAULTS, SMALLEST_PICTURE, USUAL_TAGS
 from duetvl.migrate.report import Report, Values
-from duetvl.migrate.tables import DATA, PIXEL_DEFAULTS, SMALLEST_PICTURE, USUAL_TAGS
+from duetvl.migrate.tables import DATA
 from duetvl.training.recipe.text import show
 
 _PRE: Final = "dataset_param.preprocess_parameters."

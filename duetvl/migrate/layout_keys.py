@@ -7,11 +7,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from duetvl.core.errors import ConfigError, did_you_mean
+from duetvl.migrate.names import CP_ALGORITHMS
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.script import advice, options, setting
 from duetvl.migrate.shell.simple import Script, Start
 from duetvl.migrate.shell.values import Text
-from duetvl.migrate.tables import CP_ALGORITHMS, SCRIPT
+from duetvl.migrate.tables import SCRIPT
 from duetvl.training.recipe.text import show
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
+from duetvl.migrate.names import FAMILIES, PARTS, SHAPES
 from duetvl.migrate.report import Report, Values
 from duetvl.migrate.script import setting
 from duetvl.migrate.shell.simple import Script
-from duetvl.migrate.tables import FAMILIES, MODEL, PARTS, SHAPES
+from duetvl.migrate.tables import MODEL
 from duetvl.models.qwen_vl.config import ModelConfig, published_config, published_names
 from duetvl.training.recipe.placement import stages_of
 from duetvl.training.recipe.reading import make_recipe

@@ -7,14 +7,9 @@ from typing import Any, Final
 
 from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.layout_keys import Devices, parallel_section
+from duetvl.migrate.names import APPLY_MODULES, LORA_PREFIX, LORA_TARGETS, PARTS
 from duetvl.migrate.report import Report, Values
-from duetvl.migrate.tables import (
-    APPLY_MODULES,
-    LORA_PREFIX,
-    LORA_TARGETS,
-    PARTS,
-    SCRIPT,
-)
+from duetvl.migrate.tables import SCRIPT
 
 _SCHEDULES: Final = ("cosine", "linear", "constant")
 _ADAPTED: Final = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"})

@@ -8,7 +8,7 @@ from typing import Any, Final
 from duetvl.core.errors import ConfigError
 from duetvl.data.formats.dataset_info import INFO_NAME, read_dataset_info
 from duetvl.migrate.llamafactory.keys import Keys
-from duetvl.migrate.tables import SMALLEST_PICTURE
+from duetvl.migrate.names import SMALLEST_PICTURE
 
 _BOUNDS: Final = {
     "image_max_pixels": "max_pixels", "image_min_pixels": "min_pixels", "video_max_pixels": "video_max_pixels",
