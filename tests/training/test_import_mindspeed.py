@@ -71,7 +71,7 @@ def test_a_guide_becomes_the_recipe_of_its_size(tmp_path, name, task, kind):
     assert recipe.parallel.vision_layers == layout.vision_layers
     assert recipe.train.global_batch == ours.train.global_batch and recipe.train.steps == ours.train.steps
     assert recipe.model.freeze == ours.model.freeze and recipe.model.dtype == ours.model.dtype
-    assert recipe.optim == ours.optim.model_copy(update={"clip": None, "lr": 1e-5})
+    assert recipe.optim == ours.optim.model_copy(update={"clip": None, "lr": 1e-5, "offload": False})
     assert recipe.lora == ours.lora
     assert recipe.data.max_pixels == ours.data.max_pixels and recipe.data.cutoff_len == ours.data.cutoff_len
     assert recipe.data.seed == ours.data.seed
