@@ -55,7 +55,7 @@ class DataSets:
         sources = as_sources(self.data, self.data.train)
         limited = next((source.path for source in sources if source.max_samples is not None), None)
         if limited is not None:
-            raise DataError(f"{limited}: num_samples cannot choose from a stream; set data.streaming to false")
+            raise DataError(f"{limited}: num_samples does not apply to a stream; set data.streaming to false")
         self._stream = StreamSource([open_source(source) for source in sources])
         self.files += self._stream.files
         self._mixture = self._mix(self._stream.counts)

@@ -119,9 +119,12 @@ def test_settings_of_a_source_travel_with_its_records(files):
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ({"streaming": True, "train": [{"path": "a", "max_samples": 3}]}, "max_samples cannot choose from a stream"),
-        ({"streaming": True, "max_samples": 3}, r"data\.max_samples cannot bound a stream; limit train\.steps instead"),
-        ({"streaming": True, "val_rate": 0.1}, "val_rate cannot take records out of a stream"),
+        ({"streaming": True, "train": [{"path": "a", "max_samples": 3}]}, "max_samples does not apply to a stream"),
+        (
+            {"streaming": True, "max_samples": 3},
+            r"data\.max_samples does not apply to a stream; limit train\.steps instead",
+        ),
+        ({"streaming": True, "val_rate": 0.1}, "val_rate cannot hold out records of a stream"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, data, expected):

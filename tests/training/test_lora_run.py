@@ -299,7 +299,7 @@ def test_a_lora_run_is_not_resumed_without_its_section(straight, be, recipe, tmp
         (["lora.targets=[model.layer.*.mlp.*]"], r"did you mean model\.layers\.\*\.mlp"),
         (["lora.targets=[lm_head]"], "the head has no adapter"),
         (["lora.targets=[vision]", "model.freeze=vision"], r"model.freeze \(vision\) freezes all that 'vision' names"),
-        (["lora.adapter=somewhere"], "lora.adapter somewhere brings its own .* remove lora.rank, lora.alpha"),
+        (["lora.adapter=somewhere"], "lora.adapter somewhere has its own .* remove lora.rank, lora.alpha"),
     ],
 )
 def test_recipes_that_make_no_sense(recipe, tmp_path, options, message):
@@ -309,7 +309,7 @@ def test_recipes_that_make_no_sense(recipe, tmp_path, options, message):
 
 def test_there_is_nothing_to_merge_without_adapters(recipe):
     values = {key: value for key, value in json.loads(recipe.read_text()).items() if key != "lora"}
-    with pytest.raises(ConfigError, match=r"checkpoint.export merged has a meaning with lora only"):
+    with pytest.raises(ConfigError, match=r"checkpoint.export merged applies to lora only"):
         list(check(values, ["checkpoint.export=merged"]))
 
 

@@ -175,17 +175,17 @@ def test_an_error_in_a_data_set_names_its_field(override, expected):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("train.steps=5", "train.epochs=2"), "train.steps 5 and train.epochs 2 both say how long to train; keep one"),
-        (("optim.loss_scale=1024",), "optim.loss_scale has a meaning with model.dtype float16 only, not float32"),
+        (("train.steps=5", "train.epochs=2"), "train.steps 5 and train.epochs 2 both set the length"),
+        (("optim.loss_scale=1024",), "optim.loss_scale applies to model.dtype float16 only, not to float32"),
         (("model.freeze=[vision,projector,language]",), "nothing would be trained"),
-        (("optim.schedule=constant", "optim.min_lr_ratio=0.1"), "has no meaning with optim.schedule constant"),
-        (("optim.decay=0.2",), "optim.decay has a meaning with optim.schedule wsd only, not cosine"),
+        (("optim.schedule=constant", "optim.min_lr_ratio=0.1"), "does not apply to optim.schedule constant"),
+        (("optim.decay=0.2",), "optim.decay applies to optim.schedule wsd only, not to cosine"),
         (("optim.schedule=wsd", "optim.decay=1.5"), "optim.decay: found 1.5, allowed: a fraction"),
         (("data.min_pixels=100", "data.max_pixels=50"), "data.min_pixels 100 is more than data.max_pixels 50"),
-        (("dpo.loss=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing has a meaning with dpo.loss sigmoid only"),
-        (("dpo.beta=0.1", "train.loss=sample"), "train.loss sample has no meaning with dpo"),
-        (("dpo.beta=0.1", "data.train_on_prompt=true"), "data.train_on_prompt has no meaning with dpo"),
-        (("dpo.beta=0.1", "lora.dropout=0.05"), "lora.dropout 0.05 with dpo would compare"),
+        (("dpo.loss=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing applies to dpo.loss sigmoid only"),
+        (("dpo.beta=0.1", "train.loss=sample"), "train.loss sample does not apply to dpo"),
+        (("dpo.beta=0.1", "data.train_on_prompt=true"), "data.train_on_prompt does not apply to dpo"),
+        (("dpo.beta=0.1", "lora.dropout=0.05"), "lora.dropout 0.05 does not apply to dpo"),
         (("dpo.cache=c", "data.streaming=true", "train.steps=5"), "dpo.cache reads all pairs before the first step"),
     ],
 )
@@ -197,7 +197,7 @@ def test_contradictions(overrides, expected):
     ("values", "expected"),
     [
         ({}, "model is missing: a recipe needs the section with model.path (and 1 more field)"),
-        ({**BASE, "model": {}}, "model.path is missing: Directory of the model in the Hugging Face layout, or its id"),
+        ({**BASE, "model": {}}, "model.path is missing: Directory of the model in the Hugging Face layout, or an id"),
         ({**BASE, "model": 3}, "model: found 3, allowed: a section with fields (path, base, dtype, freeze)"),
         (
             {"model": {"pth": "m"}, "data": {}},
@@ -288,8 +288,8 @@ def test_layers_of_stages_are_flat_or_a_row_for_each_virtual_stage():
             "parallel.ulysses 3 does not divide parallel.cp 4; possible are 1, 2, 4",
         ),
         (("parallel.zero=2", "train.recompute=full"), "parallel.zero: found 2, allowed: 1, 3"),
-        (("parallel.zero=3",), "train.recompute is none; give train.recompute=full"),
-        (("parallel.zero=3", "train.recompute=full", "parallel.pp=2"), "parallel.pp is 2; take parallel.pp=1"),
+        (("parallel.zero=3",), "needs train.recompute full, found none"),
+        (("parallel.zero=3", "train.recompute=full", "parallel.pp=2"), "parallel.pp is 2: give parallel.pp=1"),
         (("parallel.cp_algorithm=hybrid", "parallel.ulysses=0"), "parallel.ulysses: found 0, allowed: "),
     ],
 )

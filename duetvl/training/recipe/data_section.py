@@ -13,11 +13,12 @@ from duetvl.training.recipe.section import Place, Section, contradiction
 
 
 class DataSource(Section):
-    """One set of records. A text in the place of one is its `path`."""
+    """One set of records. A plain text stands for a data set with that `path`."""
 
     path: Place = Field(
         min_length=1,
-        description="File (JSON, JSONL, Parquet, TSV, tar shard), pattern of files, or `dataset_info.json:NAME`.",
+        description="File (JSON, JSONL, Parquet, TSV, tar shard), directory, pattern of files, or "
+        "`dataset_info.json:NAME`.",
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "llava", "qwen", "swift", "preference"] = Field(
         default="auto", description="Layout of the records."
@@ -25,17 +26,21 @@ class DataSource(Section):
     weight: float = Field(
         default=1.0, ge=1e-6, description="How often an epoch sees each record: 2 twice, 0.5 every other one."
     )
-    max_samples: int | None = Field(default=None, ge=1, description="At most this many records, chosen by `data.seed`.")
+    max_samples: int | None = Field(
+        default=None, ge=1, description="Use at most this many records, drawn at random by `data.seed`."
+    )
     image_root: Place | None = Field(default=None, description="Replaces `data.image_root` for this set.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Names of the record's keys, as in LLaMA-Factory's dataset_info.json."
     )
-    tags: dict[str, str] = Field(default_factory=dict, description="Names of roles and their keys, as there.")
+    tags: dict[str, str] = Field(
+        default_factory=dict, description="Names of roles and their keys, as in LLaMA-Factory's dataset_info.json."
+    )
     boxes: Literal["as_written", "pixels", "norm1000"] = Field(
         default="as_written",
-        description="What coordinates written in texts (`bbox_2d`, `point_2d`, `<|box_start|>`) are: left alone, "
-        "pixels of the picture's file, or thousandths of its sides; the latter two are brought to what the family "
-        "expects.",
+        description="Unit of coordinates written in texts (`bbox_2d`, `point_2d`, `<|box_start|>`): leave them as they "
+        "are, pixels of the picture's file, or thousandths of its sides; the latter two are converted to the unit that "
+        "the model family expects.",
     )
 
     @model_validator(mode="after")
@@ -57,29 +62,29 @@ Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
 
 
 class DataSection(Section):
-    """Records, how they are encoded, and how they are laid into micro-batches."""
+    """Records, how they are encoded, and how they are packed into micro-batches."""
 
     train: Sources = Field(min_length=1, description="The data sets to train on.")
-    val: Sources = Field(default=(), description="The same for evaluation; none by default.")
+    val: Sources = Field(default=(), description="The data sets to evaluate on; none by default.")
     val_rate: float | None = Field(
-        default=None, gt=0, lt=1, description="Instead of `val`: the share of the training records to keep for it."
+        default=None, gt=0, lt=1, description="Instead of `val`: the share of the training records to hold out for it."
     )
-    val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate at most this many records.")
+    val_max_samples: int | None = Field(default=None, ge=1, description="Evaluate on at most this many records.")
     max_samples: int | None = Field(
         default=None,
         ge=1,
-        description="Train only on the first N records of all sets together; `max_samples` of a set chooses "
-        "among its records by `data.seed`.",
+        description="Train only on the first N records of all data sets together; `max_samples` of a data set draws N "
+        "of its records at random, by `data.seed`.",
     )
     image_root: Place | None = Field(
         default=None,
-        description="Directory that relative paths of media start from; by default they are looked for beside the data "
+        description="Directory that relative paths of media start from; by default they are looked up beside the data "
         "file, then in the working directory.",
     )
     train_on_prompt: bool = Field(
-        default=False, description="Train the prompts as well, placeholders of media included, as LLaMA-Factory does."
+        default=False, description="Also train on prompts, including the placeholders of media, as LLaMA-Factory does."
     )
-    mask_history: bool = Field(default=False, description="Train only the last answer of a conversation.")
+    mask_history: bool = Field(default=False, description="Train only on the last answer of a conversation.")
     min_pixels: int | None = Field(
         default=None,
         ge=1,
@@ -90,16 +95,17 @@ class DataSection(Section):
     )
     resize: Literal["once", "llamafactory"] = Field(
         default="once",
-        description="`llamafactory` resizes twice as LLaMA-Factory does, for comparisons with it; the "
-        "bounds of pixels are then those of its own, first resize.",
+        description="`llamafactory` resizes twice as LLaMA-Factory does, for comparisons with it; the pixel limits are "
+        "then those of its own, first resize.",
     )
-    video_fps: float = Field(default=2.0, gt=0, description="Frames taken per second of a video.")
+    video_fps: float = Field(default=2.0, gt=0, description="Frames sampled per second of a video.")
     video_min_frames: int = Field(
         default=4,
         ge=1,
-        description="Fewest frames of a video (where it has as many); `video_frames: llamafactory` has no such bound.",
+        description="Minimum number of frames of a video (if it has that many); `video_frames: llamafactory` has no "
+        "minimum.",
     )
-    video_max_frames: int = Field(default=768, ge=1, description="Most frames of a video.")
+    video_max_frames: int = Field(default=768, ge=1, description="Maximum number of frames of a video.")
     video_min_pixels: int | None = Field(
         default=None, ge=1, description="Fewest pixels of a frame; by default what the model directory says."
     )
@@ -113,46 +119,51 @@ class DataSection(Section):
         "token. By default 90% of 128,000 tokens, as in qwen-vl-utils.",
     )
     video_frames: Literal["qwen", "llamafactory"] = Field(
-        default="qwen", description="Whose rule chooses the frames: qwen-vl-utils' or LLaMA-Factory's."
+        default="qwen", description="How frames are sampled: by the rule of qwen-vl-utils or of LLaMA-Factory."
     )
     cutoff_len: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens of one sample, of a pair each answer with its prompt; by default `pack_tokens`.",
+        description="Maximum number of tokens of a sample (for a pair: of each answer with the prompt); `pack_tokens` "
+        "by default.",
     )
     too_long: Literal["error", "drop", "truncate", "shrink"] = Field(
         default="error",
         description="What happens to a sample of more than `cutoff_len` tokens: an error that names it, left out, its "
         "text cut (never inside a picture), or its pictures made smaller.",
     )
-    pack: bool = Field(default=True, description="Several samples in a micro-batch; off: one in each.")
+    pack: bool = Field(
+        default=True, description="Pack several samples into a micro-batch; false: one sample per micro-batch."
+    )
     pack_tokens: int = Field(
         default=4096,
         ge=1,
-        description="Most tokens in one micro-batch: the bound on activation memory. It does not change the loss. A "
-        "longer sample, where `cutoff_len` allows it, is a micro-batch of its own.",
+        description="Maximum number of tokens in a micro-batch; this bounds activation memory and does not change the "
+        "loss. A longer sample, if `cutoff_len` allows it, gets a micro-batch of its own.",
     )
     pack_patches: int | None = Field(
-        default=None, ge=1, description="Most patches of pictures in one micro-batch (a token takes four)."
+        default=None, ge=1, description="Maximum number of patches in a micro-batch (four patches make a token)."
     )
     on_bad_sample: Literal["error", "skip"] = Field(
         default="error", description="A record or medium that cannot be used ends the run, or is counted and skipped."
     )
-    shuffle: bool = Field(default=True, description="A new order in every epoch, fixed by `seed`; off: file order.")
+    shuffle: bool = Field(
+        default=True, description="Shuffle anew in every epoch, determined by `seed`; false: file order."
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the order of samples.")
     streaming: bool = Field(
         default=False, description="Read the files front to back instead of indexing them; needs `train.steps`."
     )
     shuffle_buffer: int = Field(
-        default=1024, ge=1, description="Records that a stream is shuffled over, besides the order of its shards."
+        default=1024, ge=1, description="Size, in records, of a stream's shuffle buffer; shards are shuffled as well."
     )
     workers: int = Field(
-        default=0, ge=0, description="Processes that encode, for each rank; 0: a thread of the rank itself."
+        default=0, ge=0, description="Worker processes per rank that encode samples; 0: a thread of the rank itself."
     )
-    prefetch: int = Field(default=2, ge=1, description="Steps that are made ahead.")
+    prefetch: int = Field(default=2, ge=1, description="Number of steps prepared ahead.")
     cache: Place | None = Field(
         default=None,
-        description="Directory that keeps drafts (tokens, sizes of media); several runs and nodes may share it.",
+        description="Directory that caches tokens and sizes of media; several runs and nodes may share it.",
     )
 
     @model_validator(mode="after")
@@ -167,18 +178,18 @@ class DataSection(Section):
             if least is not None and most is not None and least > most:
                 raise contradiction(f"data.{low} {least} is more than data.{high} {most}")
         if self.video_frames == "qwen" and self.video_max_frames < 2:
-            raise contradiction("data.video_max_frames 1: the rule `qwen` takes two frames at least")
+            raise contradiction("data.video_max_frames 1: `data.video_frames: qwen` takes at least two frames")
         if self.val and self.val_rate is not None:
-            raise contradiction("data.val and data.val_rate both say what to evaluate; keep one")
+            raise contradiction("data.val and data.val_rate both set the evaluation data; keep one")
         if self.streaming and self.val_rate is not None:
-            raise contradiction("data.val_rate cannot take records out of a stream; give data.val")
+            raise contradiction("data.val_rate cannot hold out records of a stream; give data.val")
         if self.streaming and self.max_samples is not None:
-            raise contradiction("data.max_samples cannot bound a stream; limit train.steps instead")
+            raise contradiction("data.max_samples does not apply to a stream; limit train.steps instead")
         if self.streaming and any(source.max_samples is not None for source in self.train):
-            raise contradiction("data.train: max_samples cannot choose from a stream; limit train.steps instead")
+            raise contradiction("data.train: max_samples does not apply to a stream; limit train.steps instead")
         return self
 
     @property
     def longest(self) -> int:
-        """Most tokens of one sample."""
+        """Maximum number of tokens of a sample."""
         return self.pack_tokens if self.cutoff_len is None else self.cutoff_len

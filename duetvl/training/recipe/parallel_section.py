@@ -1,4 +1,4 @@
-"""The section `parallel` of a recipe: how many ranks there are of each kind, and which layers a stage has."""
+"""The section `parallel` of a recipe: the degrees of parallelism, and the layers of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -28,62 +28,64 @@ StageLayers = Annotated[
 class ParallelSection(Section):
     """Degrees of parallelism; their product is the number of processes, see [many_ranks.md](many_ranks.md).
 
-    Layers are placed as in MindSpeed-MM's notation: a number for each pipeline stage, `[1, 10, 10, 7]`, or with
-    virtual stages a row of them for each, `[[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]]`. Stages follow each other along
-    the rows. The vision tower comes before the language model; a stage may hold the end of one and the start of the
-    other, or layers of one alone.
+    Layers are placed in MindSpeed-MM's notation: one number for each pipeline stage, `[1, 10, 10, 7]`, or, with virtual
+    stages, one row of numbers for each, `[[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]]`. Stages run row by row, from left
+    to right. The vision tower comes before the language model; a stage may have the end of one and the start of the
+    other, or layers of only one.
     """
 
     pp: int = Field(
-        default=1, ge=1, description="Pipeline parallelism: ranks that the model's layers are divided over."
+        default=1, ge=1, description="Pipeline parallelism: number of ranks that the layers are divided over."
     )
     dp: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=1,
-        description="Data-parallel replicas, which divide the samples of a step; auto: as many as the processes that "
-        "are started allow. No result depends on it.",
+        description="Data parallelism: number of replicas that the samples of a step are divided over; auto: as many "
+        "as the number of processes allows. It does not change the result.",
     )
     cp: int = Field(
         default=1,
         ge=1,
-        description="Context parallelism: ranks that the tokens of each micro-batch are divided over.",
+        description="Context parallelism: number of ranks that the tokens of each micro-batch are divided over.",
     )
-    tp: int = Field(default=1, ge=1, description="Tensor parallelism: pieces of a layer.")
+    tp: int = Field(
+        default=1, ge=1, description="Tensor parallelism: number of ranks that every layer is divided over."
+    )
     sequence: bool = Field(
         default=False,
-        description="Divide norms and residuals along the sequence over the tensor-parallel ranks; with `tp: 1` it has "
-        "no effect.",
+        description="Sequence parallelism: divide norms and residuals along the sequence over the tensor-parallel "
+        "ranks; no effect with `tp: 1`.",
     )
     vision: Literal["divide", "shard"] = Field(
         default="divide",
-        description="What the tensor-parallel ranks do with the vision tower: `divide` the pictures and frames, each "
-        "rank with all of the tower's weights, or `shard` its layers.",
+        description="How the tensor-parallel ranks share the vision tower: `divide` the pictures and frames, with all "
+        "of the tower's weights on each rank, or `shard` its layers.",
     )
     cp_algorithm: Literal["ulysses", "ring", "hybrid"] = Field(
         default="ulysses",
-        description="How attention sees all of a sequence that `cp` divides: `ulysses` exchanges heads, `ring` passes "
-        "keys and values round, `hybrid` exchanges heads among some ranks, whose teams pass keys and values round.",
+        description="How attention works on a sequence that `cp` divides: `ulysses` exchanges heads, `ring` passes "
+        "keys and values around a ring of ranks, `hybrid` exchanges heads within groups and uses a ring between them.",
     )
     ulysses: int | None = Field(
         default=None,
         ge=1,
-        description="With `cp_algorithm: hybrid`, how many ranks exchange heads with each other, a divisor of `cp`; "
-        "null: as many as the model's heads allow.",
+        description="With `cp_algorithm: hybrid`, the number of ranks that exchange heads with each other, a divisor "
+        "of `cp`; null: as many as the model's heads allow.",
     )
     zero: Literal[1, 3] = Field(
         default=1,
-        description="What ranks that hold the same weights divide among themselves: 1, the optimizer's state and "
-        "updates; 3, the weights and gradients of all blocks too, which are gathered where a block runs. 3 needs "
-        "`train.recompute: full`, and `pp: 1`.",
+        description="What is divided over ranks that would otherwise hold the same weights. 1: optimizer state and "
+        "updates. 3: also the weights and gradients of all blocks, which are gathered when a block runs; this needs "
+        "`train.recompute: full` and `pp: 1`.",
     )
     vision_layers: StageLayers | None = Field(
         default=None,
-        description="Layers of the vision tower in each stage; null: all in the first. It may have fewer rows than "
+        description="Number of vision layers in each stage; null: all in the first stage. It may have fewer rows than "
         "`language_layers`.",
     )
     language_layers: StageLayers | None = Field(
         default=None,
-        description="Layers of the language model in each stage; null: divided evenly, over the stages from the last "
-        "one with vision layers on.",
+        description="Number of language-model layers in each stage; null: divided evenly over the stages, starting "
+        "with the last one that has vision layers.",
     )
 
     @model_validator(mode="after")
@@ -106,8 +108,8 @@ class ParallelSection(Section):
     def _gathered(self) -> ParallelSection:
         if self.zero == 3 and self.pp > 1:
             raise contradiction(
-                f"parallel.zero 3 divides what ranks have that run the same layers, which stages of a pipeline do not: "
-                f"parallel.pp is {self.pp}; take parallel.pp=1 and more of dp, cp or tp, or parallel.zero=1"
+                f"parallel.zero 3 cannot be combined with a pipeline, and parallel.pp is {self.pp}: give parallel.pp=1 "
+                f"and more of dp, cp or tp, or parallel.zero=1"
             )
         return self
 
@@ -147,6 +149,6 @@ class ParallelSection(Section):
 
     @property
     def mesh(self) -> Mesh:
-        """The grid of ranks; with `dp: auto`, before the number of processes is known, of one replica."""
+        """The grid of ranks; with `dp: auto`, one replica, as the number of processes is not known yet."""
         degrees = {axis: getattr(self, axis) for axis in AXES}
         return Mesh(**{axis: 1 if degree == "auto" else degree for axis, degree in degrees.items()})

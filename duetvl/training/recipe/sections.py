@@ -17,19 +17,19 @@ from duetvl.training.recipe.section import Place, Section, as_tuple, contradicti
 
 
 class ModelSection(Section):
-    """Which model is trained, and which of its parts."""
+    """The model, and which parts of it are trained."""
 
     path: Place = Field(
         min_length=1,
-        description="Directory of the model in the Hugging Face layout, or its id, which is fetched: "
+        description="Directory of the model in the Hugging Face layout, or an id to download: "
         "`Qwen/Qwen2.5-VL-7B-Instruct` from Hugging Face, `modelscope:Qwen/Qwen2.5-VL-7B-Instruct` from ModelScope. Or "
-        "a run (`runs/x`, `runs/x@1200`), an adapter (which is merged as it is read), a MindSpeed-MM directory.",
+        "a run (`runs/x`, `runs/x@1200`), an adapter (merged while it is read), or a MindSpeed-MM directory.",
     )
     base: Place | None = Field(
         default=None,
         min_length=1,
-        description="The model in the Hugging Face layout that configuration and tokenizer come from where `path` is a "
-        "MindSpeed-MM directory; below a run or an adapter, where what it names is not there any more.",
+        description="Directory in the Hugging Face layout with the configuration and tokenizer, if `path` is a "
+        "MindSpeed-MM directory. If `path` is a run or an adapter: its base model, if that has moved.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
@@ -50,7 +50,7 @@ class ModelSection(Section):
 
 
 class TrainSection(Section):
-    """How long a run is, and where it is kept."""
+    """The length of the run, its batch and loss, evaluation, and the run directory."""
 
     output_dir: Place = Field(
         default="runs/{recipe}",
@@ -58,43 +58,43 @@ class TrainSection(Section):
         description="Run directory: recipe, checkpoints, metrics, plot. `{recipe}` stands for the recipe's file name.",
     )
     global_batch: int = Field(
-        default=8, ge=1, description="Samples in one optimizer step, whatever the split into micro-batches."
+        default=8, ge=1, description="Samples in one optimizer step, however it is split into micro-batches."
     )
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps; instead of `epochs`.")
     epochs: float | None = Field(
         default=None,
         gt=0,
         le=10**9,
-        description="Passes over the data; 1 where `steps` is not given either. Rounded up to whole steps: the last "
-        "step is filled from the next epoch's order.",
+        description="Passes over the data; 1 if `steps` is not given either. Rounded up to whole steps: the last step "
+        "is filled with samples of the next epoch.",
     )
     loss: Literal["token", "micro_batch", "sample"] = Field(
         default="token",
-        description="What the tokens' losses are averaged over: all trained tokens of the step, the tokens of each "
-        "micro-batch and then the micro-batches (as transformers does), or the tokens of each sample and then the "
-        "samples.",
+        description="How token losses are averaged: over all trained tokens of the step; over the tokens of each "
+        "micro-batch, then over the micro-batches (as in transformers); or over the tokens of each sample, then over "
+        "the samples.",
     )
     recompute: RecomputeMode = Field(
         default="none",
-        description="What is computed again in the backward pass instead of being kept: nothing; every block, in "
-        "both towers or in one; or (selective) the MLPs, while attention is kept. It changes memory and time alone.",
+        description="What is recomputed in the backward pass instead of being stored: nothing; every block (full), or "
+        "the blocks of one tower; or only the MLPs (selective). It affects memory and time, not the result.",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
-        description="A loss or gradient that is not a finite number ends the run, or the step makes no update and the "
-        "run continues; the step's samples are named in both cases.",
+        description="After a non-finite loss or gradient: end the run, or make no update in this step and continue. "
+        "Both name the step's samples.",
     )
     eval_every: int | None = Field(
         default=None, ge=1, description="Evaluate `data.val` every N steps; it is always evaluated at the end."
     )
     eval_first: bool = Field(
-        default=False, description="Evaluate `data.val` before the first step too: what the model can do untrained."
+        default=False, description="Also evaluate `data.val` before the first step, as a baseline."
     )
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="End the run, as at its last step, after this many evaluations in a row without a lower eval_loss "
-        "than the lowest so far; null: train all steps.",
+        description="Stop early after this many evaluations in a row without a new lowest eval_loss, with checkpoint "
+        "and export as after the last step; null: train all steps.",
     )
 
     @model_validator(mode="after")
@@ -107,15 +107,15 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if self.steps is not None and self.epochs is not None:
             raise contradiction(
-                f"train.steps {self.steps} and train.epochs {self.epochs:g} both say how long to train; keep one"
+                f"train.steps {self.steps} and train.epochs {self.epochs:g} both set the length of training; keep one"
             )
         return self
 
 
 class LoraSection(Section):
-    """Low-rank adapters (Hu et al., arXiv:2106.09685) in the place of training the weights themselves.
+    """Low-rank adapters (Hu et al., arXiv:2106.09685), trained instead of the weights themselves.
 
-    The section's presence is the switch: `lora: {}`, or `lora:` with nothing below it, takes all defaults.
+    The section's presence switches LoRA on: `lora: {}`, or `lora:` with nothing below it, uses the defaults.
     """
 
     rank: int = Field(default=8, ge=1, description="Rank of every adapter.")
@@ -124,16 +124,17 @@ class LoraSection(Section):
     targets: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         default=("language",),
         min_length=1,
-        description="Which linear layers get one: vision, projector, language (all of that part), a module's last name "
-        "such as q_proj, or a pattern of full names such as `model.layers.*.mlp.*`.",
+        description="Which linear layers get an adapter: vision, projector, language (all layers of that part), the "
+        "last component of a module's name such as q_proj, or a pattern of full names such as "
+        "`model.layers.*.mlp.*`.",
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732).")
-    dora: bool = Field(default=False, description="Train magnitudes beside directions (arXiv:2402.09353).")
+    dora: bool = Field(default=False, description="Train magnitudes as well as directions (arXiv:2402.09353).")
     adapter: Place | None = Field(
         default=None,
         min_length=1,
-        description="Directory of an adapter (PEFT's layout) to start from. It brings its rank, alpha, layers, rslora "
-        "and dora.",
+        description="Directory of an adapter (PEFT's layout) to start from. Its own rank, alpha, layers, rslora and "
+        "dora apply.",
     )
 
     @model_validator(mode="after")
@@ -142,107 +143,109 @@ class LoraSection(Section):
         given = [f"lora.{name}" for name in own if getattr(self, name) != type(self).model_fields[name].default]
         if self.adapter is not None and given:
             raise contradiction(
-                f"lora.adapter {self.adapter} brings its own rank, alpha, layers, rslora and dora; remove "
+                f"lora.adapter {self.adapter} has its own rank, alpha, layers, rslora and dora; remove "
                 f"{', '.join(given)}"
             )
         return self
 
 
 class DpoSection(Section):
-    """Direct preference optimisation (Rafailov et al., arXiv:2305.18290) of pairs of answers.
+    """Direct preference optimisation (Rafailov et al., arXiv:2305.18290) on pairs of answers.
 
-    The section's presence is the switch: `dpo: {}`, or `dpo:` with nothing below it, takes all defaults.
+    The section's presence switches DPO on: `dpo: {}`, or `dpo:` with nothing below it, uses the defaults.
     """
 
     loss: Literal["sigmoid", "hinge", "ipo", "ipo_sum"] = Field(
         default="sigmoid",
-        description="`ipo` takes the mean log-probability of an answer's tokens, as TRL and LLaMA-Factory do; "
-        "`ipo_sum` their sum, as in the paper.",
+        description="`ipo` uses the mean log-probability of an answer's tokens, as TRL and LLaMA-Factory do; "
+        "`ipo_sum` uses their sum, as in the paper.",
     )
-    beta: float = Field(default=0.1, gt=0, description="Strength of the pull towards the reference.")
+    beta: float = Field(default=0.1, gt=0, description="How strongly the policy is kept near the reference.")
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="Share of pairs taken to be labelled wrongly (conservative DPO)."
+        default=0.0, ge=0, lt=0.5, description="Assumed share of pairs with swapped labels (conservative DPO)."
     )
     pref_ftx: float = Field(default=0.0, ge=0, description="Weight of the chosen answer's cross-entropy.")
     reference: Place | None = Field(
         default=None,
         min_length=1,
-        description="Directory or id of the reference model, or whatever else `model.path` may be; by default "
-        "`model.path`, with LoRA the model without its adapter.",
+        description="The reference model: anything that `model.path` accepts. By default `model.path` itself; with "
+        "LoRA the model without its adapter.",
     )
-    reference_base: Place | None = Field(default=None, min_length=1, description="As `model.base`, of `reference`.")
+    reference_base: Place | None = Field(default=None, min_length=1, description="As `model.base`, for `reference`.")
     cache: Place | None = Field(
         default=None,
         min_length=1,
-        description="Directory that keeps the reference's log-probabilities: computed once, the reference is not held.",
+        description="Directory for the reference's log-probabilities: they are computed once, before training, and "
+        "the reference model is not kept in memory.",
     )
 
     @model_validator(mode="after")
     def _smoothable(self) -> DpoSection:
         if self.label_smoothing and self.loss != "sigmoid":
-            raise contradiction(f"dpo.label_smoothing has a meaning with dpo.loss sigmoid only, not {self.loss}")
+            raise contradiction(f"dpo.label_smoothing applies to dpo.loss sigmoid only, not to {self.loss}")
         return self
 
 
 class CheckpointSection(Section):
-    """What is saved, and when. The last step is always saved, and the one before an error or a signal."""
+    """What is saved, and when. The last step is always saved, and so is the last step before an error or a signal."""
 
     every: int | None = Field(default=500, ge=1, description="Save a checkpoint every N steps; null: do not.")
     minutes: float | None = Field(
-        default=30.0, gt=0, description="Also save one when the last is this many minutes old; null: do not."
+        default=30.0, gt=0, description="Also save when the last checkpoint is this many minutes old; null: do not."
     )
     keep_last: int | None = Field(
-        default=2, ge=1, description="How many checkpoints are kept, older ones are removed; null: all."
+        default=2, ge=1, description="How many checkpoints to keep; older ones are removed. null: all."
     )
     keep_best: Literal["eval_loss"] | None = Field(
         default=None,
-        description="Save whenever an evaluation has the lowest eval_loss so far, and keep that checkpoint beside the "
-        "`keep_last` newest until there is a better one; `RUN@best` is its name where a run is read.",
+        description="Also save whenever an evaluation has the lowest eval_loss so far, and keep that checkpoint, "
+        "besides the `keep_last` newest, until there is a better one. `RUN@best` selects it.",
     )
     background: bool = Field(
         default=False,
-        description="Write in a thread while training continues. Takes host memory of one checkpoint's size meanwhile.",
+        description="Write in a thread while training continues. Needs host memory of one checkpoint's size.",
     )
     grace: float | None = Field(
         default=None,
         gt=0,
-        description="Seconds between a scheduler's SIGTERM and its SIGKILL. A step that has not ended after half of "
-        "them is given up between two micro-batches, so that there is time to save; null: it is always finished.",
+        description="Seconds between the scheduler's SIGTERM and its SIGKILL. A step that has not ended after half of "
+        "them is abandoned between two micro-batches, so that there is time to save; null: finish the step.",
     )
     export: bool | Literal["merged", "mindspeed_mm"] = Field(
         default=False,
         description="At the end, write the model to `export/`: `true` in the Hugging Face layout, `mindspeed_mm` as a "
-        "MindSpeed-MM release of one stage and rank (`mm-convert ... resplit` divides it further). Of a LoRA run "
-        "`true` writes the adapter alone, in PEFT's layout; `merged` the merged model in the Hugging Face layout, as "
-        "`mindspeed_mm` does in its own.",
+        "MindSpeed-MM release of one stage and rank (`mm-convert ... resplit` divides it further). For a LoRA run, "
+        "`true` writes only the adapter, in PEFT's layout; `merged` writes the merged model in the Hugging Face "
+        "layout, and `mindspeed_mm` the merged model in its own.",
     )
 
 
 class LogSection(Section):
-    """What is shown. `metrics.jsonl` gets every step in any case."""
+    """What is logged. `metrics.jsonl` always gets every step."""
 
-    every: int = Field(default=1, ge=1, description="Print a line every N steps, where no progress bar is shown.")
+    every: int = Field(default=1, ge=1, description="Print a line every N steps, if no progress bar is shown.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events to `tensorboard/`.")
     wandb: str | None = Field(
-        default=None, min_length=1, description="Project of Weights & Biases that gets the run (the extra `wandb`)."
+        default=None, min_length=1, description="Weights & Biases project to log to (needs the extra `wandb`)."
     )
     swanlab: str | None = Field(
-        default=None, min_length=1, description="Project of SwanLab that gets the run (the extra `swanlab`)."
+        default=None, min_length=1, description="SwanLab project to log to (needs the extra `swanlab`)."
     )
     generate: int = Field(
         default=0,
         ge=0,
-        description="At every evaluation, answer this many validation samples; see `samples.jsonl` and TensorBoard.",
+        description="At every evaluation, generate answers to this many validation samples, for `samples.jsonl` and "
+        "TensorBoard.",
     )
-    generate_tokens: int = Field(default=64, ge=1, description="Most tokens of such an answer.")
+    generate_tokens: int = Field(default=64, ge=1, description="Maximum number of tokens of such an answer.")
     peak_tflops: float | None = Field(
         default=None,
         gt=0,
-        description="What the device can do, in 1e12 operations a second, for the utilisation `mfu`; by default what "
-        "is known of it, and no `mfu` where nothing is.",
+        description="Peak of the device in TFLOP/s, for the utilisation `mfu`; by default from a table of known "
+        "devices. Without either there is no `mfu`.",
     )
     profile: Annotated[tuple[int, int] | None, BeforeValidator(as_tuple)] = Field(
-        default=None, description="First and last step to record; the trace goes to `profile/`."
+        default=None, description="First and last step to profile; the trace goes to `profile/`."
     )
     plot: bool = Field(default=True, description="Draw `loss.png` at every checkpoint and evaluation, and at the end.")
 
@@ -256,36 +259,44 @@ class LogSection(Section):
 
 
 class EvalSection(Section):
-    """Benchmarks that the model in training is asked as the run goes on; docs/evaluation.md describes them.
+    """Benchmarks on which the model is scored during training; see [evaluation.md](evaluation.md#while-training).
 
     Validation loss has its own fields: `data.val` and `train.eval_every`.
     """
 
     tasks: dict[str, Place] = Field(
-        default={}, description="Benchmarks and their data: `{ai2d_test: data/AI2D_TEST.tsv}`; also a task's YAML file."
+        default={},
+        description="Benchmarks and their data: `{ai2d_test: data/AI2D_TEST.tsv}`. A key may also be the YAML file "
+        "of a task of your own.",
     )
-    every: int = Field(default=500, ge=1, description="Ask them every N steps, and after the last one.")
-    limit: int | None = Field(default=None, ge=1, description="The first N questions of each; null: all.")
+    every: int = Field(default=500, ge=1, description="Run them every N steps, and after the last one.")
+    limit: int | None = Field(default=None, ge=1, description="Use only the first N questions of each; null: all.")
     profile: str | None = Field(
         default=None, min_length=1, description="Prompt profile; by default that of the model's family."
     )
-    min_pixels: int | None = Field(default=None, ge=1, description="Pixels of a picture, instead of the profile's.")
-    max_pixels: int | None = Field(default=None, ge=1, description="The same, at most.")
-    max_new_tokens: int = Field(default=64, ge=1, description="Most tokens of an answer.")
-    at_once: int = Field(default=16, ge=1, description="Answers that grow together; each needs room beside training.")
+    min_pixels: int | None = Field(
+        default=None, ge=1, description="Minimum number of pixels of a picture, instead of the profile's."
+    )
+    max_pixels: int | None = Field(
+        default=None, ge=1, description="Maximum number of pixels of a picture, instead of the profile's."
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="Maximum number of tokens of an answer.")
+    at_once: int = Field(
+        default=16, ge=1, description="Answers generated in parallel; each takes memory besides training's."
+    )
 
 
 class BackendSection(Section):
-    """The framework and the device. `--backend`, `--device` and DUETVL_BACKEND on the command line come first."""
+    """The framework and the device. `--backend`, `--device` and DUETVL_BACKEND override these fields."""
 
     name: str = Field(
         default="auto",
         min_length=1,
-        description="torch_npu (or torch), mindspore, a registered one, or auto for the framework that is installed: "
-        "PyTorch where both are.",
+        description="torch_npu (or torch), mindspore, the name of a plug-in, or auto: the framework that is installed, "
+        "PyTorch if both are.",
     )
     device: str = Field(
-        default="auto", min_length=1, description="cpu, cuda, npu (ascend), or auto for the best that is there."
+        default="auto", min_length=1, description="cpu, cuda, npu (ascend), or auto for the best available device."
     )
 
     @model_validator(mode="after")
@@ -315,17 +326,17 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.checkpoint.export == "merged" and self.lora is None:
-            raise contradiction("checkpoint.export merged has a meaning with lora only; use true")
+            raise contradiction("checkpoint.export merged applies to lora only; use true")
         for name in ("loss_scale", "loss_scale_window"):
             if getattr(self.optim, name) is not None and self.model.dtype != "float16":
-                raise contradiction(f"optim.{name} has a meaning with model.dtype float16 only, not {self.model.dtype}")
+                raise contradiction(f"optim.{name} applies to model.dtype float16 only, not to {self.model.dtype}")
         if self.parallel.zero == 3 and self.train.recompute != "full":
             raise contradiction(
-                f"parallel.zero 3 gathers each block's weights again in the backward pass, where train.recompute full "
-                f"runs it again, and train.recompute is {self.train.recompute}; give train.recompute=full"
+                f"parallel.zero 3 needs train.recompute full, found {self.train.recompute}: a block's weights are "
+                f"gathered again for its recomputation; give train.recompute=full"
             )
         if self.data.streaming and self.train.steps is None:
-            raise contradiction("data.streaming does not know how many records there are: give train.steps")
+            raise contradiction("data.streaming does not know the number of records: give train.steps")
         if self.train.eval_every is not None and not (self.data.val or self.data.val_rate):
             raise contradiction(
                 f"train.eval_every {self.train.eval_every} needs data.val or data.val_rate, and neither is given"
@@ -350,15 +361,17 @@ class Recipe(Section):
             return self
         if self.train.loss != "token":
             raise contradiction(
-                f"train.loss {self.train.loss} has no meaning with dpo, whose loss is a mean over pairs"
+                f"train.loss {self.train.loss} does not apply to dpo, whose loss is a mean over pairs; remove it"
             )
         if self.data.train_on_prompt:
-            raise contradiction("data.train_on_prompt has no meaning with dpo, which compares answers to one prompt")
+            raise contradiction(
+                "data.train_on_prompt does not apply to dpo, which compares answers to the same prompt; remove it"
+            )
         if self.lora is not None and self.lora.dropout:
             raise contradiction(
-                f"lora.dropout {self.lora.dropout:g} with dpo would compare a thinned model with a whole reference; "
-                f"leave it at 0"
+                f"lora.dropout {self.lora.dropout:g} does not apply to dpo: the policy would have dropout and the "
+                f"reference none; set it to 0"
             )
         if self.dpo.cache is not None and self.data.streaming:
-            raise contradiction("dpo.cache reads all pairs before the first step, data.streaming never; keep one")
+            raise contradiction("dpo.cache reads all pairs before the first step and cannot use a stream; remove one")
         return self

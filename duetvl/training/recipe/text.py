@@ -60,7 +60,7 @@ def _path(problem: ErrorDetails) -> str:
 def no_section(name: str) -> str:
     """There is no section of this name; the field that is meant, or the nearest known ones."""
     if name in _MINDSPEED:
-        return f"{name!r} is a key of MindSpeed-MM's files; `duetvl import-mindspeed` makes a recipe of them"
+        return f"{name!r} is a key of MindSpeed-MM's files; `duetvl import-mindspeed` turns them into a recipe"
     hint = elsewhere(name) or did_you_mean(str(name), Recipe.model_fields)
     more = " docs/migrating.md has the fields for the keys of LLaMA-Factory" if name in _ELSEWHERE else ""
     return f"a recipe has no section {name!r}{hint}{more}"
@@ -123,7 +123,7 @@ def show(value: Any) -> str:
 
 
 def recipe_reference() -> str:
-    """All fields of a recipe as markdown tables; docs/recipe.md holds exactly this."""
+    """All fields of a recipe as markdown tables: the text of docs/recipe.md."""
     lines = ["# Recipe", "", _PREFACE.strip(), ""]
     for section in Recipe.model_fields:
         lines += _table(f"## {section}", section_type(section))
@@ -143,18 +143,19 @@ def _table(title: str, kind: type[Section]) -> Iterator[str]:
 
 
 _PREFACE = """
-<!-- Made by `duetvl.training.recipe.text.recipe_reference()`; a test holds that it is current. -->
+<!-- Written by `duetvl.training.recipe.text.recipe_reference()`; a test checks that it is current. -->
 
-One YAML or JSON file says everything about a run. An unknown section or field is an error that names the nearest
-known one. Any field can be given on the command line instead: `duetvl train run.yaml optim.lr=3e-5 train.steps=100`.
+A recipe is one YAML or JSON file that describes a whole run. An unknown section or field is an error that names the
+nearest known one. Any field can be overridden on the command line:
+`duetvl train run.yaml optim.lr=3e-5 train.steps=100`.
 
-Paths are relative to the working directory, and `~` is the home directory. Paths of images inside a data file are
-relative to `data.image_root`, or else to the data file and then the working directory. Numbers are read as in JSON
-(`1e-5` is a number), `true` and `false` are the only booleans.
+Paths are relative to the working directory, and `~` is the home directory. Paths of media inside a data file are
+relative to `data.image_root` if it is set, otherwise to the data file, then to the working directory. Numbers are read
+as in JSON (`1e-5` is a number); `true` and `false` are the only booleans.
 
-A section with nothing below it (`lora:`) has its defaults. A field with nothing after it is null where that
-is its default, and an error elsewhere. On the command line a value is read as YAML where it begins with a quote or a
-bracket; anything else is one number, boolean, null, or text, taken whole: `data.train=shards/*.tar`.
+A section with nothing below it (`lora:`) gets its defaults. A field with nothing after it is null if null is its
+default, and an error otherwise. On the command line, a value that begins with a quote or a bracket is read as YAML;
+anything else is a single number, boolean, null or text: `data.train=shards/*.tar`.
 """
 
 
