@@ -142,8 +142,9 @@ class Model(QwenVL):
         """Answer a conversation (messages) or continue a Sample; greedy unless `sampling` says otherwise.
 
         Ends at a token of `stop` or after `max_new_tokens`; by default `stop` is what the model's
-        generation_config.json says, or the tokenizer's ends. `sampling=model.defaults.sampling` takes the sampling from
-        that file too, as an `Engine` and `duetvl infer` do. `on_text` is handed the text as it grows.
+        generation_config.json says, or the tokenizer's end tokens. `sampling=model.defaults.sampling` takes the
+        sampling from that file as well, as an `Engine` and `duetvl infer` do. `on_text` is called with each new piece
+        of text; it needs a model with a tokenizer.
         """
         answers = self.generate_many(
             [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_text=on_text
@@ -159,25 +160,28 @@ class Model(QwenVL):
         stop: Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Generation]:
-        """`generate` for several prompts at once, in one packed pass.
+        """`generate` for several prompts at once, in packed passes; one Generation for each prompt, in order.
 
         Greedy answers do not depend on their neighbours; with sampling, a prompt's place in the list names its random
-        stream.
+        stream. `on_text` takes a single prompt: ConfigError with several.
         """
         samples = [p if isinstance(p, Sample) else self.processor(p, add_generation_prompt=True) for p in prompts]
         processor = self._processor_if_any()
         defaults = self.defaults if processor else Defaults()
-        tell = on_text if processor and len(samples) == 1 else None
-        found = generate(
+        if on_text and len(samples) != 1:
+            raise ConfigError(f"on_text follows the answer to one prompt, found {len(samples)}; use Engine.stream")
+        if on_text and processor is None:
+            raise ConfigError("on_text needs text, and this model has no tokenizer; load it from a directory with one")
+        answers = generate(
             self,
             samples,
             max_new_tokens=max_new_tokens,
             stop=defaults.stop_ids if stop is None else frozenset(stop),
             sampling=sampling,
-            tokenizer=processor.tokenizer if processor and tell else None,
-            on_delta=(lambda number, delta: tell(delta.text) if delta.text else None) if tell else None,
+            tokenizer=processor.tokenizer if processor and on_text else None,
+            on_delta=(lambda number, delta: on_text(delta.text) if delta.text else None) if on_text else None,
         )
-        return [Generation(tokens, processor.decode(tokens) if processor else None) for tokens in found]
+        return [Generation(tokens, processor.decode(tokens) if processor else None) for tokens in answers]
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Write a directory that transformers loads, tokenizer and settings included.

@@ -133,6 +133,8 @@ def test_a_conversation(be, talker):
     assert ends == set(processor.stop_token_ids)
     with pytest.raises(DataError, match="ends with an assistant message"):
         model.generate([*question, {"role": "assistant", "content": "red"}])
+    with pytest.raises(ConfigError, match="on_text follows the answer to one prompt, found 2"):
+        model.generate_many([question, question], on_text=told.append)
 
 
 def test_the_end_of_turn_ends_it_by_default(be, talker):
