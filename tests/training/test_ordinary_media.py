@@ -1,0 +1,56 @@
+"""What people have trains with a recipe that says nothing of sizes: a photo of 12 megapixels, a minute of 720p."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+from clips import write_clip
+from PIL import Image
+
+from duetvl.training.check import check
+from duetvl.training.train import train
+
+PUBLISHED = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "merge_size": 2}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ordinary")
+    model = tiny_run.write_model(directory / "model")
+    (model / "preprocessor_config.json").write_text(json.dumps(PUBLISHED))
+    Image.new("RGB", (4032, 3024), (90, 120, 40)).save(directory / "photo.jpg")
+    write_clip(directory / "minute.mp4", frames=120, rate=2, size=(720, 1280))
+    return directory
+
+
+def recipe(home: Path, name: str, *records: dict[str, object], **data: object) -> Path:
+    """A recipe of one step over records of this question, in a directory of its own."""
+    (home / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sections = {
+        "model": {"path": str(home / "model")},
+        "data": {"train": str(home / f"{name}.jsonl"), **data},
+        "train": {"output_dir": str(home / name), "global_batch": len(records), "steps": 1},
+        "log": {"tensorboard": False, "plot": False},
+        "backend": {"device": "cpu"},
+    }
+    (home / f"{name}.json").write_text(json.dumps(sections))
+    return home / f"{name}.json"
+
+
+def asked(images: list[str], videos: list[str] | None = None, text: str = "what is this?") -> dict[str, object]:
+    marks = "<image>" * len(images) + "<video>" * len(videos or [])
+    messages = [{"role": "user", "content": marks + text}, {"role": "assistant", "content": "a field"}]
+    return {"messages": messages, "images": images, "videos": videos or []}
+
+
+def test_a_photo_and_a_minute_of_video_train_by_default(home: Path) -> None:
+    assert train(recipe(home, "default", asked(["photo.jpg"], ["minute.mp4"]))).step == 1
+
+
+def test_by_default_five_photos_fit(home: Path) -> None:
+    lines = list(check(recipe(home, "five", asked(["photo.jpg"] * 5), asked([], ["minute.mp4"]))))
+    tokens = next(line for line in lines if "in the longest" in line)
+    assert int(tokens.split(" in the longest")[0].split()[-1]) <= 4096
