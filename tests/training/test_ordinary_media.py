@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import tiny_run
 from clips import write_clip
 from PIL import Image
 
+from duetvl.core.errors import DataError
 from duetvl.training.check import check
 from duetvl.training.train import train
 
@@ -54,3 +57,32 @@ def test_by_default_five_photos_fit(home: Path) -> None:
     lines = list(check(recipe(home, "five", asked(["photo.jpg"] * 5), asked([], ["minute.mp4"]))))
     tokens = next(line for line in lines if "in the longest" in line)
     assert int(tokens.split(" in the longest")[0].split()[-1]) <= 4096
+
+
+def test_check_proposes_values_with_which_every_sample_trains(home: Path) -> None:
+    """For pictures, for videos, and a length; boxes are texts that change with the size of their picture."""
+    Image.new("RGB", (448, 448)).save(home / "small.png")
+    objects = {"objects": {"ref": ["it"], "bbox": [[0, 0, 448, 448]]}}
+    album, boxed = asked(["small.png"] * 9), asked(["small.png"] * 7, text="<ref-object>? <bbox>") | objects
+    records = (album, boxed, asked([], ["minute.mp4"] * 2), asked(["small.png"]))
+    file = recipe(home, "album", *records, cutoff_len=1400, video_total_pixels=784 * 1000)
+    lines = checked(file, 3)
+    proposal = next(line for line in lines if "longer than" in line).split(": ")[1]
+    smaller, longer = proposal.split("; or ")
+    assert [re.sub(r"\d+", "N", text) for text in (smaller, longer)] == [
+        "data.max_pixels=N and data.video_total_pixels=N fits all",
+        "data.cutoff_len=N fits all, with more memory",
+    ]
+    bounds = smaller.removesuffix(" fits all").split(" and ")
+    assert checked(file, 0, *bounds) and checked(file, 0, longer.split()[0])
+    assert train(file, bounds).step == 1
+
+
+def checked(file: Path, bad: int, *overrides: str) -> list[str]:
+    """What is said of a recipe that has so many bad records."""
+    lines: list[str] = []
+    ends = pytest.raises(DataError, match=rf"would meet {bad} bad records") if bad else nullcontext()
+    with ends:
+        for line in check(file, overrides):
+            lines.append(line)
+    return lines
