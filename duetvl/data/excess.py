@@ -9,6 +9,8 @@ from typing import Final
 from duetvl.core.errors import DataError
 from duetvl.data.draft import Dropped
 
+PICTURES: Final = "data.max_pixels"
+VIDEOS: Final = "data.video_total_pixels"
 _ROUND: Final = 256  # a proposed length is a multiple of it
 
 
@@ -37,9 +39,15 @@ class Excess:
 
     def remedies(self) -> str:
         """What would make it fit, as overrides of the recipe."""
-        smaller = "" if self.bound is None else f"{self.bound[0]}={self.bound[1]} or "
-        fewer = " (so would fewer frames: data.video_fps, data.video_max_frames)" if self.videos[0] else ""
-        return f"{smaller}data.cutoff_len={self.tokens} makes it fit{fewer}"
+        ways = []
+        if self.bound is not None:
+            key, value = self.bound
+            how = "smaller pictures" if key == PICTURES else "smaller frames; data.video_max_frames for fewer"
+            ways.append(f"{key}={value} ({how})")
+        longer = "a higher data.cutoff_len" if self.tokens is None else f"data.cutoff_len={self.tokens}"
+        return (
+            f"give {' or '.join([*ways, f'{longer} (more memory)'])}, or choose data.too_long: drop, truncate or shrink"
+        )
 
 
 class SampleTooLong(DataError):
@@ -85,9 +93,9 @@ class Excesses:
         """How many of so many samples are too long, and which values would fit them, as overrides of the recipe."""
         rest = self.count - self.bounded.total()
         smaller = " and ".join(f"{key}={value}" for key, value in sorted(self.bounds.items()))
-        ways = [f"{smaller} fits {f'all but {rest} of them' if rest else 'all'}"] if smaller else []
+        ways = [f"{smaller} would fit {f'all but {rest} of them' if rest else 'all'}"] if smaller else []
         if not self.unmeasured:
-            ways.append(f"data.cutoff_len={-(-self.longest // _ROUND) * _ROUND} fits all, with more memory")
+            ways.append(f"data.cutoff_len={-(-self.longest // _ROUND) * _ROUND} would fit all, with more memory")
         proposal = "; or ".join(ways) or "their texts are too long by far: shorten them, or choose data.too_long"
         are = "samples are" if self.count > 1 else "sample is"
         return f"{self.count} of {records} {are} longer than {self.limit} tokens: {proposal}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from duetvl.data.conversation import Conversation
 from duetvl.data.draft import Dropped
-from duetvl.data.excess import DroppedAsTooLong, Excess, SampleTooLong
+from duetvl.data.excess import PICTURES, VIDEOS, DroppedAsTooLong, Excess, SampleTooLong
 from duetvl.data.formats.grounding import write_boxes
 from duetvl.data.length import Segment, Segments, length, truncate, truncate_pair
 from duetvl.data.media.plan import Medium, shrunk, sized
@@ -57,18 +57,13 @@ class SequenceWriter:
     def _too_long(self, found: str, excess: Excess) -> SampleTooLong:
         if self.settings.too_long != "error":
             return DroppedAsTooLong(found, excess)
-        remedy = "raise data.cutoff_len" if excess.tokens is None else excess.remedies()
-        return SampleTooLong(
-            f"{found}; {remedy} (beyond data.pack_tokens as a micro-batch of its own); data.too_long may leave out, "
-            f"shrink or truncate such samples",
-            excess,
-        )
+        return SampleTooLong(f"{found}; {excess.remedies()}", excess)
 
     def _excess(self, sequences: list[Segments], media: Media, limit: int) -> Excess:
         """What is long, and the bound on pictures, or on videos, that makes it fit: first on that which takes more."""
         kinds = [[medium for medium in media.values() if medium.is_video == video] for video in (False, True)]
         images, videos = ((self._tokens(kind), len(kind)) for kind in kinds)
-        ways = [("data.max_pixels", self._with_pictures(media)), ("data.video_total_pixels", self._with_videos(media))]
+        ways = [(PICTURES, self._with_pictures(media)), (VIDEOS, self._with_videos(media))]
         bound = None
         for key, way in ways if images >= videos else reversed(ways):
             if bound is None and (fitting := self._fitting(sequences, media, limit, *way)) is not None:

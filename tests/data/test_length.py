@@ -172,7 +172,7 @@ def test_error_and_drop(processor: Processor) -> None:
         drafted(processor, found, cutoff_len=20)
     assert not isinstance(caught.value, Dropped)
     assert str(caught.value).startswith(
-        "chat.jsonl:7: has 30 tokens, the longest may have 20: text 30; data.cutoff_len=30 makes it fit"
+        "chat.jsonl:7: has 30 tokens, the longest may have 20: text 30; give data.cutoff_len=30 (more memory)"
     )
     with pytest.raises(Dropped, match=r"chat\.jsonl:7: has 30 tokens, the longest may have 20"):
         drafted(processor, found, cutoff_len=20, too_long="drop")
@@ -192,8 +192,12 @@ def within(processor: Processor, key: str, value: int) -> Processor:
 @pytest.mark.parametrize(
     ("parts", "long", "bound"),
     [
-        ([picture(112, 112)] * 3, "3 pictures 48", "data.max_pixels=11760 or "),
-        ([picture(28, 56), [picture(112, 112)] * 8], "1 picture 2, 1 video 64", "data.video_total_pixels=49392 or "),
+        ([picture(112, 112)] * 3, "3 pictures 48", "data.max_pixels=11760 (smaller pictures)"),
+        (
+            [picture(28, 56), [picture(112, 112)] * 8],
+            "1 picture 2, 1 video 64",
+            "data.video_total_pixels=49392 (smaller frames; ",
+        ),
     ],
 )
 def test_an_error_says_what_is_long_and_what_would_fit(
@@ -204,7 +208,7 @@ def test_an_error_says_what_is_long_and_what_would_fit(
     with pytest.raises(SampleTooLong) as caught:
         drafted(processor, found, cutoff_len=limit)
     error = pickle.loads(pickle.dumps(caught.value))  # as workers send it
-    assert f", {long}; {bound}data.cutoff_len={limit + 20} makes it fit" in str(error)
+    assert f", {long}; give {bound}" in str(error) and f" or data.cutoff_len={limit + 20} (more memory)" in str(error)
     assert error.excess == caught.value.excess
     key, value = error.excess.bound
     assert drafted(within(processor, key, value), found, cutoff_len=limit).tokens <= limit

@@ -70,10 +70,10 @@ def test_check_proposes_values_with_which_every_sample_trains(home: Path) -> Non
     proposal = next(line for line in lines if "longer than" in line).split(": ")[1]
     smaller, longer = proposal.split("; or ")
     assert [re.sub(r"\d+", "N", text) for text in (smaller, longer)] == [
-        "data.max_pixels=N and data.video_total_pixels=N fits all",
-        "data.cutoff_len=N fits all, with more memory",
+        "data.max_pixels=N and data.video_total_pixels=N would fit all",
+        "data.cutoff_len=N would fit all, with more memory",
     ]
-    bounds = smaller.removesuffix(" fits all").split(" and ")
+    bounds = smaller.removesuffix(" would fit all").split(" and ")
     assert checked(file, 0, *bounds) and checked(file, 0, longer.split()[0])
     assert train(file, bounds).step == 1
 
