@@ -19,6 +19,7 @@ from duetvl.core.errors import DataError, one_line, shown
 from duetvl.core.family import Family
 from duetvl.data.conversation import Conversation, ImagePart, Preference, VideoPart
 from duetvl.data.draft import Draft, MissingMedia
+from duetvl.data.excess import SampleTooLong
 from duetvl.data.formats.messages import read_messages
 from duetvl.data.formats.reading import read_record
 from duetvl.data.length import Segments, length
@@ -228,6 +229,8 @@ class RecordEncoder:
         except MissingMedia as error:
             dirs = " and in ".join(str(directory) for directory in record.media_dirs)
             raise MissingMedia(f"{record.where}: {error}; relative paths are looked for in {dirs}") from None
+        except SampleTooLong as error:
+            raise error.at(record.where) from None
         except DataError as error:
             raise type(error)(f"{record.where}: {error}") from None
 

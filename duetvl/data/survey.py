@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from duetvl.data.draft import Draft, Dropped, MediaTally, NotItsFault, Outcome, Unread
+from duetvl.data.excess import Excesses, SampleTooLong
 from duetvl.data.media.plan import Medium
 from duetvl.storage.files import write_bytes, write_text
 
@@ -40,6 +41,7 @@ class Survey:
     examples: dict[str, list[str]] = field(default_factory=lambda: {"dropped": [], "bad": []})
     left_out: list[str] = field(default_factory=list)
     unread: Unread = field(default_factory=Unread)
+    excesses: Excesses = field(default_factory=Excesses)
     tally: MediaTally = field(default_factory=MediaTally)
     roots: Counter[str] = field(default_factory=Counter)  # directory -> media that were found in it by relative paths
 
@@ -51,6 +53,8 @@ class Survey:
         if isinstance(outcome, NotItsFault):
             raise outcome
         self.tally.add(outcome)
+        if isinstance(outcome, SampleTooLong) and outcome.excess is not None:
+            self.excesses.add(outcome.excess)
         if not isinstance(outcome, Draft):
             kind = "dropped" if isinstance(outcome, Dropped) else "bad"
             setattr(self, kind, getattr(self, kind) + 1)
@@ -82,6 +86,8 @@ class Survey:
         yield f"{all_of_them}: {len(self.lengths)} good, {self.dropped} left out, {self.bad} bad"
         if self.lengths:
             yield from self._lengths()
+        if self.excesses.count:
+            yield self.excesses.propose(self.records)
         for note, count in sorted(self.notes.items()):
             yield f"{note}: {count} samples"
         yield from (f"media: {n} found in {root}" for root, n in sorted(self.roots.items()))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from typing import Final
 
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError
 from duetvl.core.ranks import Ranks
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
-from duetvl.data.media.plan import MediaSettings
-from duetvl.data.media.video import FrameRule
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
@@ -25,17 +21,13 @@ from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.job import Job
 from duetvl.training.lora import AdapterPlan, adapt, base_of, kept, plan_adapters
+from duetvl.training.media_bounds import media_settings
 from duetvl.training.memory import division_of, memory_of
 from duetvl.training.objective import Objective, TokenLoss
 from duetvl.training.preference.dpo import PreferenceObjective
 from duetvl.training.preference.reference import CachedReference, make_reference, reference_identity, reference_model
-from duetvl.training.recipe.data_section import DataSection
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.costs import Flops
-
-# LLaMA-Factory's image_min_pixels and image_max_pixels, video_min_pixels and video_max_pixels.
-LF_IMAGE: Final = (32 * 32, 768 * 768)
-LF_VIDEO: Final = (16 * 16, 256 * 256)
 
 
 def prepare(recipe: Recipe, backend: Backend) -> Job:
@@ -112,39 +104,3 @@ def recipe_processor(recipe: Recipe, source: ModelDirectory | None = None) -> Pr
     processor = Processor.from_directory(source.path, source.family)
     processor.media = media_settings(processor.media, recipe.data)
     return processor
-
-
-def media_settings(own: MediaSettings, data: DataSection) -> MediaSettings:
-    """The model directory's settings of pictures and videos with what the recipe says instead.
-
-    With `resize: llamafactory` the recipe's bounds, or LLaMA-Factory's defaults, are those of its own resize, and the
-    processor's keep what the directory says, as there.
-    """
-    if data.resize == "llamafactory":
-        image = replace(own.image, first=_bounds("pixels", data.min_pixels, data.max_pixels, LF_IMAGE))
-        video = replace(
-            own.video, first=_bounds("video_pixels", data.video_min_pixels, data.video_max_pixels, LF_VIDEO)
-        )
-    else:
-        low, high = _bounds("pixels", data.min_pixels, data.max_pixels, (own.image.min_pixels, own.image.max_pixels))
-        image = replace(own.image, min_pixels=low, max_pixels=high)
-        given = (own.video.min_pixels, own.video.max_pixels)
-        low, high = _bounds("video_pixels", data.video_min_pixels, data.video_max_pixels, given)
-        video = replace(own.video, min_pixels=low, max_pixels=high)
-    return MediaSettings(
-        image,
-        video,
-        FrameRule(data.video_frames, data.video_fps, data.video_min_frames, data.video_max_frames),
-        own.total_pixels if data.video_total_pixels is None else data.video_total_pixels,
-    )
-
-
-def _bounds(name: str, low: int | None, high: int | None, defaults: tuple[int, int]) -> tuple[int, int]:
-    bounds = defaults[0] if low is None else low, defaults[1] if high is None else high
-    if bounds[0] > bounds[1]:
-        least, most = (f"data.{name.replace('pixels', end)}" for end in ("min_pixels", "max_pixels"))
-        raise ConfigError(
-            f"data: pictures of at least {bounds[0]} and at most {bounds[1]} pixels are asked for, one of which is the "
-            f"model directory's own or a default; give {least} and {most} together"
-        )
-    return bounds

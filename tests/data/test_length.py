@@ -1,6 +1,9 @@
 """Samples that are too long: what is cut, what never is, what is made smaller, what is left out."""
 
+import pickle
 import re
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from duetvl.core.batch import IGNORE, Pair, Sample
 from duetvl.core.errors import DataError
 from duetvl.data.draft import Draft, Dropped
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
+from duetvl.data.excess import SampleTooLong
 from duetvl.data.length import proportions
 from duetvl.data.sources.records import Record
 from duetvl.data.tokenizer import TextTokenizer
@@ -167,10 +171,49 @@ def test_error_and_drop(processor: Processor) -> None:
     with pytest.raises(DataError) as caught:
         drafted(processor, found, cutoff_len=20)
     assert not isinstance(caught.value, Dropped)
-    assert "chat.jsonl:7: has 30 tokens, the longest may have 20; raise data.cutoff_len" in str(caught.value)
+    assert str(caught.value).startswith(
+        "chat.jsonl:7: has 30 tokens, the longest may have 20: text 30; give data.cutoff_len=30 (more memory)"
+    )
     with pytest.raises(Dropped, match=r"chat\.jsonl:7: has 30 tokens, the longest may have 20"):
         drafted(processor, found, cutoff_len=20, too_long="drop")
     assert drafted(processor, found, cutoff_len=30, too_long="drop").notes == ()
+
+
+def within(processor: Processor, key: str, value: int) -> Processor:
+    """The same with a bound that an error proposes, as a recipe with it has."""
+    other, own = copy(processor), processor.media
+    picture_bound = key == "data.max_pixels"
+    other.media = (
+        replace(own, image=replace(own.image, max_pixels=value)) if picture_bound else replace(own, total_pixels=value)
+    )
+    return other
+
+
+@pytest.mark.parametrize(
+    ("parts", "long", "bound"),
+    [
+        ([picture(112, 112)] * 3, "3 pictures 48", "data.max_pixels=11760 (smaller pictures)"),
+        (
+            [picture(28, 56), [picture(112, 112)] * 8],
+            "1 picture 2, 1 video 64",
+            "data.video_total_pixels=49392 (smaller frames; ",
+        ),
+    ],
+)
+def test_an_error_says_what_is_long_and_what_would_fit(
+    processor: Processor, parts: list[Any], long: str, bound: str
+) -> None:
+    found = record(["look ", *parts], "ok")
+    limit = drafted(processor, found).tokens - 20
+    with pytest.raises(SampleTooLong) as caught:
+        drafted(processor, found, cutoff_len=limit)
+    error = pickle.loads(pickle.dumps(caught.value))  # as workers send it
+    assert f", {long}; give {bound}" in str(error) and f" or data.cutoff_len={limit + 20} (more memory)" in str(error)
+    assert error.excess == caught.value.excess
+    key, value = error.excess.bound
+    assert drafted(within(processor, key, value), found, cutoff_len=limit).tokens <= limit
+    with pytest.raises(SampleTooLong):  # one more token's area is too much
+        drafted(within(processor, key, value + 784), found, cutoff_len=limit)
 
 
 def test_pictures_and_videos_shrink_by_one_share(processor: Processor) -> None:
@@ -286,7 +329,7 @@ def test_texts_that_must_be_too_long_are_not_tokenised(
         DataError, match=r"has a text of 1\d{6} characters, which has more tokens, the longest"
     ) as caught:
         drafted(processor, record("x" * 10**6, "y"), cutoff_len=64, too_long=policy)
-    assert type(caught.value) is kind and max(seen, default=0) < 1000
+    assert isinstance(caught.value, Dropped) == (kind is Dropped) and max(seen, default=0) < 1000
 
 
 def test_a_long_text_is_cut_as_a_shorter_one_is(processor: Processor) -> None:

@@ -1,5 +1,6 @@
 """What a recipe says of pictures, videos and lengths reaches the encoder."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.data.media.pixels import PixelSettings
 from duetvl.data.media.plan import TOTAL_PIXELS, MediaSettings
 from duetvl.data.media.video import FrameRule
+from duetvl.training.media_bounds import media_settings
 from duetvl.training.recipe.data_section import DataSection
-from duetvl.training.sft import media_settings
 
 OWN = MediaSettings(PixelSettings(3136, 12_845_056), PixelSettings(3136, 602_112))
 
@@ -18,9 +19,22 @@ def settings(**fields: Any) -> MediaSettings:
     return media_settings(OWN, DataSection(train="a.jsonl", **fields))
 
 
-def test_without_a_word_the_directory_holds() -> None:
-    assert settings() == OWN
+def test_the_defaults_lie_within_what_the_directory_says() -> None:
     assert OWN.frames == FrameRule("qwen", 2.0, 4, 768) and OWN.total_pixels == TOTAL_PIXELS == 90_316_800
+    usual = MediaSettings(
+        PixelSettings(3136, 589_824), PixelSettings(3136, 65_536), FrameRule("qwen", 2.0, 4, 128), 2_408_448
+    )
+    assert settings() == usual
+    small = MediaSettings(PixelSettings(3136, 12_544), PixelSettings(3136, 6272), OWN.frames, 100_000)
+    assert media_settings(small, DataSection(train="a")) == replace(small, frames=usual.frames)
+    large = replace(OWN, image=PixelSettings(1_003_520, 12_845_056))  # its fewest pixels are more than the default
+    assert media_settings(large, DataSection(train="a")).image == large.image
+
+
+def test_a_frame_size_of_the_recipe_is_not_reduced_for_long_videos() -> None:
+    assert settings(video_max_pixels=602_112).total_pixels == TOTAL_PIXELS
+    assert settings(resize="llamafactory").total_pixels == TOTAL_PIXELS
+    assert settings(video_max_pixels=602_112, video_total_pixels=78_400).total_pixels == 78_400
 
 
 def test_every_field_acts() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -64,6 +64,17 @@ class PixelSettings:
         if not 0 < settings.min_pixels <= settings.max_pixels:
             raise ConfigError(f"min_pixels {settings.min_pixels} and max_pixels {settings.max_pixels} leave no size")
         return settings
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most pixels, of the first resize where there are two."""
+        return (self.min_pixels, self.max_pixels) if self.first is None else self.first
+
+    def at_most(self, pixels: int) -> PixelSettings:
+        """The same with another upper bound."""
+        if self.first is None:
+            return replace(self, max_pixels=pixels)
+        return replace(self, first=(self.first[0], pixels))
 
 
 class PatchRows(NamedTuple):

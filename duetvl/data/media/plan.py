@@ -66,7 +66,7 @@ class Medium:
 def measure(part: ImagePart | VideoPart, settings: MediaSettings, geometry: PatchGeometry) -> Medium:
     """A medium's size, from its header. Raises DataError naming its source."""
     if isinstance(part, ImagePart):
-        return _sized(Medium(part, image_size(part.source), (0, 0)), settings, geometry)
+        return sized(Medium(part, image_size(part.source), (0, 0)), settings, geometry)
     given = part.second_per_grid
     frames = _frame_sources(part)
     if frames is not None:
@@ -78,7 +78,17 @@ def measure(part: ImagePart | VideoPart, settings: MediaSettings, geometry: Patc
         with _named(part):
             plan = plan_frames(index, settings.frames, part)
         medium = Medium(part, index.size, (0, 0), len(plan.picks), given or plan.seconds * geometry.temporal, plan)
-    return _sized(medium, settings, geometry)
+    return sized(medium, settings, geometry)
+
+
+def sized(medium: Medium, settings: MediaSettings, geometry: PatchGeometry, most: int | None = None) -> Medium:
+    """The medium at the size that these settings give it; `most` pixels of area count instead of their bound."""
+    own = settings.video if medium.is_video else settings.image
+    wish = _bounds(medium, settings, geometry)
+    if most is not None:
+        wish = wish._replace(max_pixels=most)
+    with _named(medium.part):
+        return replace(medium, size=model_size(medium.original, own, geometry, wish))
 
 
 def shrunk(medium: Medium, scale: float, settings: MediaSettings, geometry: PatchGeometry) -> Medium:
@@ -88,7 +98,7 @@ def shrunk(medium: Medium, scale: float, settings: MediaSettings, geometry: Patc
     assert least is not None and most is not None
     # A narrow picture may be larger than it should, where its short side can get no shorter, and then even larger than
     # it was, as its sides are rounded otherwise.
-    smaller = _sized(medium, settings, geometry, most=max(least, min(most, int(height * width * scale))))
+    smaller = sized(medium, settings, geometry, most=max(least, min(most, int(height * width * scale))))
     return smaller if smaller.size[0] * smaller.size[1] < height * width else medium
 
 
@@ -97,15 +107,6 @@ def load(medium: Medium, settings: MediaSettings, geometry: PatchGeometry) -> Pa
     own = settings.video if medium.is_video else settings.image
     frames = (_checked(image, medium, own) for image in _pictures(medium, settings))
     return patch_rows(frames, medium.frames, medium.size, own, geometry)
-
-
-def _sized(medium: Medium, settings: MediaSettings, geometry: PatchGeometry, most: int | None = None) -> Medium:
-    own = settings.video if medium.is_video else settings.image
-    wish = _bounds(medium, settings, geometry)
-    if most is not None:
-        wish = wish._replace(max_pixels=most)
-    with _named(medium.part):
-        return replace(medium, size=model_size(medium.original, own, geometry, wish))
 
 
 def _bounds(medium: Medium, settings: MediaSettings, geometry: PatchGeometry) -> Resize:

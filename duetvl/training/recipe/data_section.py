@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -10,6 +10,13 @@ from duetvl.core.errors import did_you_mean
 from duetvl.data.formats.messages import TAGS
 from duetvl.data.formats.reading import COLUMNS
 from duetvl.training.recipe.section import Place, Section, contradiction
+
+# Defaults of pictures and videos, so that what people have fits into the default of `pack_tokens` beside its text: the
+# bounds of LLaMA-Factory and MindSpeed-MM, and one for a whole video, as 128 frames of theirs take 5,312 tokens.
+MAX_PIXELS: Final = 768 * 768  # 752 tokens
+VIDEO_MAX_PIXELS: Final = 256 * 256  # 83 tokens for two frames
+VIDEO_MAX_FRAMES: Final = 128
+VIDEO_TOTAL_PIXELS: Final = 3072 * 28 * 28
 
 
 class DataSource(Section):
@@ -91,7 +98,11 @@ class DataSection(Section):
         description="Images with fewer pixels are enlarged; by default what the model directory says.",
     )
     max_pixels: int | None = Field(
-        default=None, ge=1, description="Images with more pixels are reduced; by default what the model directory says."
+        default=None,
+        ge=1,
+        description=f"Images with more pixels are reduced. By default {MAX_PIXELS:,} (768 x 768, 752 tokens), as in "
+        "LLaMA-Factory and MindSpeed-MM, or what the model directory says where that is less. The published "
+        "directories say 12,845,056, 16,384 tokens for one picture.",
     )
     resize: Literal["once", "llamafactory"] = Field(
         default="once",
@@ -105,18 +116,26 @@ class DataSection(Section):
         description="Minimum number of frames of a video (if it has that many); `video_frames: llamafactory` has no "
         "minimum.",
     )
-    video_max_frames: int = Field(default=768, ge=1, description="Maximum number of frames of a video.")
+    video_max_frames: int = Field(
+        default=VIDEO_MAX_FRAMES,
+        ge=1,
+        description="Maximum number of frames of a video: 128 as in LLaMA-Factory, about a minute. qwen-vl-utils takes up to 768.",
+    )
     video_min_pixels: int | None = Field(
         default=None, ge=1, description="Fewest pixels of a frame; by default what the model directory says."
     )
     video_max_pixels: int | None = Field(
-        default=None, ge=1, description="Most pixels of a frame; by default what the model directory says."
+        default=None,
+        ge=1,
+        description=f"Most pixels of a frame. By default {VIDEO_MAX_PIXELS:,} (256 x 256, 83 tokens for two frames), "
+        "as in LLaMA-Factory, or what the model directory says where that is less.",
     )
     video_total_pixels: int | None = Field(
         default=None,
         ge=1,
         description="Most pixels of a video, two frames counted as one, as they become one patch: 784 of them are a "
-        "token. By default 90% of 128,000 tokens, as in qwen-vl-utils.",
+        f"token. By default {VIDEO_TOTAL_PIXELS:,} (3,072 tokens), so that a long video gets smaller frames and fits; "
+        "where `video_max_pixels` is given, or with `resize: llamafactory`, 115,200 tokens, as in qwen-vl-utils.",
     )
     video_frames: Literal["qwen", "llamafactory"] = Field(
         default="qwen", description="How frames are sampled: by the rule of qwen-vl-utils or of LLaMA-Factory."
