@@ -337,7 +337,7 @@ def test_data_of_which_nothing_is_trained(place, capsys):
         assert capsys.readouterr().err == f"error: {field}: {expected}\n"
     assert main(["train", "tiny.json", "data.val=val.jsonl", "train.steps=2", "train.eval_every=1"]) == 0
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if "eval" in line] == [
+    assert [line for line in out.splitlines() if "eval_loss" in line] == [
         f"warning: step {step} has no eval_loss: no token of the validation data is trained" for step in (1, 2)
     ]
     assert "eval" not in (place / "runs" / "tiny" / "metrics.jsonl").read_text()

@@ -58,6 +58,7 @@ class Backend:
     checkpoint_io: CheckpointIO
     device: Device
     capabilities: Capabilities
+    passed_over: str = ""  # where `auto` took the CPU: why, accelerator by accelerator
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """The tensor's values on the host; bfloat16 comes as float32."""

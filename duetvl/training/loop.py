@@ -15,7 +15,6 @@ from typing import Any
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
-from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
 from duetvl.storage.finding import CheckpointRef, saved_steps
@@ -27,9 +26,10 @@ from duetvl.training.ending import Export, TrainResult, last_losses
 from duetvl.training.evaluations import Evaluations
 from duetvl.training.failures import ending_alone
 from duetvl.training.feed import DataSets, Feed
+from duetvl.training.introduction import introduction
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.room import room_warnings
+from duetvl.training.room import memory_estimate, room_warnings
 from duetvl.training.schedule import learning_rate, stretched, total_steps
 from duetvl.training.signals import StopSignals
 from duetvl.training.state import RunState
@@ -119,11 +119,12 @@ class Run:
         """Train to the end, or until a signal or a callback asks to stop."""
         with ExitStack() as feeding:
             self.ranks.together(lambda: feeding.enter_context(self.feed.started(self.total - self.step)))
-            warnings = room_warnings(self.state, self.ranks, self.total - self.step)
+            left = self.total - self.step
+            estimate = memory_estimate(self.state, self.ranks) if left > 0 else None
+            warnings = room_warnings(self.state, self.ranks, left, estimate)
             notes = self.ranks.first(self._begin)
             with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
-                self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework}){self._on_ranks()}")
-                for note in (*notes, *self.notes, *warnings):
+                for note in (*introduction(self.state, self.total, estimate), *notes, *self.notes, *warnings):
                     self.say(note)
                 with self._kept(), ending_alone(self.ranks, self.run_dir, lambda: self.step + 1):
                     self._steps()
@@ -140,12 +141,6 @@ class Run:
         if self.start.checkpoint is not None:
             go_on_from(self.start.checkpoint, self.run_dir)
         return notes
-
-    def _on_ranks(self) -> str:
-        """How many processes train, where there are several."""
-        mesh = self.recipe.parallel.mesh
-        degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1)
-        return f" on {mesh.size} ranks: {degrees}" if mesh.size > 1 else ""
 
     # -- what is open while it runs, closed however it ends ----------------------------------------------------------
 

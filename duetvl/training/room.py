@@ -12,16 +12,20 @@ from duetvl.training.memory import Memory
 from duetvl.training.state import RunState
 
 
-def room_warnings(state: RunState, ranks: Ranks, steps: int) -> list[str]:
+def memory_estimate(state: RunState, ranks: Ranks) -> Memory | None:
+    """What a step takes on a rank, from the first samples; None where nothing can be said of it. The same on all."""
+    memory = state.job.memory
+    return ranks.first(lambda: memory and memory(state.feed.first_drafts()))
+
+
+def room_warnings(state: RunState, ranks: Ranks, steps: int, estimate: Memory | None) -> list[str]:
     """What a run with `steps` steps left has too little disk or memory for; the same on all ranks.
 
-    The run directory is one for all, and rank 0 looks at its disk; memory is each rank's own. Raises ConfigError where
-    not one checkpoint has room.
+    The run directory is one for all, and rank 0 looks at its disk; memory is each rank's own, of which the estimate
+    is. Raises ConfigError where not one checkpoint has room.
     """
     if steps <= 0:
         return []
-    memory = state.job.memory
-    estimate = ranks.first(lambda: memory and memory(state.feed.first_drafts()))
     found = [ranks.first(lambda: _disk(state, steps)), memory_warning(estimate, state.backend.device, ranks)]
     return [*filter(None, found)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from duetvl.core.backend import Backend, Capabilities
 from duetvl.core.composed import ComposedKVCache
@@ -16,12 +17,14 @@ def create(device: str = "auto") -> Backend:
     """The backend on `device`: cpu, ascend (npu), or auto for ascend where it is there."""
     os.environ.setdefault("GLOG_v", "3")  # the framework's C++ log: errors only, before it is imported
     try:
-        import mindspore  # noqa: F401
+        import mindspore
     except ImportError as error:
         raise BackendError(f"backend mindspore needs MindSpore: pip install 'duetvl[mindspore]' ({error})") from None
 
     target = _start(device)
-    return assemble(target, target)
+    on_its_own = device == "auto" and target == "CPU"
+    passed_over = f"no NPU (MindSpore {mindspore.__version__} sees no Ascend device)" if on_its_own else ""
+    return replace(assemble(target, target), passed_over=passed_over)
 
 
 def assemble(kind: str, target: str) -> Backend:

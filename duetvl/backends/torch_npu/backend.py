@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from duetvl.core.backend import Backend, Capabilities
@@ -24,9 +25,9 @@ def create(device: str = "auto") -> Backend:
     except ImportError as error:
         raise BackendError(f"backend torch_npu needs PyTorch: pip install 'duetvl[torch]' ({error})") from None
 
-    kind = _choose(device)
+    kind, passed_over = _choose(device)
     place = torch.device("cpu") if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
-    return assemble(kind, place)
+    return replace(assemble(kind, place), passed_over=passed_over)
 
 
 def assemble(kind: str, place: torch.device) -> Backend:
@@ -75,7 +76,8 @@ def assemble(kind: str, place: torch.device) -> Backend:
     )
 
 
-def _choose(device: str) -> str:
+def _choose(device: str) -> tuple[str, str]:
+    """The kind of device; and where `auto` takes the CPU, why not another."""
     import torch
 
     from duetvl.backends.torch_npu import kernels_npu
@@ -86,9 +88,13 @@ def _choose(device: str) -> str:
         "cpu": lambda: None,
     }
     if device == "auto":
-        return next(kind for kind, reason in missing.items() if reason() is None)
+        reasons: list[str] = []
+        for kind, why_missing in missing.items():
+            if (reason := why_missing()) is None:
+                return kind, "; ".join(reasons) if kind == "cpu" else ""
+            reasons.append(f"no {'NPU' if kind == 'npu' else 'GPU'} ({reason})")
     if device not in missing:
         raise BackendError(f"backend torch_npu has no device {device!r}; it has {', '.join(DEVICES)} and auto")
     if reason := missing[device]():
         raise BackendError(f"device {device!r} is not available: {reason}; see `duetvl doctor`")
-    return device
+    return device, ""

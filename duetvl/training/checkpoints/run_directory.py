@@ -72,7 +72,7 @@ TRACKERS = "trackers.json"
 UNSAVED = ".unsaved"  # is there until the first checkpoint is
 RESULTS = ("metrics.jsonl", "samples.jsonl", "export", "loss.png")
 # What a restart sets aside. Checkpoints first: what is left after a kill in between is not taken for a run to resume.
-_OURS = ("checkpoints", *RESULTS, "tensorboard", "profile", TRACKERS, RECIPE, UNSAVED)
+_OURS = ("checkpoints", *RESULTS, "train.log", "tensorboard", "profile", TRACKERS, RECIPE, UNSAVED)
 ExportKind = Literal["model", "adapter", "mindspeed_mm"]
 # By which of its files an export is known.
 _KINDS: Mapping[str, ExportKind] = {

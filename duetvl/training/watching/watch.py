@@ -13,6 +13,7 @@ from duetvl.core.ranks import Ranks
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
 from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.run_log import RunLog
 from duetvl.training.watching.trackers import open_trackers
 
 Row = Mapping[str, Any]
@@ -49,18 +50,19 @@ class Quiet:
 class Watch(Quiet):
     """What rank 0 has, as has a run of one process."""
 
-    def __init__(self, run_dir: Path, progress: Progress, log: MetricsLog, *, plots: bool):
-        """All of it is open."""
+    def __init__(self, run_dir: Path, progress: Progress, said: RunLog, log: MetricsLog, *, plots: bool):
+        """All of it is open; `said` keeps what is shown beside the steps."""
         super().__init__(0)
-        self.run_dir, self.plots, self._progress, self._log = run_dir, plots, progress, log
+        self.run_dir, self.plots, self._progress, self._said, self._log = run_dir, plots, progress, said, log
 
     def say(self, text: str) -> None:
         """See Quiet."""
+        self._said.write(text)
         self._progress.say(text)
 
     def warn(self, text: str) -> None:
         """See Quiet."""
-        self._progress.say(text)
+        self.say(text)
 
     def write(self, row: Row) -> None:
         """See Quiet."""
@@ -100,7 +102,7 @@ def watched(
             trackers = open_trackers(recipe, run_dir, done)
             log = MetricsLog(run_dir, after=done, history=history, trackers=trackers, say=progress.say)
             open_things.callback(log.close)
-            found.append(Watch(run_dir, progress, log, plots=recipe.log.plot))
+            found.append(Watch(run_dir, progress, RunLog(run_dir, progress.say), log, plots=recipe.log.plot))
             rows = [row for row in read_metrics(run_dir) if "eval_loss" in row]
             return {row["step"]: math.nan if row["eval_loss"] is None else row["eval_loss"] for row in rows}
 
