@@ -161,6 +161,8 @@ class Division:
 
     def team(self, axes: Sequence[str]) -> list[int]:
         """The ranks along some axes, `ENDS` among them, with this one, ascending."""
+        if ENDS not in axes:
+            return self.mesh.ranks_along(*axes, rank=self.rank)
         return next(ranks for ranks in self.groups(axes) if self.rank in ranks)
 
     def groups(self, axes: Sequence[str]) -> list[list[int]]:
