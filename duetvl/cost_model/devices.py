@@ -178,10 +178,10 @@ _OTHER_NAMES: Final = {  # of products, by the device that is in them
 }
 DEFAULT: Final = "910B3"
 
-# Peaks of devices that no plan is made for, 1e12 operations a second of dense products, in the order in which names are
-# looked for; behind those above. NVIDIA: the data sheets of L40S (2023), A10 and A30 (2021), V100 (2017), H100 and
-# A100 PCIe, and the Ada whitepaper for the 4090 (float32 accumulation); figures "with sparsity" are halved. H800 and A800
-# differ from H100 and A100 in their links alone. float32 is without TF32. Ascend 910 (A): Huawei, Hot Chips 31.
+# Peaks of devices that no plan is made for, 1e12 operations a second of dense products; looked for behind those above.
+# NVIDIA: the data sheets of L40S (2023), A10 and A30 (2021), V100 (2017), H100 and A100 PCIe, and the Ada whitepaper
+# for the 4090 (float32 accumulation); figures "with sparsity" are halved. H800 and A800 differ from H100 and A100 in
+# their links alone. float32 is without TF32. Ascend 910 (A): Huawei, Hot Chips 31.
 _PEAKS: Final[tuple[tuple[str, dict[str, float]], ...]] = (
     ("H800 PCIE", {"bfloat16": 756.0, "float16": 756.0, "float32": 51.2}),
     ("H800", {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9}),
