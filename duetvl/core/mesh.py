@@ -40,6 +40,10 @@ class Mesh:
         """Where a rank lies on each axis."""
         return dict(zip(AXES, _place(self, rank), strict=True))
 
+    def place(self, axis: str, rank: int) -> int:
+        """Where a rank lies on one axis."""
+        return _place(self, rank)[AXES.index(axis)]
+
     def ranks_along(self, *axes: str, rank: int) -> list[int]:
         """The ranks that differ from `rank` along the given axes only, in order: its group for these axes."""
         unknown = [axis for axis in axes if axis not in AXES]
