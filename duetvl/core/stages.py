@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Final, Literal
 
@@ -83,14 +85,20 @@ class Stages:
 
     def of(self, tower: Literal["vision", "language"], stage: int) -> range:
         """The layers of a tower that a stage has."""
-        ends = list(accumulate(self.vision if tower == "vision" else self.language, initial=0))
+        ends = _ends(self.vision if tower == "vision" else self.language)
         return range(ends[stage], ends[stage + 1])
 
     def holding(self, tower: Literal["vision", "language"], layer: int) -> int:
         """The stage that has a layer."""
         if self.count == 1:
             return 0
-        return next(stage for stage in range(self.count) if layer in self.of(tower, stage))
+        return bisect_right(_ends(self.vision if tower == "vision" else self.language), layer) - 1
+
+
+@lru_cache(maxsize=1024)
+def _ends(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """0, and the layers up to the end of each stage."""
+    return tuple(accumulate(layers, initial=0))
 
 
 ONE_STAGE: Final = Stages((1,), (1,))

@@ -145,6 +145,8 @@ class Division:
 
     def holds(self, path: str) -> bool:
         """Whether this rank has any of a parameter: whether it is one of its stages'."""
+        if self.mesh.pp == 1:
+            return True
         return any(stage % self.mesh.pp == self.place("pp") for stage in self.stages_of(path))
 
     def stages_of(self, path: str) -> Sequence[int]:
@@ -161,6 +163,8 @@ class Division:
 
     def team(self, axes: Sequence[str]) -> list[int]:
         """The ranks along some axes, `ENDS` among them, with this one, ascending."""
+        if ENDS not in axes:
+            return self.mesh.ranks_along(*axes, rank=self.rank)
         return next(ranks for ranks in self.groups(axes) if self.rank in ranks)
 
     def groups(self, axes: Sequence[str]) -> list[list[int]]:
@@ -189,7 +193,7 @@ class Division:
 
     def place(self, axis: str) -> int:
         """This rank's number along an axis of the grid."""
-        return self.mesh.coordinates(self.rank)[axis]
+        return self.mesh.place(axis, self.rank)
 
     def of_rank(self, rank: int) -> Division:
         """As another rank sees it."""

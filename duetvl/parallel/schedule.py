@@ -13,6 +13,7 @@ Where nothing is learned, in an evaluation or for a reference, the same is playe
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, Literal
@@ -117,6 +118,47 @@ def tapes_in_flight(rank: int, ranks: int, virtual: int) -> int:
     if virtual == 1:
         return ranks - rank
     return 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
+
+
+def played(
+    schedule: Schedule, seconds: Callable[[Compute], float], travel: Callable[[Message], float]
+) -> tuple[float, list[float]]:
+    """(how long a step takes, how long each rank computes in it) where passes and messages take these times.
+
+    Each rank does what the schedule says in that order. A message travels once sender and receiver are both at their
+    exchange, which ends for each of them with the last of its own messages.
+    """
+    count = len(schedule.actions)
+    now, busy, place = [0.0] * count, [0.0] * count, [0] * count
+    arrivals: dict[Compute, float] = {}  # of the first of a message's two ranks at its exchange
+    ends: dict[Compute, float] = {}
+    waiting, ready = [False] * count, deque(range(count))
+    while ready:
+        rank = ready.popleft()
+        actions = schedule.actions[rank]
+        while place[rank] < len(actions):
+            action = actions[place[rank]]
+            if isinstance(action, Compute):
+                now[rank] = now[rank] + seconds(action)
+                busy[rank] = busy[rank] + seconds(action)
+            else:
+                messages = (*action.sends, *action.receives)
+                if not waiting[rank]:
+                    waiting[rank] = True
+                    for message in messages:
+                        key = message.made_by
+                        if key in arrivals:
+                            ends[key] = max(arrivals.pop(key), now[rank]) + travel(message)
+                            ready.append(message.peer)
+                        else:
+                            arrivals[key] = now[rank]
+                if not all(message.made_by in ends for message in messages):
+                    break
+                now[rank] = max(now[rank], *(ends[message.made_by] for message in messages))
+                waiting[rank] = False
+            place[rank] = place[rank] + 1
+    assert all(place[rank] == len(schedule.actions[rank]) for rank in range(count)), "a message has no other end"
+    return max(now), busy
 
 
 @dataclass

@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from duetvl.core.boxes import Shape
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.memory import Load, Trained
@@ -61,11 +60,23 @@ def step_traffic(
     passes = micro_batches * _pass(config, trained, division, load, recompute)
     between = micro_batches * _between_stages(config, trained, division, load)
     pieces = micro_batches * _between_pieces(config, trained.narrow, division, load.tokens, recompute)
-    shared = [_shared(trained, division, path) for path in filter(division.holds, trained.paths)]
-    gradients = sum(4 * share * math.prod(unit) for share, unit, _ in shared)
-    weights = sum(narrow * share * math.prod(unit) for share, unit, narrow in shared)
+    shared = shared_bytes(trained, division).values()
+    gradients, weights = (sum(numbers) for numbers in zip(*shared, strict=True)) if shared else (0.0, 0.0)
     blocks = micro_batches * _gathered(trained, division, load, recompute)
     return Traffic(round(passes), round(gradients), round(weights), round(between), pieces, round(blocks))
+
+
+def shared_bytes(trained: Trained, division: Division) -> dict[tuple[str, ...], tuple[float, float]]:
+    """(bytes of gradients, bytes of new weights) that this rank sends in a step, by the axes that it sends them along
+    (`Sharing.axes`)."""
+    sent: dict[tuple[str, ...], tuple[float, float]] = {}
+    for path in filter(division.holds, trained.paths):
+        sharing = division.sharing(path, trained.shapes[path])
+        numbers = _ring(len(division.team(sharing.axes))) * math.prod(sharing.unit.shape)
+        gradients, weights = sent.get(sharing.axes, (0.0, 0.0))
+        narrow = 4 if is_adapter(path) else trained.narrow
+        sent[sharing.axes] = gradients + 4 * numbers, weights + narrow * numbers
+    return sent
 
 
 def _gathered(trained: Trained, division: Division, load: Load, recompute: RecomputeMode) -> float:
@@ -88,19 +99,19 @@ def _gathered(trained: Trained, division: Division, load: Load, recompute: Recom
 
 def _between_stages(config: ModelConfig, trained: Trained, division: Division, load: Load) -> float:
     """Bytes of a pass through a rank's stages: what each hands on, and gradients of what it was handed."""
-    crossings = [_crossing(config, division, stage, load) for stage in range(division.stages.count - 1)]
-    flows = [_flows(trained, division, stage) for stage in range(division.stages.count - 1)]
+    crossings = [crossing(config, division, stage, load) for stage in range(division.stages.count - 1)]
+    flows = [flows_back(trained, division, stage) for stage in range(division.stages.count - 1)]
     numbers = sum(crossings[stage] for stage in division.own_stages if stage < len(crossings))
     back = sum(crossings[stage - 1] * flows[stage - 1] for stage in division.own_stages if stage > 0)
     return trained.narrow * (numbers + back) * (division.mesh.pp > 1)
 
 
-def _flows(trained: Trained, division: Division, stage: int) -> bool:
+def flows_back(trained: Trained, division: Division, stage: int) -> bool:
     """Whether gradients flow back over the boundary behind a stage: whether it or one before it is trained."""
     return any(division.stages_of(path)[0] <= stage for path in trained.paths)
 
 
-def _crossing(config: ModelConfig, division: Division, stage: int, load: Load) -> float:
+def crossing(config: ModelConfig, division: Division, stage: int, load: Load) -> float:
     """Numbers that cross the boundary behind a stage: patch rows, merged features, or hidden rows."""
     stages, vision, tp = division.stages, config.vision, division.mesh.tp
     if any(stages.language[: stage + 1]):
@@ -125,14 +136,6 @@ def _between_pieces(config: ModelConfig, narrow: int, division: Division, rows: 
     forward = 1 + (RUNS_AGAIN[recompute][1] == "block")
     row = narrow * (forward * (out + around) + back + around) + 4 * around
     return rows * config.text.head_dim * row * len(_layers(division, "language", config.text.num_layers))
-
-
-def _shared(trained: Trained, division: Division, path: str) -> tuple[float, Shape, int]:
-    """((n - 1) / n of the n ranks that share a parameter, the shape of what they share, bytes of a number)"""
-    sharing = division.sharing(path, trained.shapes[path])
-    team = division.team(sharing.axes)
-    narrow = trained.stored([path]) // max(1, trained.numbers([path]))
-    return _ring(len(team)), sharing.unit.shape, narrow
 
 
 def _ring(ranks: int) -> float:

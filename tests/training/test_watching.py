@@ -20,6 +20,7 @@ from duetvl.answers import SampleAnswers, prompt_of
 from duetvl.cli import main
 from duetvl.core.batch import Sample
 from duetvl.core.errors import CheckpointError, ConfigError
+from duetvl.cost_model.devices import peak_flops
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.storage.finding import find_checkpoint
 from duetvl.training.checkpoints.export import export_run
@@ -27,7 +28,6 @@ from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.train import train
 from duetvl.training.watching import trackers
 from duetvl.training.watching.callbacks import Callback
-from duetvl.training.watching.costs import peak_flops
 from duetvl.training.watching.metrics import MetricsLog, read_metrics, read_rows
 from duetvl.training.watching.trackers import Guarded, TensorBoard, run_id
 
@@ -152,7 +152,10 @@ def test_utilisation_is_shown_where_the_peak_is_known_or_stated(be, recipe):
         ("NVIDIA A10", "bfloat16", 125e12),
         ("NVIDIA A10G", "bfloat16", None),
         ("Tesla V100-SXM2-32GB", "bfloat16", None),
-        ("Ascend910B3", "bfloat16", None),
+        ("NVIDIA A100-PCIE-40GB", "bfloat16", 312e12),
+        ("Ascend910B3", "bfloat16", 294.912e12),
+        ("Ascend910_9392", "float16", 353.8944e12),
+        ("Ascend910B3", "float32", None),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2e12),
         ("", "float32", None),
     ],

@@ -7,7 +7,7 @@ whose next one is trained meet the vocabulary. Nothing is counted twice because 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,23 +28,107 @@ class PartFlops:
     pixels: float = 0.0
 
 
+@dataclass(frozen=True)
+class Amounts:
+    """What a micro-batch asks a model for, as far as operations depend on it.
+
+    trained: tokens whose next one is trained. pairs: of a token and one that it sees; attended: the same of patches, in
+    each layer of the vision tower.
+    """
+
+    tokens: float
+    trained: float
+    patches: float
+    pairs: float
+    attended: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, batch: Batch) -> Amounts:
+        """Those of a batch."""
+        counts = batch.tokens, batch.trained_tokens, len(batch.pixel_rows)
+        return cls.of_sizes(config, *counts, np.diff(batch.cu_seqlens).tolist(), batch.grids)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        config: ModelConfig,
+        tokens: float,
+        trained: float,
+        patches: float,
+        lengths: Sequence[int],
+        grids: np.ndarray,
+    ) -> Amounts:
+        """From the lengths of sequences, and grids (N, 3) of pictures and videos."""
+        vision = config.vision
+        attended = (float(_attended_pairs(vision, layer, grids)) for layer in range(vision.depth))
+        return cls(tokens, trained, patches, sum(n * (n + 1) // 2 for n in lengths), tuple(attended))
+
+    def scaled(self, share: float) -> Amounts:
+        """Of a share of the same samples."""
+        tokens, trained, patches, pairs = (share * one for one in (self.tokens, self.trained, self.patches, self.pairs))
+        return Amounts(tokens, trained, patches, pairs, tuple(share * one for one in self.attended))
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """One pass forward through a layer, by what it falls with: query heads, key and value heads, the MLP's columns."""
+
+    queries: float
+    keys: float
+    mlp: float
+    attention: float
+
+    @property
+    def weights(self) -> float:
+        """All products with weights."""
+        return self.queries + self.keys + self.mlp
+
+
+def language_layer(text: TextConfig, amounts: Amounts) -> LayerFlops:
+    """Of a decoder layer; they are alike."""
+    heads, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    row = 2.0 * amounts.tokens * text.hidden_size
+    return LayerFlops(row * 2 * heads, row * 2 * groups, row * 3 * text.intermediate_size, 4.0 * heads * amounts.pairs)
+
+
+def vision_layer(vision: VisionConfig, amounts: Amounts, layer: int) -> LayerFlops:
+    """Of a block of the vision tower."""
+    width = vision.hidden_size
+    row = 2.0 * amounts.patches * width
+    mlp = (3 if vision.mlp == "gated" else 2) * vision.intermediate_size
+    return LayerFlops(row * 2 * width, row * 2 * width, row * mlp, 4.0 * width * amounts.attended[layer])
+
+
+def pixel_flops(vision: VisionConfig, amounts: Amounts) -> float:
+    """Of the patch embedding."""
+    return 2.0 * amounts.patches * vision.patch_row * vision.hidden_size
+
+
+def merger_flops(vision: VisionConfig, amounts: Amounts) -> float:
+    """Of the projector behind the vision tower."""
+    merged = amounts.patches / vision.merge**2
+    return 2.0 * merged * vision.merged_size * (vision.merged_size + vision.out_hidden_size)
+
+
+def vocabulary_flops(text: TextConfig, amounts: Amounts) -> float:
+    """Of the last product."""
+    return 2.0 * amounts.trained * text.hidden_size * text.vocab_size
+
+
 def forward_flops(config: ModelConfig, batch: Batch) -> dict[str, PartFlops]:
     """Operations of one pass forward, by part of the model, in the order of computation."""
-    vision, text = config.vision, config.text
-    patches, merged = len(batch.pixel_rows), len(batch.pixel_rows) // vision.merge**2
-    attended = sum(_attended_pairs(vision, layer, batch.grids) for layer in range(vision.depth))
-    lengths = np.diff(batch.cu_seqlens).astype(np.int64)
-    causal_pairs = int((lengths * (lengths + 1) // 2).sum())
+    vision, text, amounts = config.vision, config.text, Amounts.of(config, batch)
+    blocks = [vision_layer(vision, amounts, layer) for layer in range(vision.depth)]
+    layer = language_layer(text, amounts)
     return {
         "vision": PartFlops(
-            2.0 * patches * _vision_weights(vision),
-            4.0 * vision.hidden_size * attended,
-            2.0 * patches * vision.patch_row * vision.hidden_size,
+            sum(block.weights for block in blocks),
+            sum(block.attention for block in blocks),
+            pixel_flops(vision, amounts),
         ),
-        "projector": PartFlops(2.0 * merged * vision.merged_size * (vision.merged_size + vision.out_hidden_size)),
+        "projector": PartFlops(merger_flops(vision, amounts)),
         "language": PartFlops(
-            2.0 * (batch.tokens * _text_weights(text) + batch.trained_tokens * text.hidden_size * text.vocab_size),
-            4.0 * text.num_layers * text.num_heads * text.head_dim * causal_pairs,
+            text.num_layers * layer.weights + vocabulary_flops(text, amounts), text.num_layers * layer.attention
         ),
     }
 
@@ -88,20 +172,6 @@ def _trained_share(parameters: Mapping[str, Weight]) -> float:
     matrices = [p for path, p in parameters.items() if len(p.shape) > 1 and "lora_" not in path]
     sizes = [(float(np.prod(p.shape)), p.trainable) for p in matrices]
     return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
-
-
-def _vision_weights(vision: VisionConfig) -> int:
-    """Numbers in the weights of the blocks, which every patch meets."""
-    width = vision.hidden_size
-    mlp = (3 if vision.mlp == "gated" else 2) * width * vision.intermediate_size
-    return vision.depth * (4 * width**2 + mlp)
-
-
-def _text_weights(text: TextConfig) -> int:
-    """Numbers in the weights of the layers, which every token meets."""
-    heads, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    attention = text.hidden_size * (2 * heads + 2 * groups)
-    return text.num_layers * (attention + 3 * text.hidden_size * text.intermediate_size)
 
 
 def _attended_pairs(vision: VisionConfig, layer: int, grids: np.ndarray) -> int:

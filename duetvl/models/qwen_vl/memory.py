@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from duetvl.core.boxes import Shape
@@ -64,8 +65,13 @@ class Trained:
         return replace(self, shapes=shapes, paths=self.paths & shapes.keys())
 
     def under(self, *prefixes: str) -> bool:
-        """Whether anything below these paths is trained."""
-        return any(path.startswith(prefixes) for path in self.paths)
+        """Whether anything below these paths, each with its last dot, is trained."""
+        return not self._modules.isdisjoint(prefixes)
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        """The paths of everything that a trained parameter is in, each with its last dot."""
+        return frozenset(path[: dot + 1] for path in self.paths for dot, letter in enumerate(path) if letter == ".")
 
     def numbers(self, paths: Iterable[str]) -> int:
         """Elements of these parameters."""

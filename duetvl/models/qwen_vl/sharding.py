@@ -90,6 +90,7 @@ class Owner:
     layer: int | Literal["first", "last"]
 
 
+@cache
 def owner_of(path: str) -> Owner:
     """Who has the parameter of this path; a tied embedding, which serves as the head too, is the first stage's."""
     tower: Tower = "vision" if path.startswith("visual.") else "language"
@@ -99,6 +100,7 @@ def owner_of(path: str) -> Owner:
     return Owner(tower, "first" if first else "last")
 
 
+@cache
 def block_of(path: str) -> str | None:
     """The path of the block that has a parameter: of what a tower runs again as one; None: it is in none of them."""
     if match := _LAYER.match(path):
