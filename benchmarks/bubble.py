@@ -136,7 +136,7 @@ def started(name: str, model: Path) -> dict[str, Any]:
 def report(rows: dict[str, dict[str, Any]], command: str) -> str:
     """The page."""
     import torch
-    from encode import processor_name
+    from harness import processor_name
 
     lines = [
         "# How long stages wait",

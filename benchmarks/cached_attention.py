@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from harness import processor_name
 
 from duetvl.core.backend import Backend, load_backend
 from duetvl.core.kv_cache import Append
@@ -185,10 +186,8 @@ def machine() -> str:
     import mindspore
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
     return (
-        f"`python {' '.join(['benchmarks/cached_attention.py', *sys.argv[1:]])}` on {cpu}, one thread of "
+        f"`python {' '.join(['benchmarks/cached_attention.py', *sys.argv[1:]])}` on {processor_name()}, one thread of "
         f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"mindspore {mindspore.__version__}, numpy {np.__version__}; load {os.getloadavg()[0]:.1f} at the end. "
         f"{HEADS} heads, {GROUPS} key-value heads, size {SIZE}."

@@ -8,28 +8,42 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
+from harness import Limits, Row, Seconds, Side
 
 Step = Callable[[], float]
-Make = Callable[[Path, str], Step]  # (model directory, variant) -> one training step, which returns its loss
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A training step, which returns its loss, and the operations that it asks for, where those are counted."""
+
+    step: Step
+    flops: float = 0.0
+
+
+Make = Callable[[Path, str, Sequence[dict]], Ready]  # (model directory, variant, samples)
 
 LR = 1e-5
+QUICK = 4  # samples
 LENGTHS = (48, 96, 160, 240, 320, 400, 520, 640)  # text tokens of the eight samples
 PICTURES = ((), ((280, 280),), ((448, 336),), (), ((224, 224), (336, 336)), ((560, 420),), (), ((420, 420),))
 IMAGE, START, END = 32765, 32762, 32763
 
 
-def model_config() -> dict:
-    """Qwen2.5-VL of about 100 million parameters."""
+def model_config(quick: bool = False) -> dict:
+    """Qwen2.5-VL of about 100 million parameters; `quick`: of 44 million, by having a third of the layers."""
+    if quick:
+        whole = model_config()
+        vision = whole["vision_config"] | {"depth": 3, "fullatt_block_indexes": [2]}
+        return whole | {"num_hidden_layers": 4, "vision_config": vision}
     return {
         "model_type": "qwen2_5_vl",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -70,11 +84,14 @@ def model_config() -> dict:
     }
 
 
-def samples() -> list[dict]:
-    """Eight conversations of mixed lengths, half of them with pictures; a third of the text is trained."""
+def samples(quick: bool = False) -> list[dict]:
+    """Eight conversations of mixed lengths, five of them with pictures; a third of the text is trained.
+
+    `quick`: the first four.
+    """
     rng = np.random.default_rng(7)
     found = []
-    for text, pictures in zip(LENGTHS, PICTURES, strict=True):
+    for text, pictures in list(zip(LENGTHS, PICTURES, strict=True))[: QUICK if quick else None]:
         grids = [(1, height // 14, width // 14) for height, width in pictures]
         head: list[int] = []
         for _, rows, columns in grids:
@@ -95,80 +112,129 @@ def samples() -> list[dict]:
     return found
 
 
+def size_of(examples: Sequence[dict]) -> str:
+    """How many there are, and how long."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    return f"{len(lengths)} samples of {sum(lengths)} tokens, longest {max(lengths)}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One that takes part, by a function and a variant of it. `side`: ours, and on which framework; None: another's.
+
+    `needs` are the packages without which it cannot run.
+    """
+
+    make: Make
+    variant: str
+    side: Side | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether what it needs is installed."""
+        return harness.installed(*self.needs)
+
+
+def ours(make: Make) -> dict[str, Contender]:
+    """duetvl on both frameworks."""
+    return {f"duetvl {side}": Contender(make, side, side, (side,)) for side in harness.SIDES}
+
+
 @dataclass(frozen=True)
 class Contest:
-    """Contenders by name, each made by a function and a variant of it; `note` says what a step works on."""
+    """Contenders by name; `name` says what a step is, `describe` what it works on."""
 
     file: str
-    contenders: Mapping[str, tuple[Make, str]]
-    note: str
+    name: str
+    contenders: Mapping[str, Contender]
+    describe: Callable[[Sequence[dict]], str]
 
     def main(self, doc: str) -> None:
         """Run every contender in a process of its own and print, or write, the table."""
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--repeats", type=int, default=5)
         parser.add_argument("--threads", type=int, default=2)
-        parser.add_argument("--only", nargs="*", default=list(self.contenders))
+        parser.add_argument("--only", nargs="*", default=list(self.contenders), choices=self.contenders)
+        parser.add_argument("--quick", action="store_true", help="a smaller model and half of the samples")
         parser.add_argument("--write", action="store_true")
         parser.add_argument("--inside", nargs=2, metavar=("DIRECTORY", "NAME"), help=argparse.SUPPRESS)
-        chosen = parser.parse_args()
-        if chosen.inside:
-            directory, name = chosen.inside
-            make, variant = self.contenders[name]
-            print(json.dumps(measure(make(Path(directory), variant), chosen.repeats)))  # noqa: T201
+        options = parser.parse_args()
+        if options.inside:
+            directory, name = options.inside
+            contender = self.contenders[name]
+            ready = contender.make(Path(directory), contender.variant, samples(options.quick))
+            print(json.dumps(measure(ready, options.repeats)))  # noqa: T201
             return
-        with tempfile.TemporaryDirectory() as directory:
-            write_model(Path(directory))
-            found = {name: self._apart(directory + "/model", name, chosen) for name in chosen.only}
-        report = self._table(found, chosen)
+        taken = self.measure(options.only, options.repeats, options.threads, options.quick)
+        report = self._table(taken, options)
         print(report)  # noqa: T201
-        if chosen.write:
-            results = Path(self.file).parent / "results"
-            results.mkdir(exist_ok=True)
-            (results / f"{Path(self.file).stem}.md").write_text(report, encoding="utf-8")
+        if options.write:
+            harness.write_page(self.file, report)
 
-    def _apart(self, directory: str, name: str, chosen: argparse.Namespace) -> dict[str, float]:
-        """One contender in a fresh process with the chosen number of threads."""
-        command = [sys.executable, self.file, "--repeats", str(chosen.repeats), "--inside", directory, name]
-        limits = {"OMP_NUM_THREADS": str(chosen.threads), "MKL_NUM_THREADS": str(chosen.threads), "GLOG_v": "4"}
-        done = subprocess.run(command, env={**os.environ, **limits}, check=True, stdout=subprocess.PIPE, text=True)
-        return json.loads(done.stdout.splitlines()[-1])
+    def rows(self, quick: bool, limits: Limits) -> Iterator[Row]:
+        """A row for each framework of ours that is installed."""
+        taking_part = [name for name, contender in self.contenders.items() if contender.takes_part]
+        taken = self.measure(taking_part, 3, 1, quick)
+        by_name = {name: Seconds(figures["cpu"], figures["wall"]) for name, figures in taken.items()}
+        theirs, other = harness.fastest({n: s for n, s in by_name.items() if self.contenders[n].side is None})
+        work = self._work(quick)
+        for name, seconds in by_name.items():
+            side = self.contenders[name].side
+            if side is not None:
+                limit = limits.of(flops=taken[name]["flops"])
+                yield Row(self.name, side, work, seconds, theirs, other, limit, harness.command_of(self.file))
 
-    def _table(self, found: dict[str, dict[str, float]], chosen: argparse.Namespace) -> str:
+    def measure(self, names: Sequence[str], repeats: int, threads: int, quick: bool) -> dict[str, dict[str, float]]:
+        """The figures of these contenders, each in a fresh process."""
+        with tempfile.TemporaryDirectory() as directory:
+            write_model(Path(directory), quick)
+            flags = ["--repeats", repeats, *(["--quick"] if quick else [])]
+            model = f"{directory}/model"
+            return {name: harness.apart(self.file, *flags, "--inside", model, name, threads=threads) for name in names}
+
+    def _work(self, quick: bool) -> str:
+        config = model_config(quick)
+        layers = f"{config['num_hidden_layers']} + {config['vision_config']['depth']} layers"
+        return f"{self.describe(samples(quick))}; {layers} of width {config['hidden_size']}, float32"
+
+    def _table(self, taken: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
         """The figures as markdown, with the machine and the command."""
-        base = next(iter(found.values()))
+        base = next(iter(taken.values()))
         lines = [
-            "| | s per step | ratio | peak MB above the loaded model | ratio | first loss | last loss |",
-            "|---|---|---|---|---|---|---|",
+            "| | processor s per step | ratio | wall s | peak MB above the model | ratio | first loss | last loss |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for name, x in found.items():
+        for name, x in taken.items():
             lines.append(
-                f"| {name} | {x['seconds']:.2f} | {x['seconds'] / base['seconds']:.2f} | {x['peak'] / 1e6:.0f} "
-                f"| {x['peak'] / base['peak']:.2f} | {x['first_loss']:.5f} | {x['last_loss']:.5f} |"
+                f"| {name} | {x['processor']:.2f} | {x['processor'] / base['processor']:.2f} | {x['seconds']:.2f} "
+                f"| {x['peak'] / 1e6:.0f} | {x['peak'] / base['peak']:.2f} | {x['first_loss']:.5f} "
+                f"| {x['last_loss']:.5f} |"
             )
-        python = platform.python_version()
         lines += [
             "",
-            f"{self.note}; float32; median of {chosen.repeats} steps after two.",
-            f"{platform.machine()}, {os.cpu_count()} cores, {chosen.threads} threads, Python {python}.",
-            f"Command: `python benchmarks/{Path(self.file).name} --repeats {chosen.repeats} --threads "
-            f"{chosen.threads} --write`",
+            f"{self._work(options.quick)}; medians of {options.repeats} steps after two.",
+            f"{harness.processor_name()}, {os.cpu_count()} cores, {options.threads} threads, "
+            f"Python {platform.python_version()}; load {os.getloadavg()[0]:.1f} at the end.",
+            f"Command: `python benchmarks/{Path(self.file).name} --repeats {options.repeats} --threads "
+            f"{options.threads}{' --quick' if options.quick else ''} --write`",
         ]
         return "\n".join(lines) + "\n"
 
 
-def duetvl_sft(model: Any) -> Step:
+def duetvl_sft(model: Any, examples: Sequence[dict]) -> Ready:
     """One step on packed samples, as duetvl's trainer takes it."""
     import duetvl
     from duetvl.core.optimizer import ParameterGroup
+    from duetvl.models.qwen_vl.flops import training_flops
 
     backend = model.backend
     groups = [ParameterGroup([p for p in model.parameters.values() if p.trainable])]
     state = backend.optimizer.create(groups)
-    given = [duetvl.Sample(**sample) for sample in samples()]
+    packed = [duetvl.Sample(**sample) for sample in examples]
 
     def step() -> float:
-        batch = model.pack(given)
+        batch = model.pack(packed)
         loss, tape = model.forward_loss(batch)
         backend.autograd.backward(tape, [backend.ops.from_numpy(np.ones((), np.float32))])
         scale = 1.0 / batch.trained_tokens
@@ -176,18 +242,17 @@ def duetvl_sft(model: Any) -> Step:
         backend.optimizer.step(state, groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, grad_scale=scale)
         return float(backend.to_numpy(loss)) / batch.trained_tokens
 
-    return step
+    return Ready(step, training_flops(model.config, model.parameters, model.pack(packed)))
 
 
-def transformers_sft(model: Any, style: str) -> Step:
+def transformers_sft(model: Any, style: str, examples: Sequence[dict]) -> Ready:
     """One step as users of transformers run it: one `padded` batch, or one sample at a time."""
     import torch
 
     model.train()
     optimizer = torch_adamw(model)
-    given = samples()
-    total = sum(int((sample["labels"][1:] != -100).sum()) for sample in given)
-    batches = [given] if style == "padded" else [[sample] for sample in given]
+    total = sum(int((sample["labels"][1:] != -100).sum()) for sample in examples)
+    batches = [examples] if style == "padded" else [[sample] for sample in examples]
 
     def step() -> float:
         loss_sum = 0.0
@@ -199,7 +264,7 @@ def transformers_sft(model: Any, style: str) -> Step:
         clipped_update(optimizer)
         return loss_sum
 
-    return step
+    return Ready(step)
 
 
 def torch_adamw(model: Any) -> Any:
@@ -219,30 +284,32 @@ def clipped_update(optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def measure(step: Step, repeats: int) -> dict[str, float]:
-    """Times of `repeats` steps after two for warming up, in this process, and its peak memory above the start."""
-    ready = resident()
-    losses = [step(), step()]
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        losses.append(step())
-        times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": statistics.median(times), "peak": peak - ready, "first_loss": losses[0], "last_loss": losses[-1]}
+def measure(ready: Ready, repeats: int) -> dict[str, float]:
+    """Figures of `repeats` steps after two for warming up, in this process, and its peak memory above the start.
+
+    `cpu` and `wall` are the least of a step, `processor` and `seconds` the medians.
+    """
+    before, losses = harness.status("VmRSS"), [ready.step(), ready.step()]
+    taken = [harness.timed(lambda: losses.append(ready.step())) for _ in range(repeats)]
+    best = harness.least(taken)
+    return {
+        "cpu": best.cpu,
+        "wall": best.wall,
+        "processor": statistics.median(each.cpu for each in taken),
+        "seconds": statistics.median(each.wall for each in taken),
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "flops": ready.flops,
+    }
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def write_model(directory: Path) -> None:
+def write_model(directory: Path, quick: bool = False) -> None:
     """Random weights of the benchmark's model in the Hugging Face layout."""
     from duetvl.models.qwen_vl.config import ModelConfig
     from duetvl.models.qwen_vl.loading import write_random_model
 
-    write_random_model(ModelConfig.from_dict(model_config()), directory / "model", seed=0)
+    write_random_model(ModelConfig.from_dict(model_config(quick)), directory / "model", seed=0)
 
 
 def padded(batch: list[dict]) -> dict[str, np.ndarray]:

@@ -15,28 +15,32 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import harness
 import numpy as np
+from harness import Limit, Limits, Row, Seconds
 
 from duetvl.convert.streaming import plan_tensor_file
-from duetvl.models.qwen_vl.config import published_config
+from duetvl.models.qwen_vl.config import ModelConfig, published_config
 from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import plan_shards, write_shards
 
-RESULTS = Path(__file__).parent / "results" / "convert.md"
+RESULTS = harness.RESULTS / "convert.md"
 TIME_AIM, MEMORY_AIM = 3.0, 1.5e9
 SMALL, LARGE = "Qwen2-VL-2B", "Qwen2.5-VL-72B"
-SPLIT = "llm_pp_layers [[12,16]] --cfg.{0}.vit_pp_layers [[32,0]] --cfg.{0}.tp_size 2"
-WHOLE = "llm_pp_layers [[28]] --cfg.{0}.vit_pp_layers [[32]]"
+TO_MM, RESPLIT = "hf_to_mm, TP2 x PP2", "resplit TP2 x PP2 to one file"
 CHILD = """
 import sys, threading, time, json
 peak, stop = [0], threading.Event()
@@ -61,36 +65,79 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
+    config = published_config(SMALL)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="convert-") as folder:
         os.chdir(folder)
-        size = make_checkpoint(Path("hf"))
-        copy = min(time_copy() for _ in range(arguments.repeat))
-        rows = [best(name, line, arguments) for name, line in cases().items()]
+        size = make_checkpoint(Path("hf"), config)
+        copy = harness.least(time_copy() for _ in range(arguments.repeat))
+        alone = harness.least(time_copy(sync=False) for _ in range(arguments.repeat))
+        taken = [best(name, line, arguments.repeat, arguments.workers) for name, line in cases(config).items()]
         plan = plan_large(Path("large"))
-    text = report(size, copy, rows, plan, arguments)
+        os.chdir(harness.ROOT)
+    text = report(size, (alone.wall, copy.wall), taken, plan, arguments)
     print(text)  # noqa: T201
     if arguments.write:
         RESULTS.write_text(text, encoding="utf-8")
-    slow = any(seconds > TIME_AIM * copy[1] or peak > MEMORY_AIM for _, seconds, peak, _ in rows)
+    slow = any(each.seconds.wall > TIME_AIM * copy.wall or each.peak > MEMORY_AIM for each in taken)
     return 1 if slow else 0
 
 
-def cases() -> dict[str, str]:
+@dataclass(frozen=True)
+class Taken:
+    """The least seconds of a case, VmHWM, and the peak of RssAnon."""
+
+    name: str
+    seconds: Seconds
+    peak: int
+    own: int
+
+
+def rows(quick: bool, limits: Limits) -> Iterator[Row]:
+    """Two of the cases, beside `cp -r` and beside writing as many bytes."""
+    config = published_config(SMALL)
+    if quick:
+        config = replace(config, text=replace(config.text, num_layers=4), vision=replace(config.vision, depth=4))
+    with tempfile.TemporaryDirectory(prefix="convert-") as folder:
+        before = Path.cwd()
+        os.chdir(folder)
+        size = make_checkpoint(Path("hf"), config)
+        work = f"{size / 1e9:.2f} GB in bfloat16 until it is on the disk"
+        limit = Limit("disk", harness.seconds_of_writing(Path(folder), size).wall)
+        copy = harness.least(time_copy() for _ in range(2))
+        for name, line in cases(config).items():
+            if name in (TO_MM, RESPLIT):
+                own, command = best(name, line, repeat=2, workers=2).seconds, harness.command_of(__file__)
+                title = f"convert, {name.partition(' ')[0].strip(',')}"
+                yield Row(title, "host", f"{name}; {work}", own, copy, "`cp -r`", limit, command, clock="wall")
+        os.chdir(before)
+
+
+def cases(config: ModelConfig) -> dict[str, str]:
     """What is converted, in an order in which each finds its source."""
-    one, two = (f"--cfg.parallel_config.{part.format('parallel_config')}" for part in (SPLIT, WHOLE))
-    source = f"--cfg.source_parallel_config.{SPLIT.format('source_parallel_config')}"
-    target = f"--cfg.target_parallel_config.{WHOLE.format('target_parallel_config')}"
+    layers, depth = config.text.num_layers, config.vision.depth
+    first = max(1, layers * 3 // 7)
+
+    def split(section: str) -> str:
+        stages = (
+            f"--cfg.{section}.llm_pp_layers [[{first},{layers - first}]] --cfg.{section}.vit_pp_layers [[{depth},0]]"
+        )
+        return f"{stages} --cfg.{section}.tp_size 2"
+
+    def whole(section: str) -> str:
+        return f"--cfg.{section}.llm_pp_layers [[{layers}]] --cfg.{section}.vit_pp_layers [[{depth}]]"
+
+    between = f"{split('source_parallel_config')} {whole('target_parallel_config')}"
+    parted, one = split("parallel_config"), whole("parallel_config")
     return {
-        "hf_to_mm, TP2 x PP2": f"hf_to_mm --cfg.mm_dir mm --cfg.hf_config.hf_dir hf {one}",
-        "resplit TP2 x PP2 to one file": f"resplit --cfg.source_dir mm --cfg.target_dir one {source} {target}",
-        "mm_to_hf, TP2 x PP2": f"mm_to_hf --cfg.save_hf_dir back --cfg.mm_dir mm --cfg.hf_config.hf_dir hf {one}",
-        "hf_to_mm, one file": f"hf_to_mm --cfg.mm_dir whole --cfg.hf_config.hf_dir hf {two}",
+        TO_MM: f"hf_to_mm --cfg.mm_dir mm --cfg.hf_config.hf_dir hf {parted}",
+        RESPLIT: f"resplit --cfg.source_dir mm --cfg.target_dir one {between}",
+        "mm_to_hf, TP2 x PP2": f"mm_to_hf --cfg.save_hf_dir back --cfg.mm_dir mm --cfg.hf_config.hf_dir hf {parted}",
+        "hf_to_mm, one file": f"hf_to_mm --cfg.mm_dir whole --cfg.hf_config.hf_dir hf {one}",
     }
 
 
-def make_checkpoint(directory: Path) -> int:
+def make_checkpoint(directory: Path, config: ModelConfig) -> int:
     """Random bytes would take as long as the conversion; a pattern that differs from tensor to tensor does as well."""
-    config = published_config(SMALL)
     shapes = parameter_shapes(config)
     specs = {name: TensorSpec("bfloat16", shape) for name, shape in shapes.items()}
     numbers = dict(zip(shapes, range(len(shapes)), strict=True))
@@ -105,40 +152,55 @@ def make_checkpoint(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def time_copy() -> tuple[float, float]:
-    """Seconds of `cp -r`, alone and with what is still in memory written out."""
+def of_children(call: Callable[[], object]) -> Seconds:
+    """What a call takes the processes that it starts and waits for."""
+
+    def processors() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = processors()
+    wall = harness.timed(call).wall
+    return Seconds(processors() - before, wall)
+
+
+def time_copy(sync: bool = True) -> Seconds:
+    """`cp -r`, with what is still in memory written out, or alone."""
+
+    def copy() -> None:
+        subprocess.run(["cp", "-r", "hf", "copy"], check=True)
+        if sync:
+            subprocess.run(["sync", "-f", "."], check=True)
+
     drop_cache()
-    started = time.perf_counter()
-    subprocess.run(["cp", "-r", "hf", "copy"], check=True)
-    copied = time.perf_counter()
-    subprocess.run(["sync", "-f", "."], check=True)
-    done = time.perf_counter()
+    seconds = of_children(copy)
     shutil.rmtree("copy")
-    return copied - started, done - started
+    return seconds
 
 
-def best(name: str, line: str, arguments: argparse.Namespace) -> tuple[str, float, int, int]:
-    """Name, seconds, VmHWM, peak RssAnon; what is written is kept where a later case needs it."""
-    target = Path(
-        next(
-            word for flag, word in zip(line.split(), line.split()[1:], strict=False) if flag in TARGETS[line.split()[0]]
-        )
-    )
+def best(name: str, line: str, repeat: int, workers: int) -> Taken:
+    """The least of some runs; what is written is kept where a later case needs it."""
+    words = line.split()
+    target = Path(words[words.index(TARGETS[words[0]]) + 1])
+    command = [sys.executable, "-c", CHILD, "Qwen2VLConverter", *words, "--cfg.workers", str(workers)]
+    memory: list[tuple[int, int]] = []
+
+    def convert() -> None:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        memory.append(json.loads(done.stdout.splitlines()[-1]))
+
     runs = []
-    for _ in range(arguments.repeat):
+    for _ in range(repeat):
         shutil.rmtree(target, ignore_errors=True)
         drop_cache()
-        words = ["Qwen2VLConverter", *line.split(), "--cfg.workers", str(arguments.workers)]
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", CHILD, *words], check=True, stdout=subprocess.PIPE, text=True)
-        seconds = time.perf_counter() - started
-        runs.append((seconds, *json.loads(done.stdout.splitlines()[-1])))
+        runs.append(of_children(convert))
     if target.name != "mm":
         shutil.rmtree(target)
-    return name, min(run[0] for run in runs), max(run[1] for run in runs), max(run[2] for run in runs)
+    peaks, own = zip(*memory, strict=True)
+    return Taken(name, harness.least(runs), max(peaks), max(own))
 
 
-TARGETS = {"hf_to_mm": ["--cfg.mm_dir"], "resplit": ["--cfg.target_dir"], "mm_to_hf": ["--cfg.save_hf_dir"]}
+TARGETS = {"hf_to_mm": "--cfg.mm_dir", "resplit": "--cfg.target_dir", "mm_to_hf": "--cfg.save_hf_dir"}
 
 
 def plan_large(directory: Path) -> str:
@@ -177,7 +239,7 @@ def drop_cache() -> None:
 def report(
     size: int,
     copy: tuple[float, float],
-    rows: list[tuple[str, float, int, int]],
+    taken: list[Taken],
     plan: str,
     arguments: argparse.Namespace,
 ) -> str:
@@ -193,13 +255,16 @@ def report(
         f"Shape of {SMALL}: {size / 1e9:.2f} GB. All times include waiting for the disk; `cp -r` alone, without: "
         f"{copy[0]:.1f} s. Aims: at most {TIME_AIM:g} times `cp -r`, peak memory below {MEMORY_AIM / 1e9:g} GB.",
         "",
-        "| | seconds | GB/s | of cp | VmHWM, MB | RssAnon, MB |",
-        "|---|---|---|---|---|---|",
-        f"| `cp -r` and `sync` | {copy[1]:.1f} | {size / copy[1] / 1e9:.2f} | 1.00 | | |",
+        "| | seconds | processor s | GB/s | of cp | VmHWM, MB | RssAnon, MB |",
+        "|---|---|---|---|---|---|---|",
+        f"| `cp -r` and `sync` | {copy[1]:.1f} | | {size / copy[1] / 1e9:.2f} | 1.00 | | |",
     ]
-    for name, seconds, peak, own in rows:
-        rate, ratio = size / seconds / 1e9, seconds / copy[1]
-        lines.append(f"| {name} | {seconds:.1f} | {rate:.2f} | {ratio:.2f} | {peak / 1e6:.0f} | {own / 1e6:.0f} |")
+    for each in taken:
+        wall = each.seconds.wall
+        lines.append(
+            f"| {each.name} | {wall:.1f} | {each.seconds.cpu:.1f} | {size / wall / 1e9:.2f} | {wall / copy[1]:.2f} "
+            f"| {each.peak / 1e6:.0f} | {each.own / 1e6:.0f} |"
+        )
     lines += [
         "",
         f"What `--cfg.dry_run` says of the shape of {LARGE}, TP2 x PP8 (sparse files):",

@@ -11,23 +11,23 @@ picture twice, whole logits are computed, and log-probabilities are gathered fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contest import LR, Contest, Step, clipped_update, padded, samples, torch_adamw
-from lora_step import duetvl_model, peft_model
+from contest import LR, Contender, Contest, Ready, clipped_update, ours, padded, torch_adamw
+from lora_step import NEEDS, duetvl_model, peft_model
 
 BETA = 0.1
-PAIRS = (1, 2, 4, 5)  # samples of the shared set that have pictures
+PAIRS = (1, 2, 4, 5)  # samples of the shared set that have pictures, where it is so large
 
 
-def pairs() -> list[tuple[dict, dict]]:
+def pairs(examples: Sequence[dict]) -> list[tuple[dict, dict]]:
     """Chosen and rejected samples: the same prompt and pictures, answers of different words and lengths."""
-    rng, all_samples = np.random.default_rng(11), samples()
-    found = []
-    for number in PAIRS:
-        chosen = all_samples[number]
+    rng, found = np.random.default_rng(11), []
+    for number in (number for number in PAIRS if number < len(examples)):
+        chosen = examples[number]
         start = int(np.argmax(chosen["labels"] != -100))
         answer = rng.integers(10, 32000, max(4, (len(chosen["labels"]) - start) * 2 // 3))
         ids = np.concatenate([chosen["input_ids"][:start], answer])
@@ -36,41 +36,44 @@ def pairs() -> list[tuple[dict, dict]]:
     return found
 
 
-def duetvl_step(directory: Path, framework: str) -> Step:
+def duetvl_step(directory: Path, side: str, examples: Sequence[dict]) -> Ready:
     """One step as the trainer takes it: pairs packed, their pictures encoded once."""
     import duetvl
     from duetvl.core.batch import Pair
     from duetvl.data.loading import loader
+    from duetvl.models.qwen_vl.flops import inference_flops, training_flops
     from duetvl.parallel.passes import InOrder
     from duetvl.training.preference.dpo import PreferenceObjective, reference_of
     from duetvl.training.recipe.sections import DpoSection, OptimSection
     from duetvl.training.step import Trainer
 
-    model = duetvl_model(directory, framework)
+    model = duetvl_model(directory, side)
     reference = reference_of(InOrder(model.without_adapters(), model.backend), model.backend.ops)
     objective = PreferenceObjective(DpoSection(beta=BETA), model.backend)
     trainer = Trainer(model, objective, model.backend, OptimSection(lr=LR), reference=reference)
     no_pixels: dict[str, Any] = {"pixel_values": None}
-    given = [Pair(duetvl.Sample(**a), duetvl.Sample(**{**b, **no_pixels})) for a, b in pairs()]
+    compared = [Pair(duetvl.Sample(**a), duetvl.Sample(**{**b, **no_pixels})) for a, b in pairs(examples)]
 
     def step() -> float:
-        batch = model.pack(given)
+        batch = model.pack(compared)
         result = trainer.step(loader.Step((batch,), batch.sample_ids, {}), LR)
         assert result is not None
         return result.loss
 
-    return step
+    batch = model.pack(compared)
+    flops = training_flops(model.config, model.parameters, batch) + inference_flops(model.config, batch)
+    return Ready(step, flops)
 
 
-def trl_step(directory: Path, style: str) -> Step:
+def trl_step(directory: Path, style: str, examples: Sequence[dict]) -> Ready:
     """One step in TRL's way."""
     import torch
 
     model = peft_model(directory)
     model.train()
     optimizer = torch_adamw(model)
-    given = pairs()
-    groups = [given] if style == "padded" else [[pair] for pair in given]
+    compared = pairs(examples)
+    groups = [compared] if style == "padded" else [[pair] for pair in compared]
 
     def answer_sums(fed: dict[str, Any]) -> Any:
         labels = fed["labels"][:, 1:]
@@ -89,25 +92,32 @@ def trl_step(directory: Path, style: str) -> Step:
                 reference = answer_sums(fed)
             ratios = answer_sums(fed) - reference
             gap = ratios[: len(group)] - ratios[len(group) :]
-            loss = -torch.nn.functional.logsigmoid(BETA * gap).sum() / len(given)
+            loss = -torch.nn.functional.logsigmoid(BETA * gap).sum() / len(compared)
             loss.backward()
             loss_sum += loss.item()
         clipped_update(optimizer)
         return loss_sum
 
-    return step
+    return Ready(step)
+
+
+def describe(examples: Sequence[dict]) -> str:
+    """How many pairs there are, and how long."""
+    lengths = [len(answer["input_ids"]) for pair in pairs(examples) for answer in pair]
+    return f"DPO with LoRA; {len(lengths) // 2} pairs of {sum(lengths)} tokens"
 
 
 CONTEST = Contest(
     __file__,
+    "DPO step",
     {
-        "duetvl torch": (duetvl_step, "torch"),
-        "duetvl mindspore": (duetvl_step, "mindspore"),
-        "transformers + PEFT, padded batch": (trl_step, "padded"),
-        "transformers + PEFT, a pair at a time": (trl_step, "single"),
+        **ours(duetvl_step),
+        "TRL's way on transformers + PEFT (imitated), padded batch": Contender(trl_step, "padded", needs=NEEDS),
+        "TRL's way on transformers + PEFT (imitated), a pair at a time": Contender(trl_step, "single", needs=NEEDS),
     },
-    f"DPO with LoRA; four pairs, {sum(len(x['input_ids']) for pair in pairs() for x in pair)} tokens",
+    describe,
 )
+rows = CONTEST.rows
 
 
 if __name__ == "__main__":

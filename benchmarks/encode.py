@@ -18,13 +18,14 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
+from harness import Limit, Limits, Row, Seconds, processor_name
 from PIL import Image
 
 from duetvl.data.encode import Processor, RecordEncoder
@@ -32,8 +33,7 @@ from duetvl.data.sources.records import Record
 from duetvl.models.qwen_vl import config as configs
 from duetvl.models.qwen_vl.host import QwenVLFamily
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "encode.md"
+RESULTS = harness.RESULTS / "encode.md"
 QUESTION = "What is shown in this picture? Describe it."
 ANSWER = "Squares of many colours, blurred into each other; no object can be made out. " * 2
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -64,7 +64,7 @@ def main() -> None:
 
 def make_model_directory(directory: Path) -> None:
     """Configuration and tokenizer of Qwen2.5-VL-3B; no weights."""
-    sys.path.insert(0, str(ROOT / "tests" / "data"))
+    sys.path.insert(0, str(harness.ROOT / "tests" / "data"))
     from qwen_tokenizer import build_qwen_tokenizer
 
     build_qwen_tokenizer().save(str(directory / "tokenizer.json"))
@@ -96,17 +96,8 @@ def record(path: Path, number: int = 1, question: str = QUESTION) -> Record:
 
 def speed(directory: Path, images: int, repeats: int) -> str:
     """Images per second of every contender, in turns, as a table."""
-    paths = make_pictures(directory, [(448, 448)] * 16)
-    contenders = dict(available(directory))
-    made = {name: encode(paths[0]) for name, encode in contenders.items()}
-    assert len({rows for rows, _ in made.values()}) == 1, made
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, encode in contenders.items():
-            begun = time.process_time()
-            for number in range(images):
-                encode(paths[number % len(paths)])
-            seconds[name].append(time.process_time() - begun)
+    taken, made = rounds(directory, images, repeats)
+    seconds = {name: [each.cpu for each in runs] for name, runs in taken.items()}
     best = {name: images / min(times) for name, times in seconds.items()}
     lines = ["| | images/s, best | images/s, median | of duetvl |", "|---|---|---|---|"]
     for name, times in seconds.items():
@@ -115,6 +106,47 @@ def speed(directory: Path, images: int, repeats: int) -> str:
     rows, tokens = made["duetvl"]
     head = f"{rows} patch rows and {tokens} tokens from each file; {repeats} rounds of {images} images; processor time."
     return "\n".join([head, "", *lines])
+
+
+def rounds(directory: Path, images: int, repeats: int) -> tuple[dict[str, list[Seconds]], dict[str, tuple[int, int]]]:
+    """What every contender takes for so many images, in turns; and patch rows and tokens that each makes of one."""
+    paths = make_pictures(directory, [(448, 448)] * 16)
+    contenders = dict(available(directory))
+    made = {name: encode(paths[0]) for name, encode in contenders.items()}
+    assert len({rows for rows, _ in made.values()}) == 1, made
+    taken: dict[str, list[Seconds]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, encode in contenders.items():
+            taken[name].append(harness.timed(partial(encode_all, encode, paths, images)))
+    return taken, made
+
+
+def encode_all(encode: Contender, paths: list[Path], images: int) -> None:
+    """The files over and over."""
+    for number in range(images):
+        encode(paths[number % len(paths)])
+
+
+def rows(quick: bool, limits: Limits) -> Iterator[Row]:
+    """Encoding as training's workers do it; decoding the JPEG alone is what nobody gets below."""
+    images = 20 if quick else 200
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        make_model_directory(directory)
+        taken, made = rounds(directory, images, 3)
+        paths = sorted(directory.glob("*.jpg"))
+        decoding = harness.repeated(lambda: encode_all(decode, paths, images), 3) / images
+    seconds = {name: harness.least(runs) / images for name, runs in taken.items()}
+    ours = seconds["duetvl, bytes as workers send them"]
+    theirs, other = harness.fastest({name: each for name, each in seconds.items() if not name.startswith("duetvl")})
+    work = f"a JPEG of 448 x 448 and its conversation to {made['duetvl'][0]} patch rows"
+    limit, command = Limit("decoding the JPEG", decoding.cpu), harness.command_of(__file__)
+    yield Row("encode", "host", work, ours, theirs, other, limit, command)
+
+
+def decode(path: Path) -> tuple[int, int]:
+    """A file to pixels; their numbers."""
+    return Image.open(path).convert("RGB").size
 
 
 def available(directory: Path) -> Iterator[tuple[str, Contender]]:
@@ -187,20 +219,12 @@ def memory(directory: Path, samples: int) -> str:
         draft = encoder.draft(record(paths[number % len(paths)], number, f"Question {number}: {rng.random()}?"))
         encoder.pack([encoder.load(draft)])
         if number % 20 == 0:
-            peak = max(peak, anonymous_megabytes())
+            peak = max(peak, harness.status("RssAnon") / 2**20)
         if (number + 1) % max(1, samples // 10) == 0:
             peaks.append((number + 1, peak))
             peak = 0.0
     lines = ["| samples | peak of RssAnon, MB |", "|---|---|", *(f"| {count} | {mb:.1f} |" for count, mb in peaks)]
     return "\n".join([" ".join((memory.__doc__ or "").split()), "", *lines])
-
-
-def anonymous_megabytes() -> float:
-    """Memory of this process that is not a file's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise SystemExit("needs Linux: /proc/self/status has no RssAnon")
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -221,25 +245,11 @@ def write(report: str, title: str) -> None:
 def machine() -> str:
     """What it ran on, and how."""
     names = ("numpy", "pillow", "tokenizers", "transformers", "torch", "torchvision", "qwen-vl-utils")
-    versions = ", ".join(f"{name} {_version(name)}" for name in names)
     return (
         f"`python {' '.join(['benchmarks/encode.py', *sys.argv[1:]])}` on {processor_name()}, {os.cpu_count()} cores, "
-        f"{platform.system()}, Python {platform.python_version()}, {versions}; load {os.getloadavg()[0]:.1f} at the "
-        "end."
+        f"{platform.system()}, Python {platform.python_version()}, {harness.versions(*names)}; "
+        f"load {os.getloadavg()[0]:.1f} at the end."
     )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def processor_name() -> str:
-    """What /proc/cpuinfo calls it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

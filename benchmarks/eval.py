@@ -24,13 +24,14 @@ import pstats
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
+from harness import SIDES, Limits, Row, Seconds, Side
 from PIL import Image
 
 from duetvl.data.media.images import NO_WISH
@@ -53,10 +54,9 @@ Answer = Callable[[Path], Mapping[int, str]]  # a table -> the answers to its qu
 
 @dataclass(frozen=True)
 class Taken:
-    """What one round took, in seconds, and what it answered."""
+    """What one round took, and what it answered."""
 
-    wall: float
-    busy: float
+    seconds: Seconds
     texts: Mapping[int, str]
 
 
@@ -114,11 +114,11 @@ def questions_of(table: Path) -> tuple[Task, Profile, Questions]:
 # -- contenders ------------------------------------------------------------------------------------------------------
 
 
-def duetvl_eval(directory: Path, new: int) -> Answer:
+def duetvl_eval(directory: Path, new: int, side: Side = "torch") -> Answer:
     """What `duetvl eval` does from its table to answers.jsonl."""
     import duetvl
 
-    model = duetvl.load_model(directory, backend=duetvl.load_backend("torch_npu", device="cpu"), dtype="float32")
+    model = duetvl.load_model(directory, backend=duetvl.load_backend(SIDES[side], device="cpu"), dtype="float32")
     ends = frozenset(json.loads((directory / "generation_config.json").read_text())["eos_token_id"])
     tokenizer = model.processor.tokenizer
 
@@ -190,9 +190,8 @@ def contenders(directory: Path, new: int) -> dict[str, Answer]:
 
 def timed(answer: Answer, table: Path) -> Taken:
     """One round over a table."""
-    wall, busy = time.perf_counter(), time.process_time()
-    texts = answer(table)
-    return Taken(time.perf_counter() - wall, time.process_time() - busy, texts)
+    texts: dict[int, str] = {}
+    return Taken(harness.timed(lambda: texts.update(answer(table))), texts)
 
 
 def rounds(taking_part: Mapping[str, Answer], table: Path, short: Path, repeats: int) -> dict[str, list[Taken]]:
@@ -208,11 +207,11 @@ def rounds(taking_part: Mapping[str, Answer], table: Path, short: Path, repeats:
 
 def rows_of(taken: Mapping[str, Sequence[Taken]], case: str) -> list[str]:
     """A line of the report for each contender."""
-    busy = {name: statistics.median(one.busy for one in some) for name, some in taken.items()}
+    busy = {name: statistics.median(one.seconds.cpu for one in some) for name, some in taken.items()}
     single, padded, _ = busy
     lines = []
     for name, some in taken.items():
-        count, wall = len(some[0].texts), statistics.median(one.wall for one in some)
+        count, wall = len(some[0].texts), statistics.median(one.seconds.wall for one in some)
         same = sum(some[0].texts[number] == text for number, text in taken[single][0].texts.items())
         lines.append(
             f"| {case} | {name} | {count / busy[name]:.2f} | {busy[name]:.1f} | {wall:.1f} "
@@ -230,7 +229,7 @@ def profile(answer: Answer, table: Path) -> str:
     return stream.getvalue()
 
 
-def report(lines: Sequence[str], chosen: argparse.Namespace, size: int) -> str:
+def report(lines: Sequence[str], options: argparse.Namespace, size: int) -> str:
     """The table with the machine and the command."""
     import torch
     import transformers
@@ -242,16 +241,62 @@ def report(lines: Sequence[str], chosen: argparse.Namespace, size: int) -> str:
             "|---|---|---|---|---|---|---|---|",
             *lines,
             "",
-            f"Medians of {chosen.repeats} rounds in turn, {chosen.questions} questions each; rates and ratios are",
+            f"Medians of {options.repeats} rounds in turn, {options.questions} questions each; rates and ratios are",
             "of processor seconds: the machine is shared, and wall seconds include other work on it.",
             f"Same answers: as transformers gives one at a time. A Qwen2.5-VL with {size / 1e6:.1f} MB of weights,",
-            f"float32; pictures of {chosen.side**2} to {chosen.side * (chosen.side + 4)} tokens; VLMEvalKit has "
+            f"float32; pictures of {options.side**2} to {options.side * (options.side + 4)} tokens; VLMEvalKit has "
             "1,280 and more.",
             f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
             f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
             f"Command: `python benchmarks/eval.py {' '.join(sys.argv[1:])}`",
         ]
     )
+
+
+# -- the common table -------------------------------------------------------------------------------------------------
+
+
+def rows(quick: bool, limits: Limits) -> Iterator[Row]:
+    """A question of its own about each picture, on each framework of ours in a process of its own."""
+    count, side, new = (8, 12, 8) if quick else (16, 36, 8)
+    taken = {}
+    for name in [*harness.sides(), *(["transformers"] if harness.installed("torch", "transformers") else [])]:
+        figures = harness.apart(__file__, "--questions", count, "--side", side, "--new", new, "--inside", name)
+        taken |= {contender: Seconds(**seconds) for contender, seconds in figures.items()}
+    theirs, other = harness.fastest({name: each for name, each in taken.items() if name not in SIDES})
+    work = f"a question with a picture of {side**2} tokens and more, up to {new} of its answer; float32"
+    limit, command = limits.of(flops=prompt_flops(side)), harness.command_of(__file__)
+    for one in harness.sides():
+        yield Row("eval", one, work, taken[one] / count, theirs and theirs / count, other, limit, command)
+
+
+def rounds_apart(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """In a process of its own: the least seconds of one of our frameworks, or of all ways of transformers."""
+    with tempfile.TemporaryDirectory() as place:
+        home, (new, *_) = Path(place), options.new
+        write_model(home / "model")
+        table = write_table(home / "1.tsv", options.questions, 1, options.side)
+        short = write_table(home / "short.tsv", 4, 1, 4)
+        if name in SIDES:
+            taking_part = {name: duetvl_eval(home / "model", new, name)}
+        else:
+            taking_part = {k: v for k, v in contenders(home / "model", new).items() if k.startswith(name)}
+        taken = rounds(taking_part, table, short, 2)
+    return {who: vars(harness.least(each.seconds for each in runs)) for who, runs in taken.items()}
+
+
+def prompt_flops(side: int) -> float:
+    """Operations of a pass over the smallest picture that is asked about; words and answers add little to them."""
+    from duetvl.core.batch import Sample
+    from duetvl.models.qwen_vl.config import ModelConfig
+    from duetvl.models.qwen_vl.flops import inference_flops
+    from duetvl.models.qwen_vl.host import QwenVLFamily
+
+    model = ModelConfig.from_dict(config())
+    ids = [model.vision_start_token_id, *[model.image_token_id] * side**2, model.vision_end_token_id]
+    pixels = np.zeros((4 * side**2, model.vision.patch_row), np.float32)
+    sample = Sample(np.array(ids), None, pixels, np.array([[1, 2 * side, 2 * side]]))
+    return inference_flops(model, QwenVLFamily(model).pack([sample]))
 
 
 def main() -> None:
@@ -264,28 +309,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="where duetvl's time goes, on the standard error output")
     parser.add_argument("--write", action="store_true")
-    chosen = parser.parse_args()
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        print(json.dumps(rounds_apart(options.inside, options)))  # noqa: T201
+        return
     import torch
 
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(options.threads)
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         write_model(home / "model")
         size = sum(file.stat().st_size for file in (home / "model").glob("*.safetensors"))
-        tables = {many: write_table(home / f"{many}.tsv", chosen.questions, many, chosen.side) for many in (1, 4)}
+        tables = {many: write_table(home / f"{many}.tsv", options.questions, many, options.side) for many in (1, 4)}
         short = write_table(home / "short.tsv", 4, 1, 4)
-        for new in chosen.new:
+        for new in options.new:
             taking_part = contenders(home / "model", new)
             for many, table in tables.items():
                 case = f"{many} a picture, up to {new} tokens"
-                lines += rows_of(rounds(taking_part, table, short, chosen.repeats), case)
+                lines += rows_of(rounds(taking_part, table, short, options.repeats), case)
                 print("\n".join(lines[-3:]), file=sys.stderr)  # noqa: T201
-                if chosen.profile:
+                if options.profile:
                     print(profile(taking_part["duetvl eval"], table), file=sys.stderr)  # noqa: T201
-    text = report(lines, chosen, size) + "\n"
+    text = report(lines, options, size) + "\n"
     print(text)  # noqa: T201
-    if chosen.write:
+    if options.write:
         page = Path(__file__).parent / "results" / "eval.md"
         _, heading, sections = page.read_text(encoding="utf-8").partition("\n## ") if page.exists() else ("", "", "")
         page.write_text(text + heading + sections, encoding="utf-8")

@@ -16,19 +16,21 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-from contest import END, IMAGE, START, write_model
+from contest import END, IMAGE, START, model_config, write_model
+from harness import Limits, Row, Seconds
 
 BATCH, GRID = 16, (1, 16, 16)
 CASES = ("one", "equal", "mixed", "arrivals")
+FIRST = ", first token"  # of each answer alone, of any of the cases
 CONTENDERS = ("transformers", "torch", "torch, not steady", "mindspore")
 EVERY = 0.05  # of the time that one prompt alone takes: what lies between arrivals
 
@@ -50,9 +52,10 @@ class Clock:
 
 def questions(case: str, new: int) -> list[tuple[dict[str, Any], int]]:
     """Prompts with their pictures, and how many tokens each answer is to have."""
-    rng = np.random.default_rng(5)
-    count = 1 if case == "one" else BATCH
-    shares = np.ones(count) if case in ("one", "equal") else rng.permutation(np.linspace(1 / 8, 1, count))
+    rng, kind = np.random.default_rng(5), case.removesuffix(FIRST)
+    count = 1 if kind == "one" else BATCH
+    new = 1 if case.endswith(FIRST) else new
+    shares = np.ones(count) if kind in ("one", "equal") else rng.permutation(np.linspace(1 / 8, 1, count))
     found = []
     for share in shares:
         head = [START, *[IMAGE] * (GRID[1] * GRID[2] // 4), END]
@@ -148,21 +151,18 @@ def measure(answer: Answer, cases: Sequence[str], new: int) -> dict[str, dict[st
     return found
 
 
-def apart(directory: str, name: str, dtype: str, chosen: argparse.Namespace) -> dict[str, dict[str, float]]:
+def apart(directory: str, name: str, dtype: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """One contender in a fresh process."""
-    command = [sys.executable, __file__, "--new", str(chosen.new), "--cases", *chosen.cases]
-    limits = {"OMP_NUM_THREADS": str(chosen.threads), "MKL_NUM_THREADS": str(chosen.threads), "GLOG_v": "4"}
-    command += ["--inside", directory, name, dtype]
-    done = subprocess.run(command, env={**os.environ, **limits}, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = ["--new", options.new, "--cases", *options.cases, "--inside", directory, name, dtype]
+    return harness.apart(__file__, *flags, threads=options.threads)
 
 
-def table(found: dict[tuple[str, str], dict[str, dict[str, float]]], chosen: argparse.Namespace) -> str:
+def table(found: dict[tuple[str, str], dict[str, dict[str, float]]], options: argparse.Namespace) -> str:
     """Tokens a processor second, and their share of transformers' in the same dtype."""
-    lines = [f"| | dtype | {' | '.join(chosen.cases)} |", "|---|---|" + "---|" * len(chosen.cases)]
+    lines = [f"| | dtype | {' | '.join(options.cases)} |", "|---|---|" + "---|" * len(options.cases)]
     for (name, dtype), cases in found.items():
         cells = []
-        for case in chosen.cases:
+        for case in options.cases:
             rate = cases[case]["tokens"] / cases[case]["seconds"]
             base = found.get(("transformers", dtype), {}).get(case)
             ratio = "" if base is None else f" ({rate / (base['tokens'] / base['seconds']):.2f})"
@@ -172,12 +172,84 @@ def table(found: dict[tuple[str, str], dict[str, dict[str, float]]], chosen: arg
     lines += [
         "",
         "Tokens a processor second, prompts included in the time (share of transformers' in brackets). Every prompt",
-        f"has a picture of 64 tokens and up to 300 of text; {chosen.new} new tokens, or an eighth of that and more.",
+        f"has a picture of 64 tokens and up to 300 of text; {options.new} new tokens, or an eighth of that and more.",
         f"The machine was busy: {wall:.0f} s went by on the clock for {busy:.0f} of the processor.",
-        f"{platform.machine()}, {os.cpu_count()} cores, {chosen.threads} threads, Python {platform.python_version()}.",
+        f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, Python {platform.python_version()}.",
         f"Command: `python benchmarks/generate.py {' '.join(sys.argv[1:])}`",
     ]
     return "\n".join(lines) + "\n"
+
+
+# -- the common table -------------------------------------------------------------------------------------------------
+
+
+Cases = dict[str, Seconds]
+
+
+def rows(quick: bool, limits: Limits) -> Iterator[Row]:
+    """Prefill of equal prompts, and decoding alone and together: what all tokens take less what the first ones do."""
+    new, length = 24 if quick else 128, len(prompts()[0]["input_ids"])
+
+    def later(kind: str, cases: Cases) -> Seconds:
+        return (cases[kind] - cases[kind + FIRST]) / (new - 1)
+
+    pieces: dict[str, tuple[str, harness.Limit, Callable[[Cases], Seconds]]] = {
+        "prefill": (f"{BATCH} prompts of {length} tokens", prefill_limit(quick, limits), lambda x: x["equal" + FIRST]),
+        "decode, one": ("a token of 1 sequence", decode_limit(quick, limits, 1), lambda x: later("one", x)),
+        "decode, many": (
+            f"a token of each of {BATCH} sequences", decode_limit(quick, limits, BATCH), lambda x: later("equal", x)
+        ),
+    }  # fmt: skip
+    taken = apart_each(quick, new)
+    for name, (work, limit, seconds) in pieces.items():
+        theirs, other = harness.fastest({one: seconds(taken[one]) for one in taken if one not in harness.SIDES})
+        for side in harness.sides():
+            work_here = f"{work}{'; the quick size' if quick else ''}; float32"
+            own, command = seconds(taken[side]), harness.command_of(__file__)
+            yield Row(name, side, work_here, own, theirs, other, limit, command)
+
+
+def apart_each(quick: bool, new: int) -> dict[str, Cases]:
+    """What ours and transformers take for one prompt and for many, whole and to the first token."""
+    cases = [kind + end for kind in ("one", "equal") for end in ("", FIRST)]
+    names = [*harness.sides(), *(["transformers"] if harness.installed("transformers", "torch") else [])]
+    taken = {}
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(Path(directory), quick)
+        for name in names:
+            flags = ["--new", new, "--cases", *cases, "--inside", f"{directory}/model", name, "float32"]
+            figures = harness.apart(__file__, *flags)
+            taken[name] = {case: Seconds(figures[case]["seconds"], figures[case]["wall"]) for case in cases}
+    return taken
+
+
+def prompts() -> list[dict[str, Any]]:
+    """Those of the case "equal"."""
+    return [sample for sample, _ in questions("equal", 1)]
+
+
+def prefill_limit(quick: bool, limits: Limits) -> harness.Limit:
+    """The operations of all prompts in one pass."""
+    from duetvl.core.batch import Sample
+    from duetvl.models.qwen_vl.config import ModelConfig
+    from duetvl.models.qwen_vl.flops import inference_flops
+    from duetvl.models.qwen_vl.host import QwenVLFamily
+
+    config = ModelConfig.from_dict(model_config(quick))
+    batch = QwenVLFamily(config).pack([Sample(**prompt) for prompt in prompts()])
+    return limits.of(flops=inference_flops(config, batch))
+
+
+def decode_limit(quick: bool, limits: Limits, count: int) -> harness.Limit:
+    """Every weight of the language model and every row of the cache read once, or the products with `count` rows."""
+    from duetvl.models.qwen_vl.config import ModelConfig
+    from duetvl.models.qwen_vl.parameters import parameter_shapes
+
+    config = ModelConfig.from_dict(model_config(quick))
+    text, shapes = config.text, parameter_shapes(config)
+    weights = sum(int(np.prod(shapes[path])) for path in shapes if not path.startswith("visual."))
+    cache = 2 * text.num_layers * text.num_kv_heads * text.head_dim * count * len(prompts()[0]["input_ids"])
+    return limits.of(flops=2 * weights * count, read=4 * (weights + cache))
 
 
 def main() -> None:
@@ -186,23 +258,23 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=[*CASES, *(case + FIRST for case in CASES)])
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.inside:
-        directory, name, dtype = chosen.inside
-        print(json.dumps(measure(contender(name, Path(directory), dtype), chosen.cases, chosen.new)))  # noqa: T201
+    options = parser.parse_args()
+    if options.inside:
+        directory, name, dtype = options.inside
+        print(json.dumps(measure(contender(name, Path(directory), dtype), options.cases, options.new)))  # noqa: T201
         return
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))
-        runs = [(name, dtype) for dtype in chosen.dtypes for name in chosen.only]
-        found = {(name, dtype): apart(directory + "/model", name, dtype, chosen) for name, dtype in runs}
-    report = table(found, chosen)
+        runs = [(name, dtype) for dtype in options.dtypes for name in options.only]
+        found = {(name, dtype): apart(directory + "/model", name, dtype, options) for name, dtype in runs}
+    report = table(found, options)
     print(report)  # noqa: T201
-    if chosen.write:
-        (Path(__file__).parent / "results" / "generate.md").write_text(report, encoding="utf-8")
+    if options.write:
+        harness.write_page(__file__, report)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data"), str(ROOT / "benchmarks")]
 
-from encode import QUESTION, make_encoder, make_model_directory, make_pictures, processor_name  # noqa: E402
+from encode import QUESTION, make_encoder, make_model_directory, make_pictures  # noqa: E402
+from harness import processor_name  # noqa: E402
 from meeting import gather_by_files  # noqa: E402
 
 from duetvl.core.mesh import Mesh  # noqa: E402

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from harness import RESULTS as PAGES
+from harness import apart, processor_name, status
 
 from duetvl.core.backend import load_backend
 from duetvl.models.qwen_vl.config import load_config, published_config
@@ -32,7 +33,7 @@ from duetvl.models.qwen_vl.weights import open_model_weights
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import load_parameters, write_shards
 
-RESULTS = Path(__file__).parent / "results" / "load_memory.md"
+RESULTS = PAGES / "load_memory.md"
 AIM = 1.15
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -86,9 +87,7 @@ def run_case(folder: str, backend: str, dtype: str) -> dict[str, float]:
     for path in Path(folder).glob("*.safetensors"):
         with open(path, "rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, __file__, "--case", folder, backend, dtype]
-    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(ran.stdout.splitlines()[-1])
+    return apart(__file__, "--case", folder, backend, dtype, threads=os.cpu_count() or 1)
 
 
 def measure(folder: str, name: str, dtype: str) -> dict[str, float | str]:
@@ -116,12 +115,6 @@ def measure(folder: str, name: str, dtype: str) -> dict[str, float | str]:
         "seconds": seconds,
         "load": os.getloadavg()[0],
     }
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
 @contextmanager
@@ -154,9 +147,10 @@ def report(model: str, rows: list[dict[str, float]]) -> str:
     lines = [
         "# Loading a checkpoint: peak memory and time",
         "",
-        f"`python {' '.join(sys.argv)}` on {processor()}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB of memory, "
-        f"{platform.system()}, Python {platform.python_version()}. {model} in random bfloat16, shards of 2 GB, page "
-        f"cache cold. Before: anonymous memory of the process with its framework. Peak: anonymous memory beyond that. "
+        f"`python {' '.join(sys.argv)}` on {processor_name()}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB of "
+        f"memory, {platform.system()}, Python {platform.python_version()}. {model} in random bfloat16, shards of 2 GB, "
+        f"page cache cold. Before: anonymous memory of the process with its framework. Peak: anonymous memory beyond "
+        f"that. "
         f"Machine load: processes that wanted a core in the last minute; seconds mean little where it is above the "
         f"number of cores. Aim: at most {AIM} times the model's size in the loaded dtype.",
         "",
@@ -171,12 +165,6 @@ def report(model: str, rows: list[dict[str, float]]) -> str:
             f"| {before} | {file} | {row['seconds']:.1f} | {row['load']:.1f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """What /proc/cpuinfo calls it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

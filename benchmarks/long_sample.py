@@ -140,7 +140,7 @@ def started(name: str, place: Path, tokens: int) -> dict[str, Any]:
 def report(rows: dict[str, dict[str, Any]], command: str) -> str:
     """The page."""
     import torch
-    from encode import processor_name
+    from harness import processor_name
 
     tokens = next(iter(rows.values()))["tokens"]
     lines = [

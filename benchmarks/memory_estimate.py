@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import status
 
 TOKENS, PATCHES = 512, 576
 CONFIG = {
@@ -85,12 +86,6 @@ def samples(count: int) -> Iterator[Any]:
         labels = np.where(np.arange(TOKENS) < TOKENS // 2, IGNORE, ids)
         pixels = rng.standard_normal((PATCHES, 3 * 2 * 14 * 14), dtype=np.float32)
         yield Sample(ids, labels, pixels, np.array([[1, 24, PATCHES // 24]]), id=str(number))
-
-
-def status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 def measure(name: str, model: str) -> dict[str, float]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memory_estimate import CONFIG, PATCHES, TOKENS, samples, status
+from harness import status
+from memory_estimate import CONFIG, PATCHES, TOKENS, samples
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},

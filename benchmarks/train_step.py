@@ -9,20 +9,22 @@ Every contender runs in a process of its own, in turn, on the same weights, samp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from contest import Contest, Step, duetvl_sft, samples, transformers_sft
+from contest import Contender, Contest, Ready, duetvl_sft, ours, size_of, transformers_sft
+from harness import SIDES
 
 
-def duetvl_step(directory: Path, framework: str) -> Step:
+def duetvl_step(directory: Path, side: str, examples: Sequence[dict]) -> Ready:
     """All parameters."""
     import duetvl
 
-    backend = duetvl.load_backend(framework, device="cpu")
-    return duetvl_sft(duetvl.load_model(directory, backend=backend, dtype="float32"))
+    backend = duetvl.load_backend(SIDES[side], device="cpu")
+    return duetvl_sft(duetvl.load_model(directory, backend=backend, dtype="float32"), examples)
 
 
-def transformers_step(directory: Path, style: str) -> Step:
+def transformers_step(directory: Path, style: str, examples: Sequence[dict]) -> Ready:
     """All parameters."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -30,20 +32,21 @@ def transformers_step(directory: Path, style: str) -> Step:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
-    return transformers_sft(model, style)
+    return transformers_sft(model, style, examples)
 
 
+NEEDS = ("torch", "transformers")
 CONTEST = Contest(
     __file__,
+    "training step",
     {
-        "duetvl torch": (duetvl_step, "torch"),
-        "duetvl mindspore": (duetvl_step, "mindspore"),
-        "transformers, padded batch": (transformers_step, "padded"),
-        "transformers, micro-batch 1": (transformers_step, "single"),
+        **ours(duetvl_step),
+        "transformers, padded batch": Contender(transformers_step, "padded", needs=NEEDS),
+        "transformers, micro-batch 1": Contender(transformers_step, "single", needs=NEEDS),
     },
-    f"Eight samples, {sum(len(x['input_ids']) for x in samples())} tokens, longest "
-    f"{max(len(x['input_ids']) for x in samples())}",
+    size_of,
 )
+rows = CONTEST.rows
 
 
 if __name__ == "__main__":
