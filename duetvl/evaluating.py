@@ -11,6 +11,7 @@ from typing import Any
 from duetvl.convert.opening import open_model
 from duetvl.core.batch import Sample
 from duetvl.core.errors import DataError
+from duetvl.core.ranks import Ranks
 from duetvl.data.encode import Processor
 from duetvl.evaluation.answers import Asked, RunAnswers, data_md5, open_run
 from duetvl.evaluation.profiles import default_profile, find_profile
@@ -22,15 +23,15 @@ from duetvl.inference.defaults import read_defaults
 from duetvl.inference.generate import generate
 from duetvl.inference.request import Delta
 from duetvl.storage.files import remove_directory
+from duetvl.training.checkpoints.run_directory import EVALS
 from duetvl.training.recipe.sections import EvalSection
 from duetvl.training.watching.callbacks import Callback, Running
 from duetvl.training.watching.callbacks import Row as MetricsRow
-
-DIRECTORY = "evals"
+from duetvl.training.watching.metrics import read_metrics
 
 
 class TaskScores(Callback):
-    """The scores of `eval.tasks` every `eval.every` steps and at the end, greedily.
+    """The scores of `eval.tasks` every `eval.every` steps and after the last one, greedily.
 
     Each is in metrics.jsonl as `eval_TASK` with `eval_TASK_low`, `eval_TASK_high` and `eval_TASK_unparsed`, in percent
     but for the last, a number of answers; answers and scores are in `evals/TASK/step-N`, a directory as `duetvl eval`
@@ -46,19 +47,34 @@ class TaskScores(Callback):
         family = source.config.model_type
         self.asked = {name: _asked(name, Path(data), given, family) for name, data in given.tasks.items()}
         self.md5 = {name: data_md5(Path(data)) for name, data in given.tasks.items()}
+        ranks = Ranks(run.backend.collectives)
+        self.scored = ranks.first(lambda: _scored(run, [asked.task.name for asked in self.asked.values()]))
+        if run.step and self._is_due(run):  # a signal may have kept the last start from it
+            self._evaluate(run)
 
     def on_step(self, run: Running, row: MetricsRow) -> None:
         """Ask them where it is time."""
-        if run.step % run.recipe.eval.every == 0 or run.step == run.total:
+        if self._is_due(run) or run.step == run.total:
             self._evaluate(run)
 
+    def on_finish(self, run: Running) -> None:
+        """Ask them of the last step, where the run ends before its time."""
+        self._evaluate(run)
+
+    def _is_due(self, run: Running) -> bool:
+        return run.step % run.recipe.eval.every == 0
+
     def _evaluate(self, run: Running) -> None:
+        """Those that have no score at this step yet."""
         for name, asked in self.asked.items():
+            if (asked.task.name, run.step) in self.scored:
+                continue
             try:
                 rows = self._answers(run, asked)
             except _Stopping:
-                run.say(f"the run is to stop: {name} is not asked")
+                run.say(f"the run is to stop: {name} is not asked at step {run.step} before it goes on")
                 return
+            self.scored.add((asked.task.name, run.step))
             marked = list(mark(asked.task, asked.profile, asked, rows))
             summary = summarize(marked, asked.task.groups)
             self._log(run, asked.task.name, summary.whole)
@@ -104,7 +120,7 @@ class TaskScores(Callback):
     def _write(self, run: Running, name: str, rows: dict[int, Row], marked: list[Marked], summary: Summary) -> None:
         """The directory of these answers, such that `duetvl eval --compare` can take it."""
         asked = self.asked[name]
-        directory = run.run_dir / DIRECTORY / asked.task.name / f"step-{run.step:07}"
+        directory = run.run_dir / EVALS / asked.task.name / f"step-{run.step:07}"
         settings: dict[str, Any] = {
             "task": asked.task.name, "profile": asked.profile.name, "md5": self.md5[name],
             "min_pixels": asked.profile.pixels.min_pixels, "max_pixels": asked.profile.pixels.max_pixels,
@@ -123,6 +139,12 @@ class TaskScores(Callback):
                 kept.add(add, number, row)
         kept.finish()
         write_report(Report(written, marked, summary, remarks=notes(marked)), directory)
+
+
+def _scored(run: Running, names: list[str]) -> set[tuple[str, int]]:
+    """The tasks and steps that metrics.jsonl has scores of."""
+    rows = read_metrics(run.run_dir)
+    return {(name, row["step"]) for row in rows for name in names if f"eval_{name}" in row}
 
 
 def _asked(name: str, data: Path, given: EvalSection, family: str) -> Asked:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from duetvl.training.recipe.sections import TrainSection
+
 
 class Evaluations:
     """The eval_loss of every evaluation, by step. All ranks have the same, so what they decide by it is the same."""
@@ -19,6 +21,11 @@ class Evaluations:
         self.last_step = step
         if loss is not None:
             self.losses[step] = loss
+
+    def owed(self, step: int, section: TrainSection) -> bool:
+        """Whether the weights that a start finds are to be evaluated: untrained, or where a signal kept one from it."""
+        due = step % section.eval_every == 0 if step and section.eval_every else section.eval_first and not step
+        return due and self.last_step < step
 
     def best(self, steps: set[int] | None = None) -> int | None:
         """The step with the lowest loss, the first of several; among `steps` where they are given; None: of none."""

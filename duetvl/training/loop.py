@@ -199,7 +199,7 @@ class Run:
             self.say(f"{self.run_dir}: all {self.total} steps are done already")
         section = self.recipe.checkpoint
         self._last_save = self.step, time.monotonic()
-        if self.recipe.train.eval_first and self.step == 0 and self.evaluations.last_step < 0:
+        if self.step < self.total and self.evaluations.owed(self.step, self.recipe.train):
             self._evaluate()
         self._note_best()  # it may have been killed between a checkpoint and its note
         self._stop_early()  # a run that ended so before, unless it may go on for longer now
@@ -260,8 +260,10 @@ class Run:
     def _finish(self) -> None:
         """The last evaluation, checkpoint and plot; after a signal the checkpoint alone."""
         self._agree_on_end()
-        if self.caught is None and self.evaluations.last_step != self.step:  # it may have been killed just before
-            self._evaluate()
+        if self.caught is None:
+            self.callbacks.call("on_finish")
+            if self.evaluations.last_step != self.step:  # it may have been killed just before
+                self._evaluate()
         self.saver.wait()
         if self.saved_step != self.step:
             self.saver.save_last(self.state.snapshot)

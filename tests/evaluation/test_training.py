@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ import duetvl
 from duetvl.cli import main
 from duetvl.core.backend import Backend
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.evaluating import TaskScores
 from duetvl.evaluation.answers import read_answers
+from duetvl.training.train import train
+from duetvl.training.watching.callbacks import Callback, Running
 from duetvl.training.watching.metrics import read_metrics
 
 OPTIONS = [
@@ -53,6 +58,30 @@ def test_scores_as_a_run_goes_along(be: Backend, tmp_path: Path, capsys: pytest.
     again = duetvl.train(recipe, [*options, "eval.max_new_tokens=2", "eval.limit=4"], backend=be, resume="@2")
     assert again.step == 4 and len(read_answers(last)) == 4
     assert main(["plot", str(again.run_dir), "--key", "eval_ai2d_test"]) == 0
+
+
+def test_a_last_step_before_its_time_and_one_that_a_signal_cut_short_have_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Signal(Callback):
+        def on_step(self, run: Running, row: Any) -> None:
+            if run.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe, data = tiny_run.write_recipe(tmp_path, std=0.2), miniatures.ai2d(tmp_path)
+    options = [*OPTIONS[:-2], f"eval.tasks={{ai2d_test: {data}}}", "eval.limit=2", "eval.max_new_tokens=2"]
+    options += ["optim.lr=1e-30", "train.eval_every=1", "train.eval_first=true"]  # never better than at the start
+
+    def trained(*more: str) -> tuple[int, list[int]]:
+        be = duetvl.load_backend("torch_npu", "cpu")
+        result = train(recipe, [*options, *more], backend=be, callbacks=[Signal(), TaskScores()])
+        return result.step, [row["step"] for row in read_metrics(result.run_dir) if "eval_ai2d_test" in row]
+
+    assert trained("train.patience=1") == (1, [1])
+    assert trained() == (2, [1]) and "ai2d_test is not asked at step 2" in capsys.readouterr().out
+    assert trained() == trained() == (4, [1, 2, 4])
+    evaluated = [row["step"] for row in read_metrics(tmp_path / "runs" / "tiny") if "eval_loss" in row]
+    assert evaluated == [0, 1, 2, 3, 4]  # that of step 2 by the next start, and each once
 
 
 def test_what_is_wrong_is_told_before_the_first_step(tmp_path: Path) -> None:

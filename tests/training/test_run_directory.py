@@ -144,6 +144,8 @@ def test_the_command_line_says_so_in_one_line(recipe, tmp_path, capsys):
 def test_a_restart_sets_aside_and_never_removes(be, recipe, tmp_path, capsys):
     run(be, recipe)
     (tmp_path / "run/notes.txt").write_text("mine")
+    (tmp_path / "run/evals/ai2d_test").mkdir(parents=True)
+    (tmp_path / "run/evals/ai2d_test/scores.json").write_text("{}")
     first = contents(tmp_path / "run")
     assert run(be, recipe, "optim.lr=0.1", restart=True).step == 6
     assert f"starting over; what {tmp_path}/run held is in {tmp_path}/run/before-restart-1" in capsys.readouterr().out

@@ -70,7 +70,8 @@ HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "eval", "log", "parallel
 RECIPE = "resolved_recipe.yaml"
 TRACKERS = "trackers.json"
 UNSAVED = ".unsaved"  # is there until the first checkpoint is
-RESULTS = ("metrics.jsonl", "samples.jsonl", "export", "loss.png")
+EVALS = "evals"  # answers to `eval.tasks`
+RESULTS = ("metrics.jsonl", "samples.jsonl", EVALS, "export", "loss.png")
 # What a restart sets aside. Checkpoints first: what is left after a kill in between is not taken for a run to resume.
 _OURS = ("checkpoints", *RESULTS, "train.log", "tensorboard", "profile", TRACKERS, RECIPE, UNSAVED)
 ExportKind = Literal["model", "adapter", "mindspeed_mm"]

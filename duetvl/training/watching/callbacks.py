@@ -89,6 +89,9 @@ class Callback:
     def on_save(self, run: Running, path: Path) -> None:
         """A checkpoint is on disk; in the background, some steps after it was taken."""
 
+    def on_finish(self, run: Running) -> None:
+        """The steps are over, and the last evaluation and checkpoint come next. Not where a signal ends them."""
+
     def on_end(self, run: Running, error: BaseException | None) -> None:
         """Once, however the run ended: `error` is None where it ended well, which a polite stop is."""
 
