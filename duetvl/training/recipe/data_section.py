@@ -119,8 +119,8 @@ class DataSection(Section):
     video_max_frames: int = Field(
         default=VIDEO_MAX_FRAMES,
         ge=1,
-        description="Maximum number of frames of a video: 128 as in LLaMA-Factory, about a minute. qwen-vl-utils takes up "
-        "to 768.",
+        description="Maximum number of frames of a video: 128 as in LLaMA-Factory, about a minute. qwen-vl-utils takes "
+        "up to 768.",
     )
     video_min_pixels: int | None = Field(
         default=None, ge=1, description="Fewest pixels of a frame; by default what the model directory says."
