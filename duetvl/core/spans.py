@@ -21,8 +21,8 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
-    """`count` spans of the same `length`, each with `keys` key rows, lying end to end: one batched kernel call.
+class EqualSpans:
+    """`count` consecutive spans of the same `length`, each with `keys` key rows: one batched kernel call.
 
     Their query rows begin at `start`, their key rows at `key_start`.
     """
@@ -128,7 +128,7 @@ class Spans:
         return int(self.key_lengths.max(initial=0))
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[EqualSpans, ...]:
         """Neighbouring spans of equal length and number of keys, joined."""
         lengths, keys = self.lengths, self.key_lengths
         if lengths.size == 0:
@@ -136,7 +136,7 @@ class Spans:
         changes = np.flatnonzero((np.diff(lengths) != 0) | (np.diff(keys) != 0)) + 1
         bounds = [0, *changes.tolist(), lengths.size]
         return tuple(
-            Run(int(self.cu_seqlens[a]), b - a, int(lengths[a]), int(self.key_offsets[a]), int(keys[a]))
+            EqualSpans(int(self.cu_seqlens[a]), b - a, int(lengths[a]), int(self.key_offsets[a]), int(keys[a]))
             for a, b in pairwise(bounds)
         )
 

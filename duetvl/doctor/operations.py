@@ -21,7 +21,7 @@ from duetvl.core.spans import Spans
 from duetvl.doctor.check import Check, compared, tolerance
 
 Tensor = Any
-Run = Callable[..., tuple[Tensor, ...]]
+Compute = Callable[..., tuple[Tensor, ...]]
 
 PART = "operations"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,7 +34,7 @@ class Operation:
 
     name: str
     hook: str
-    run: Run
+    run: Compute
     arrays: tuple[np.ndarray, ...]
     roundings: float
     differentiable: bool = True

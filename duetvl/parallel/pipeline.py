@@ -20,7 +20,7 @@ from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.params import Parameter
 from duetvl.models.qwen_vl.model import QwenVL, StageInput
 from duetvl.models.qwen_vl.sharding import Tower
-from duetvl.models.qwen_vl.stage import Between, Run, Stage
+from duetvl.models.qwen_vl.stage import Between, Stage, StageFunction
 from duetvl.parallel.division import Division
 from duetvl.parallel.passes import InOrder, Lockstep, MicroBatch, Outputs, Passes, some_of
 from duetvl.parallel.schedule import Action, Compute, Exchange, Message, Schedule, forward_only, one_f_one_b
@@ -207,7 +207,7 @@ class Chain:
     group: Group
 
     def __call__(
-        self, first: Tower, last: Tower, run: Run, x: Tensor | None, between: Between, end: Shape, dtype: str
+        self, first: Tower, last: Tower, run: StageFunction, x: Tensor | None, between: Between, end: Shape, dtype: str
     ) -> Tensor:
         """See `Relay`."""
         division = self.division

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from duetvl.core.errors import ConfigError
-from duetvl.core.spans import Run, Spans
+from duetvl.core.spans import EqualSpans, Spans
 
 
 def test_lengths_of_zero_are_left_out_unless_there_are_keys() -> None:
@@ -18,9 +18,9 @@ def test_lengths_of_zero_are_left_out_unless_there_are_keys() -> None:
 
 def test_runs_join_spans_of_equal_rows_and_keys() -> None:
     assert Spans.of_lengths([2, 2, 2, 5], [4, 4, 3, 3], causal=True).runs == (
-        Run(0, 2, 2, 0, 4), Run(4, 1, 2, 8, 3), Run(6, 1, 5, 11, 3),
+        EqualSpans(0, 2, 2, 0, 4), EqualSpans(4, 1, 2, 8, 3), EqualSpans(6, 1, 5, 11, 3),
     )  # fmt: skip
-    assert Spans.of_lengths([2, 2, 5], causal=True).runs == (Run(0, 2, 2, 0, 2), Run(4, 1, 5, 4, 5))
+    assert Spans.of_lengths([2, 2, 5], causal=True).runs == (EqualSpans(0, 2, 2, 0, 2), EqualSpans(4, 1, 5, 4, 5))
 
 
 def test_parts_count_from_their_own_rows_and_keys() -> None:

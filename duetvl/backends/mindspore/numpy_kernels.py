@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from duetvl.core.spans import Run, Spans
+from duetvl.core.spans import EqualSpans, Spans
 
 Array = np.ndarray
 
@@ -198,16 +198,16 @@ def attention_grad(
     return dq, dk, dv
 
 
-def blocks_of_spans(spans: Spans, heads: int) -> Iterator[Run]:
+def blocks_of_spans(spans: Spans, heads: int) -> Iterator[EqualSpans]:
     """The runs of `spans`, cut so that the scores of whole spans stay within BLOCK_SCORES where they can."""
     for run in spans.runs:
         count = max(1, BLOCK_SCORES // (heads * run.length * run.keys))
         for first in range(0, run.count, count):
             start, key_start = run.start + first * run.length, run.key_start + first * run.keys
-            yield Run(start, min(count, run.count - first), run.length, key_start, run.keys)
+            yield EqualSpans(start, min(count, run.count - first), run.length, key_start, run.keys)
 
 
-def query_rows(run: Run, heads: int, causal: bool) -> Iterator[tuple[int, int, int]]:
+def query_rows(run: EqualSpans, heads: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     """(first row, end row, keys seen) of blocks of query rows."""
     size = max(16, BLOCK_SCORES // (run.count * heads * run.keys))
     size = min(size, CAUSAL_ROWS) if causal else size
@@ -234,12 +234,12 @@ def _sum_over_heads(p: Array, x: Array) -> Array:
     return np.matmul(p.swapaxes(-1, -2), x).sum(2, keepdims=True)
 
 
-def _queries(x: Array, run: Run, groups: int) -> Array:
+def _queries(x: Array, run: EqualSpans, groups: int) -> Array:
     """The query rows of a run as a view (count, G, heads of a group, length, K)."""
     return _by_head(x[run.start : run.stop], run.count, groups)
 
 
-def _keys(x: Array, run: Run) -> Array:
+def _keys(x: Array, run: EqualSpans) -> Array:
     """The key rows of a run as a view (count, G, 1, keys, K)."""
     return _by_head(x[run.key_start : run.key_stop], run.count, x.shape[1])
 
@@ -249,7 +249,7 @@ def _by_head(rows: Array, count: int, groups: int) -> Array:
     return rows.reshape(count, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
 
 
-def _lse_by_head(lse: Array, run: Run, groups: int) -> Array:
+def _lse_by_head(lse: Array, run: EqualSpans, groups: int) -> Array:
     """The columns of a run of (H, T) as a view (count, G, heads of a group, length)."""
     return lse[:, run.start : run.stop].reshape(groups, -1, run.count, run.length).transpose(2, 0, 1, 3)
 

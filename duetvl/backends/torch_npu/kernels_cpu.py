@@ -6,7 +6,7 @@ import torch
 
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.core.composed import FusedAttention
-from duetvl.core.spans import Run, Spans
+from duetvl.core.spans import EqualSpans, Spans
 
 Tensor = torch.Tensor
 
@@ -47,16 +47,16 @@ class CpuOps(FusedAttention, TorchOps):
         return dq, dk, dv
 
 
-def _causal(run: Run, spans: Spans) -> bool:
+def _causal(run: EqualSpans, spans: Spans) -> bool:
     return spans.causal and run.length > 1  # the one row of a span sees all of its keys
 
 
-def _queries(x: Tensor, run: Run) -> Tensor:
+def _queries(x: Tensor, run: EqualSpans) -> Tensor:
     """The query rows of a run as a view (count, H, length, K)."""
     return _spread(x[run.start : run.stop], run.count)
 
 
-def _keys(x: Tensor, run: Run) -> Tensor:
+def _keys(x: Tensor, run: EqualSpans) -> Tensor:
     """The key rows of a run as a view (count, G, keys, K)."""
     return _spread(x[run.key_start : run.key_stop], run.count)
 
@@ -65,7 +65,7 @@ def _spread(rows: Tensor, count: int) -> Tensor:
     return rows.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def _lse(lse: Tensor, run: Run) -> Tensor:
+def _lse(lse: Tensor, run: EqualSpans) -> Tensor:
     """The columns of a run of (H, T) as a view (count, H, length)."""
     return lse[:, run.start : run.stop].unflatten(1, (run.count, run.length)).transpose(0, 1)
 

@@ -39,7 +39,7 @@ class Tile:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class SequenceGroup:
     """Sequences of a pass that are computed together: one, or several of one new row each that have as many keys.
 
     Their rows in the cache begin at `first`, those of the next one `spacing` rows further on; index (rows,) int64: of
@@ -61,7 +61,7 @@ class TiledPlan:
     written: Tensor
     cleared: Tensor | None
     unit: int
-    runs: list[Run]
+    runs: list[SequenceGroup]
 
 
 class CpuKVCache(TorchKVCache):
@@ -78,24 +78,26 @@ class CpuKVCache(TorchKVCache):
         runs = [group[0] if len(group) == 1 else self._joined(group, cache, unit) for group in together]
         return TiledPlan(self.index(cache, append), self._cleared(cache, append, unit), unit, runs)
 
-    def _sequences(self, cache: PagedCache, append: Append, unit: int) -> Iterator[Run]:
+    def _sequences(self, cache: PagedCache, append: Append, unit: int) -> Iterator[SequenceGroup]:
         """A run for each sequence."""
         size, start = cache.block_size, 0
         lists = (append.before.tolist(), append.new.tolist(), consecutive(append, size).tolist())
         for table, before, new, in_place in zip(append.tables, *lists, strict=True):
             tiles = list(_tiles(start, before, new, unit))
             if in_place:
-                yield Run(1, tiles, first=int(table[0]) * size)
+                yield SequenceGroup(1, tiles, first=int(table[0]) * size)
             else:
-                yield Run(1, tiles, index=self.ops.from_numpy(rows_of(table, tiles[-1].keys, size), "int64"))
+                yield SequenceGroup(1, tiles, index=self.ops.from_numpy(rows_of(table, tiles[-1].keys, size), "int64"))
             start += new
 
-    def _joined(self, group: list[Run], cache: PagedCache, unit: int) -> Run:
+    def _joined(self, group: list[SequenceGroup], cache: PagedCache, unit: int) -> SequenceGroup:
         first, last = group[0].tiles[0], group[-1].tiles[0]
         rows = torch.tensor([run.tiles[0].first for run in group])
         mask = self._hidden(1, unit, first.keys, cache.keys[0].dtype)[rows, None, None]
         spacing = group[1].first - group[0].first
-        return Run(len(group), [Tile(first.start, last.stop, 0, first.keys)], group[0].first, spacing, None, mask)
+        return SequenceGroup(
+            len(group), [Tile(first.start, last.stop, 0, first.keys)], group[0].first, spacing, None, mask
+        )
 
     def _cleared(self, cache: PagedCache, append: Append, unit: int) -> Tensor | None:
         """Rows up to the end of units that the pass enters and does not fill: what was there may be no number."""
@@ -122,7 +124,7 @@ class CpuKVCache(TorchKVCache):
                 self._attend(out[tile.start : tile.stop], q[tile.start : tile.stop], k, v, run, tile, plan.unit)
         return out
 
-    def _attend(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, run: Run, tile: Tile, unit: int) -> None:
+    def _attend(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, run: SequenceGroup, tile: Tile, unit: int) -> None:
         """Write into out (count * n, H, K) what the rows of a tile see."""
         count, n, groups = run.count, q.shape[0] // run.count, k.shape[1]
         by_group = (count, n, groups, q.shape[1] // groups, q.shape[2])
@@ -162,9 +164,9 @@ def _tiles(start: int, before: int, new: int, unit: int) -> Iterator[Tile]:
         row = stop
 
 
-def _neighbours(runs: Iterator[Run]) -> list[list[Run]]:
+def _neighbours(runs: Iterator[SequenceGroup]) -> list[list[SequenceGroup]]:
     """Groups of neighbours that one call can read: one row each, as many keys, equally far apart in the cache."""
-    groups: list[list[Run]] = []
+    groups: list[list[SequenceGroup]] = []
     for run in runs:
         if groups and _continues(groups[-1], run):
             groups[-1].append(run)
@@ -173,7 +175,7 @@ def _neighbours(runs: Iterator[Run]) -> list[list[Run]]:
     return groups
 
 
-def _continues(group: list[Run], run: Run) -> bool:
+def _continues(group: list[SequenceGroup], run: SequenceGroup) -> bool:
     last = group[-1]
     one_row = all(len(r.tiles) == 1 and r.tiles[0].stop - r.tiles[0].start == 1 for r in (last, run))
     in_place = last.index is None and run.index is None
@@ -182,7 +184,7 @@ def _continues(group: list[Run], run: Run) -> bool:
     return one_row and in_place and last.tiles[0].keys == run.tiles[0].keys and apart == spacing > 0
 
 
-def _keys(x: Tensor, run: Run, tile: Tile) -> Tensor:
+def _keys(x: Tensor, run: SequenceGroup, tile: Tile) -> Tensor:
     """The rows that a tile sees, as a view (count, G, keys, K)."""
     _, groups, size = x.shape
     row = groups * size

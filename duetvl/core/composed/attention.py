@@ -10,7 +10,7 @@ import numpy as np
 from duetvl.core.autograd import Autograd
 from duetvl.core.errors import ConfigError
 from duetvl.core.ops import Ops
-from duetvl.core.spans import Run, Spans
+from duetvl.core.spans import EqualSpans, Spans
 
 Tensor = Any
 
@@ -109,7 +109,7 @@ class ComposedAttention(Ops):
         return self.concat(dqs, 0), self.concat(dks, 0), self.concat(dvs, 0)
 
     def _run_grad(
-        self, by_row: list[Tensor], by_key: list[Tensor], lse: Tensor, run: Run, spans: Spans
+        self, by_row: list[Tensor], by_key: list[Tensor], lse: Tensor, run: EqualSpans, spans: Spans
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients (B, L, K) of one run; each block of scores is made again from lse."""
         (dout, q, out), (k, v) = by_row, by_key
@@ -148,7 +148,7 @@ class ComposedAttention(Ops):
     def _masked_exp(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         return self.exp(scores if mask is None else scores + mask)
 
-    def _mask(self, a: int, b: int, end: int, run: Run, spans: Spans) -> Tensor | None:
+    def _mask(self, a: int, b: int, end: int, run: EqualSpans, spans: Spans) -> Tensor | None:
         """(b - a, end) float32: 0 where query row a + i may see key j, a large negative number elsewhere."""
         if not spans.causal:
             return None
@@ -180,12 +180,12 @@ class ComposedAttention(Ops):
             x = self.sum(self.reshape(x, (count * groups, heads // groups, length, size)), 1)
         return self._rows_first(x, count)
 
-    def _heads_by_rows(self, lse: Tensor, run: Run, heads: int) -> Tensor:
+    def _heads_by_rows(self, lse: Tensor, run: EqualSpans, heads: int) -> Tensor:
         """(count * heads, length) as (heads, count * length)."""
         split = self.reshape(lse, (run.count, heads, run.length))
         return self.reshape(self.transpose(split, (1, 0, 2)), (heads, run.count * run.length))
 
-    def _lse_of_run(self, lse: Tensor, run: Run, heads: int) -> Tensor:
+    def _lse_of_run(self, lse: Tensor, run: EqualSpans, heads: int) -> Tensor:
         """The columns of one run of (heads, T) as (count * heads, length)."""
         split = self.reshape(lse[:, run.start : run.stop], (heads, run.count, run.length))
         return self.reshape(self.transpose(split, (1, 0, 2)), (run.count * heads, run.length))
@@ -215,7 +215,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
         )
 
 
-def query_blocks(run: Run, heads: int, causal: bool) -> Iterator[tuple[int, int, int]]:
+def query_blocks(run: EqualSpans, heads: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     """(first row, end row, keys seen) of blocks of query rows whose scores stay within SCORE_BUDGET."""
     size = max(16, SCORE_BUDGET // max(1, run.count * heads * run.keys))
     for a in range(0, run.length, size):

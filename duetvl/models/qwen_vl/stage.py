@@ -107,7 +107,9 @@ class Stage:
         return (given.sizes.patches, config.vision.hidden_size) if self.vision.stop else None
 
 
-Run = Callable[[Stage, Tensor | None], Tensor]  # (a stage of this rank, what the stage before it made) -> what it makes
+StageFunction = Callable[
+    [Stage, Tensor | None], Tensor
+]  # (a stage of this rank, what the stage before it made) -> what it makes
 
 
 Between = Callable[[Stage], Shape | None]
@@ -117,7 +119,7 @@ class Relay(Protocol):
     """How a pass without a tape goes through the stages of all ranks, one after the other, each of which calls this."""
 
     def __call__(
-        self, first: Tower, last: Tower, run: Run, x: Tensor | None, between: Between, end: Shape, dtype: str
+        self, first: Tower, last: Tower, run: StageFunction, x: Tensor | None, between: Between, end: Shape, dtype: str
     ) -> Tensor:
         """From x, which goes into the first stage with layers of `first`, what the last one of `last` makes, on every
         rank. `between` gives the shape of what a stage hands on, `end` that of the result, of this dtype like the rest.
@@ -132,7 +134,7 @@ class AllHere:
         self.whole = whole
 
     def __call__(
-        self, first: Tower, last: Tower, run: Run, x: Tensor | None, between: Between, end: Shape, dtype: str
+        self, first: Tower, last: Tower, run: StageFunction, x: Tensor | None, between: Between, end: Shape, dtype: str
     ) -> Tensor:
         """What the one stage makes of x."""
         return run(self.whole, x)
