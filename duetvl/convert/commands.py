@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from duetvl.convert.inferred import has_gated_vision, infer_adapter, infer_model
-from duetvl.convert.layouts import EMBEDDING, Layout, Model, Piece, check_layout, lora_tensors, stored_tensors
+from duetvl.convert.layouts import EMBEDDING, Layout, Model, TensorBox, check_layout, lora_tensors, stored_tensors
 from duetvl.convert.mindspeed import LATEST, RELEASE, Format, MindSpeedDirectory, open_mindspeed, plan_mindspeed
 from duetvl.convert.names import TOWERS
 from duetvl.convert.plans import Options, Plan, execute
@@ -299,8 +299,8 @@ def _own_shards(hf_dir: Path, model: Model, specs: Mapping[str, TensorSpec]) -> 
     return {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
 
 
-def _whole(name: str, spec: TensorSpec) -> tuple[Piece, ...]:
-    return (Piece(name, Box.whole(spec.shape)),)
+def _whole(name: str, spec: TensorSpec) -> tuple[TensorBox, ...]:
+    return (TensorBox(name, Box.whole(spec.shape)),)
 
 
 def _beside(directory: Path) -> dict[str, Path]:

@@ -122,7 +122,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorBox:
     """A box of a Hugging Face tensor."""
 
     name: str
@@ -139,7 +139,7 @@ class Stored:
     rank: int
     stage: int
     name: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorBox, ...]
     shared: bool = False
 
     @property
@@ -150,7 +150,7 @@ class Stored:
         rest = self.pieces[0].box.shape[1:]
         return (sum(piece.box.shape[0] for piece in self.pieces), *rest)
 
-    def rows(self) -> Iterator[tuple[Piece, int]]:
+    def rows(self) -> Iterator[tuple[TensorBox, int]]:
         """Each piece with its first row."""
         row = 0
         for piece in self.pieces:
@@ -183,10 +183,10 @@ def placements(rule: Rule, layout: Layout) -> list[tuple[int, int]]:
     return [(owners[0 if rule.place == "first" else -1][0], 0)]
 
 
-def _pieces(rule: Rule, parts: list[Part], model: Model, layout: Layout, rank: int) -> Iterator[Piece]:
+def _pieces(rule: Rule, parts: list[Part], model: Model, layout: Layout, rank: int) -> Iterator[TensorBox]:
     tp = layout.tp_of(rule.tower)
     if rule.axis is None:
-        yield from (Piece(part.name, Box.whole(model.shapes[part.name])) for part in parts)
+        yield from (TensorBox(part.name, Box.whole(model.shapes[part.name])) for part in parts)
         return
     units = _units(rule, model, tp)
     shard = rank % tp  # a tower that is divided over fewer ranks than the other is repeated
@@ -200,12 +200,12 @@ def _units(rule: Rule, model: Model, tp: int) -> int:
     return {"ranks": tp, "kv_groups": max(tp, model.kv_heads), "vision_heads": model.vision_heads}[rule.units]
 
 
-def _chunk(part: Part, shape: Shape, axis: int, index: int, count: int) -> Piece:
+def _chunk(part: Part, shape: Shape, axis: int, index: int, count: int) -> TensorBox:
     length = shape[axis] if part.third is None else shape[axis] // 3
     size = length // count
     offset = [0] * len(shape)
     offset[axis] = (part.third or 0) * length + index * size
-    return Piece(part.name, Box(tuple(offset), (*shape[:axis], size, *shape[axis + 1 :])))
+    return TensorBox(part.name, Box(tuple(offset), (*shape[:axis], size, *shape[axis + 1 :])))
 
 
 # -- what can be done -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from duetvl.convert.layouts import Piece
+from duetvl.convert.layouts import TensorBox
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
 from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec, tensor_file_header
@@ -190,7 +190,7 @@ class Output:
 
     path: Path
     file: PlannedFile
-    tensors: Mapping[str, tuple[Piece, ...]]
+    tensors: Mapping[str, tuple[TensorBox, ...]]
 
 
 def plan_tensor_file(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> PlannedFile:
@@ -290,7 +290,7 @@ class _Writer:
                     read = 0
         self.crc32[output.path][key] = crc32
 
-    def _release(self, pieces: Iterable[Piece]) -> None:
+    def _release(self, pieces: Iterable[TensorBox]) -> None:
         for name in {piece.name for piece in pieces}:
             self.source.release(name)
 

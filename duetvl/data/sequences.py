@@ -13,7 +13,7 @@ from duetvl.data.excess import PICTURES, VIDEOS, DroppedAsTooLong, Excess, Sampl
 from duetvl.data.formats.grounding import write_boxes
 from duetvl.data.length import Segment, Segments, length, truncate, truncate_pair
 from duetvl.data.media.plan import Medium, shrunk, sized
-from duetvl.data.template import TURN_START, Piece, render
+from duetvl.data.template import TURN_START, TemplatePiece, render
 
 if TYPE_CHECKING:
     from duetvl.data.encode import EncodeSettings, Processor
@@ -70,7 +70,7 @@ class SequenceWriter:
                 bound = key, fitting[1] * self.family.geometry.factor**2
         return Excess(limit, max(map(length, sequences)), images, videos, bound)
 
-    def _bounded(self, pieces: list[Piece], limit: int) -> list[Piece]:
+    def _bounded(self, pieces: list[TemplatePiece], limit: int) -> list[TemplatePiece]:
         """The pieces, where their texts may have no more than `limit` tokens: so long ones are not tokenised in vain,
         which takes a minute and gigabytes for some ten million characters. Raises SampleTooLong."""
         letters = sum(len(piece.text) for piece in pieces)
@@ -173,7 +173,7 @@ class SequenceWriter:
             made.append(self._segment(piece, role, place, media))
         return made
 
-    def _segment(self, piece: Piece, role: str, place: str, media: Media) -> Segment:
+    def _segment(self, piece: TemplatePiece, role: str, place: str, media: Media) -> Segment:
         processor = self.processor
         answer = role == "assistant" and place not in ("start", "header")
         if piece.kind == "control":

@@ -22,7 +22,7 @@ TURN_START: Final = "<|im_start|>"
 TURN_END: Final = "<|im_end|>"
 
 
-class Piece(NamedTuple):
+class TemplatePiece(NamedTuple):
     """A stretch of a conversation: text to be tokenised on its own, a control token, a medium."""
 
     kind: Literal["text", "control", "image", "video"]
@@ -37,7 +37,7 @@ def render(
     train_on_prompt: bool = False,
     mask_history: bool = False,
     add_generation_prompt: bool = False,
-) -> Iterator[Piece]:
+) -> Iterator[TemplatePiece]:
     """The pieces of a conversation whose boxes are written out.
 
     Every answer is trained, with `mask_history` only the last; what a turn says itself (`Turn.trained`) goes before.
@@ -71,29 +71,29 @@ class _Prompt:
     def __init__(self, trained: bool) -> None:
         self.trained = trained
 
-    def system(self, conversation: Conversation) -> Iterator[Piece]:
+    def system(self, conversation: Conversation) -> Iterator[TemplatePiece]:
         first = conversation.turns[0]
         given = "".join(part for part in first.parts if isinstance(part, str)) if first.role == "system" else ""
         return self.turn("system", (given or DEFAULT_SYSTEM, tools_text(conversation.tools)))
 
-    def turn(self, role: str, parts: Sequence[Part]) -> Iterator[Piece]:
-        yield Piece("control", TURN_START, trained=self.trained)
+    def turn(self, role: str, parts: Sequence[Part]) -> Iterator[TemplatePiece]:
+        yield TemplatePiece("control", TURN_START, trained=self.trained)
         for piece in _content((f"{role}\n", *parts)):
             yield piece._replace(trained=self.trained)
-        yield Piece("control", TURN_END, trained=self.trained)
-        yield Piece("text", "\n", trained=self.trained)
+        yield TemplatePiece("control", TURN_END, trained=self.trained)
+        yield TemplatePiece("text", "\n", trained=self.trained)
 
-    def answer_start(self) -> Iterator[Piece]:
-        yield Piece("control", TURN_START, trained=self.trained)
-        yield Piece("text", "assistant\n", trained=self.trained)
+    def answer_start(self) -> Iterator[TemplatePiece]:
+        yield TemplatePiece("control", TURN_START, trained=self.trained)
+        yield TemplatePiece("text", "assistant\n", trained=self.trained)
 
 
-def _answer(turn: Turn, trained: bool) -> Iterator[Piece]:
+def _answer(turn: Turn, trained: bool) -> Iterator[TemplatePiece]:
     """An answer is tokenised apart from its header, so that a line end it starts with stays."""
     for piece in _content(turn.parts):
         yield piece._replace(trained=trained)
-    yield Piece("control", TURN_END, trained=trained)
-    yield Piece("text", "\n", trained=trained)
+    yield TemplatePiece("control", TURN_END, trained=trained)
+    yield TemplatePiece("text", "\n", trained=trained)
 
 
 def _results(turns: Sequence[Turn]) -> list[Part]:
@@ -104,7 +104,7 @@ def _results(turns: Sequence[Turn]) -> list[Part]:
     return parts
 
 
-def _content(parts: Sequence[Part]) -> Iterator[Piece]:
+def _content(parts: Sequence[Part]) -> Iterator[TemplatePiece]:
     """Pieces of a message's parts; texts that touch are tokenised together."""
     text = ""
     for part in parts:
@@ -112,12 +112,12 @@ def _content(parts: Sequence[Part]) -> Iterator[Piece]:
             text += part
             continue
         if text:
-            yield Piece("text", _whole(text))
+            yield TemplatePiece("text", _whole(text))
         text = ""
         assert isinstance(part, ImagePart | VideoPart), "boxes are written out before"
-        yield Piece("image" if isinstance(part, ImagePart) else "video", medium=part)
+        yield TemplatePiece("image" if isinstance(part, ImagePart) else "video", medium=part)
     if text:
-        yield Piece("text", _whole(text))
+        yield TemplatePiece("text", _whole(text))
 
 
 def _whole(text: str) -> str:

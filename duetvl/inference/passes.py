@@ -12,7 +12,7 @@ from duetvl.core.batch import Batch, Rows, stack_rows
 from duetvl.core.kv_cache import Append
 from duetvl.inference.blocks import Copy
 from duetvl.inference.padding import Padding
-from duetvl.inference.scheduler import Piece, Plan
+from duetvl.inference.scheduler import Chunk, Plan
 
 
 class Shown(NamedTuple):
@@ -80,7 +80,7 @@ def pack(plan: Plan, padding: Padding | None, blocks: int) -> Pass:
     )
 
 
-def _routes(pieces: Sequence[Piece]) -> tuple[list[Taken], np.ndarray]:
+def _routes(pieces: Sequence[Chunk]) -> tuple[list[Taken], np.ndarray]:
     """Which features the rows of a pass take, and which rows these are."""
     taken, rows, first = list[Taken](), [np.zeros(0, np.int32)], 0
     for piece in pieces:
@@ -93,7 +93,7 @@ def _routes(pieces: Sequence[Piece]) -> tuple[list[Taken], np.ndarray]:
     return taken, np.concatenate(rows)
 
 
-def _append(pieces: Sequence[Piece], pads: int, blocks: int) -> Append:
+def _append(pieces: Sequence[Chunk], pads: int, blocks: int) -> Append:
     held = [piece.sequence.held.blocks if piece.sequence.held else [] for piece in pieces]
     tables = np.full((len(pieces) + pads, max(map(len, held))), -1, np.int32)
     for row, own in enumerate(held):

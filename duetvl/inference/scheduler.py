@@ -82,7 +82,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Chunk:
     """Rows start:stop of a sequence in a pass."""
 
     sequence: Sequence
@@ -104,7 +104,7 @@ class Plan:
     forget: Items[bytes]
     copies: Items[Copy]
     encode: Items[tuple[bytes, Medium]]
-    pieces: Items[Piece]
+    pieces: Items[Chunk]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Pass:
     adapter: str
     rows: int
     patches: int
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[Chunk] = field(default_factory=list)
     encode: list[tuple[bytes, Medium]] = field(default_factory=list)
 
 
@@ -233,7 +233,7 @@ class Scheduler:
                 stop = max(start, medium.first)
                 break
         if stop > start:
-            made.pieces.append(Piece(sequence, start, stop))
+            made.pieces.append(Chunk(sequence, start, stop))
             made.rows -= stop - start
 
     def _has_features(self, made: _Pass, sequence: Sequence, medium: Medium) -> bool:

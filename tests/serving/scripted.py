@@ -16,7 +16,7 @@ from typing import Any, Final
 from duetvl.serving.page import page_file
 
 CUT: Final = object()  # a piece at which the connection breaks off
-Piece = str | threading.Event | object
+ScriptedEvent = str | threading.Event | object
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Script:
 
     key: str | None = None
     models: list[str] = field(default_factory=lambda: ["tiny-vl", "tiny-vl-adapter"])
-    answers: list[Sequence[Piece] | tuple[int, dict[str, Any]]] = field(default_factory=list)
+    answers: list[Sequence[ScriptedEvent] | tuple[int, dict[str, Any]]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)  # a client went away in mid-answer
 
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def stream(self, pieces: Sequence[Piece]) -> None:
+    def stream(self, pieces: Sequence[ScriptedEvent]) -> None:
         """Server-sent events, whose bytes are divided without regard to characters and lines."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -115,7 +115,7 @@ def error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
 
 
-def events(pieces: Sequence[Piece]) -> Iterator[Any]:
+def events(pieces: Sequence[ScriptedEvent]) -> Iterator[Any]:
     """The bytes of each event, and what is no text as it is."""
     written = 0
     yield data(choice({"role": "assistant", "content": ""}))

@@ -23,7 +23,7 @@ from duetvl.storage.finding import checkpoints_dir, find_checkpoint, has_checkpo
 from duetvl.storage.tensor_files import TensorFile
 from duetvl.training.checkpoints import checkpoint as ck
 from duetvl.training.checkpoints import writing
-from duetvl.training.checkpoints.pieces import Piece, on_host
+from duetvl.training.checkpoints.pieces import LocalTensor, on_host
 
 META = Meta(
     recipe={"optim": {"lr": 1e-5}},
@@ -364,7 +364,9 @@ def test_several_writers_and_any_reader(tmp_path):
     for rank in (0, 1):
         boxes = {"weights": Box((3 * rank, 0), (3, 8)), "exp_avg": Box((0, 5 * rank), (6, 5 if rank == 0 else 3))}
         pieces = [
-            Piece(kind, "w", Part((6, 8), Slices((box,))), {"weights": weight, "exp_avg": moment}[kind][box.slices])
+            LocalTensor(
+                kind, "w", Part((6, 8), Slices((box,))), {"weights": weight, "exp_avg": moment}[kind][box.slices]
+            )
             for kind, box in boxes.items()
         ]
         wanted = {kind: {"w": (6, 8)} for kind in boxes}
@@ -383,7 +385,7 @@ def test_several_writers_and_any_reader(tmp_path):
         for box in (Box((1, 2), (4, 5)), Box((5, 7), (1, 1)), Box((0, 0), (3, 8)), Box((2, 0), (0, 8))):
             assert np.array_equal(stored.read(kind, "w", box)[0], whole[box.slices])
     parts = Slices((Box((4, 1), (2, 3)), Box((0, 1), (1, 3))))
-    part = Piece("weights", "w", Part((6, 8), parts), np.zeros((3, 3), np.float32))
+    part = LocalTensor("weights", "w", Part((6, 8), parts), np.zeros((3, 3), np.float32))
     ck.load_pieces(ref, [part], numpy_backend())
     assert np.array_equal(part.tensor, weight[[4, 5, 0], 1:4])
 

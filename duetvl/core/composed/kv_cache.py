@@ -30,7 +30,7 @@ class PagedCache:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class SequenceRows:
     """A sequence of a pass: its packed rows, how many it then has, and where in the cache they all are.
 
     rows: a slice where its blocks are consecutive, else an index (held,) int32 on the device.
@@ -47,7 +47,7 @@ class RowPlan:
     """writes: (first row of the cache, first packed row, one past the last) of each stretch of new rows."""
 
     writes: list[tuple[int, int, int]]
-    pieces: list[Piece]
+    pieces: list[SequenceRows]
 
 
 class ComposedKVCache(KVCache):
@@ -73,7 +73,7 @@ class ComposedKVCache(KVCache):
         pieces = []
         for s, in_place in enumerate(consecutive(append, size).tolist()):
             rows = self._rows(append.tables[s], held[s], size, in_place)
-            pieces.append(Piece(stops[s] - int(append.new[s]), stops[s], held[s], rows))
+            pieces.append(SequenceRows(stops[s] - int(append.new[s]), stops[s], held[s], rows))
         return RowPlan(stretches(places(append, size)), pieces)
 
     def _rows(self, table: np.ndarray, held: int, size: int, in_place: bool) -> slice | Tensor:
@@ -96,7 +96,7 @@ class ComposedKVCache(KVCache):
         ]
         return self.ops.concat(outs, 0)
 
-    def _read(self, rows: Tensor, piece: Piece) -> Tensor:
+    def _read(self, rows: Tensor, piece: SequenceRows) -> Tensor:
         """The piece's rows (held, G, K) of a layer's keys or values."""
         return rows[piece.rows] if isinstance(piece.rows, slice) else self.ops.take_rows(rows, piece.rows)
 

@@ -23,7 +23,7 @@ from duetvl.storage.checkpoint_format import Manifest, Meta, StoredCheckpoint
 from duetvl.storage.files import write_text
 from duetvl.storage.finding import CheckpointRef, checkpoints_dir
 from duetvl.storage.weights_dir import count_and_name
-from duetvl.training.checkpoints.pieces import Piece, on_host, read_pieces, written_pieces
+from duetvl.training.checkpoints.pieces import LocalTensor, on_host, read_pieces, written_pieces
 from duetvl.training.checkpoints.writing import Snapshot
 from duetvl.version import __version__
 
@@ -127,7 +127,7 @@ def load_checkpoint(
     return ref.meta
 
 
-def load_pieces(ref: CheckpointRef, pieces: Iterable[Piece], backend: Backend) -> None:
+def load_pieces(ref: CheckpointRef, pieces: Iterable[LocalTensor], backend: Backend) -> None:
     """Fill this process's tensors, whatever boxes they are of whatever the writers had."""
     stored = ref.stored
     for piece in pieces:
@@ -139,7 +139,7 @@ def load_pieces(ref: CheckpointRef, pieces: Iterable[Piece], backend: Backend) -
         stored.release(kind, piece.path)
 
 
-def _joined(stored: StoredCheckpoint, kind: str, piece: Piece) -> tuple[np.ndarray, str]:
+def _joined(stored: StoredCheckpoint, kind: str, piece: LocalTensor) -> tuple[np.ndarray, str]:
     """The bits of a part, whose boxes are joined in host memory where there are several, and their dtype."""
     slices = piece.part.slices
     read = [stored.read(kind, piece.path, box) for box in slices.boxes]
@@ -172,7 +172,7 @@ def _check_same(ref: CheckpointRef, kind: str, wanted: Mapping[str, Shape], what
         )
 
 
-def _source(manifest: Manifest, piece: Piece, wanted: str) -> str:
+def _source(manifest: Manifest, piece: LocalTensor, wanted: str) -> str:
     """The kind that a piece is read from; see load_checkpoint."""
     masters, weights = manifest.tensors["master"], manifest.tensors["weights"]
     if piece.kind in _MOMENTS:

@@ -25,7 +25,7 @@ Tensor = Any
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalTensor:
     """A tensor of this process, and which part it is of which whole tensor of the run.
 
     The part may be some rows of the tensor alone, from `first` on.
@@ -74,7 +74,7 @@ def written_pieces(
     owned: Mapping[str, Parameter],
     state: AdamWState | None,
     division: Division,
-) -> Iterator[Piece]:
+) -> Iterator[LocalTensor]:
     """What this rank writes: the rows that it updates with all that AdamW remembers of them, and its share of what is
     frozen.
 
@@ -83,7 +83,7 @@ def written_pieces(
     """
     for parameter in parameters:
         if rows := owned.get(parameter.path):
-            yield Piece("weights", rows.path, rows.place, rows.tensor)
+            yield LocalTensor("weights", rows.path, rows.place, rows.tensor)
         elif not parameter.trainable:
             yield from _frozen_share(parameter, division)
     yield from _remembered(owned, state)
@@ -91,36 +91,36 @@ def written_pieces(
 
 def read_pieces(
     parameters: Iterable[Parameter], owned: Mapping[str, Parameter], state: AdamWState | None
-) -> Iterator[Piece]:
+) -> Iterator[LocalTensor]:
     """What this rank reads: all that it holds, and the rows that it updates where they are tensors of their own."""
     for parameter in parameters:
-        yield Piece("weights", parameter.path, parameter.place, parameter.tensor)
+        yield LocalTensor("weights", parameter.path, parameter.place, parameter.tensor)
         rows = owned.get(parameter.path)
         if rows is not None and rows is not parameter:
-            yield Piece("weights", rows.path, rows.place, rows.tensor)
+            yield LocalTensor("weights", rows.path, rows.place, rows.tensor)
     yield from _remembered(owned, state)
 
 
-def _remembered(owned: Mapping[str, Parameter], state: AdamWState | None) -> Iterator[Piece]:
+def _remembered(owned: Mapping[str, Parameter], state: AdamWState | None) -> Iterator[LocalTensor]:
     for kind, tensors in state.slots().items() if state else ():
         for path, tensor in tensors.items():
-            yield Piece(kind, path, owned[path].place, tensor)
+            yield LocalTensor(kind, path, owned[path].place, tensor)
 
 
-def _frozen_share(parameter: Parameter, division: Division) -> Iterator[Piece]:
+def _frozen_share(parameter: Parameter, division: Division) -> Iterator[LocalTensor]:
     """The rows of a frozen parameter that this rank writes."""
     place = parameter.place
     sharing = division.sharing(parameter.path, place.whole)
     team = division.team(sharing.axes)
     if len(team) == 1:
-        yield Piece("weights", parameter.path, place, parameter.tensor)
+        yield LocalTensor("weights", parameter.path, place, parameter.tensor)
         return
     mesh = division.mesh
     by_place = [_held(division.of_rank(rank), parameter) for rank in mesh.ranks_along("tp", rank=division.rank)]
     held = {rank: by_place[mesh.coordinates(rank)["tp"]] for rank in team}
     for rows in _share(held, division.rank, parameter.path):
         first = rows.start - held[division.rank].start
-        yield Piece("weights", parameter.path, place.rows(first, first + len(rows)), parameter.tensor, first)
+        yield LocalTensor("weights", parameter.path, place.rows(first, first + len(rows)), parameter.tensor, first)
 
 
 def _held(division: Division, parameter: Parameter) -> range:
@@ -144,7 +144,7 @@ def _share(held: Mapping[int, range], rank: int, path: str) -> Iterator[range]:
 # -- to the host ------------------------------------------------------------------------------------------------------
 
 
-def on_host(pieces: Iterable[Piece], backend: Backend, *, copy: bool = False) -> Iterator[HostPiece]:
+def on_host(pieces: Iterable[LocalTensor], backend: Backend, *, copy: bool = False) -> Iterator[HostPiece]:
     """The boxes of pieces as files take them: copied to host memory now, or each when its turn comes."""
     for piece in pieces:
         dtype = backend.ops.dtype_of(piece.tensor)
