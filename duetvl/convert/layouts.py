@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from duetvl.convert.names import INTERLEAVED, Part, Rule, Tower, VisionOrder, lora_rules, rules, tied_head
+from duetvl.convert.names import INTERLEAVED, Rule, TensorThird, Tower, VisionOrder, lora_rules, rules, tied_head
 from duetvl.core.boxes import Box, Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.stages import Rows, early_language, even_split, show
@@ -162,7 +162,7 @@ def stored_tensors(model: Model, layout: Layout, chosen: Iterable[Rule] | None =
     """Every tensor of every file, those of one name on all ranks one after the other."""
     for rule in layout.rules(model) if chosen is None else chosen:
         for layer, (stage, local) in enumerate(placements(rule, layout)):
-            parts = [Part(part.name.format(n=layer), part.third, part.kv) for part in rule.parts]
+            parts = [TensorThird(part.name.format(n=layer), part.third, part.kv) for part in rule.parts]
             if not all(part.name in model.shapes for part in parts):
                 continue
             for rank in range(layout.ranks):
@@ -183,7 +183,7 @@ def placements(rule: Rule, layout: Layout) -> list[tuple[int, int]]:
     return [(owners[0 if rule.place == "first" else -1][0], 0)]
 
 
-def _pieces(rule: Rule, parts: list[Part], model: Model, layout: Layout, rank: int) -> Iterator[TensorBox]:
+def _pieces(rule: Rule, parts: list[TensorThird], model: Model, layout: Layout, rank: int) -> Iterator[TensorBox]:
     tp = layout.tp_of(rule.tower)
     if rule.axis is None:
         yield from (TensorBox(part.name, Box.whole(model.shapes[part.name])) for part in parts)
@@ -200,7 +200,7 @@ def _units(rule: Rule, model: Model, tp: int) -> int:
     return {"ranks": tp, "kv_groups": max(tp, model.kv_heads), "vision_heads": model.vision_heads}[rule.units]
 
 
-def _chunk(part: Part, shape: Shape, axis: int, index: int, count: int) -> TensorBox:
+def _chunk(part: TensorThird, shape: Shape, axis: int, index: int, count: int) -> TensorBox:
     length = shape[axis] if part.third is None else shape[axis] // 3
     size = length // count
     offset = [0] * len(shape)

@@ -29,7 +29,7 @@ _PROJECTOR = "image_encoder.projector."
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorThird:
     """A Hugging Face tensor, or one third of its rows (of the [q; k; v] of the vision tower).
 
     kv: it has as many heads as there are key and value heads, not as there are units.
@@ -50,7 +50,7 @@ class Rule:
     """
 
     stored: str
-    parts: tuple[Part, ...]
+    parts: tuple[TensorThird, ...]
     units: Literal["ranks", "kv_groups", "vision_heads"] = "ranks"
     shared: bool = False
     copied: bool = False
@@ -93,7 +93,7 @@ def rules(gated: bool, canonical: bool, vision_qkv: VisionOrder = INTERLEAVED) -
 
 def tied_head() -> Rule:
     """The copy of the embedding that the last stage of a pipeline has where it serves as the head, too."""
-    return Rule(f"{_TEXT}output_layer.weight", (Part("model.embed_tokens.weight"),), copied=True)
+    return Rule(f"{_TEXT}output_layer.weight", (TensorThird("model.embed_tokens.weight"),), copied=True)
 
 
 @cache
@@ -111,7 +111,7 @@ def _lora_pair(rule: Rule) -> Iterator[Rule]:
         return
     stem = rule.stored.removesuffix(".weight")
     names = list(dict.fromkeys(part.name for part in rule.parts))
-    a = tuple(Part(_lora_name(name, "A")) for name in names)
+    a = tuple(TensorThird(_lora_name(name, "A")) for name in names)
     b = tuple(replace(part, name=_lora_name(part.name, "B")) for part in rule.parts)
     yield Rule(f"{stem}.lora_A.default.weight", a, shared=len(a) > 1)
     yield Rule(f"{stem}.lora_B.default.weight", b, rule.units)
@@ -122,7 +122,7 @@ def _lora_name(weight: str, letter: str) -> str:
 
 
 def _vision_rules(gated: bool, canonical: bool, order: VisionOrder) -> Iterator[Rule]:
-    yield Rule(f"{_ENCODER}patch_embed.proj.weight", (Part("visual.patch_embed.proj.weight"),))
+    yield Rule(f"{_ENCODER}patch_embed.proj.weight", (TensorThird("visual.patch_embed.proj.weight"),))
     block, stored = "visual.blocks.{n}.", _ENCODER + "blocks.layers.{n}."
     yield from _both(f"{stored}input_layernorm", f"{block}norm1")
     for leaf in (".weight", ".bias"):
@@ -140,7 +140,7 @@ def _vision_rules(gated: bool, canonical: bool, order: VisionOrder) -> Iterator[
 
 
 def _text_rules(canonical: bool) -> Iterator[Rule]:
-    yield Rule(f"{_TEXT}embedding.word_embeddings.weight", (Part("model.embed_tokens.weight"),))
+    yield Rule(f"{_TEXT}embedding.word_embeddings.weight", (TensorThird("model.embed_tokens.weight"),))
     block, stored = "model.layers.{n}.", _TEXT + "decoder.layers.{n}."
     yield from _both(f"{stored}input_layernorm", f"{block}input_layernorm")
     for leaf in (".weight", ".bias"):
@@ -150,17 +150,17 @@ def _text_rules(canonical: bool) -> Iterator[Rule]:
     yield from _gate_and_up(f"{stored}mlp.", f"{block}mlp.", canonical)
     yield from _both(f"{stored}mlp.linear_fc2", f"{block}mlp.down_proj")
     yield from _both(f"{_TEXT}decoder.final_layernorm", "model.norm")
-    yield Rule(f"{_TEXT}output_layer.weight", (Part("lm_head.weight"),))
+    yield Rule(f"{_TEXT}output_layer.weight", (TensorThird("lm_head.weight"),))
 
 
 def _vision_qkv(stored: str, name: str, canonical: bool, order: VisionOrder) -> Rule:
     if canonical or order == "hf":
-        return Rule(stored, (Part(name),))
-    return Rule(stored, tuple(Part(name, third) for third in range(3)), units="vision_heads")
+        return Rule(stored, (TensorThird(name),))
+    return Rule(stored, tuple(TensorThird(name, third) for third in range(3)), units="vision_heads")
 
 
 def _text_qkv(stored: str, block: str, leaf: str, canonical: bool) -> Iterator[Rule]:
-    parts = [Part(f"{block}{letter}_proj{leaf}", kv=letter != "q") for letter in "qkv"]
+    parts = [TensorThird(f"{block}{letter}_proj{leaf}", kv=letter != "q") for letter in "qkv"]
     if canonical:
         for part in parts:
             yield Rule(stored + part.name.removeprefix(block), (part,))
@@ -170,7 +170,7 @@ def _text_qkv(stored: str, block: str, leaf: str, canonical: bool) -> Iterator[R
 
 def _gate_and_up(stored: str, block: str, canonical: bool) -> Iterator[Rule]:
     for leaf in (".weight", ".bias"):
-        parts = [Part(f"{block}{name}{leaf}") for name in ("gate_proj", "up_proj")]
+        parts = [TensorThird(f"{block}{name}{leaf}") for name in ("gate_proj", "up_proj")]
         if canonical:
             for part in parts:
                 yield Rule(stored + part.name.removeprefix(block), (part,))
@@ -180,4 +180,4 @@ def _gate_and_up(stored: str, block: str, canonical: bool) -> Iterator[Rule]:
 
 def _both(stored: str, name: str) -> Iterator[Rule]:
     for leaf in (".weight", ".bias"):
-        yield Rule(stored + leaf, (Part(name + leaf),))
+        yield Rule(stored + leaf, (TensorThird(name + leaf),))

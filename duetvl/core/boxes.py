@@ -93,14 +93,14 @@ class Slices:
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalPart:
     """What a process holds of a tensor: the shape of the whole, and its slices of it."""
 
     whole: Shape
     slices: Slices
 
     @classmethod
-    def all_of(cls, shape: Shape) -> Part:
+    def all_of(cls, shape: Shape) -> LocalPart:
         """Everything."""
         return cls(tuple(shape), Slices.whole(tuple(shape)))
 
@@ -119,9 +119,9 @@ class Part:
         pieces = [array[box.slices] for box in self.slices.boxes]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.slices.axis)
 
-    def rows(self, start: int, stop: int) -> Part:
+    def rows(self, start: int, stop: int) -> LocalPart:
         """The rows [start, stop) of what is held, on its first axis."""
-        return Part(self.whole, self.slices.rows(start, stop))
+        return LocalPart(self.whole, self.slices.rows(start, stop))
 
 
 def _cut(box: Box, start: int, stop: int) -> Box:

@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from duetvl.core.boxes import Part
+from duetvl.core.boxes import LocalPart
 
 Tensor = Any
 
@@ -52,7 +52,7 @@ def kept(
     return (bits(shape[-1], key, rows, column, place, shift) >= least).reshape(tuple(shape))
 
 
-def rounding_bits(shape: Sequence[int], path: str, step: int, part: Part | None = None, **device: Any) -> Tensor:
+def rounding_bits(shape: Sequence[int], path: str, step: int, part: LocalPart | None = None, **device: Any) -> Tensor:
     """What rounding adds to the numbers of a parameter in its `step`: int32 of this shape, 0 to 2**16 - 1.
 
     `part` says what the parameter is of the whole tensor, stacked on its first axis; None: all of it.
@@ -65,7 +65,7 @@ def rounding_bits(shape: Sequence[int], path: str, step: int, part: Part | None 
     return noise.reshape(tuple(shape))
 
 
-def places(shape: Sequence[int], part: Part | None) -> tuple[np.ndarray, int]:
+def places(shape: Sequence[int], part: LocalPart | None) -> tuple[np.ndarray, int]:
     """The row in the whole tensor of each row of a part of it, and the column of the part's first."""
     flat = len(shape) < 2
     if part is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from duetvl.core.boxes import Part
+from duetvl.core.boxes import LocalPart
 
 Tensor = Any
 
@@ -26,10 +26,10 @@ class Parameter:
     trainable: bool = True
     conditional: bool = False
     main_grad: Any = None
-    part: Part | None = None
+    part: LocalPart | None = None
 
     @classmethod
-    def of(cls, path: str, tensor: Tensor, part: Part) -> Parameter:
+    def of(cls, path: str, tensor: Tensor, part: LocalPart) -> Parameter:
         """One whose tensor is this part of the whole, or all of it."""
         return cls(path, tensor, part=None if part.is_all else part)
 
@@ -39,9 +39,9 @@ class Parameter:
         return tuple(self.tensor.shape)
 
     @property
-    def place(self) -> Part:
+    def place(self) -> LocalPart:
         """Which part it is, where it is the whole too."""
-        return self.part or Part.all_of(self.shape)
+        return self.part or LocalPart.all_of(self.shape)
 
 
 class Weights:

@@ -49,7 +49,7 @@ class EqualSpans:
         return self.keys - self.length
 
 
-class Part(NamedTuple):
+class SpanRange(NamedTuple):
     """Neighbouring spans, counted from their own first rows, and the query and key rows that they cover."""
 
     rows: slice
@@ -140,14 +140,14 @@ class Spans:
             for a, b in pairwise(bounds)
         )
 
-    def parts(self, most: int) -> Iterator[Part]:
+    def parts(self, most: int) -> Iterator[SpanRange]:
         """Groups of at most `most` neighbouring spans; where one is enough it holds these spans themselves."""
         if 0 < self.lengths.size <= most:
-            yield Part(slice(0, self.rows), slice(0, self.key_rows), self)
+            yield SpanRange(slice(0, self.rows), slice(0, self.key_rows), self)
             return
         for a in range(0, self.lengths.size, most):
             ends, keys = self.cu_seqlens[a : a + most + 1], self.key_offsets[a : a + most + 1]
-            yield Part(
+            yield SpanRange(
                 slice(int(ends[0]), int(ends[-1])),
                 slice(int(keys[0]), int(keys[-1])),
                 Spans(ends - ends[0], self.causal, None if self.cu_key_seqlens is None else keys - keys[0]),

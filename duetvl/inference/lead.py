@@ -26,7 +26,7 @@ from duetvl.inference.runner import Generator, Runner
 from duetvl.inference.scheduler import Limits
 
 Told = Any
-Part = TypeVar("Part", bound=Generator)
+Producer = TypeVar("Producer", bound=Generator)
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,14 @@ class Lead:
 
 
 @dataclass
-class Follower(Generic[Part]):
+class Follower(Generic[Producer]):
     """Another rank's end. load: its part of a model. adapted: the model with the adapter of a directory."""
 
     ranks: Ranks
     line: HostTransport
-    load: Callable[[Load], Part]
-    adapted: Callable[[Part, str], Part]
-    models: dict[str, Part] = field(default_factory=dict)
+    load: Callable[[Load], Producer]
+    adapted: Callable[[Producer, str], Producer]
+    models: dict[str, Producer] = field(default_factory=dict)
     runner: Runner | None = None
 
     def follow(self, lead: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from duetvl.core.boxes import Part, Shape
+from duetvl.core.boxes import LocalPart, Shape
 from duetvl.core.ops import Ops
 from duetvl.core.params import Parameter, Weights
 from duetvl.core.spans import Spans
@@ -81,7 +81,7 @@ class Divided(Protocol):
         """Whether this rank has any of a parameter."""
         ...
 
-    def part(self, path: str, shape: Shape) -> Part:
+    def part(self, path: str, shape: Shape) -> LocalPart:
         """What this rank has of a parameter whose whole has this shape."""
         ...
 
@@ -168,9 +168,9 @@ class Undivided:
         """It has every one."""
         return True
 
-    def part(self, path: str, shape: Shape) -> Part:
+    def part(self, path: str, shape: Shape) -> LocalPart:
         """All of it."""
-        return Part.all_of(shape)
+        return LocalPart.all_of(shape)
 
     def records(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Any]:
         """None."""

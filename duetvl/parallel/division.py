@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final, Literal
 
-from duetvl.core.boxes import Part, Shape
+from duetvl.core.boxes import LocalPart, Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.core.stages import ONE_STAGE, Stages
@@ -41,7 +41,7 @@ class Sharing:
     """
 
     axes: tuple[str, ...]
-    unit: Part
+    unit: LocalPart
     first: int = 0
     copies: int = 1
 
@@ -199,7 +199,7 @@ class Division:
         """As another rank sees it."""
         return replace(self, rank=rank)
 
-    def part(self, path: str, shape: Shape) -> Part:
+    def part(self, path: str, shape: Shape) -> LocalPart:
         """What this rank holds of a parameter whose whole has this shape."""
         if not self.is_sharded(path, shape):
             return self.used(path, shape)
@@ -207,11 +207,11 @@ class Division:
         rows = owned_rows(unit.unit.shape[0], len(team), path)[team.index(self.rank)]
         return unit.unit.rows(rows.start, rows.stop)
 
-    def used(self, path: str, shape: Shape) -> Part:
+    def used(self, path: str, shape: Shape) -> LocalPart:
         """What it computes with, which is what it holds, or is gathered where it is used (`is_sharded`)."""
         if self._is_whole(path):
-            return Part.all_of(shape)
-        return Part(tuple(shape), slices_of(path, shape, self.heads, self.place("tp"), self.mesh.tp))
+            return LocalPart.all_of(shape)
+        return LocalPart(tuple(shape), slices_of(path, shape, self.heads, self.place("tp"), self.mesh.tp))
 
     def sharing(self, path: str, shape: Shape) -> Sharing:
         """Who holds it too."""
@@ -226,7 +226,7 @@ class Division:
         if self._is_whole(path):
             return Sharing((*EVERYONE, *ends), own, copies=1 if self._is_partial(path) else self.mesh.tp)
         if shard_of(path).unit == "kv_head" and self._overlapping:
-            return Sharing(EVERYONE, Part.all_of(shape), own.slices.boxes[0].offset[0])
+            return Sharing(EVERYONE, LocalPart.all_of(shape), own.slices.boxes[0].offset[0])
         return Sharing((*REPLICAS, *ends), own)
 
     def is_sharded(self, path: str, shape: Shape) -> bool:

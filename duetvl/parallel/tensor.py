@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Part, Shape
+from duetvl.core.boxes import LocalPart, Shape
 from duetvl.core.ops import Ops
 from duetvl.core.params import Parameter
 from duetvl.core.spans import Spans
@@ -90,7 +90,7 @@ class RankLayout:
         """What the division says."""
         return self.division.holds(path)
 
-    def part(self, path: str, shape: Shape) -> Part:
+    def part(self, path: str, shape: Shape) -> LocalPart:
         """What the division says."""
         return self.division.part(path, shape)
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Box, Part, Shape
+from duetvl.core.boxes import Box, LocalPart, Shape
 from duetvl.core.errors import CheckpointError
 from duetvl.core.half import widened
 from duetvl.storage.files import WEIGHT_FILES, read_object, write_text
@@ -201,7 +201,7 @@ def load_parameters(
     backend: Backend,
     dtype: str,
     *,
-    part_of: Callable[[str, Shape], Part] = lambda name, shape: Part.all_of(shape),
+    part_of: Callable[[str, Shape], LocalPart] = lambda name, shape: LocalPart.all_of(shape),
     holds: Callable[[str], bool] = lambda name: True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -224,13 +224,13 @@ def load_parameters(
     return loaded
 
 
-def load_part(backend: Backend, view: np.ndarray, stored: str, dtype: str, part: Part) -> Tensor:
+def load_part(backend: Backend, view: np.ndarray, stored: str, dtype: str, part: LocalPart) -> Tensor:
     """A part of a mapped tensor, whose dtype is named `stored`, on the device in `dtype`; the rest is not read."""
     return load_boxes(backend, lambda box: view[box.slices], stored, dtype, part, view.shape)
 
 
 def load_boxes(
-    backend: Backend, read: Callable[[Box], np.ndarray], stored: str, dtype: str, part: Part, shape: Shape
+    backend: Backend, read: Callable[[Box], np.ndarray], stored: str, dtype: str, part: LocalPart, shape: Shape
 ) -> Tensor:
     """`load_part` of a tensor of this shape whose boxes `read` gives."""
     if part.whole != shape or not all(box.inside(shape) for box in part.slices.boxes):

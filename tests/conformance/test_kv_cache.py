@@ -24,7 +24,7 @@ TOLERANCES = {"float32": 5e-6, "bfloat16": 4 * HALF["bfloat16"], "float16": 4 * 
 LAYERS, BLOCKS, BLOCK = 2, 24, 16
 
 
-class Part(NamedTuple):
+class PassRows(NamedTuple):
     """One sequence of a pass: its blocks, the rows it has, those that it gets."""
 
     blocks: tuple[int, ...]
@@ -34,34 +34,34 @@ class Part(NamedTuple):
 
 A, B, C, D = (0, 1, 2, 3), (9, 4, 17), (5, 6, 11), (20, 21)  # two of them broken, one at its second block
 SHARING, COPY = (9, 4, 14), (12, 13)
-PASSES: dict[str, Sequence[Sequence[Part]]] = {
+PASSES: dict[str, Sequence[Sequence[PassRows]]] = {
     "prefill, chunks and decode in one pass": (
-        (Part(A, 0, 7), Part(C, 0, 1), Part(D, 0, 12)),
-        (Part(C, 1, 33), Part(B, 0, 20)),
-        (Part(A, 7, 1), Part(B, 20, 1), Part(C, 34, 1), Part(D, 12, 1)),
-        (Part(D, 13, 1), Part(A, 8, 1)),
-        (Part(B, 21, 14), Part(A, 9, 40), Part(C, 35, 1), Part(D, 14, 4)),
-        (Part(D, 18, 14), Part(A, 49, 15), Part(B, 35, 13)),  # all full
+        (PassRows(A, 0, 7), PassRows(C, 0, 1), PassRows(D, 0, 12)),
+        (PassRows(C, 1, 33), PassRows(B, 0, 20)),
+        (PassRows(A, 7, 1), PassRows(B, 20, 1), PassRows(C, 34, 1), PassRows(D, 12, 1)),
+        (PassRows(D, 13, 1), PassRows(A, 8, 1)),
+        (PassRows(B, 21, 14), PassRows(A, 9, 40), PassRows(C, 35, 1), PassRows(D, 14, 4)),
+        (PassRows(D, 18, 14), PassRows(A, 49, 15), PassRows(B, 35, 13)),  # all full
     ),
     "equal lengths": (
-        (Part(A, 0, 20), Part(D, 0, 20), Part(COPY, 0, 20)),
-        (Part(A, 20, 1), Part(D, 20, 1), Part(COPY, 20, 1)),
-        (Part(COPY, 21, 1), Part(D, 21, 1), Part(A, 21, 1)),
+        (PassRows(A, 0, 20), PassRows(D, 0, 20), PassRows(COPY, 0, 20)),
+        (PassRows(A, 20, 1), PassRows(D, 20, 1), PassRows(COPY, 20, 1)),
+        (PassRows(COPY, 21, 1), PassRows(D, 21, 1), PassRows(A, 21, 1)),
     ),
     "shared blocks": (
-        (Part(B, 0, 32),),
-        (Part(SHARING, 32, 5), Part(B, 32, 3)),
-        (Part(B, 35, 1), Part(SHARING, 37, 1)),
+        (PassRows(B, 0, 32),),
+        (PassRows(SHARING, 32, 5), PassRows(B, 32, 3)),
+        (PassRows(B, 35, 1), PassRows(SHARING, 37, 1)),
     ),
     "used again, and rows behind them that are not seen": (
-        (Part(A, 0, 60),),
-        (Part(A, 0, 3),),
-        (Part(A, 3, 1), Part(D, 0, 2)),
+        (PassRows(A, 0, 60),),
+        (PassRows(A, 0, 3),),
+        (PassRows(A, 3, 1), PassRows(D, 0, 2)),
     ),
 }
 
 
-def append_of(parts: Sequence[Part]) -> Append:
+def append_of(parts: Sequence[PassRows]) -> Append:
     most = max(len(part.blocks) for part in parts)
     tables = np.array([part.blocks + (-1,) * (most - len(part.blocks)) for part in parts], np.int32)
     return Append(tables, np.array([part.before for part in parts]), np.array([part.new for part in parts]))
@@ -74,7 +74,7 @@ class Expected:
         self.block = block
         self.keys, self.values = (np.zeros((BLOCKS, block, groups, size)) for _ in range(2))
 
-    def attend(self, parts: Sequence[Part], q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    def attend(self, parts: Sequence[PassRows], q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         self.write(parts, k, v)
         outs, start = [], 0
         for part in parts:
@@ -84,7 +84,7 @@ class Expected:
             start += part.new
         return np.concatenate(outs)
 
-    def write(self, parts: Sequence[Part], k: np.ndarray, v: np.ndarray) -> None:
+    def write(self, parts: Sequence[PassRows], k: np.ndarray, v: np.ndarray) -> None:
         places = [(p.blocks[r // self.block], r % self.block) for p in parts for r in range(p.before, p.before + p.new)]
         for (block, row), key, value in zip(places, k, v, strict=True):
             self.keys[block, row], self.values[block, row] = key, value
@@ -147,7 +147,7 @@ def test_every_block_size_does(be: Backend, kind: str) -> None:
 
 
 def check(
-    be: Backend, kv: KVCache, passes: Sequence[Sequence[Part]], dtype: str, heads: int, groups: int, size: int,
+    be: Backend, kv: KVCache, passes: Sequence[Sequence[PassRows]], dtype: str, heads: int, groups: int, size: int,
     block: int = BLOCK,
 ) -> None:  # fmt: skip
     cache = created(kv, dtype, groups, size, block=block)
@@ -168,7 +168,7 @@ def test_copied_blocks_are_those_of_the_source_in_all_layers(be: Backend, dtype:
         cache, source, copy = created(kv, dtype, 2, 16), (3, 4, 5, 6), (10, 11, 12, 13)
         expected = [Expected(2, 16) for _ in range(LAYERS)]
 
-        def run(parts: Sequence[Part], seed: int, kv=kv, cache=cache, expected=expected) -> None:
+        def run(parts: Sequence[PassRows], seed: int, kv=kv, cache=cache, expected=expected) -> None:
             append = append_of(parts)
             plan = kv.plan(cache, append)
             for layer in range(LAYERS):
@@ -176,20 +176,20 @@ def test_copied_blocks_are_those_of_the_source_in_all_layers(be: Backend, dtype:
                 found = extended(be, kv, cache, layer, plan, tensors)
                 assert error(found, expected[layer].attend(parts, *arrays)) < TOLERANCES[dtype]
 
-        run([Part(source, 0, 40)], seed=0)
+        run([PassRows(source, 0, 40)], seed=0)
         kv.cache_copy(cache, source=3, target=10, count=3)
         for layer in expected:
             layer.keys[10:13], layer.values[10:13] = layer.keys[3:6], layer.values[3:6]
-        run([Part(copy, 40, 2), Part(source, 40, 3)], seed=5)
-        run([Part(source, 43, 1), Part(copy, 42, 18)], seed=10)
+        run([PassRows(copy, 40, 2), PassRows(source, 40, 3)], seed=5)
+        run([PassRows(source, 43, 1), PassRows(copy, 42, 18)], seed=10)
 
 
 ROWS = 150  # more than two of the largest blocks' halves: what is read ends at three different places
 PIECES = [(1,) * ROWS, (7, 1, 57, 64, 20, 1), (64, 85, 1), (3,) * 50, (149, 1)]
 PLACES = [  # its blocks, and who is beside it
     ((9, 3, 12), ()),
-    ((7, 8, 9), (Part((1, 2, 3), 0, 0), Part((4, 5, 6), 0, 0))),  # equally far apart
-    ((9, 8, 7), (Part((13, 14, 15), 0, 0), Part((16, 17, 18, 19), 1, 0))),
+    ((7, 8, 9), (PassRows((1, 2, 3), 0, 0), PassRows((4, 5, 6), 0, 0))),  # equally far apart
+    ((9, 8, 7), (PassRows((13, 14, 15), 0, 0), PassRows((16, 17, 18, 19), 1, 0))),
 ]
 
 
@@ -202,12 +202,12 @@ def test_a_sequence_is_the_same_in_any_pieces_and_company(
     kv = be.kv_cache
     arrays, _ = drawn(be, dtype, ROWS, heads, groups, size, seed=0)
 
-    def in_pieces(lengths: Sequence[int], blocks: tuple[int, ...], *others: Part) -> np.ndarray:
+    def in_pieces(lengths: Sequence[int], blocks: tuple[int, ...], *others: PassRows) -> np.ndarray:
         """What the sequence sees; the others come before it in each pass, with rows of their own."""
         cache, outs, done = created(kv, dtype, groups, size, 1, block=64), [], 0
         for new in lengths:
             company = [other._replace(before=other.before + done, new=new) for other in others]
-            plan = kv.plan(cache, append_of([*company, Part(blocks, done, new)]))
+            plan = kv.plan(cache, append_of([*company, PassRows(blocks, done, new)]))
             beside, _ = drawn(be, dtype, new * len(others), heads, groups, size, seed=1 + done)
             rows = [np.concatenate([y, x[done : done + new]]) for x, y in zip(arrays, beside, strict=True)]
             tensors = [be.ops.from_numpy(x, dtype) for x in rows]
@@ -227,13 +227,13 @@ def test_what_blocks_held_before_is_not_seen(be: Backend) -> None:
     """Not even numbers that are none: those of a request that failed."""
     for kv in caches(be):
         cache = created(kv, "float32", 2, 16, 1, kv.block_size)
-        whole = append_of([Part((0, 1), 0, 2 * kv.block_size)])
+        whole = append_of([PassRows((0, 1), 0, 2 * kv.block_size)])
         bad = be.ops.from_numpy(np.full((whole.rows, 2, 16), np.nan, np.float32))
         kv.cache_append(cache, 0, bad, bad, kv.plan(cache, whole))
         expected = Expected(2, 16, kv.block_size)
         before = 0
         for new in (3, 1, kv.block_size - 5, 1, 1, 7):  # up to the end of a block and over it
-            parts = [Part((0, 1), before, new)]
+            parts = [PassRows((0, 1), before, new)]
             arrays, tensors = drawn(be, "float32", new, 4, 2, 16, seed=before)
             found = extended(be, kv, cache, 0, kv.plan(cache, append_of(parts)), tensors)
             assert error(found, expected.attend(parts, *arrays)) < TOLERANCES["float32"], (before, new)
@@ -245,10 +245,10 @@ def test_a_pass_writes_its_own_rows_alone(be: Backend) -> None:
     for kv in caches(be):
         cache = created(kv, "float32", 2, 16, layers=1)
         _, tensors = drawn(be, "float32", 64, 4, 2, 16, seed=1)
-        extended(be, kv, cache, 0, kv.plan(cache, append_of([Part((6, 7, 8, 9), 0, 64)])), tensors)
-        parts = [Part((5, 10), 0, 32), Part((4, 11), 0, 17), Part((12,), 0, 16)]
+        extended(be, kv, cache, 0, kv.plan(cache, append_of([PassRows((6, 7, 8, 9), 0, 64)])), tensors)
+        parts = [PassRows((5, 10), 0, 32), PassRows((4, 11), 0, 17), PassRows((12,), 0, 16)]
         _, others = drawn(be, "float32", 65, 4, 2, 16, seed=2)
-        whole = append_of([Part((6, 7, 8, 9), 63, 1)])
+        whole = append_of([PassRows((6, 7, 8, 9), 63, 1)])
         last = [x[63:] for x in tensors]
         before = extended(be, kv, cache, 0, kv.plan(cache, whole), last)
         extended(be, kv, cache, 0, kv.plan(cache, append_of(parts)), others)
@@ -263,11 +263,11 @@ def test_a_pass_that_cannot_be_is_refused(be: Backend) -> None:
         cache = created(kv, "float32", 1, 16)
         rows = r"sequence 1 of a pass has 10 rows in the key-value cache and room for 16; it adds 7"
         with pytest.raises(ConfigError, match=rows):
-            kv.plan(cache, append_of([Part((0, 1, 2), 16, 5), Part((7,), 10, 7)]))
+            kv.plan(cache, append_of([PassRows((0, 1, 2), 16, 5), PassRows((7,), 10, 7)]))
         with pytest.raises(ConfigError, match=r"sequence 0 .* adds 0: a pass adds at least one row"):
-            kv.plan(cache, append_of([Part((0,), 4, 0)]))
+            kv.plan(cache, append_of([PassRows((0,), 4, 0)]))
         with pytest.raises(ConfigError, match=f"block {BLOCKS} of a key-value cache that has {BLOCKS}"):
-            kv.plan(cache, append_of([Part((BLOCKS,), 0, 1)]))
+            kv.plan(cache, append_of([PassRows((BLOCKS,), 0, 1)]))
 
 
 @pytest.mark.parametrize("copy", [(0, 2, 3), (3, 1, 3), (0, BLOCKS - 1, 2), (-1, 5, 1), (0, 5, 0)])
@@ -280,6 +280,6 @@ def test_a_copy_that_cannot_be_is_refused(be: Backend, copy: tuple[int, int, int
 def test_groups_that_do_not_divide_the_heads_are_refused(be: Backend) -> None:
     for kv in caches(be):
         cache = created(kv, "float32", 2, 16, layers=1)
-        plan = kv.plan(cache, append_of([Part((0,), 0, 1)]))
+        plan = kv.plan(cache, append_of([PassRows((0,), 0, 1)]))
         with pytest.raises(ConfigError, match="7 query heads with 2 key-value groups"):
             kv.attention_cached(be.ops.zeros((1, 7, 16)), cache, 0, plan)

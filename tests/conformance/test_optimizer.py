@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Box, Part, Slices
+from duetvl.core.boxes import Box, LocalPart, Slices
 from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.params import Parameter
 
@@ -136,7 +136,7 @@ def second_moments(be: Backend, shape: tuple[int, ...], part: tuple[Box, ...] = 
     """Of a parameter after two steps in bfloat16, or of the rows and columns `part` of it, as the bits of float32."""
     gradients = [np.abs(normal(*shape, seed=step)).astype(np.float32) for step in range(2)]
     cut = [np.concatenate([g[box.slices] for box in part]) if part else g for g in gradients]
-    place = Part(shape, Slices(part)) if part else None
+    place = LocalPart(shape, Slices(part)) if part else None
     p = Parameter("layers.0.w", be.ops.zeros(cut[0].shape), part=place)
     state = be.optimizer.create([ParameterGroup([p])], dtype="bfloat16")
     for g in cut:

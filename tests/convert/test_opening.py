@@ -17,7 +17,7 @@ from duetvl.convert.opening import open_merged, open_model
 from duetvl.convert.plans import Options
 from duetvl.convert.torch_zip import TorchFile
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Box, Part, Shape, Slices
+from duetvl.core.boxes import Box, LocalPart, Shape, Slices
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.model_directory import open_model as open_plain
@@ -85,8 +85,8 @@ def test_no_other_parts_are_read_than_the_boxes_asked_for(
     chosen = {name: weights.read(name, box) for name, box in boxes.items()}
     assert touched == {"mp_rank_00_000", "mp_rank_00_001"}
 
-    def part_of(name: str, shape: Shape) -> Part:
-        return Part(shape, Slices((boxes[name],))) if name in boxes else Part.all_of(shape)
+    def part_of(name: str, shape: Shape) -> LocalPart:
+        return LocalPart(shape, Slices((boxes[name],))) if name in boxes else LocalPart.all_of(shape)
 
     loaded = load_parameters(shapes, weights, be, "bfloat16", part_of=part_of)
     for name, box in boxes.items():

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from duetvl.core.boxes import Box, Part, Slices
+from duetvl.core.boxes import Box, LocalPart, Slices
 
 
-def taken(array: np.ndarray, part: Part) -> np.ndarray:
+def taken(array: np.ndarray, part: LocalPart) -> np.ndarray:
     return np.concatenate([array[box.slices] for box in part.slices.boxes], part.slices.axis)
 
 
 WHOLE = np.arange(60).reshape(12, 5)
 PARTS = {
-    "all": Part.all_of((12, 5)),
-    "stacked": Part((12, 5), Slices((Box((1, 0), (3, 5)), Box((5, 0), (0, 5)), Box((7, 0), (4, 5))))),
-    "columns": Part((12, 5), Slices((Box((0, 1), (12, 2)),), 1)),
+    "all": LocalPart.all_of((12, 5)),
+    "stacked": LocalPart((12, 5), Slices((Box((1, 0), (3, 5)), Box((5, 0), (0, 5)), Box((7, 0), (4, 5))))),
+    "columns": LocalPart((12, 5), Slices((Box((0, 1), (12, 2)),), 1)),
 }
 
 

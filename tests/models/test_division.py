@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from duetvl.core.boxes import Part
+from duetvl.core.boxes import LocalPart
 from duetvl.core.mesh import Mesh
 from duetvl.core.stages import Stages
 from duetvl.models.qwen_vl.sharding import Heads
@@ -33,7 +33,7 @@ def shapes(heads: Heads) -> dict[str, tuple[int, ...]]:
     }
 
 
-def number(whole: np.ndarray, part: Part) -> np.ndarray:
+def number(whole: np.ndarray, part: LocalPart) -> np.ndarray:
     return np.concatenate([whole[box.slices] for box in part.slices.boxes], part.slices.axis)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from duetvl.core.backend import load_backend
-from duetvl.core.boxes import Box, Part, Slices
+from duetvl.core.boxes import Box, LocalPart, Slices
 from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.models.qwen_vl.config import load_config
@@ -135,7 +135,7 @@ def test_parts(tmp_path, be):
     }
 
     def part_of(name, shape):
-        return Part(shape, slices.get(name, Slices.whole(shape)))
+        return LocalPart(shape, slices.get(name, Slices.whole(shape)))
 
     seen = []
     loaded = load_parameters(SHAPES, open_weights(tmp_path), be, "float32", part_of=part_of, progress=seen.append)
@@ -340,7 +340,7 @@ def test_transformers_reads_what_we_write_and_we_what_it_writes(tmp_path, max_sh
 MEASURE = """
 import sys, threading
 from duetvl.core.backend import load_backend
-from duetvl.core.boxes import Box, Part, Slices
+from duetvl.core.boxes import Box, LocalPart, Slices
 from duetvl.storage.weights_dir import load_parameters, open_weights
 def status(field):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
@@ -355,7 +355,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 def part_of(name, shape):
-    return Part(shape, Slices((Box((0, 0), (shape[0], shape[1] // {columns})),), 1))
+    return LocalPart(shape, Slices((Box((0, 0), (shape[0], shape[1] // {columns})),), 1))
 loaded = load_parameters(shapes, open_weights({path!r}), be, {dtype!r}, part_of=part_of)
 done.set()
 watcher.join()

@@ -14,7 +14,7 @@ import pytest
 from numpy_backend import SHAPES, numpy_backend, optimizer_state, parameters, save_checkpoint
 
 import duetvl
-from duetvl.core.boxes import Box, Part, Slices
+from duetvl.core.boxes import Box, LocalPart, Slices
 from duetvl.core.errors import CheckpointError
 from duetvl.core.optimizer import ParameterGroup
 from duetvl.core.params import Parameter
@@ -365,7 +365,7 @@ def test_several_writers_and_any_reader(tmp_path):
         boxes = {"weights": Box((3 * rank, 0), (3, 8)), "exp_avg": Box((0, 5 * rank), (6, 5 if rank == 0 else 3))}
         pieces = [
             LocalTensor(
-                kind, "w", Part((6, 8), Slices((box,))), {"weights": weight, "exp_avg": moment}[kind][box.slices]
+                kind, "w", LocalPart((6, 8), Slices((box,))), {"weights": weight, "exp_avg": moment}[kind][box.slices]
             )
             for kind, box in boxes.items()
         ]
@@ -385,7 +385,7 @@ def test_several_writers_and_any_reader(tmp_path):
         for box in (Box((1, 2), (4, 5)), Box((5, 7), (1, 1)), Box((0, 0), (3, 8)), Box((2, 0), (0, 8))):
             assert np.array_equal(stored.read(kind, "w", box)[0], whole[box.slices])
     parts = Slices((Box((4, 1), (2, 3)), Box((0, 1), (1, 3))))
-    part = LocalTensor("weights", "w", Part((6, 8), parts), np.zeros((3, 3), np.float32))
+    part = LocalTensor("weights", "w", LocalPart((6, 8), parts), np.zeros((3, 3), np.float32))
     ck.load_pieces(ref, [part], numpy_backend())
     assert np.array_equal(part.tensor, weight[[4, 5, 0], 1:4])
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, Union
 
 
 @dataclass(frozen=True)
-class Part:
+class WordPart:
     """A stretch of a word.
 
     `text` is the text itself; the name of a variable, with `index`, `operator` and `operand` of
@@ -20,10 +20,10 @@ class Part:
     quoted: bool = False
     index: str = ""
     operator: str = ""
-    operand: tuple[Part, ...] = ()
+    operand: tuple[WordPart, ...] = ()
 
 
-Template: TypeAlias = tuple[Part, ...]
+Template: TypeAlias = tuple[WordPart, ...]
 
 
 def plain(word: Template) -> str:

@@ -11,7 +11,7 @@ from typing import Final
 
 from duetvl.core.errors import ConfigError
 from duetvl.migrate.shell.arithmetic import Unknown, assigned, calculate, number
-from duetvl.migrate.shell.syntax import Part, Template
+from duetvl.migrate.shell.syntax import Template, WordPart
 from duetvl.migrate.shell.values import END, QUOTED, mark, missing, short, unset
 
 LONGEST: Final = 1_000_000  # of a value; a script that doubles one again and again is not meant to be read
@@ -126,10 +126,10 @@ class Variables:
             return template
         name, slash, rest = first.text[1:].partition("/")
         if name or (not slash and len(template) > 1):
-            return (Part("unread", first.text), *template[1:])
-        return (Part("variable", "HOME", quoted=True), Part("text", slash + rest, quoted=True), *template[1:])
+            return (WordPart("unread", first.text), *template[1:])
+        return (WordPart("variable", "HOME", quoted=True), WordPart("text", slash + rest, quoted=True), *template[1:])
 
-    def _value_of(self, part: Part, split: bool) -> str:
+    def _value_of(self, part: WordPart, split: bool) -> str:
         """What a part becomes; with `split` with the signs for words and quotes."""
         if part.kind == "variable":
             return self._variable(part, split)
@@ -141,7 +141,7 @@ class Variables:
         value = values[part.kind]()
         return value if not split else QUOTED + value if part.quoted else _marked_files(value)
 
-    def _sum(self, part: Part) -> str:
+    def _sum(self, part: WordPart) -> str:
         text = self.text(part.operand)
         if reason := missing(text):
             return mark(reason)
@@ -169,7 +169,7 @@ class Variables:
 
     # -- variables ------------------------------------------------------------------------------------------------
 
-    def _variable(self, part: Part, split: bool) -> str:
+    def _variable(self, part: WordPart, split: bool) -> str:
         value, listed = self._value(part), part.text in ("@", "*") or part.index in ("@", "*")
         rule = part.operator.lstrip(":")
         absent = not value or (part.operator.startswith(":") and not any(value))
@@ -187,7 +187,7 @@ class Variables:
             return END.join(QUOTED + word for word in value)
         return _signed(" ".join(value), part.quoted) if split else " ".join(value)
 
-    def _value(self, part: Part) -> tuple[str, ...] | None:
+    def _value(self, part: WordPart) -> tuple[str, ...] | None:
         """The value of a variable; None where it is not set. An array without an index stands for its first word."""
         name = part.text
         if name in ("@", "*"):
@@ -210,7 +210,7 @@ class Variables:
             return ()
         return (mark(f"argument {name} of the script is not known"),) if name.isdigit() else (unset(name),)
 
-    def _default(self, part: Part, rule: str, split: bool) -> str:
+    def _default(self, part: WordPart, rule: str, split: bool) -> str:
         if rule == "?":
             return _signed(" ".join(self._absent(part.text)), part.quoted) if split else self._absent(part.text)[0]
         if part.text not in ("@", "*"):
@@ -221,7 +221,7 @@ class Variables:
                 self.assign(part.text, (value,))
         return self._operand(part, split)
 
-    def _alternative(self, part: Part, absent: bool, split: bool) -> str:
+    def _alternative(self, part: WordPart, absent: bool, split: bool) -> str:
         """`${name:+operand}`."""
         if not absent:
             return self._operand(part, split)
@@ -229,7 +229,7 @@ class Variables:
             self.assumed[part.text] = "not set, as the script does not set it"
         return QUOTED if split and part.quoted else ""
 
-    def _operand(self, part: Part, split: bool) -> str:
+    def _operand(self, part: WordPart, split: bool) -> str:
         """What `${name:-operand}` becomes, whose texts are split where it stands without quotes."""
         found = QUOTED if split and part.quoted else ""
         for inner in part.operand:
@@ -237,7 +237,7 @@ class Variables:
             found += _signed(value, inner.quoted) if split and inner.kind == "text" and not part.quoted else value
         return found
 
-    def _cut(self, part: Part, value: str) -> str:
+    def _cut(self, part: WordPart, value: str) -> str:
         """`${name%pattern}` and its like: the shortest or longest end or beginning that fits is cut off."""
         pattern = self.pattern(part.operand)
         if missing(value):

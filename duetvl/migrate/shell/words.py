@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from duetvl.core.errors import ConfigError
-from duetvl.migrate.shell.syntax import Part, Template
+from duetvl.migrate.shell.syntax import Template, WordPart
 
 NAME: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 ENDS: Final = " \t\n;&|<>()"
@@ -94,7 +94,7 @@ class WordReader:
     def word(self, *, closing: str = "", regex: bool = False) -> Template:
         """The parts of a word, which ends at a blank or sign, or with `closing` at that alone."""
         ends = closing or (" \t\n" if regex else ENDS)
-        parts: list[Part] = []
+        parts: list[WordPart] = []
         while self.at < len(self.text):
             letter = self.char()
             if not closing and letter in "<>" and self.text[self.at + 1 : self.at + 2] == "(":
@@ -102,7 +102,7 @@ class WordReader:
             elif letter in ends:
                 break
             elif letter == "'":
-                parts.append(Part("text", self.until("'"), quoted=True))
+                parts.append(WordPart("text", self.until("'"), quoted=True))
             elif letter == '"':
                 self.at += 1
                 parts += self.quoted_parts('"')
@@ -110,37 +110,37 @@ class WordReader:
                 escaped = self.text[self.at + 1 : self.at + 2]
                 self.at += 2
                 if escaped != "\n":
-                    parts.append(Part("text", escaped or "\\", quoted=True))
+                    parts.append(WordPart("text", escaped or "\\", quoted=True))
             elif letter in "$`":
                 parts.append(self.expansion(quoted=False))
             else:
                 begun = self.at
                 while self.at < len(self.text) and self.text[self.at] not in ends + "'\"\\$`":
                     self.at += 1
-                parts.append(Part("text", self.text[begun : self.at]))
+                parts.append(WordPart("text", self.text[begun : self.at]))
         return tuple(parts)
 
-    def process(self) -> Part:
+    def process(self) -> WordPart:
         """`<(commands)`."""
         begun = self.at
         self.at += 1
         self.pass_commands()
-        return Part("unread", self.text[begun : self.at])
+        return WordPart("unread", self.text[begun : self.at])
 
-    def quoted_parts(self, end: str, closing: str = "") -> list[Part]:
+    def quoted_parts(self, end: str, closing: str = "") -> list[WordPart]:
         """Parts up to the quote `end`, which is gone over, or up to `closing`, which is not.
 
         There is an empty part for `""` alone: `"$@"` without arguments is no word.
         """
-        begun, parts, text = self.at - 1, list[Part](), ""
+        begun, parts, text = self.at - 1, list[WordPart](), ""
         while self.at < len(self.text) or not (end or closing):
             letter = self.char()
             if letter in '$`"' or letter in (end, closing):
-                parts += [Part("text", text, quoted=True)] if text else []
+                parts += [WordPart("text", text, quoted=True)] if text else []
                 text = ""
             if letter in (end, closing):
                 self.at += letter == end
-                return parts or [Part("text", "", quoted=True)]
+                return parts or [WordPart("text", "", quoted=True)]
             if letter in "$`":
                 parts.append(self.expansion(quoted=True))
             elif letter == '"' and closing:
@@ -154,37 +154,37 @@ class WordReader:
                 self.at += 1
         raise self.error(f"{end or '${'} is not closed", begun)
 
-    def expansion(self, *, quoted: bool) -> Part:
+    def expansion(self, *, quoted: bool) -> WordPart:
         """What begins with `$` or a backquote."""
         begun = self.at
         if self.char() == "`":
             self.backquoted()
-            return Part("command", self.text[begun + 1 : self.at - 1], quoted)
+            return WordPart("command", self.text[begun + 1 : self.at - 1], quoted)
         self.at += 1
         if self.char() == "(":
             if self.starts("(("):
                 inner = self.bracketed("(", ")")
                 if inner.startswith("(") and inner.endswith(")"):
-                    return Part("sum", inner[1:-1], quoted, operand=double_quoted(inner[1:-1]))
+                    return WordPart("sum", inner[1:-1], quoted, operand=double_quoted(inner[1:-1]))
                 self.at = begun + 1
             self.pass_commands()
-            return Part("command", self.text[begun + 2 : self.at - 1], quoted)
+            return WordPart("command", self.text[begun + 2 : self.at - 1], quoted)
         if self.char() == "{":
             return self.braces(quoted)
         if self.char() == "[":
             self.bracketed("[", "]")
-            return Part("unread", self.text[begun : self.at], quoted)
+            return WordPart("unread", self.text[begun : self.at], quoted)
         if not quoted and self.char() in ("'", '"'):
             return self.special_quotes(begun)
         found = NAME.match(self.text, self.at)
         name = found[0] if found else self.char() if self.char() and self.char() in _SPECIAL else ""
         self.at += len(name)
-        return Part("variable", name, quoted) if name else Part("text", "$", quoted)
+        return WordPart("variable", name, quoted) if name else WordPart("text", "$", quoted)
 
-    def special_quotes(self, begun: int) -> Part:
+    def special_quotes(self, begun: int) -> WordPart:
         """`$'...'`, whose escapes are not read, and `$"..."`, which is left to be read as `"..."`."""
         if self.char() == '"':
-            return Part("text", "", quoted=True)
+            return WordPart("text", "", quoted=True)
         self.at += 1
         while self.char() not in ("", "'"):
             self.at += 2 if self.char() == "\\" else 1
@@ -192,9 +192,13 @@ class WordReader:
             raise self.error("' is not closed", begun)
         self.at += 1
         text = self.text[begun + 2 : self.at - 1]
-        return Part("unread", self.text[begun : self.at], quoted=True) if "\\" in text else Part("text", text, True)
+        return (
+            WordPart("unread", self.text[begun : self.at], quoted=True)
+            if "\\" in text
+            else WordPart("text", text, True)
+        )
 
-    def braces(self, quoted: bool) -> Part:
+    def braces(self, quoted: bool) -> WordPart:
         """`${...}`, from its brace on."""
         begun = self.at
         self.at += 1
@@ -219,8 +223,8 @@ class WordReader:
             and (index in ("", "@", "*") or index.isdecimal())
         )
         if not readable or (index in ("@", "*") and sign.lstrip(":") in ("=", "%", "%%", "#", "##")):
-            return Part("unread", source, quoted)
-        return Part("variable", name, quoted, index, "length" if length else sign, operand)
+            return WordPart("unread", source, quoted)
+        return WordPart("variable", name, quoted, index, "length" if length else sign, operand)
 
     def operand(self, quoted: bool, begun: int) -> Template:
         """What follows the operator of `${...}`, up to its bracket, which is gone over."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from duetvl.core.boxes import Part, Shape
+from duetvl.core.boxes import LocalPart, Shape
 from duetvl.core.errors import ConfigError
 from duetvl.core.half import narrowed, widened
 from duetvl.core.params import Parameter
@@ -89,13 +89,13 @@ def load_adapter(model: QwenVL, stored: AdapterTensors) -> None:
     model.put_adapters(stored.adapters, _parameters(tensors, parts))
 
 
-def _parts(model: QwenVL, adapters: Adapters) -> dict[str, Part]:
+def _parts(model: QwenVL, adapters: Adapters) -> dict[str, LocalPart]:
     """Those of their tensors that this rank holds, and what it has of each."""
     shapes = adapters.shapes(linear_shapes(model.config))
     return {path: model.layout.part(path, shape) for path, shape in shapes.items() if model.layout.holds(path)}
 
 
-def _parameters(tensors: Mapping[str, Tensor], parts: Mapping[str, Part]) -> dict[str, Parameter]:
+def _parameters(tensors: Mapping[str, Tensor], parts: Mapping[str, LocalPart]) -> dict[str, Parameter]:
     return {path: Parameter.of(path, tensor, parts[path]) for path, tensor in tensors.items()}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from duetvl.core.backend import Backend
-from duetvl.core.boxes import Box, Part, Shape
+from duetvl.core.boxes import Box, LocalPart, Shape
 from duetvl.core.optimizer import AdamWState
 from duetvl.core.params import Parameter
 from duetvl.parallel.division import Division, owned_rows
@@ -33,7 +33,7 @@ class LocalTensor:
 
     kind: str
     path: str
-    part: Part
+    part: LocalPart
     tensor: Tensor
     first: int = 0
 
