@@ -101,7 +101,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     from duetvl.core.backend import AUTO, choose_backend
-    from duetvl.launch.plan import Plan, check_words, log_directory, survived
+    from duetvl.launch.plan import LaunchPlan, check_words, log_directory, survived
     from duetvl.launch.run import launch
     from duetvl.training.recipe.reading import for_world, load_recipe
 
@@ -111,11 +111,11 @@ def _launch(args: argparse.Namespace) -> int:
         backend = choose_backend(args.backend or inner.backend or AUTO, inner.device or "auto")
         logs = log_directory(args.log_dir)
         words = (*args.words, "--backend", backend)
-        return launch(Plan(backend, words, *_nodes(args), survives=survived(inner.command)), logs, logs)
+        return launch(LaunchPlan(backend, words, *_nodes(args), survives=survived(inner.command)), logs, logs)
     recipe = load_recipe(inner.recipe, _overrides(inner))
     backend = choose_backend(args.backend or recipe.backend.name, recipe.backend.device)
     words = (*args.words, "--backend", backend)
-    plan = Plan(backend, words, *_nodes(args), args.restarts)
+    plan = LaunchPlan(backend, words, *_nodes(args), args.restarts)
     if plan.processes is not None:
         for_world(recipe, plan.processes)
     return launch(plan, Path(recipe.train.output_dir), log_directory(args.log_dir))

@@ -21,7 +21,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.core.ranks import Ranks
 from duetvl.inference.lead import Adapt, Follower, Lead, Load, connect
-from duetvl.launch.plan import Plan, log_directory, own_place, survived
+from duetvl.launch.plan import LaunchPlan, log_directory, own_place, survived
 from duetvl.launch.run import USER_ERROR, launch
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.parallel.division import Division
@@ -110,7 +110,7 @@ def _start(args: argparse.Namespace, mesh: Mesh) -> int:
     backend = choose_backend(backend_name(args), args.device or "auto")
     logs = log_directory(args.log_dir) if args.log_dir else Path(tempfile.mkdtemp(prefix="duetvl-ranks-"))
     words = (*args.argv, "--backend", backend)
-    status = launch(Plan(backend, words, mesh.size, survives=survived(args.command)), logs, logs)
+    status = launch(LaunchPlan(backend, words, mesh.size, survives=survived(args.command)), logs, logs)
     if not args.log_dir and status in _NOTHING_TO_SEE:
         rmtree(logs, ignore_errors=True)
     return status

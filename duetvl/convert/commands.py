@@ -14,7 +14,7 @@ from duetvl.convert.inferred import has_gated_vision, infer_adapter, infer_model
 from duetvl.convert.layouts import EMBEDDING, Layout, Model, TensorBox, check_layout, lora_tensors, stored_tensors
 from duetvl.convert.mindspeed import LATEST, RELEASE, Format, MindSpeedDirectory, open_mindspeed, plan_mindspeed
 from duetvl.convert.names import TOWERS
-from duetvl.convert.plans import Options, Plan, execute
+from duetvl.convert.plans import DirectoryPlan, Options, execute
 from duetvl.convert.sources import open_adapter, open_source, read_index
 from duetvl.convert.streaming import FetchedTensors, FragmentedTensors, LogicalTensors, Output, plan_tensor_file
 from duetvl.convert.verify import differing_copies
@@ -68,7 +68,7 @@ def mm_to_hf(
     tensors = directory.logical(model, replace(layout, vision_qkv=order))
     _check_tied(directory, tensors)
     outputs, texts = _plan_hf(hf_dir, model, tensors.specs)
-    execute(Plan(save_hf_dir, outputs, tensors, texts, _beside(hf_dir)), [mm_dir, hf_dir], options)
+    execute(DirectoryPlan(save_hf_dir, outputs, tensors, texts, _beside(hf_dir)), [mm_dir, hf_dir], options)
 
 
 def resplit(
@@ -188,7 +188,7 @@ def lora_mm_to_hf(
     pieces = {names[name]: _whole(name, spec) for name, spec in tensors.specs.items()}
     output = Output(Path("adapter_model.safetensors"), plan_tensor_file(specs, {"format": "pt"}), pieces)
     inputs = [mm_dir, hf_dir] if hf_dir else [mm_dir]
-    execute(Plan(save_hf_dir, [output], tensors), inputs, options)
+    execute(DirectoryPlan(save_hf_dir, [output], tensors), inputs, options)
 
 
 def export_mindspeed_mm(
@@ -269,9 +269,9 @@ def _check_adapter(model: Model, layout: Layout, directory: Path) -> None:
                     raise ConfigError(f"parallel_config: the ranks do not divide {what}")
 
 
-def _release(target: Path, outputs: Sequence[Output], tensors: LogicalTensors, layout: Layout) -> Plan:
+def _release(target: Path, outputs: Sequence[Output], tensors: LogicalTensors, layout: Layout) -> DirectoryPlan:
     # Without a newline at its end, as MindSpeed-MM writes it.
-    return Plan(target, outputs, tensors, {LATEST: RELEASE}, private=True, layout=layout)
+    return DirectoryPlan(target, outputs, tensors, {LATEST: RELEASE}, private=True, layout=layout)
 
 
 def _plan_hf(hf_dir: Path, model: Model, specs: Mapping[str, TensorSpec]) -> tuple[list[Output], dict[str, str]]:

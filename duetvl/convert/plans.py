@@ -32,7 +32,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DirectoryPlan:
     """A directory to be made. `texts` and `copies` are small files of it; `private`: modes as MindSpeed-MM's."""
 
     target: Path
@@ -49,7 +49,7 @@ class Plan:
         return sum(output.file.size for output in self.outputs)
 
 
-def execute(plan: Plan, inputs: Sequence[Path], options: Options) -> None:
+def execute(plan: DirectoryPlan, inputs: Sequence[Path], options: Options) -> None:
     """Write the directory, or say what would be written. `inputs` are left alone whatever happens."""
     _check_apart(plan.target, inputs)
     if options.dry_run:
@@ -92,7 +92,7 @@ def _existing(target: Path) -> Path:
     return next(parent for parent in target.absolute().parents if parent.exists())
 
 
-def _check_space(plan: Plan) -> None:
+def _check_space(plan: DirectoryPlan) -> None:
     there = _existing(plan.target)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise CheckpointError(f"{plan.target}: cannot be written: {there} is no directory that may be written to")
@@ -109,7 +109,7 @@ def _set_modes(staging: Path) -> None:
             os.chmod(Path(folder) / name, 0o640)
 
 
-def _describe(plan: Plan, options: Options) -> Iterator[str]:
+def _describe(plan: DirectoryPlan, options: Options) -> Iterator[str]:
     refused = not options.overwrite and plan.target.is_dir() and any(plan.target.iterdir())
     yield f"{plan.target} would be {'refused, as it exists already' if refused else 'written'}; nothing is"
     if plan.layout is not None:
@@ -139,7 +139,7 @@ def _describe_stages(layout: Layout) -> Iterator[str]:
         yield f"  pipeline rank {stage % layout.pp}{virtual}: {', '.join(parts)}"
 
 
-def predicted_peak(plan: Plan, workers: int) -> int:
+def predicted_peak(plan: DirectoryPlan, workers: int) -> int:
     """Most memory that writing takes: for each worker a chunk, the pages it was cut from, and a copy of it."""
     widest = 0
     for output in plan.outputs:

@@ -16,7 +16,7 @@ from duetvl.core.errors import ConfigError
 
 Tensor = Any
 Cache = Any
-Plan = Any
+CachePlan = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +61,18 @@ class KVCache(Protocol):
         """`blocks` blocks of `block_size` rows for every layer. kv_heads: those that `cache_append` brings."""
         ...
 
-    def plan(self, cache: Cache, append: Append) -> Plan:
+    def plan(self, cache: Cache, append: Append) -> CachePlan:
         """What the calls of one pass need to know of its tables, for all layers, on the device where it is read there.
 
         Raises ConfigError where a sequence adds nothing, would outgrow its blocks, or names one that is not there.
         """
         ...
 
-    def cache_append(self, cache: Cache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+    def cache_append(self, cache: Cache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         """Store k and v (T, G, K), the packed new rows of the planned pass, behind the rows that are there."""
         ...
 
-    def attention_cached(self, q: Tensor, cache: Cache, layer: int, plan: Plan) -> Tensor:
+    def attention_cached(self, q: Tensor, cache: Cache, layer: int, plan: CachePlan) -> Tensor:
         """Causal attention of the new rows q (T, H, K) to all rows of their own sequence -> (T, H, K) in q's dtype.
 
         The new rows must be in the cache already (`cache_append` first). Scores are scaled by K ** -0.5; the query

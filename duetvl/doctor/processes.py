@@ -15,7 +15,7 @@ from duetvl.core.errors import BackendError
 from duetvl.doctor import cause_of_death
 from duetvl.doctor.check import Check
 from duetvl.doctor.worker import MARK
-from duetvl.launch.plan import Plan
+from duetvl.launch.plan import LaunchPlan
 from duetvl.launch.run import launch
 
 LIMIT_S = 300.0  # of a part: the first run on a card compiles its kernels
@@ -86,7 +86,7 @@ def examine_cards(backend: str, device: str, count: int) -> list[Check]:
     with tempfile.TemporaryDirectory(prefix="duetvl-doctor-") as directory:
         target, logs = Path(directory, "rows.json"), Path(directory, "logs")
         words = ("doctor", "--full", "--backend", backend, "--device", device, "--between", str(target))
-        status = launch(Plan(backend, words, count), logs, logs)
+        status = launch(LaunchPlan(backend, words, count), logs, logs)
         if status or not target.exists():
             return [Check("cards", f"{count} ranks", False, detail=f"the ranks ended with status {status}")]
         return [Check.from_json(entry) for entry in json.loads(target.read_text(encoding="utf-8"))]

@@ -28,7 +28,7 @@ from duetvl.inference.request import Completion, Delta, Finish, Request
 from duetvl.inference.room import Room, pool_blocks
 from duetvl.inference.runner import Generator, Runner
 from duetvl.inference.sampling import Chosen, choose_rows
-from duetvl.inference.scheduler import Limits, Plan, Scheduler
+from duetvl.inference.scheduler import Limits, PassPlan, Scheduler
 from duetvl.inference.vision_cache import VisionCache
 
 Tensor = Any
@@ -219,7 +219,7 @@ class Engine:
         for job in [job for job in self._timed.values() if job.deadline is not None and job.deadline <= now]:
             self._end(job, "deadline")
 
-    def _run(self, plan: Plan) -> None:
+    def _run(self, plan: PassPlan) -> None:
         jobs = [self._jobs[piece.sequence.number] for piece in plan.pieces]
         for job in jobs:
             job.begin()
@@ -243,7 +243,7 @@ class Engine:
         for job, one in zip(sampled, chosen, strict=True):
             self._take(job, one, errors.get(job.sequence.number))
 
-    def _logits(self, plan: Plan) -> Tensor:
+    def _logits(self, plan: PassPlan) -> Tensor:
         """The logits (S, vocabulary) after the pieces that end with a new token, in their order; run by all ranks."""
         work = pack(plan, self.padding, self.scheduler.pool.size)
         if self.lead is None:

@@ -12,7 +12,7 @@ from duetvl.core.batch import Batch, Rows, stack_rows
 from duetvl.core.kv_cache import Append
 from duetvl.inference.blocks import Copy
 from duetvl.inference.padding import Padding
-from duetvl.inference.scheduler import Chunk, Plan
+from duetvl.inference.scheduler import Chunk, PassPlan
 
 
 class Shown(NamedTuple):
@@ -58,7 +58,7 @@ class Pass:
         return replace(rows, visual_dst=self.filled, visual_src=np.arange(len(self.filled), dtype=np.int32))
 
 
-def pack(plan: Plan, padding: Padding | None, blocks: int) -> Pass:
+def pack(plan: PassPlan, padding: Padding | None, blocks: int) -> Pass:
     """A plan in arrays. With `padding` the pass has steady numbers of rows, by one-row sequences behind the others in
     the blocks that follow the pool's `blocks`, and each medium goes through the tower by itself."""
     pieces = plan.pieces

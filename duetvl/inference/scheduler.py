@@ -96,7 +96,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PassPlan:
     """A pass: features that are let go and copies of blocks first, then the media whose features are missing, then the
     pieces, end to end."""
 
@@ -166,17 +166,17 @@ class Scheduler:
             self.running.remove(sequence)
             self._give_back(sequence)
 
-    def next(self) -> Plan | None:
+    def next(self) -> PassPlan | None:
         """The next pass, or None where there is nothing to do. Adapters take turns."""
         for adapter in self._turns():
             made = self._fill(_Pass(adapter, self.limits.pass_tokens, self.limits.pass_patches))
             if made.pieces:
                 self._last_adapter = adapter
                 copies, self._copies = self._copies, []
-                return Plan(adapter, self.vision.forgotten(), copies, made.encode, made.pieces)
+                return PassPlan(adapter, self.vision.forgotten(), copies, made.encode, made.pieces)
         return None
 
-    def ran(self, plan: Plan) -> None:
+    def ran(self, plan: PassPlan) -> None:
         """The pass is in the cache: its blocks can be found, and features that no later chunk needs are let go."""
         for key, _ in plan.encode:
             self.vision.computed(key)

@@ -22,7 +22,7 @@ PLACE: Final = "DUETVL_LAUNCH_PLACE"  # the directory of this start, known to it
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """A run as this node takes part in it. `words` are those of the command that every rank runs; `survives` are the
     signals that interrupt it and do not end it."""
 

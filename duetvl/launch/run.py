@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from duetvl.launch.plan import Plan
+from duetvl.launch.plan import LaunchPlan
 from duetvl.training.failures import read_failures
 
 USER_ERROR: Final = 2
@@ -25,7 +25,7 @@ _PERIOD: Final = 0.05
 _TAIL: Final = 20  # lines of a log
 
 
-def launch(plan: Plan, run_dir: Path, logs: Path) -> int:
+def launch(plan: LaunchPlan, run_dir: Path, logs: Path) -> int:
     """Start the run, up to `plan.restarts` times again where it fails; the exit status.
 
     0, 2 for an error that the user can act on, 128 + n after signal n, 1 for a failure. A restart resumes from the last
@@ -87,7 +87,7 @@ class _Rank:
 
 @dataclass
 class _Start:
-    plan: Plan
+    plan: LaunchPlan
     place: Path
     run_dir: Path
     signals: _Signals

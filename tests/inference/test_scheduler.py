@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from duetvl.core.batch import Sample
 from duetvl.inference.blocks import BlockPool
 from duetvl.inference.request import Request
-from duetvl.inference.scheduler import Limits, Plan, Scheduler, Sequence
+from duetvl.inference.scheduler import Limits, PassPlan, Scheduler, Sequence
 from duetvl.inference.vision_cache import Medium, VisionCache
 
 BLOCK = 4
@@ -38,7 +38,7 @@ class Cache:
         self.rows: list[bytes | None] = [None] * (blocks * BLOCK)
         self.features: set[bytes] = set()
 
-    def run(self, plan: Plan) -> None:
+    def run(self, plan: PassPlan) -> None:
         """As the runner does: copies, features, rows."""
         for source, target, count in plan.copies:
             assert abs(source - target) >= count, "a copy overlaps"
@@ -77,7 +77,7 @@ def expected(one: Sequence, rows: int) -> list[bytes]:
     return found
 
 
-def advance(scheduler: Scheduler, cache: Cache, plan: Plan) -> list[Sequence]:
+def advance(scheduler: Scheduler, cache: Cache, plan: PassPlan) -> list[Sequence]:
     """Run a plan; every sequence that gets a token gets 7. Those that came to their end, which are dropped."""
     cache.run(plan)
     scheduler.ran(plan)

@@ -31,7 +31,7 @@ from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.core.composed import AscendAttention, ComposedKVCache
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import PagedCache, check_copy
-from duetvl.core.kv_cache import Append, Plan, check_append, places, rows_of
+from duetvl.core.kv_cache import Append, CachePlan, check_append, places, rows_of
 from duetvl.core.spans import Spans
 
 LARGEST_HEAD = 512
@@ -170,7 +170,7 @@ class AscendKVCache(ComposedKVCache):
         keys, values = (tuple(self.ops.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
         return BlockCache(block_size, keys, values)
 
-    def plan(self, cache: PagedCache, append: Append) -> Plan:
+    def plan(self, cache: PagedCache, append: Append) -> CachePlan:
         if not isinstance(cache, BlockCache):
             return super().plan(cache, append)
         check_append(append, cache.blocks, cache.block_size)
@@ -199,7 +199,7 @@ class AscendKVCache(ComposedKVCache):
         keys = np.concatenate([rows_of(table, n, cache.block_size) for table, n in pairs])
         return MoreRows(rows, self.ops.from_numpy(keys), Spans.of_lengths(append.new[chosen], held, causal=True))
 
-    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         if not isinstance(plan, BlockPlan):
             super().cache_append(cache, layer, k, v, plan)
             return
@@ -207,7 +207,7 @@ class AscendKVCache(ComposedKVCache):
         new = (self.ops.reshape(x, flat) for x in (k, v))
         reshape_and_cache(*new, cache.keys[layer], cache.values[layer], plan.written)
 
-    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: CachePlan) -> Tensor:
         if not isinstance(plan, BlockPlan):
             return super().attention_cached(q, cache, layer, plan)
         held = cache.keys[layer], cache.values[layer]

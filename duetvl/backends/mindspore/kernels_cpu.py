@@ -24,7 +24,7 @@ from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import PagedCache, RowPlan, check_copy
 from duetvl.core.counter_hash import kept
 from duetvl.core.half import widened
-from duetvl.core.kv_cache import Append, Plan, places
+from duetvl.core.kv_cache import Append, CachePlan, places
 from duetvl.core.ops import write_refused
 from duetvl.core.spans import Spans
 
@@ -259,15 +259,15 @@ class CpuKVCache(ComposedKVCache):
         keys, values = (tuple(np.zeros(shape, NUMPY_DTYPES[dtype]) for _ in range(layers)) for _ in range(2))
         return PagedCache(block_size, keys, values)
 
-    def plan(self, cache: PagedCache, append: Append) -> Plan:
+    def plan(self, cache: PagedCache, append: Append) -> CachePlan:
         plan = super().plan(cache, append)
         return ArrayPlan(plan.writes, plan.pieces, places(append, cache.block_size))
 
-    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         cache.keys[layer][plan.written] = k.asnumpy()
         cache.values[layer][plan.written] = v.asnumpy()
 
-    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: CachePlan) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         check_groups(q.shape[1], keys.shape[1])
         queries, out = self.ops.wide(q), np.empty(q.shape, np.float32)

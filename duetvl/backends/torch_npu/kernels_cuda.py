@@ -16,7 +16,7 @@ from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.core.composed import FusedAttention
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import PagedCache
-from duetvl.core.kv_cache import Append, Plan, check_append, consecutive, rows_of
+from duetvl.core.kv_cache import Append, CachePlan, check_append, consecutive, rows_of
 from duetvl.core.spans import Spans
 
 Tensor = torch.Tensor
@@ -119,7 +119,7 @@ class CudaKVCache(TorchKVCache):
         """
         return self.agree(cache, partial(self._plan, in_place=True), partial(self._plan, in_place=False))
 
-    def plan(self, cache: PagedCache, append: Append) -> Plan:
+    def plan(self, cache: PagedCache, append: Append) -> CachePlan:
         keys = cache.keys[0]
         if not flash_attention_takes(keys.dtype, keys.shape[2], self.ops.capability):
             return super().plan(cache, append)
@@ -141,7 +141,7 @@ class CudaKVCache(TorchKVCache):
             most_keys=int(held.max()),
         )
 
-    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: CachePlan) -> Tensor:
         if not isinstance(plan, FlashPlan):
             return super().attention_cached(q, cache, layer, plan)
         held = (cache.keys[layer], cache.values[layer])

@@ -25,7 +25,7 @@ from duetvl.core.composed import AscendAttention
 from duetvl.core.composed.ascend_attention import RIGHT_DOWN_CAUSAL
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import PagedCache
-from duetvl.core.kv_cache import Append, Plan, check_append, places
+from duetvl.core.kv_cache import Append, CachePlan, check_append, places
 from duetvl.core.optimizer import AdamWState, ParameterGroup
 from duetvl.core.spans import Spans
 
@@ -180,7 +180,7 @@ class NpuKVCache(TorchKVCache):
         """(2048, 2048) int8, 1 where a column is hidden from a row."""
         return self.ops.hidden_later.to(torch.int8)
 
-    def plan(self, cache: PagedCache, append: Append) -> Plan:
+    def plan(self, cache: PagedCache, append: Append) -> CachePlan:
         return self._paged_plan(cache, append) if self._takes(cache) else super().plan(cache, append)
 
     def _paged_plan(self, cache: PagedCache, append: Append) -> PagedPlan:
@@ -190,14 +190,14 @@ class NpuKVCache(TorchKVCache):
         tables = self.ops.from_numpy(np.maximum(append.tables, 0).astype(np.int32))
         return PagedPlan(written, tables, np.cumsum(append.new).tolist(), append.held.tolist())
 
-    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         if not (isinstance(plan, PagedPlan) and self.scatters):
             super().cache_append(cache, layer, k, v, plan)
             return
         blocks = (x.unflatten(0, (-1, cache.block_size)) for x in (cache.keys[layer], cache.values[layer]))
         self.ops.npu.npu_scatter_pa_kv_cache(k.contiguous(), v.contiguous(), *blocks, plan.written, cache_mode="Norm")
 
-    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: CachePlan) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         check_groups(q.shape[1], keys.shape[1])
         if not isinstance(plan, PagedPlan):

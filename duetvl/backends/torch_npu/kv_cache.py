@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.core.composed import ComposedKVCache
 from duetvl.core.composed.kv_cache import PagedCache, RowPlan
-from duetvl.core.kv_cache import Append, Plan, places
+from duetvl.core.kv_cache import Append, CachePlan, places
 
 Tensor = torch.Tensor
 
@@ -32,7 +32,7 @@ class TorchKVCache(ComposedKVCache):
         super().__init__(ops)
         self._tried: dict[tuple[str, int], bool] = {}
 
-    def plan(self, cache: PagedCache, append: Append) -> Plan:
+    def plan(self, cache: PagedCache, append: Append) -> CachePlan:
         plan = super().plan(cache, append)
         return IndexedPlan(plan.writes, plan.pieces, self.index(cache, append))
 
@@ -40,11 +40,11 @@ class TorchKVCache(ComposedKVCache):
         """The rows (T,) int64 of the cache that a pass writes."""
         return self.ops.from_numpy(places(append, cache.block_size), "int64")
 
-    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         cache.keys[layer].index_copy_(0, plan.written, k)
         cache.values[layer].index_copy_(0, plan.written, v)
 
-    def agree(self, cache: PagedCache, *planners: Callable[[PagedCache, Append], Plan]) -> bool:
+    def agree(self, cache: PagedCache, *planners: Callable[[PagedCache, Append], CachePlan]) -> bool:
         """Whether two ways to plan lead to the same numbers, for caches of this dtype and head size: tried once.
 
         False, with a warning, where they differ or a kernel refuses.
@@ -62,7 +62,9 @@ class TorchKVCache(ComposedKVCache):
                 warnings.warn(f"{what} is off, as tried here: {reason}", stacklevel=2)
         return self._tried[kind]
 
-    def _differ(self, planners: Sequence[Callable[[PagedCache, Append], Plan]], dtype: str, head_size: int) -> bool:
+    def _differ(
+        self, planners: Sequence[Callable[[PagedCache, Append], CachePlan]], dtype: str, head_size: int
+    ) -> bool:
         """Prompts, and then a chunk and a single row."""
         draw, tables, before = np.random.default_rng(0), np.array([[2, 3], [0, 1]], np.int32), np.zeros(2, np.int64)
         shape = {"layers": 1, "blocks": 4, "block_size": self.block_size, "kv_heads": 1, "head_size": head_size}

@@ -20,7 +20,7 @@ from duetvl.backends.torch_npu.kv_cache import TorchKVCache
 from duetvl.backends.torch_npu.ops import TorchOps
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import PagedCache
-from duetvl.core.kv_cache import Append, Plan, check_append, consecutive, rows_of
+from duetvl.core.kv_cache import Append, CachePlan, check_append, consecutive, rows_of
 
 Tensor = torch.Tensor
 
@@ -71,7 +71,7 @@ class CpuKVCache(TorchKVCache):
         super().__init__(ops)
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
-    def plan(self, cache: PagedCache, append: Append) -> Plan:
+    def plan(self, cache: PagedCache, append: Append) -> CachePlan:
         check_append(append, cache.blocks, cache.block_size)
         unit = gcd(UNIT, cache.block_size)
         together = _neighbours(self._sequences(cache, append, unit))
@@ -108,13 +108,13 @@ class CpuKVCache(TorchKVCache):
         ]
         return self.ops.from_numpy(np.concatenate(rows), "int64") if rows else None
 
-    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         for rows, new in ((cache.keys[layer], k), (cache.values[layer], v)):
             rows.index_copy_(0, plan.written, new)
             if plan.cleared is not None:
                 rows.index_fill_(0, plan.cleared, 0)
 
-    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: CachePlan) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         check_groups(q.shape[1], keys.shape[1])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

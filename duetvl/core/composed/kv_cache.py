@@ -9,7 +9,7 @@ import numpy as np
 
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.errors import ConfigError
-from duetvl.core.kv_cache import Append, KVCache, Plan, check_append, consecutive, places, rows_of, stretches
+from duetvl.core.kv_cache import Append, CachePlan, KVCache, check_append, consecutive, places, rows_of, stretches
 from duetvl.core.ops import Ops
 
 Tensor = Any
@@ -66,7 +66,7 @@ class ComposedKVCache(KVCache):
         keys, values = (tuple(self.ops.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
         return PagedCache(block_size, keys, values)
 
-    def plan(self, cache: PagedCache, append: Append) -> Plan:
+    def plan(self, cache: PagedCache, append: Append) -> CachePlan:
         size = cache.block_size
         check_append(append, cache.blocks, size)
         stops, held = np.cumsum(append.new).tolist(), append.held.tolist()
@@ -82,12 +82,12 @@ class ComposedKVCache(KVCache):
             return slice(first, first + held)
         return self.ops.from_numpy(rows_of(table, held, size))
 
-    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+    def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         for first, start, stop in plan.writes:
             self.ops.write_slice(cache.keys[layer], first, k[start:stop])
             self.ops.write_slice(cache.values[layer], first, v[start:stop])
 
-    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+    def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: CachePlan) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         check_groups(q.shape[1], keys.shape[1])
         outs = [
