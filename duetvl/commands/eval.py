@@ -35,7 +35,7 @@ Ask = Callable[[list[int]], Answers]
 
 
 @dataclass(frozen=True)
-class Source:
+class Answerer:
     """Who answers. settings: what answers depend on; more: what else is to be known. `ask`, with what is asked, gives
     the answers to questions by their numbers."""
 
@@ -146,7 +146,7 @@ def pixels_of(profile: Profile) -> dict[str, Any]:
 # -- who answers -----------------------------------------------------------------------------------------------------
 
 
-def _model(args: argparse.Namespace, say: Say) -> Source:
+def _model(args: argparse.Namespace, say: Say) -> Answerer:
     """A model in this process; its weights are read when there is something to answer."""
     opened = open_for_answers(args, lambda text: None)  # its own sampling is not what benchmarks are answered with
     family = opened.source.config.model_type
@@ -161,7 +161,7 @@ def _model(args: argparse.Namespace, say: Say) -> Source:
         **{name: value for name, value in how["way"].items() if name != "max_new_tokens"},
     }
     more = {"model": args.model, "device": args.device or "auto"}
-    return Source(family, settings, more, partial(_engine_asker, args, opened, way, say))
+    return Answerer(family, settings, more, partial(_engine_asker, args, opened, way, say))
 
 
 def _engine_asker(args: argparse.Namespace, opened: Opened, way: Way, say: Say, asked: Asked) -> Ask:
@@ -173,7 +173,7 @@ def _engine_asker(args: argparse.Namespace, opened: Opened, way: Way, say: Say, 
     return ask
 
 
-def _server(args: argparse.Namespace) -> Source:
+def _server(args: argparse.Namespace) -> Answerer:
     """A model on a server. Its tokenizer, its pixels where it takes no bounds, and its weights are its own business."""
     endpoint = open_endpoint(args.server, args.model, "--server")
     older = re.search(r"qwen2[-_]vl", endpoint.model, re.IGNORECASE)
@@ -194,7 +194,7 @@ def _server(args: argparse.Namespace) -> Source:
         }
         return lambda numbers: server_answers(endpoint, asked, numbers, args.concurrency or CONCURRENCY, options)
 
-    return Source("qwen2_vl" if older else "qwen2_5_vl", settings, {"model": endpoint.model}, asker)
+    return Answerer("qwen2_vl" if older else "qwen2_5_vl", settings, {"model": endpoint.model}, asker)
 
 
 def _bounds(profile: Profile) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _bounds(profile: Profile) -> dict[str, Any]:
 # -- asking ----------------------------------------------------------------------------------------------------------
 
 
-def _answer_all(args: argparse.Namespace, run: RunAnswers, source: Source, say: Say) -> None:
+def _answer_all(args: argparse.Namespace, run: RunAnswers, source: Answerer, say: Say) -> None:
     """Ask what is missing, in this process or in several."""
     missing, total = run.missing(), len(run.numbers)
     if len(missing) < total:
@@ -227,7 +227,7 @@ def _answer_all(args: argparse.Namespace, run: RunAnswers, source: Source, say: 
 def _keep(
     args: argparse.Namespace,
     run: RunAnswers,
-    source: Source,
+    source: Answerer,
     process: int,
     processes: int,
     look: Callable[[int, Row], None] = lambda number, row: None,

@@ -25,7 +25,7 @@ _CONFIG: Final = "config.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModel:
     """A model that can be read whole. path: the directory that it is in, of a run the run's."""
 
     path: Path
@@ -34,7 +34,9 @@ class Source:
     tensors: FragmentedTensors
 
 
-def open_source(directory: Path, language: Path | None = None, say: Callable[[str], None] = lambda _: None) -> Source:
+def open_source(
+    directory: Path, language: Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> SourceModel:
     """A Hugging Face directory, a training checkpoint of ours, or a run: RUN for its newest, RUN@STEP for that one.
 
     A checkpoint's weights are verified. Of a run a damaged newest one is passed over, and said; a step that is named is
@@ -51,7 +53,7 @@ def open_source(directory: Path, language: Path | None = None, say: Callable[[st
     if language is not None:
         weights = _with_language(weights, language, config.tie_word_embeddings)
     weights.check(model.shapes)
-    return Source(run, config, model, FragmentedTensors(run, _whole(weights, model.shapes)))
+    return SourceModel(run, config, model, FragmentedTensors(run, _whole(weights, model.shapes)))
 
 
 def _whole(weights: StoredWeights, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape, Fragment]]:
@@ -111,7 +113,7 @@ def open_adapter(directory: Path, prefix: str | None) -> tuple[dict[str, Shape],
 # -- training checkpoints ---------------------------------------------------------------------------------------------
 
 
-def _open_checkpoint(run: Path, step: int | None, language: Path | None, say: Callable[[str], None]) -> Source:
+def _open_checkpoint(run: Path, step: int | None, language: Path | None, say: Callable[[str], None]) -> SourceModel:
     if (run / _CONFIG).exists() and has_checkpoint(run):
         raise CheckpointError(
             f"{run}: is a model ({_CONFIG}) and a run (checkpoints/) at once; give one of its checkpoints, or a copy "
@@ -138,7 +140,7 @@ def _open_checkpoint(run: Path, step: int | None, language: Path | None, say: Ca
     if wrong or len(stored) != len(model.shapes):
         what = wrong[0] if wrong else next(name for name in stored if name not in model.shapes)
         raise CheckpointError(f"{directory}: its weights are not those of its model_config: see {what}")
-    return Source(run, config, model, FragmentedTensors(directory, _boxes(directory, stored, model)))
+    return SourceModel(run, config, model, FragmentedTensors(directory, _boxes(directory, stored, model)))
 
 
 def _boxes(directory: Path, stored: Mapping[str, StoredTensor], model: Model) -> Iterator[tuple[str, Shape, Fragment]]:

@@ -12,7 +12,7 @@ from duetvl.convert.inferred import infer_model
 from duetvl.convert.layouts import Layout, Model
 from duetvl.convert.mindspeed import MindSpeedDirectory, is_mindspeed, open_mindspeed
 from duetvl.convert.names import VisionOrder
-from duetvl.convert.sources import Source, open_source
+from duetvl.convert.sources import SourceModel, open_source
 from duetvl.convert.streaming import FragmentedTensors, row_chunks
 from duetvl.convert.vision_order import OLD_RELEASES, find_order
 from duetvl.core.boxes import Box
@@ -61,9 +61,11 @@ def _open_both(
     say: Callable[[str], None],
 ) -> tuple[FragmentedTensors, FragmentedTensors]:
     opened = [open_mindspeed(path) if is_mindspeed(path) else open_source(path, say=say) for path in (a, b)]
-    directories = [(each, order) for each, order in zip(opened, orders, strict=True) if not isinstance(each, Source)]
+    directories = [
+        (each, order) for each, order in zip(opened, orders, strict=True) if not isinstance(each, SourceModel)
+    ]
     layouts = [replace(each.layout, vision_qkv=order, replicate_kv=True) for each, order in directories]
-    sources = [each for each in opened if isinstance(each, Source)]
+    sources = [each for each in opened if isinstance(each, SourceModel)]
     if hf_dir:
         model = Model.of(load_config(hf_dir))
     elif sources:
@@ -75,7 +77,7 @@ def _open_both(
     readers = iter(
         [_logical(each, layout, model, base, say) for (each, _), layout in zip(directories, layouts, strict=True)]
     )
-    first, second = (each.tensors if isinstance(each, Source) else next(readers) for each in opened)
+    first, second = (each.tensors if isinstance(each, SourceModel) else next(readers) for each in opened)
     return first, second
 
 

@@ -22,7 +22,7 @@ from duetvl.data.loading.peers import Peers
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.stream import StreamCursor, StreamSource
 from duetvl.data.loading.workers import Pool, make_pool
-from duetvl.data.sources.catalog import Records, Source, open_source, resolve
+from duetvl.data.sources.catalog import Records, RecordSource, open_source, resolve
 from duetvl.data.sources.fingerprint import FileFacts, Fingerprint
 from duetvl.data.sources.records import Reading, RecordFile, Ref, describe_os_error, with_line
 from duetvl.training.recipe.data_section import DataSection, DataSource
@@ -124,9 +124,9 @@ class DataSets:
         return (records.ref(int(number)) for number in numbers)
 
 
-def as_sources(data: DataSection, given: Sequence[DataSource]) -> list[Source]:
+def as_sources(data: DataSection, given: Sequence[DataSource]) -> list[RecordSource]:
     """The recipe's data sets as the data side knows them."""
-    plain = [Source(source.path, reading_of(data, source), source.weight, source.max_samples) for source in given]
+    plain = [RecordSource(source.path, reading_of(data, source), source.weight, source.max_samples) for source in given]
     return [resolve(source) for source in plain]
 
 
@@ -136,7 +136,7 @@ def reading_of(data: DataSection, source: DataSource) -> Reading:
     return Reading(source.format, source.columns, source.tags, root, source.boxes)
 
 
-def _numbers(records: Records, sources: Sequence[Source], seed: int) -> np.ndarray:
+def _numbers(records: Records, sources: Sequence[RecordSource], seed: int) -> np.ndarray:
     """The records that `max_samples` of each source leaves, ascending."""
     first = np.cumsum([0, *records.counts])
     return np.concatenate(

@@ -17,7 +17,7 @@ from counting import CountingEncoder, write
 
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.loading.cache import CachedEncoder
-from duetvl.data.sources.catalog import Records, Source
+from duetvl.data.sources.catalog import Records, RecordSource
 from duetvl.data.sources.records import Reading, Record
 
 
@@ -81,7 +81,7 @@ def test_what_changes_the_result_is_a_miss(records, tmp_path):
     assert draft(Counted(), records[1]) == 1
     assert draft(Counted(), records[1]) == 1
     assert draft(Counted(2), records[1]) == 2
-    assert draft(Counted(), Records([Source(str(tmp_path / "a.jsonl"), Reading(boxes="pixels"))])[1]) == 3
+    assert draft(Counted(), Records([RecordSource(str(tmp_path / "a.jsonl"), Reading(boxes="pixels"))])[1]) == 3
     (tmp_path / "p.png").write_bytes(b"22")
     assert draft(Counted(), records[1]) == 4
     os.utime(tmp_path / "p.png", ns=(1, 1))

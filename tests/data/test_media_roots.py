@@ -18,7 +18,7 @@ from duetvl.data.encode import Processor, RecordEncoder
 from duetvl.data.loading.cache import CachedEncoder
 from duetvl.data.media.images import load_image
 from duetvl.data.media.plan import Medium
-from duetvl.data.sources.catalog import Records, Source, resolve
+from duetvl.data.sources.catalog import Records, RecordSource, resolve
 from duetvl.data.sources.records import Reading
 from duetvl.data.survey import survey
 from duetvl.training.recipe.reading import load_recipe
@@ -44,7 +44,9 @@ def picture(path: Path, side: int = 28) -> None:
 
 def found(processor: Processor, source: Any) -> list[Draft]:
     encoder = RecordEncoder(processor)
-    return [encoder.draft(record) for record in Records([resolve(source) if isinstance(source, Source) else source])]
+    return [
+        encoder.draft(record) for record in Records([resolve(source) if isinstance(source, RecordSource) else source])
+    ]
 
 
 def paths(drafts: list[Draft]) -> list[str]:
@@ -73,7 +75,7 @@ def test_the_directory_of_dataset_info_comes_before_the_files_own(processor: Pro
     write(tmp_path / "sub/a.json", "both.png", "own.png")
     entry = {"file_name": "sub/a.json", "formatting": "openai", "columns": {"messages": "messages", "images": "images"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
-    drafts = found(processor, Source(f"{tmp_path}/dataset_info.json:mine"))
+    drafts = found(processor, RecordSource(f"{tmp_path}/dataset_info.json:mine"))
     assert paths(drafts) == [f"{tmp_path}/both.png", f"{tmp_path}/sub/own.png"]
 
 
@@ -89,7 +91,7 @@ def test_a_root_that_is_given_is_the_only_one(processor: Processor, tmp_path: Pa
     picture(tmp_path / "a.png")
     write(tmp_path / "a.json", "a.png")
     with pytest.raises(MissingMedia) as caught:
-        found(processor, Source(str(tmp_path / "a.json"), Reading(image_root="/nowhere")))
+        found(processor, RecordSource(str(tmp_path / "a.json"), Reading(image_root="/nowhere")))
     where = f"{tmp_path}/a.json: record 1"
     assert str(caught.value) == f"{where}: /nowhere/a.png: no such file; relative paths are looked for in /nowhere"
 
@@ -153,7 +155,7 @@ def test_a_cached_draft_follows_the_place_of_its_picture(processor: Processor, t
     write(tmp_path / "sub/a.json", "a.png")
     encoder = CachedEncoder(RecordEncoder(processor), tmp_path / "cache")
     picture(tmp_path / "sub/a.png", 28)
-    (record,) = Records([resolve(Source(f"{tmp_path}/dataset_info.json:mine"))])
+    (record,) = Records([resolve(RecordSource(f"{tmp_path}/dataset_info.json:mine"))])
     assert encoder.draft(record).patches == 4
     picture(tmp_path / "a.png", 56)  # before it
     assert encoder.draft(record).patches == 16

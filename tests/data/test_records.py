@@ -10,7 +10,7 @@ import pytest
 
 from duetvl.core.errors import DataError
 from duetvl.data.formats.reading import read_record
-from duetvl.data.sources.catalog import Records, Source, resolve
+from duetvl.data.sources.catalog import Records, RecordSource, resolve
 
 
 def record(text: str) -> dict:
@@ -83,7 +83,7 @@ def test_data_files_may_be_spelt_otherwise(tmp_path, named, there):
     (tmp_path / there / "dataset_info.json").write_text(json.dumps({"x": {"file_name": f"{named}.jsonl"}}))
     for path in (f"{named}.jsonl", "*.jsonl", f"{named}*"):
         assert texts(Records([tmp_path / named / path])) == ["a"]
-    assert texts(Records([resolve(Source(f"{tmp_path}/{named}/dataset_info.json:x"))])) == ["a"]
+    assert texts(Records([resolve(RecordSource(f"{tmp_path}/{named}/dataset_info.json:x"))])) == ["a"]
 
 
 def test_hidden_files_of_a_directory_are_left_out(tmp_path):

@@ -21,7 +21,7 @@ from duetvl.data.loading.stream import StreamSource
 from duetvl.data.media.images import load_image
 from duetvl.data.sources import json_files
 from duetvl.data.sources.blob import Blob
-from duetvl.data.sources.catalog import Records, Source, open_source, resolve
+from duetvl.data.sources.catalog import Records, RecordSource, open_source, resolve
 from duetvl.data.sources.records import Reading
 
 TALK = [{"role": "user", "content": "é\t<image>"}, {"role": "assistant", "content": "b"}]
@@ -241,7 +241,7 @@ def test_a_member_takes_the_place_of_its_name_once(tmp_path: Path, document: byt
 def test_columns_name_the_list_of_members(tmp_path: Path) -> None:
     for document in (asked("<image>", pics=["1.png"]), asked("<image>")):
         path = write_tar(tmp_path / "s.tar", {"1.json": document, "1.png": picture()})
-        record = Records([Source(str(path), Reading(columns={"images": "pics"}))])[0]
+        record = Records([RecordSource(str(path), Reading(columns={"images": "pics"}))])[0]
         assert str(record.values["pics"][0]) == f"{path}: 1.png" and "images" not in record.values
 
 
@@ -493,15 +493,15 @@ def test_an_entry_of_dataset_info(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", 4)
     entry = {"file_name": "a.jsonl", "formatting": "sharegpt", "columns": {"messages": "talk"}, "num_samples": 2}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
-    source = resolve(Source(f"{tmp_path}/dataset_info.json:mine", Reading(columns={"images": "pictures"})))
+    source = resolve(RecordSource(f"{tmp_path}/dataset_info.json:mine", Reading(columns={"images": "pictures"})))
     assert (source.reading.format, source.max_samples) == ("sharegpt", 2)
     assert source.reading.columns["messages"] == "talk"
     assert source.reading.columns["images"] == "pictures"
     assert [str(file.path) for file in open_source(source)] == [f"{tmp_path}/a.jsonl"]
     with pytest.raises(DataError, match=r"has no data set 'mind'; did you mean 'mine'"):
-        resolve(Source(f"{tmp_path}/dataset_info.json:mind"))
+        resolve(RecordSource(f"{tmp_path}/dataset_info.json:mind"))
     with pytest.raises(DataError, match=r"name one of them: .*dataset_info\.json:NAME \(mine\)"):
-        resolve(Source(f"{tmp_path}/dataset_info.json"))
+        resolve(RecordSource(f"{tmp_path}/dataset_info.json"))
 
 
 def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):

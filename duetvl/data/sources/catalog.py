@@ -24,7 +24,7 @@ SUFFIXES: Final = (".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".tar")
 
 
 @dataclass(frozen=True)
-class Source:
+class RecordSource:
     """One data set of a recipe: where it lies, how it is meant, how much of it an epoch sees."""
 
     path: str
@@ -34,7 +34,7 @@ class Source:
     files: tuple[Path, ...] | None = None  # where they are known already
 
 
-AnySource = Source | str | os.PathLike[str]
+AnySource = RecordSource | str | os.PathLike[str]
 
 
 def open_source(source: AnySource) -> list[RecordFile]:
@@ -47,7 +47,7 @@ def open_source(source: AnySource) -> list[RecordFile]:
     return [_open(path, source.reading) for path in paths]
 
 
-def resolve(source: Source) -> Source:
+def resolve(source: RecordSource) -> RecordSource:
     """What an entry `dataset_info.json:NAME` says, as a source of its own; another source as it is.
 
     The recipe's own layout, columns and tags come first, and so does its `max_samples`. Raises DataError.
@@ -72,9 +72,9 @@ def resolve(source: Source) -> Source:
     return replace(source, files=info.files, reading=reading, max_samples=most)
 
 
-def as_source(source: AnySource) -> Source:
+def as_source(source: AnySource) -> RecordSource:
     """A path stands for a source with defaults."""
-    return source if isinstance(source, Source) else Source(os.fspath(source))
+    return source if isinstance(source, RecordSource) else RecordSource(os.fspath(source))
 
 
 def _paths(path: str) -> list[Path]:
