@@ -52,7 +52,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
     from duetvl.training.sft import prepare
     from duetvl.training.step import Trainer
 
-    sections = {"model": {"path": model}, "data": {"train": "-"}, "parallel": LAYOUTS[name]}
+    sections = {"model": {"path": model, "freeze": []}, "data": {"train": "-"}, "parallel": LAYOUTS[name]}
     recipe, backend = make_recipe({**sections, "backend": {"device": "cpu"}}), load_backend("torch_npu", "cpu")
     backend.collectives.start()
     job = prepare(recipe, backend)

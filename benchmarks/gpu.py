@@ -152,7 +152,9 @@ def train(place: Place, sections: Mapping[str, Any]) -> dict[str, str]:
     from duetvl.training.step import Trainer
 
     size = place.size
-    recipe = make_recipe({"model": {"path": "-", "dtype": "bfloat16"}, "data": {"train": "-"}, **sections})
+    recipe = make_recipe(
+        {"model": {"path": "-", "dtype": "bfloat16", "freeze": []}, "data": {"train": "-"}, **sections}
+    )
     limit = matmul_limit(place)
     model, plan = make_model(place, recipe)
     backend = model.backend

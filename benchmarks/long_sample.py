@@ -76,7 +76,11 @@ def recipe_of(name: str, place: Path, tokens: int) -> Any:
 
     pixels = {"video_max_pixels": SIDE**2, "video_total_pixels": SIDE**2 * tokens, "video_max_frames": tokens}
     data = {"train": str(place / "data.jsonl"), "pack_tokens": tokens, **pixels}
-    sections = {"data": data, "model": {"path": str(place / "model")}, "train": {"global_batch": 1, "steps": 1}}
+    sections = {
+        "data": data,
+        "model": {"path": str(place / "model"), "freeze": []},
+        "train": {"global_batch": 1, "steps": 1},
+    }
     return make_recipe({**sections, "parallel": LAYOUTS[name], "backend": {"device": "cpu"}})
 
 

@@ -50,7 +50,9 @@ def recipe_of(name: str, model: str) -> Any:
     from duetvl.training.recipe.reading import make_recipe
 
     sections = LAYOUTS[name]
-    return make_recipe({**sections, "model": {"path": model, **sections.get("model", {})}, "data": {"train": "-"}})
+    return make_recipe(
+        {**sections, "model": {"path": model, "freeze": [], **sections.get("model", {})}, "data": {"train": "-"}}
+    )
 
 
 def measure(name: str, model: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def freeze(model: Values, frozen: Sequence[str], report: Report) -> dict[str, An
     parts = [PARTS[part] for part in frozen]
     default = "" if _FREEZE["vision_encoder"][0] in model else " (its default for the vision tower)"
     report.add("used", "freeze", f"model.freeze: {', '.join(parts) or 'nothing'}{default}")
-    return {"freeze": parts} if parts else {}
+    return {"freeze": parts}
 
 
 def recompute(model: Values, script: Values, report: Report) -> dict[str, Any]:

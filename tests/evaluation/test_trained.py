@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the model, `export`, and the benchmark that it was trained for."""
     directory, rng = tmp_path_factory.mktemp("trained"), np.random.default_rng(0)
     recipe = {
-        "model": {"path": str(tiny_run.write_model(directory / "model", std=0.1))},
+        "model": {"path": str(tiny_run.write_model(directory / "model", std=0.1)), "freeze": []},
         "data": {"train": str(write_training_data(rng, directory)), "pack_tokens": 4096},
         "train": {"output_dir": str(directory / "run"), "global_batch": 8, "steps": 40},
         "optim": {"lr": 1e-2},

@@ -67,7 +67,7 @@ class Here:
         """(STEPS + 1, 2): loss and gradient norm of each step, and the loss of the evaluation twice."""
         data = "pairs" if "dpo" in kind else "data"
         recipe = {
-            "model": {"path": str(self.directory / family), "dtype": dtype},
+            "model": {"path": str(self.directory / family), "dtype": dtype, "freeze": []},
             "data": {
                 "train": str(self.directory / f"{data}.jsonl"),
                 "val": str(self.directory / f"{data}_val.jsonl"),

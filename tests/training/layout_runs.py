@@ -113,7 +113,7 @@ def recipe_of(place: Path, backend: str, name: str) -> dict[str, Any]:
     kind, family, layout = name.split(":")
     records = "pairs" if kind in ("dpo", "cached") else "plain"
     recipe: dict[str, Any] = {
-        "model": {"path": str(place / FAMILIES[family])},
+        "model": {"path": str(place / FAMILIES[family]), "freeze": []},
         "data": {"train": str(place / f"{records}.jsonl"), "val": str(place / f"{records}.jsonl"), "pack_tokens": 300},
         "train": {"output_dir": str(run_dir(place, backend, name)), "global_batch": 5, "steps": 5},
         "checkpoint": {"every": 1, "keep_last": None, "keep_best": "eval_loss"},

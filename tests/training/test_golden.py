@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loss_curve_is_the_committed_one(be: Backend, place: Path, kind: str, family: str) -> None:
     records = "pairs" if kind == "dpo" else "plain"
     recipe = {
-        "model": {"path": str(place / family)},
+        "model": {"path": str(place / family), "freeze": []},
         "data": {"train": str(place / f"{records}.jsonl"), "pack_tokens": 300},
         "train": {"output_dir": str(place / be.name / kind / family), "global_batch": 5, "steps": 20},
         "log": {"tensorboard": False, "plot": False},

@@ -31,7 +31,7 @@ SAMPLE = oracle.sample(400, oracle.Image((1, 32, 24)), 100, seed=6)
 
 
 def recipe_of(**sections):
-    return make_recipe({"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+    return make_recipe({"model": {"path": "m", "freeze": []}, "data": {"train": "d"}} | sections)
 
 
 def load_of(batch) -> Load:
@@ -54,6 +54,7 @@ def kept_bytes(model, batch) -> int:
     [
         {},
         {"model": {"path": "m", "dtype": "bfloat16"}},
+        {"model": {"path": "m", "dtype": "bfloat16", "freeze": []}},
         {"train": {"recompute": "full"}},
         {"train": {"recompute": "selective"}},
         {"model": {"path": "m", "freeze": ["vision"]}},

@@ -44,6 +44,12 @@ def test_defaults_and_overrides():
     assert [source.path for source in recipe.data.train] == ["a.jsonl", "b.json"]
     assert recipe.train.output_dir == "runs/chat"
     assert make("model.freeze=vision").model.freeze == ("vision",)
+    assert make().model.freeze == ("vision", "projector")
+    assert make("lora.rank=8").model.freeze == make("model.freeze=[]").model.freeze == ()
+    assert make("lora.rank=8", "model.freeze=vision").model.freeze == ("vision",)
+    with pytest.raises(ConfigError, match=r"optim\.lr_scale names 'projector', which is frozen where model\.freeze is"):
+        make("optim.lr_scale={projector: 5}")
+    assert make("optim.lr_scale={projector: 5}", "model.freeze=vision").optim.lr_scale == {"projector": 5}
 
 
 def test_the_last_override_wins():

@@ -106,7 +106,7 @@ def write_recipe(directory: Path, std: float = 0.02) -> Path:
     write_model(directory / "model", std)
     write_data(directory)
     recipe = {
-        "model": {"path": str(directory / "model")},
+        "model": {"path": str(directory / "model"), "freeze": []},
         "data": {
             "train": str(directory / "data.jsonl"),
             "val": str(directory / "data.jsonl"),

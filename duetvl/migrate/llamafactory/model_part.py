@@ -31,7 +31,7 @@ def model_section(keys: Keys, method: str) -> dict[str, Any]:
         keys.note(key, "model.freeze: " + (part if part in frozen else f"without {part}"))
     if method == "freeze":
         frozen = _whole_layers(keys, path, frozen)
-    return section | ({"freeze": frozen} if frozen else {})
+    return section | {"freeze": frozen}
 
 
 def _dtype(keys: Keys) -> str:

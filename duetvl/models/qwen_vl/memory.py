@@ -206,7 +206,8 @@ def _tape(config: ModelConfig, held: Held, load: Load, trained: Trained, recompu
 def _keep_vision(tape: _Tape, config: VisionConfig, held: Held, patches: int, trained: Trained, mode: Again) -> None:
     width, narrow = config.hidden_size, trained.narrow
     if held.has(held.vision_layers, 0):
-        tape.bytes += (narrow if narrow < 4 else 0) * patches * config.patch_row + 4 * patches * config.patch_row
+        rounded = narrow if narrow < 4 and trained.under("visual.patch_embed.") else 0  # the embedding's input
+        tape.bytes += (rounded + 4) * patches * config.patch_row
     tape.bytes += 4 * patches * config.head_dim * (held.vision_layers is None or len(held.vision_layers) > 0)
     tape.flows = trained.under("visual.patch_embed.")
     for layer in range(config.depth):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -14,6 +15,8 @@ from duetvl.training.recipe.data_section import DataSection
 from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.section import Place, Section, as_tuple, contradiction, one_or_more
+
+FROZEN: Final = ("vision", "projector")  # what is not trained by default
 
 
 class ModelSection(Section):
@@ -37,9 +40,12 @@ class ModelSection(Section):
         "weights; float16 is trained with a scaled loss (`optim.loss_scale`).",
     )
     freeze: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-        default=(),
+        default=FROZEN,
         description="What is not trained: vision (the tower), projector (its merger), language, or patterns of names "
-        "such as `model.layers.0-7`, `visual.blocks.*.attn` or `*norm*`.",
+        "such as `model.layers.0-7`, `visual.blocks.*.attn` or `*norm*`; `[]` trains all. By default vision and "
+        "projector, as in MindSpeed-MM's guides, LLaMA-Factory and ms-swift: small data sets do not improve them, and "
+        "the tower then keeps no activations and has no backward pass. (TRL trains all.) With `lora` nothing by "
+        "default, as `lora.targets` says what is trained.",
     )
 
     @model_validator(mode="after")
@@ -322,6 +328,26 @@ class Recipe(Section):
     log: LogSection = LogSection()
     eval: EvalSection = EvalSection()
     backend: BackendSection = BackendSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters_where_targets_say(cls, values: Any) -> Any:
+        """With `lora` the default of `model.freeze` is nothing: it would take adapters away that are asked for."""
+        model = values.get("model") if isinstance(values, Mapping) and values.get("lora") is not None else None
+        if isinstance(model, Mapping) and "freeze" not in model:
+            return {**values, "model": {**model, "freeze": []}}
+        return values
+
+    @model_validator(mode="after")
+    def _rates_of_what_is_trained(self) -> Recipe:
+        if "freeze" not in self.model.model_fields_set:
+            for name in self.optim.lr_scale:
+                if name in FROZEN or name.startswith("visual"):
+                    raise contradiction(
+                        f"optim.lr_scale names {name!r}, which is frozen where model.freeze is not given: give it "
+                        f"({', '.join(FROZEN)} by default) without what is to be trained, or [] to train all"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
