@@ -272,7 +272,7 @@ def test_harmless_differences_are_said(torch_be, recipe, capsys):
 def test_what_becomes_of_long_samples_may_change_until_one_was_cut(torch_be, recipe):
     run(torch_be, recipe, "train.steps=5")
     assert run(torch_be, recipe, "train.steps=6", "data.too_long=drop", "data.on_bad_sample=skip").step == 6
-    with pytest.raises(ConfigError, match=r"with another recipe: data.cutoff_len 32 -> 64; restore"):
+    with pytest.raises(ConfigError, match=r"with another recipe: data.cutoff_len 32 -> 64; restore this"):
         run(torch_be, recipe, "train.steps=7", "data.too_long=drop", "data.pack_tokens=64")
     same = "data.too_long=drop", "data.cutoff_len=32", "data.pack_tokens=64"
     assert run(torch_be, recipe, "train.steps=7", *same).step == 7
@@ -280,7 +280,7 @@ def test_what_becomes_of_long_samples_may_change_until_one_was_cut(torch_be, rec
 
 def test_other_packs_are_another_run_where_the_loss_sees_them(torch_be, recipe):
     run(torch_be, recipe, "train.steps=5", "train.loss=micro_batch")
-    with pytest.raises(ConfigError, match=r"with another recipe: data.pack_tokens 32 -> 64; restore"):
+    with pytest.raises(ConfigError, match=r"with another recipe: data.pack_tokens 32 -> 64; restore this"):
         run(torch_be, recipe, "train.steps=6", "train.loss=micro_batch", "data.pack_tokens=64")
 
 
