@@ -72,7 +72,7 @@ def test_weights_alone_are_read_and_not_resumed(home, tmp_path, capsys):
     assert "all 2 steps are done already" in capsys.readouterr().out
     more = [*usual, "train.steps=3"]
     for start in (train, check):
-        with pytest.raises(CheckpointError, match="has weights alone .*resuming needs AdamW's moments") as caught:
+        with pytest.raises(CheckpointError, match=r"has weights alone .*resuming needs AdamW's moments") as caught:
             list(start(recipe, more))
     assert "(its adapter merged)" in str(caught.value)
     words = advised(caught.value)
