@@ -36,12 +36,16 @@ TooLong = Literal["error", "drop", "truncate", "shrink"]
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What is trained of a conversation, and what becomes of one whose sequences have more than `cutoff_len` tokens."""
+    """What is trained of a conversation, and what becomes of one whose sequences have more than `cutoff_len` tokens.
+
+    `system` is the system prompt of those without one; None: the chat template's own.
+    """
 
     train_on_prompt: bool = False
     mask_history: bool = False
     cutoff_len: int | None = None
     too_long: TooLong = "error"
+    system: str | None = None
 
 
 _PLAIN: Final = EncodeSettings()

@@ -158,6 +158,7 @@ class SequenceWriter:
             train_on_prompt=self.settings.train_on_prompt and len(self.conversations) == 1,
             mask_history=self.mask_history,
             add_generation_prompt=self.add_generation_prompt,
+            system=self.settings.system,
         )
         made: Segments = []
         role, place = "", "outside"

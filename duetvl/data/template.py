@@ -37,9 +37,11 @@ def render(
     train_on_prompt: bool = False,
     mask_history: bool = False,
     add_generation_prompt: bool = False,
+    system: str | None = None,
 ) -> Iterator[TemplatePiece]:
     """The pieces of a conversation whose boxes are written out.
 
+    `system` is the system prompt of a conversation that has none (or an empty one), by default `DEFAULT_SYSTEM`.
     Every answer is trained, with `mask_history` only the last; what a turn says itself (`Turn.trained`) goes before.
     `train_on_prompt` trains everything but the answers as well, the placeholders of media included, as LLaMA-Factory
     does. Raises DataError when a prompt is asked for after an answer.
@@ -48,7 +50,7 @@ def render(
     if add_generation_prompt and turns[-1].role == "assistant":
         raise DataError("the conversation ends with an assistant message; there is nothing to generate after it")
     last = max((at for at, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
-    prompt = _Prompt(train_on_prompt)
+    prompt = _Prompt(train_on_prompt, system or DEFAULT_SYSTEM)
     yield from prompt.system(conversation)
     for is_tool, group in groupby(enumerate(turns), key=lambda numbered: numbered[1].role == "tool"):
         if is_tool:
@@ -68,13 +70,13 @@ def render(
 class _Prompt:
     """Everything that is not an answer."""
 
-    def __init__(self, trained: bool) -> None:
-        self.trained = trained
+    def __init__(self, trained: bool, default_system: str) -> None:
+        self.trained, self.default_system = trained, default_system
 
     def system(self, conversation: Conversation) -> Iterator[TemplatePiece]:
         first = conversation.turns[0]
         given = "".join(part for part in first.parts if isinstance(part, str)) if first.role == "system" else ""
-        return self.turn("system", (given or DEFAULT_SYSTEM, tools_text(conversation.tools)))
+        return self.turn("system", (given or self.default_system, tools_text(conversation.tools)))
 
     def turn(self, role: str, parts: Sequence[Part]) -> Iterator[TemplatePiece]:
         yield TemplatePiece("control", TURN_START, trained=self.trained)

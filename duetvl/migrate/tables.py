@@ -209,6 +209,7 @@ SCRIPT: Final = Table(
         "--lr": "optim.lr", "--min-lr": "optim.min_lr_ratio", "--lr-decay-style": "optim.schedule",
         "--lr-decay-iters": "optim.schedule, where it is that of --train-iters",
         "--lr-warmup-fraction": "optim.warmup", "--lr-warmup-iters": "optim.warmup",
+        "--lr-wsd-decay-iters": "optim.decay", "--lr-wsd-decay-style": "along a cosine",
         "--weight-decay": "optim.weight_decay", "--clip-grad": "optim.clip",
         "--weight-decay-exclude-modules": "optim.no_decay",
         "--lr-scale-modules": "optim.lr_scale", "--lr-mult": "optim.lr_scale",

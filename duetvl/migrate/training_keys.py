@@ -9,9 +9,9 @@ from duetvl.core.errors import ConfigError, did_you_mean
 from duetvl.migrate.layout_keys import Devices, parallel_section
 from duetvl.migrate.names import APPLY_MODULES, LORA_PREFIX, LORA_TARGETS, PARTS
 from duetvl.migrate.report import Report, Values
+from duetvl.migrate.schedule_keys import absent, schedule
 from duetvl.migrate.tables import SCRIPT
 
-_SCHEDULES: Final = ("cosine", "linear", "constant")
 _ADAPTED: Final = frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"})
 
 
@@ -60,7 +60,7 @@ def _passed(script: Values, report: Report, fields: dict[str, tuple[str, int | N
         value = script.whole(argument, usual)
         if value is not None:
             made[field.partition(".")[2]] = value
-            report.add("used", argument, f"{field}: {value:g}{_absent(script, argument)}")
+            report.add("used", argument, f"{field}: {value:g}{absent(script, argument)}")
     return made
 
 
@@ -170,53 +170,20 @@ def _optim(script: Values, steps: int, report: Report) -> dict[str, Any]:
         raise ConfigError(f"{SCRIPT.title}: --lr is missing")
     if lr <= 0:
         raise ConfigError(f"{SCRIPT.title}: --lr is {lr:g}, expected more than 0")
-    made: dict[str, Any] = {"lr": float(lr), **_schedule(script, float(lr), steps, report)}
+    made: dict[str, Any] = {"lr": float(lr), **schedule(script, float(lr), steps, report)}
     report.add("used", "--lr", f"optim.lr: {lr:g}")
     betas = [float(script.number("--adam-beta1", 0.9)), float(script.number("--adam-beta2", 0.999))]
     made |= {"betas": betas, "eps": float(script.number("--adam-eps", 1e-8))}
     for argument, field in (("--adam-beta1", "betas"), ("--adam-beta2", "betas"), ("--adam-eps", "eps")):
-        report.add("used", argument, f"optim.{field}: {made[field]}{_absent(script, argument)}")
+        report.add("used", argument, f"optim.{field}: {made[field]}{absent(script, argument)}")
     decay = float(script.number("--weight-decay", 0.01))
     made["weight_decay"] = decay
-    report.add("used", "--weight-decay", f"optim.weight_decay: {decay:g}{_absent(script, '--weight-decay')}")
+    report.add("used", "--weight-decay", f"optim.weight_decay: {decay:g}{absent(script, '--weight-decay')}")
     clip = float(script.number("--clip-grad", 1.0))
     made["clip"] = clip or None
     kind, meaning = ("used", f"{clip:g}") if clip else ("changed", "null - 0 is no clipping there")
-    report.add(kind, "--clip-grad", f"optim.clip: {meaning}{_absent(script, '--clip-grad')}")  # type: ignore[arg-type]
+    report.add(kind, "--clip-grad", f"optim.clip: {meaning}{absent(script, '--clip-grad')}")  # type: ignore[arg-type]
     return made | _groups(script, report)
-
-
-def _absent(script: Values, argument: str, whose: str = "Megatron's default") -> str:
-    return "" if argument in script else f" ({whose})"
-
-
-def _schedule(script: Values, lr: float, steps: int, report: Report) -> dict[str, Any]:
-    style = script.text("--lr-decay-style") or "linear"
-    if style not in _SCHEDULES:
-        report.lacks(SCRIPT.title, f"--lr-decay-style {style}", f": there are {', '.join(_SCHEDULES)}")
-        style = "linear"
-    made: dict[str, Any] = {"schedule": style}
-    report.add("used", "--lr-decay-style", f"optim.schedule: {style}{_absent(script, '--lr-decay-style')}")
-    decay = script.whole("--lr-decay-iters")
-    if decay is not None and decay != steps:
-        report.add("changed", "--lr-decay-iters", f"{decay}, but the rate falls over all {steps} steps here")
-    elif decay is not None:
-        report.add("used", "--lr-decay-iters", f"{decay}, as many as train.steps")
-    fraction, warmup = script.number("--lr-warmup-fraction"), script.whole("--lr-warmup-iters")
-    if fraction and warmup:
-        report.add("contradiction", "--lr-warmup-iters", f"{warmup}, but --lr-warmup-fraction is given, which is taken")
-    if fraction is not None and not 0 <= fraction <= 1:
-        raise ConfigError(f"{SCRIPT.title}: --lr-warmup-fraction is {fraction:g}, expected a fraction of all steps")
-    if fraction or warmup:
-        made["warmup"] = (steps if fraction == 1 else float(fraction)) if fraction else warmup  # here 1 is one step
-        report.add(
-            "used", "--lr-warmup-fraction" if fraction else "--lr-warmup-iters", f"optim.warmup: {made['warmup']:g}"
-        )
-    least = float(script.number("--min-lr", 0.0))
-    if least and style != "constant":
-        made["min_lr_ratio"] = float(f"{least / lr:.12g}")
-        report.add("used", "--min-lr", f"optim.min_lr_ratio: {least / lr:g}")
-    return made
 
 
 def _groups(script: Values, report: Report) -> dict[str, Any]:
@@ -288,7 +255,7 @@ def _adapted_parts(script: Values, wanted: Wanted, report: Report) -> list[str]:
             f"an adapter and nothing would be trained; set freeze to false where adapters are wanted"
         )
     text = f"lora.targets: only layers of {', '.join(parts)}" + (f"; {left_out} frozen" if left_out else "")
-    report.add("used", "--lora-apply-modules", text + _absent(script, "--lora-apply-modules", "its default, all"))
+    report.add("used", "--lora-apply-modules", text + absent(script, "--lora-apply-modules", "its default, all"))
     return parts
 
 

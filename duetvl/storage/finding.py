@@ -48,6 +48,11 @@ class CheckpointRef:
         return self.manifest.meta
 
     @property
+    def weights_only(self) -> bool:
+        """Whether it has no state of the optimizer."""
+        return not self.manifest.tensors.get("exp_avg")
+
+    @property
     def stored(self) -> StoredCheckpoint:
         """Its tensors, to be read."""
         return StoredCheckpoint(self.path, self.manifest)

@@ -19,7 +19,7 @@ from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
-from duetvl.training.checkpoints.run_directory import Start, find_start
+from duetvl.training.checkpoints.run_directory import Start, check_resumable, find_start
 from duetvl.training.checkpoints.space import Space, in_words
 from duetvl.training.drawn_schedule import check_drawable, draw, schedule_lines
 from duetvl.training.feed import FIRST, DataSets
@@ -55,6 +55,7 @@ def check(
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
     start = find_start(given)
+    check_resumable(start, given, total_steps(given, sets.per_epoch))
     yield from start.notes or (f"run directory: {start.run_dir}, new",)
     source = open_merged(given.model.path, base=given.model.base, weights=False)
     yield from _model_lines(given, source)

@@ -19,7 +19,13 @@ from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
 from duetvl.storage.finding import CheckpointRef, saved_steps
 from duetvl.training.checkpoints.checkpoint import go_on_from
-from duetvl.training.checkpoints.run_directory import Start, begin, note_saved
+from duetvl.training.checkpoints.run_directory import (
+    Start,
+    begin,
+    check_resumable,
+    from_these_weights,
+    note_saved,
+)
 from duetvl.training.checkpoints.saving import Saver
 from duetvl.training.checkpoints.writing import note_best, remove_leftovers
 from duetvl.training.ending import Export, TrainResult, last_losses
@@ -81,6 +87,7 @@ class Run:
         )
         self.ranks = self.trainer.ranks
         self.meter = Meter(recipe, backend, job.flops)
+        self.ranks.together(lambda: check_resumable(start, recipe, self.total))
         peers = self._peers()
         self.feed = self.ranks.together(lambda: self._fed(sets, start.checkpoint, peers))
         self.state = RunState(recipe, job, self.trainer, self.feed, backend)
@@ -107,8 +114,10 @@ class Run:
             return Feed(self.recipe, sets, self.job.encoder, position, peers=peers)
         except DataError as error:
             files = ", ".join(source.path for source in self.recipe.data.train)
-            hint = "restore the data, or begin a new run: train.output_dir=..."
-            raise DataError(f"{files}: {error}, of {ref.path if ref else 'the start'}; {hint}") from None
+            if ref is None:
+                raise DataError(f"{files}: {error}") from None
+            hint = f"restore the data to resume, or {from_these_weights(ref, self.recipe)}"
+            raise DataError(f"{files}: {error}, of {ref.path}; {hint}") from None
 
     def _peers(self) -> Peers:
         """The ranks as the data sees them, connected."""

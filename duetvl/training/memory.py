@@ -287,7 +287,8 @@ def disk_of(config: ModelConfig, recipe: Recipe, adapters: Adapters | None = Non
     trained = _trained(config, recipe, adapters)
     model = trained.stored(parameter_shapes(config))
     weights = model if adapters is None else trained.stored(filter(is_adapter, trained.shapes))
-    return weights + trained.optimizer_state(recipe.optim.state_dtype), weights, model
+    beside = 0 if recipe.checkpoint.save_only_model else trained.optimizer_state(recipe.optim.state_dtype)
+    return weights + beside, weights, model
 
 
 def _trained(config: ModelConfig, recipe: Recipe, adapters: Adapters | None) -> Trained:

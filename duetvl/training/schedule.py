@@ -31,16 +31,20 @@ def _as_written(number: float) -> Fraction:
 
 
 def stretched(recipe: Recipe, stored: Mapping[str, Any], records: Fraction | int | None, step: int) -> str:
-    """What becomes of the learning rate after `step`, where the `stored` recipe has another length; else empty."""
+    """What becomes of the learning rate after `step`, where the `stored` recipe has another length; else empty.
+
+    A rate that is lifted by it is a warning.
+    """
     lengths = {name: stored["train"].get(name) for name in ("steps", "epochs")}
     before = recipe.model_copy(update={"train": recipe.train.model_copy(update=lengths)})
     old, new = total_steps(before, records), total_steps(recipe, records)
     last, following = learning_rate(step - 1, old, recipe.optim), learning_rate(step, new, recipe.optim)
-    if following == learning_rate(step, old, recipe.optim):
+    planned = learning_rate(step, old, recipe.optim)
+    if following == planned:
         return ""
     return (
-        f"the schedule reached over {old} steps and now reaches over {new}: the learning rate was {last:.3g} at step "
-        f"{step} and is {following:.3g} at step {step + 1}"
+        f"{'warning: ' * (following > planned)}the schedule reached over {old} steps and now reaches over {new}: the "
+        f"learning rate was {last:.3g} at step {step} and is {following:.3g} at step {step + 1}"
     )
 
 

@@ -93,7 +93,7 @@ def _flops(recipe: Recipe, model: QwenVL, everything: Inventory, division: Divis
 def record_encoder(recipe: Recipe, processor: Processor | None = None) -> AnswerEncoder:
     """From records to samples, or to pairs with `dpo`, as the recipe says; `processor` where it is there already."""
     data = recipe.data
-    settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long)
+    settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long, data.system)
     encoder = RecordEncoder(processor or recipe_processor(recipe), settings)
     return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
 

@@ -38,7 +38,7 @@ class RunState:
             step=self.step,
             parameters=self.job.checkpointed(),
             owned=self.trainer.owned,
-            optimizer_state=self.trainer.state,
+            optimizer_state=None if self.recipe.checkpoint.save_only_model else self.trainer.state,
             division=self.job.division,
             everything=self.kept,
             meta=Meta(
@@ -58,14 +58,17 @@ class RunState:
         )
 
     def restore(self, ref: CheckpointRef) -> None:
-        """Go on from a checkpoint, whose data position the feed has already. CheckpointError for another model's."""
+        """Go on from a checkpoint, whose data position the feed has already. CheckpointError for another model's.
+
+        One of weights alone leaves the optimizer as it is: no further step may follow.
+        """
         _check_same(ref, "base_model", self.job.base, "its adapters belong to")
         _check_same(ref, "reference", self.job.reference, "its policy was compared with")
         load_checkpoint(
             ref,
             parameters=self.job.checkpointed(),
             owned=self.trainer.owned,
-            optimizer_state=self.trainer.state,
+            optimizer_state=None if ref.weights_only else self.trainer.state,
             everything=self.kept,
             backend=self.backend,
         )

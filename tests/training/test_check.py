@@ -164,6 +164,30 @@ def test_preview_tells_what_is_left_out_and_stops_at_the_end_of_the_data(home):
         list(preview(home / "tiny.json", ["data.train=nowhere.jsonl"]))
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_system_prompt_of_the_recipe_is_for_records_without_one(home, tmp_path, kind):
+    question = {"role": "user", "content": "say hello"}
+    answers = {"chosen": "hello", "rejected": "no"} if kind == "dpo" else {}
+    last = [] if kind == "dpo" else [{"role": "assistant", "content": "hello"}]
+    records = [
+        {"messages": [*first, question, *last], **answers} for first in ([{"role": "system", "content": "Shout."}], [])
+    ]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = [
+        f"data.train={tmp_path}/some.jsonl",
+        "data.val=null",
+        "data.shuffle=false",
+        *["dpo.beta=0.1"] * bool(answers),
+    ]
+    own, given = preview(home / "tiny.json", [*options, "data.system=Be terse."], count=2)
+    assert "Shout." in own and "Be terse." not in own
+    assert given.count("Be terse.") == (2 if answers else 1) and "helpful assistant" not in given
+    usual = list(preview(home / "tiny.json", options, count=2))[1]
+    assert (
+        "You are a helpful assistant." in usual
+    )
+
+
 def test_a_warning_is_one_line(home, tmp_path, capsys):
     """Of a shard without its end, and of nothing that Pillow finds odd about a picture that it reads."""
     Image.new("RGB", (56, 56)).save(tmp_path / "a.jpg")

@@ -99,6 +99,30 @@ def test_dpo_full_with_zero(tmp_path):
     assert (recipe.optim.min_lr_ratio, recipe.train.steps, recipe.model.freeze) == (0.1, 200, ("vision",))
 
 
+def test_schedules_evaluations_and_the_system_prompt(tmp_path):
+    usual = recipe_of(imported(tmp_path))
+    assert (usual.data.system, usual.checkpoint.save_only_model, usual.checkpoint.keep_best) == (None, False, None)
+    recipe = recipe_of(imported(
+        tmp_path, default_system="Be terse.", eval_dataset="held_out", eval_strategy="steps", eval_steps=50,
+        eval_on_start=True, early_stopping_steps=3, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        save_only_model=True, lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": 20, "decay_type": "cosine", "min_lr_ratio": 0.1},
+    ))  # fmt: skip
+    assert recipe.data.system == "Be terse." and recipe.checkpoint.save_only_model
+    assert (recipe.train.eval_first, recipe.train.patience, recipe.checkpoint.keep_best) == (True, 3, "eval_loss")
+    assert (recipe.optim.schedule, recipe.optim.decay, recipe.optim.min_lr_ratio) == ("wsd", 20, 0.1)
+    two_thirds = recipe_of(imported(tmp_path, lr_scheduler_type="warmup_stable_decay"))
+    assert (two_thirds.optim.warmup, two_thirds.optim.decay) == (0.1, 0.6)
+    in_steps = recipe_of(imported(tmp_path, lr_scheduler_type="warmup_stable_decay", warmup_steps=10, max_steps=101))
+    assert (in_steps.optim.warmup, in_steps.optim.decay) == (10, 61)
+    assert recipe_of(imported(tmp_path, lr_scheduler_type="inverse_sqrt")).optim.schedule == "inverse_sqrt"
+    with pytest.raises(ConfigError, match="metric_for_best_model: accuracy: duetvl keeps the best by eval_loss"):
+        imported(tmp_path, eval_dataset="held_out", eval_strategy="steps", eval_steps=50, load_best_model_at_end=True,
+                 metric_for_best_model="accuracy")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs.decay_type: is no option of this schedule"):
+        imported(tmp_path, lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"decay_type": "linear"})
+
+
 @pytest.mark.parametrize(("layers", "trained"), [(1, {"1"}), (-1, {"0"})])
 def test_freeze_trains_whole_layers_and_check_agrees(tmp_path, monkeypatch, layers, trained):
     monkeypatch.chdir(tmp_path)

@@ -678,7 +678,11 @@ def test_how_many_processes_are_started(tmp_path):
         ("--bf16 \\ ", "belongs to no option after --bf16; a backslash continues a line only where it is the last"),
         ("--lr 1 2", "'2' belongs to no option after --lr"),
         ("--zzz 1", "script.sh: --zzz is not known; --allow-unknown goes on without it"),
-        ("--lr-decay-style WSD", "--lr-decay-style WSD: there are cosine, linear, constant"),
+        (
+            "--lr-decay-style step",
+            "--lr-decay-style step: there are cosine, linear, constant, inverse-square-root, WSD",
+        ),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters, 1 or more, found None"),
         ("--lora-target-modules linear_qvk", "--lora-target-modules linear_qvk; did you mean 'linear_qkv'?"),
         ("--lora-apply-modules vision --lora-target-modules linear_qkv", "--lora-apply-modules vision; did you mean"),
         ("--context-parallel-algo ulyses_cp_algo", "did you mean 'ulysses_cp_algo'?"),
@@ -739,7 +743,7 @@ def test_one_can_go_on_without_what_is_not_known(tmp_path):
     ("argument", "key", "expected"),
     [
         ("--optimizer muon --muon-momentum 0.9", "--optimizer muon", ("optim", "lr", 1e-5)),
-        ("--lr-decay-style WSD", "--lr-decay-style WSD", ("optim", "schedule", "linear")),
+        ("--lr-decay-style step", "--lr-decay-style step", ("optim", "schedule", "linear")),
         ("--lora-mixed-training", "--lora-mixed-training", ("model", "dtype", "bfloat16")),
         ("--context-parallel-algo my_algo", "--context-parallel-algo my_algo", ("parallel", "cp_algorithm", "ulysses")),
         ("--weight-decay-exclude-modules x text_decoder", "--weight-decay-exclude-modules x",
@@ -759,6 +763,23 @@ def test_one_can_go_on_without_a_setting_that_is_not_there(tmp_path, argument, k
     assert list(notes(made, "unknown")) == [key]
     section, field, value = expected
     assert getattr(getattr(recipe_of(made), section), field) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "said"),
+    [
+        ("inverse-square-root", {"schedule": "inverse_sqrt", "min_lr_ratio": 0.0}, {"--min-lr"}),
+        ("WSD --lr-wsd-decay-iters 100", {"schedule": "wsd", "decay": 100}, {"--lr-wsd-decay-style"}),
+        ("WSD --lr-wsd-decay-iters 100 --lr-wsd-decay-style cosine", {"schedule": "wsd", "decay": 100}, set()),
+    ],
+)
+def test_schedules_by_their_names_here(tmp_path, arguments, fields, said):
+    files = runs.write(tmp_path, SMALL)
+    change(files[2], "--lr-decay-style cosine", f"--lr-decay-style {arguments} --min-lr 1e-7")
+    made = import_run(*files)
+    optim = recipe_of(made).optim
+    assert {name: getattr(optim, name) for name in fields} == fields
+    assert notes(made, "changed").keys() & {"--min-lr", "--lr-wsd-decay-style"} == said
 
 
 def test_what_only_running_would_tell_is_asked_for(tmp_path):

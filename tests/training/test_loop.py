@@ -216,7 +216,7 @@ def test_a_longer_run_says_what_becomes_of_its_learning_rate(torch_be, recipe, c
     run(torch_be, recipe, "train.steps=4", *linear)
     assert "the schedule" not in capsys.readouterr().out
     run(torch_be, recipe, "train.steps=8", *linear)
-    said = "the schedule reached over 4 steps and now reaches over 8: the learning rate was 0.0125 at step 4 and is"
+    said = "warning: the schedule reached over 4 steps and now reaches over 8: the learning rate was 0.0125 at step 4 and is"
     assert f"{said} 0.025 at step 5\n" in capsys.readouterr().out
     run(torch_be, recipe, "train.steps=8", *linear)
     assert "the schedule" not in capsys.readouterr().out
@@ -272,7 +272,7 @@ def test_harmless_differences_are_said(torch_be, recipe, capsys):
 def test_what_becomes_of_long_samples_may_change_until_one_was_cut(torch_be, recipe):
     run(torch_be, recipe, "train.steps=5")
     assert run(torch_be, recipe, "train.steps=6", "data.too_long=drop", "data.on_bad_sample=skip").step == 6
-    with pytest.raises(ConfigError, match=r"with another recipe: data.cutoff_len 32 -> 64; restore"):
+    with pytest.raises(ConfigError, match=r"with another recipe: data.cutoff_len 32 -> 64; restore this"):
         run(torch_be, recipe, "train.steps=7", "data.too_long=drop", "data.pack_tokens=64")
     same = "data.too_long=drop", "data.cutoff_len=32", "data.pack_tokens=64"
     assert run(torch_be, recipe, "train.steps=7", *same).step == 7
@@ -280,7 +280,7 @@ def test_what_becomes_of_long_samples_may_change_until_one_was_cut(torch_be, rec
 
 def test_other_packs_are_another_run_where_the_loss_sees_them(torch_be, recipe):
     run(torch_be, recipe, "train.steps=5", "train.loss=micro_batch")
-    with pytest.raises(ConfigError, match=r"with another recipe: data.pack_tokens 32 -> 64; restore"):
+    with pytest.raises(ConfigError, match=r"with another recipe: data.pack_tokens 32 -> 64; restore this"):
         run(torch_be, recipe, "train.steps=6", "train.loss=micro_batch", "data.pack_tokens=64")
 
 

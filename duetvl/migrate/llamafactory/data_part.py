@@ -22,6 +22,9 @@ def data_section(keys: Keys) -> dict[str, Any]:
     if not section["train"]:
         raise ConfigError(f"{keys.table.title}: dataset is missing: names of {INFO_NAME}, separated by commas")
     section |= _evaluated(keys)
+    if system := keys.text("default_system"):
+        section["system"] = system
+        keys.note("default_system", "data.system")
     if media := keys.text("media_dir"):
         section["image_root"] = media
         keys.note("media_dir", f"data.image_root: {media}")

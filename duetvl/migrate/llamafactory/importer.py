@@ -64,7 +64,11 @@ def _sections(keys: Keys, devices: int) -> dict[str, Any]:
         sections["dpo"] = dpo_section(keys)
     else:
         unused_preferences(keys)
-    sections |= {"parallel": parallel, "checkpoint": checkpoint_section(keys), "log": log_section(keys)}
+    sections |= {
+        "parallel": parallel,
+        "checkpoint": checkpoint_section(keys, "eval_every" in train),
+        "log": log_section(keys),
+    }
     return {name: fields for name, fields in sections.items() if fields}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from duetvl.storage.files import read_object
 
 _SCHEDULES: Final = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
-    "cosine_with_min_lr": "cosine",
+    "cosine_with_min_lr": "cosine", "inverse_sqrt": "inverse_sqrt", "warmup_stable_decay": "wsd",
 }  # fmt: skip
 _EVERY: Final = ("steps", "epoch", "no")
 
@@ -69,7 +70,8 @@ def _strategy(keys: Keys, key: str, usual: str) -> str:
 def _evaluation(keys: Keys, evaluates: bool) -> dict[str, Any]:
     key = "evaluation_strategy" if keys.peek("evaluation_strategy") is not None else "eval_strategy"
     strategy = _strategy(keys, key, "no")
-    present = [name for name in (key, "do_eval", "eval_steps") if keys.peek(name) is not None]
+    names = (key, "do_eval", "eval_steps", "eval_on_start", "early_stopping_steps")
+    present = [name for name in names if keys.peek(name) is not None]
     if not evaluates:
         for name in present:
             keys.report.add("not needed", name, "neither eval_dataset nor val_size gives anything to evaluate")
@@ -85,7 +87,18 @@ def _evaluation(keys: Keys, evaluates: bool) -> dict[str, Any]:
     keys.note("eval_steps", f"train.eval_every: {int(every)}")
     if "do_eval" in keys:
         keys.note("do_eval", "train.eval_every")
-    return {"eval_every": int(every)}
+    return {"eval_every": int(every)} | _by_evaluation(keys)
+
+
+def _by_evaluation(keys: Keys) -> dict[str, Any]:
+    """An evaluation before the first step, and an end by the evaluations."""
+    section: dict[str, Any] = {}
+    if keys.switch("eval_on_start"):
+        section["eval_first"] = True
+        keys.note("eval_on_start", "train.eval_first: true")
+    if keys.peek("early_stopping_steps") is not None:
+        section["patience"] = keys.take("early_stopping_steps", "train.patience", whole=True, least=1)
+    return section
 
 
 def optim_section(keys: Keys) -> dict[str, Any]:
@@ -117,16 +130,49 @@ def _schedule(keys: Keys, lr: float) -> dict[str, Any]:
         keys.note(key, f"optim.warmup: {section['warmup']:g}")
     if steps and ratio:
         keys.report.add("not needed", "warmup_ratio", "warmup_steps is given")
+    return section | _schedule_options(keys, asked, lr, section.get("warmup", 0.0))
+
+
+def _schedule_options(keys: Keys, asked: str, lr: float, warmup: float) -> dict[str, Any]:
+    """What `lr_scheduler_kwargs` says of the schedule that is asked for."""
+    section: dict[str, Any] = {}
     options = keys.get("lr_scheduler_kwargs") or {}
     if not isinstance(options, dict):
         raise ConfigError(f"{keys.table.title}: lr_scheduler_kwargs is {options}, expected keys and values")
     for name, value in options.items():
-        if name not in ("min_lr", "min_lr_rate") or asked != "cosine_with_min_lr" or not isinstance(value, int | float):
-            keys.report.lacks(keys.table.title, f"lr_scheduler_kwargs.{name}", ": is not an option of this schedule")
+        field = _OPTIONS.get(asked, {}).get(name)
+        if field is None or not isinstance(value, int | float):
+            if (asked, name, value) not in _USUAL:
+                keys.report.lacks(keys.table.title, f"lr_scheduler_kwargs.{name}", ": is no option of this schedule")
             continue
-        section["min_lr_ratio"] = float(f"{value / lr:.12g}") if name == "min_lr" else float(value)
-        keys.note("lr_scheduler_kwargs", f"optim.min_lr_ratio: {section['min_lr_ratio']:g}")
+        section[field] = float(f"{value / lr:.12g}") if name == "min_lr" else value
+        keys.note("lr_scheduler_kwargs", f"optim.{field}: {section[field]:g}")
+    if asked == "warmup_stable_decay" and "decay" not in section:
+        section["decay"] = _usual_decay(keys, warmup)
+        keys.report.add(
+            "added", "optim.decay", f"{section['decay']:g}, two thirds of what follows the warm-up, as there"
+        )
     return section
+
+
+# By schedule, options of transformers' that are fields of `optim`, and values of others that are as here.
+_OPTIONS: Final = {
+    "cosine_with_min_lr": {"min_lr": "min_lr_ratio", "min_lr_rate": "min_lr_ratio"},
+    "warmup_stable_decay": {"num_decay_steps": "decay", "min_lr_ratio": "min_lr_ratio"},
+}
+_USUAL: Final = (("warmup_stable_decay", "decay_type", "cosine"), ("warmup_stable_decay", "warmup_type", "linear"))
+
+
+def _usual_decay(keys: Keys, warmup: float) -> float:
+    """LLaMA-Factory's length of the decay: steps where all steps are given, else their share.
+
+    Of a warm-up in steps the share is not known: it is taken as none.
+    """
+    steps = keys.whole("max_steps")
+    if steps > 0:
+        rest = steps - (math.ceil(warmup * steps) if warmup < 1 else int(warmup))
+        return max(1, rest - rest // 3)
+    return float(f"{(1 - (warmup if warmup < 1 else 0)) * 2 / 3:.4g}")
 
 
 def parallel_section(keys: Keys, devices: int) -> tuple[dict[str, Any], bool]:
@@ -161,8 +207,8 @@ def _deepspeed(keys: Keys, setting: Any) -> tuple[int, bool]:
     return int(zero.get("stage", 0)), isinstance(target, dict) and target.get("device", "none") != "none"
 
 
-def checkpoint_section(keys: Keys) -> dict[str, Any]:
-    """When checkpoints are saved, and how many are kept."""
+def checkpoint_section(keys: Keys, evaluates: bool) -> dict[str, Any]:
+    """When checkpoints are saved, what is in them, and how many are kept. `evaluates`: the run does so as it goes."""
     strategy = _strategy(keys, "save_strategy", "steps")
     section: dict[str, Any] = {}
     if strategy == "no":
@@ -177,7 +223,27 @@ def checkpoint_section(keys: Keys) -> dict[str, Any]:
         keys.note("save_strategy", "checkpoint.every")
     section["keep_last"] = keys.whole("save_total_limit")
     keys.note("save_total_limit", f"checkpoint.keep_last: {section['keep_last'] or 'null, all of them'}")
-    return section
+    if keys.switch("save_only_model"):
+        section["save_only_model"] = True
+        keys.note("save_only_model", "checkpoint.save_only_model: true")
+    return section | _best(keys, evaluates)
+
+
+def _best(keys: Keys, evaluates: bool) -> dict[str, Any]:
+    """The best checkpoint is kept, where it is that of eval_loss."""
+    metric, wanted = str(keys.get("metric_for_best_model", "loss")), keys.switch("load_best_model_at_end")
+    names = [name for name in ("load_best_model_at_end", "metric_for_best_model") if keys.peek(name) is not None]
+    if not wanted or not evaluates:
+        for name in names:
+            keys.report.add(
+                "not needed", name, "no best checkpoint is asked for" if not wanted else "nothing is evaluated"
+            )
+        return {}
+    if metric not in ("loss", "eval_loss"):
+        keys.report.lacks(keys.table.title, f"metric_for_best_model: {metric}", ": duetvl keeps the best by eval_loss")
+    for name in names:
+        keys.note(name, "checkpoint.keep_best: eval_loss; RUN@best names it, export/ has the last", changed=True)
+    return {"keep_best": "eval_loss"}
 
 
 def log_section(keys: Keys) -> dict[str, Any]:

@@ -65,8 +65,11 @@ LLAMAFACTORY: Final = Table(
         "output_dir": "train.output_dir", "num_train_epochs": "train.epochs", "max_steps": "train.steps",
         **_each("gradient_checkpointing disable_gradient_checkpointing", "train.recompute"),
         **_each("do_eval eval_strategy evaluation_strategy eval_steps", "train.eval_every"),
+        "eval_on_start": "train.eval_first", "early_stopping_steps": "train.patience",
+        **_each("load_best_model_at_end metric_for_best_model", "checkpoint.keep_best"),
+        "default_system": "data.system", "save_only_model": "checkpoint.save_only_model",
         "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule",
-        "lr_scheduler_kwargs": "optim.min_lr_ratio", **_each("warmup_ratio warmup_steps", "optim.warmup"),
+        "lr_scheduler_kwargs": "optim.min_lr_ratio, optim.decay", **_each("warmup_ratio warmup_steps", "optim.warmup"),
         "weight_decay": "optim.weight_decay", **_each("adam_beta1 adam_beta2", "optim.betas"),
         "adam_epsilon": "optim.eps", "max_grad_norm": "optim.clip", "optim": "AdamW, the one there is",
         "deepspeed": "parallel.zero, optim.offload",
@@ -101,7 +104,7 @@ LLAMAFACTORY: Final = Table(
                 "`duetvl launch` and the backend connect the processes"),
         **_each("upcast_layernorm upcast_lmhead_output average_tokens_across_devices full_determinism "
                 "bf16_full_eval fp16_full_eval", "numerics are the same on any layout; sums are in float32"),
-        **_each("save_safetensors save_only_model", "checkpoints are safetensors that hold all that resuming needs"),
+        "save_safetensors": "checkpoints are safetensors",
         **_each("push_to_hub hub_* hf_hub_token ms_hub_token om_hub_token", _HUB),
         **_each("export_*", "`duetvl export` and `duetvl merge` write models"),
         **_each("infer_backend infer_dtype vllm_* sglang_* do_sample temperature top_p top_k num_beams max_length "
@@ -119,17 +122,14 @@ LLAMAFACTORY: Final = Table(
         **_each("additional_target neftune_noise_alpha label_smoothing_factor pref_bco_weight ld_alpha "
                 "ref_model_adapters reward_model reward_model_adapters", "there is nothing like it"),
         "interleave_probs": "data sets are joined; give each a `weight`",
-        "default_system": "give the system prompt in the records",
         **_each("add_tokens add_special_tokens new_special_tokens_config resize_vocab",
                 "the vocabulary is the model's"),
         "rope_scaling": "positions are as config.json says",
         "train_from_scratch": "training starts from a model's weights",
         "model_revision": "give a directory, or the id whose main revision is meant",
         **_each("fsdp fsdp_config", "give parallel.zero: 3 in the recipe"),
-        **_each("load_best_model_at_end metric_for_best_model early_stopping_steps", "the last weights are the result"),
         "do_predict": "answers are made by `duetvl infer`",
         "eval_on_each_dataset": "the sets of data.val are evaluated together",
-        "eval_on_start": "the first evaluation is after train.eval_every steps",
     },
 )  # fmt: skip
 STAGES: Final = ("pt", "rm", "ppo", "kto")

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from duetvl.core.errors import ConfigError
+from duetvl.core.errors import CheckpointError, ConfigError
 from duetvl.storage.files import remove_temporaries, write_text
 from duetvl.storage.finding import (
     CheckpointRef,
@@ -27,45 +27,9 @@ from duetvl.storage.finding import (
     verify_files,
 )
 from duetvl.storage.locks import file_lock, made_directory
-from duetvl.training.recipe.data_section import DataSource
+from duetvl.training.checkpoints.differences import differences
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import read_yaml, write_yaml
-
-# What may differ between a checkpoint and the recipe that resumes from it. The split into micro-batches changes no
-# result beyond rounding; a new length changes the schedule from here on.
-PACKING = frozenset({"data.pack", "data.pack_tokens", "data.pack_patches"})
-HARMLESS = frozenset(
-    {
-        "train.steps",
-        "train.epochs",
-        "train.eval_every",
-        "train.eval_first",
-        "train.patience",
-        "train.output_dir",
-        "train.on_nonfinite",
-        "optim.offload",
-        "train.recompute",
-        "data.val",
-        "data.val_max_samples",
-        *PACKING,
-        "data.workers",
-        "data.prefetch",
-        "data.cache",
-        "data.on_bad_sample",  # what a run that has met a bad record is resumed with
-        "dpo.cache",
-        # A run may be resumed where things lie elsewhere. What they are is known by other means: the model by
-        # the checkpoint's own weights or a fingerprint, the data by the number of their records.
-        "model.path",
-        "model.base",
-        "dpo.reference",
-        "dpo.reference_base",
-        "data.image_root",
-    }
-)
-PLACES = frozenset({"path", "image_root"})  # of a data set
-LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
-# A checkpoint knows no layout: any can resume from it.
-HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "eval", "log", "parallel"})
 
 RECIPE = "resolved_recipe.yaml"
 TRACKERS = "trackers.json"
@@ -123,11 +87,12 @@ def find_start(recipe: Recipe, resume: str | None = None, verify: Verify = verif
             f"give a new directory: train.output_dir=..."
         )
     ref = find_checkpoint(source, step, pass_over=True, verify=verify)
-    harmless, grave = _differences(recipe, ref.meta.recipe)
+    harmless, grave = differences(recipe, ref.meta.recipe)
     if grave:
+        stays = f" ({', '.join(harmless)} may stay)" if harmless else ""
         raise ConfigError(
-            f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore these to go on, "
-            f"or begin a new run: train.output_dir=..."
+            f"{ref.path} was trained with another recipe: {', '.join(grave)}; restore "
+            f"{'this' if len(grave) == 1 else 'these'} to resume it{stays}, or {from_these_weights(ref, recipe)}"
         )
     if other:
         _check_free(own, recipe)
@@ -136,6 +101,17 @@ def find_start(recipe: Recipe, resume: str | None = None, verify: Verify = verif
     if harmless:
         notes.append(f"changed since then: {', '.join(harmless)}")
     return Start(own, ref, _run_of(ref) if other else None, notes=tuple(notes))
+
+
+def check_resumable(start: Start, recipe: Recipe, total: int) -> None:
+    """Raise CheckpointError where a run of `total` steps would be resumed from weights alone."""
+    ref = start.checkpoint
+    if ref is None or not ref.weights_only or ref.step >= total:
+        return
+    raise CheckpointError(
+        f"{ref.path}: has weights alone (checkpoint.save_only_model), and resuming needs AdamW's moments and master "
+        f"weights as well; {from_these_weights(ref, recipe)}"
+    )
 
 
 def start_anew(recipe: Recipe) -> Start:
@@ -239,6 +215,18 @@ def _unused(path: Path) -> Path:
     return next(one for i in count(1) if not os.path.lexists(one := path.with_name(f"{path.name}-{i}")))
 
 
+def from_these_weights(ref: CheckpointRef, recipe: Recipe) -> str:
+    """How to start a run of its own from a checkpoint's weights, as the end of a sentence: what the command needs."""
+    step = f"{_run_of(ref)}@{ref.step}"
+    words = [f"model.path={step}", f"train.output_dir={_unused(Path(recipe.train.output_dir))}"]
+    if recipe.dpo is not None and recipe.dpo.reference is None:  # else it would be compared with what it starts from
+        words.insert(1, f"dpo.reference={recipe.model.path}")
+    if recipe.lora is not None and recipe.lora.adapter is not None:  # which is in these weights
+        words.insert(1, "lora.adapter=null")
+    merged = " (its adapter merged)" if ref.meta.recipe.get("lora") else ""
+    return f"start a new run from these weights{merged}: add {' '.join(words)} to the command"
+
+
 def _run_of(ref: CheckpointRef) -> Path:
     return ref.path.parent.parent
 
@@ -258,7 +246,7 @@ def _check_free(run_dir: Path, recipe: Recipe) -> tuple[str, ...]:
             f"train.output_dir {run_dir}: holds {', '.join(found)} and no checkpoint to go on from; {_ADVICE}"
         )
     stored = read_yaml(run_dir / RECIPE)
-    _, grave = _differences(recipe, stored if isinstance(stored, Mapping) else {})
+    _, grave = differences(recipe, stored if isinstance(stored, Mapping) else {})
     if grave:
         raise ConfigError(
             f"train.output_dir {run_dir}: holds a run by another recipe ({', '.join(grave)}) that was ended before its "
@@ -277,61 +265,3 @@ def _is_there(file: Path, values: Any) -> bool:
         return bool(read_yaml(file) == values)
     except ConfigError:
         return False
-
-
-def _differences(recipe: Recipe, stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What a recipe has otherwise than the one that a run was trained with, as texts: harmless, and not."""
-    old, new = {**_defaults(), **dict(_flat(stored))}, dict(_flat(recipe.model_dump(mode="json")))
-    for values in (old, new):  # the longest sample follows the packs where it is not given
-        values["data.cutoff_len"] = values["data.cutoff_len"] or values["data.pack_tokens"]
-    # A section that is absent now is one key here and several there; what only an old version knew has no meaning now.
-    removed = [key for key in old if key not in new and key.partition(".")[0] in new]
-    texts = {
-        key: f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}"
-        for key in (*new, *removed)
-        if old.get(key) != new.get(key)
-    }
-    harmless = [key for key in texts if _harmless(key, old, recipe)]
-    grave = [text for key, text in texts.items() if key not in harmless]
-    return [texts[key] for key in harmless if key != "train.output_dir"], grave
-
-
-def _shown(value: Any) -> str:
-    """A value of a recipe in a line; of a data source the fields that are not the defaults."""
-    if not isinstance(value, list):
-        return str(value)
-    blank = DataSource(path="-").model_dump(mode="json")
-    short = [{k: v for k, v in one.items() if v != blank.get(k)} if isinstance(one, dict) else one for one in value]
-    return str([one["path"] if isinstance(one, dict) and list(one) == ["path"] else one for one in short])
-
-
-def _harmless(key: str, old: Mapping[str, Any], recipe: Recipe) -> bool:
-    if key == "data.train":
-        sources = [source.model_dump(mode="json") for source in recipe.data.train]
-        return _without_places(old[key]) == _without_places(sources)
-    if key in LENGTHS:  # so far no sample was too long, or none of those was used
-        return bool(old["data.too_long"] == "error")
-    if key in PACKING and recipe.train.loss == "micro_batch":  # a loss that the micro-batches have a part in
-        return False
-    return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
-
-
-def _without_places(sources: Any) -> list[Any]:
-    """Data sets by all but where they lie; old checkpoints name them by their paths alone."""
-    blank = DataSource(path="-").model_dump(mode="json")
-    whole = [one if isinstance(one, dict) else blank for one in sources]
-    return [{key: value for key, value in one.items() if key not in PLACES} for one in whole]
-
-
-def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for section, fields in recipe.items():
-        if fields is None:
-            yield section, None
-        for key, value in (fields if isinstance(fields, Mapping) else {}).items():
-            yield f"{section}.{key}", value
-
-
-def _defaults() -> dict[str, Any]:
-    """What a checkpoint of an earlier version, without a field, was trained with."""
-    blank = Recipe.model_validate({"model": {"path": "-"}, "data": {"train": "-"}})
-    return dict(_flat(blank.model_dump(mode="json")))

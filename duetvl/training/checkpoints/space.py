@@ -40,6 +40,8 @@ class Space:
         weights = sum(_bytes(entry, entry.dtype) for entry in stored.values())
         model = sum(_bytes(entry, entry.dtype) for path, entry in everything.items() if not is_adapter(path))
         updated = [entry for entry in stored.values() if entry.trainable]
+        if recipe.checkpoint.save_only_model:
+            return cls.with_export(weights, weights, model, recipe)
         moments = sum(2 * _bytes(entry, state_dtype) for entry in updated)
         masters = sum(_bytes(entry, "float32") for entry in updated if entry.dtype != "float32")
         return cls.with_export(weights + moments + masters, weights, model, recipe)

@@ -88,6 +88,12 @@ class DataSection(Section):
         description="Directory that relative paths of media start from; by default they are looked up beside the data "
         "file, then in the working directory.",
     )
+    system: str | None = Field(
+        default=None,
+        min_length=1,
+        description="System prompt of records that have none; by default the chat template's own, `You are a helpful "
+        "assistant.` Give the same to the model when it answers (`duetvl infer --system`).",
+    )
     train_on_prompt: bool = Field(
         default=False, description="Also train on prompts, including the placeholders of media, as LLaMA-Factory does."
     )

@@ -207,6 +207,11 @@ class CheckpointSection(Section):
         description="Also save whenever an evaluation has the lowest eval_loss so far, and keep that checkpoint, "
         "besides the `keep_last` newest, until there is a better one. `RUN@best` selects it.",
     )
+    save_only_model: bool = Field(
+        default=False,
+        description="Save weights alone, without the optimizer's state: a third of the size in float32, a seventh in "
+        "bfloat16. They can be exported, merged and trained from (`model.path`), but no run is resumed from them.",
+    )
     background: bool = Field(
         default=False,
         description="Write in a thread while training continues. Needs host memory of one checkpoint's size.",

@@ -82,7 +82,9 @@ _MINDSPEED: Final = ("dataset_param", "dataloader_param", "image_encoder", "text
 _ELSEWHERE: Final = {  # what Hugging Face's trainers, LLaMA-Factory and ms-swift call fields of a recipe
     "model_name_or_path": "model.path", "torch_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "model.dtype",
     "dataset": "data.train", "eval_dataset": "data.val", "max_length": "data.cutoff_len",
-    "max_seq_length": "data.cutoff_len", "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule",
+    "max_seq_length": "data.cutoff_len",
+    "default_system": "data.system", "system_prompt": "data.system",
+    "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule",
     "warmup_ratio": "optim.warmup", "warmup_steps": "optim.warmup", "max_grad_norm": "optim.clip",
     "num_train_epochs": "train.epochs", "max_steps": "train.steps", "eval_steps": "train.eval_every",
     "per_device_train_batch_size": "train.global_batch", "gradient_accumulation_steps": "train.global_batch",
