@@ -37,6 +37,11 @@ class Operations:
     def __add__(self, other: Operations) -> Operations:
         return Operations(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
 
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.forward + self.backward + self.again
+
     def scaled(self, share: float) -> Operations:
         """Of a rank that has this share of them."""
         return Operations(share * self.forward, share * self.backward, share * self.again)
@@ -101,7 +106,16 @@ class Passes:
 
     def of_rank(self, division: Division) -> dict[int, Operations]:
         """What a rank computes for each of its stages."""
-        return {stage: self._stage(division, stage) for stage in division.own_stages}
+        tower, decoder, stages = self.tower(division), self.decoder(division), division.stages
+        if stages.count == 1:
+            return {0: sum([*tower, *decoder], Operations())}
+        return {
+            stage: sum(
+                [tower[n] for n in stages.of("vision", stage)] + [decoder[n] for n in stages.of("language", stage)],
+                Operations(),
+            )
+            for stage in division.own_stages
+        }
 
     def updated(self, stages: Stages, stage: int) -> int:
         """How many numbers of a stage's blocks are trained."""
@@ -109,37 +123,29 @@ class Passes:
         blocks += [f"model.layers.{layer}" for layer in stages.of("language", stage)]
         return sum(self._updated[block] for block in blocks)
 
-    def _stage(self, division: Division, stage: int) -> Operations:
-        whole = division.stages.count == 1
-        tower = range(len(self._tower)) if whole else division.stages.of("vision", stage)
-        decoder = range(len(self._language)) if whole else division.stages.of("language", stage)
-        total = Operations()
-        if self.amounts.patches and tower:
-            total = total + self._vision(division, tower)
-        share = language_share(division, self.config)
-        for layer in decoder:
-            total = total + _operations(*self._language[layer], share)
-        if len(self._language) - 1 in decoder:
-            total = total + self._head.scaled(_even(self.config.text.vocab_size, division.mesh.tp) / division.mesh.cp)
-        return total
-
-    def _vision(self, division: Division, layers: range) -> Operations:
-        tp, cp = division.mesh.tp, division.mesh.cp
-        vision, total = self.config.vision, Operations()
-        ranks = tp * cp if division.vision == "divide" else cp
-        rows = max(1 / ranks, self.frame)
+    def tower(self, division: Division) -> list[Operations]:
+        """What a rank computes of each block of the vision tower, patch embedding and merger with its ends."""
+        tp, cp, vision = division.mesh.tp, division.mesh.cp, self.config.vision
+        if not self.amounts.patches:
+            return [Operations()] * vision.depth
+        rows = max(1 / (tp * cp if division.vision == "divide" else cp), self.frame)
         if division.vision == "divide":
             share = Share(rows, rows, rows, rows)
         else:
             heads, columns = _even(vision.num_heads, tp) * rows, _even(vision.intermediate_size, tp) * rows
             share = Share(heads, heads, columns, heads)
-        for layer in layers:
-            total = total + _operations(*self._tower[layer], share)
-        if 0 in layers:
-            total = total + self._pixels.scaled(rows)
-        if vision.depth - 1 in layers:
-            total = total + self._merger.scaled(share.mlp)
-        return total
+        layers = [_operations(*layer, share) for layer in self._tower]
+        layers[0] = layers[0] + self._pixels.scaled(rows)
+        layers[-1] = layers[-1] + self._merger.scaled(share.mlp)
+        return layers
+
+    def decoder(self, division: Division) -> list[Operations]:
+        """The same of each decoder layer, the last one with the product with the vocabulary."""
+        share = language_share(division, self.config)
+        layers = [_operations(*layer, share) for layer in self._language]
+        rows = _even(self.config.text.vocab_size, division.mesh.tp) / division.mesh.cp
+        layers[-1] = layers[-1] + self._head.scaled(rows)
+        return layers
 
 
 def _operations(layer: LayerFlops, back: _Back, share: Share) -> Operations:

@@ -50,6 +50,11 @@ class Memory:
     peak: int
     offload: bool = False  # the optimizer's part is in the host's memory
 
+    @property
+    def on_device(self) -> int:
+        """The peak without what is in the host's memory, where the device has its own."""
+        return self.peak - (self.optimizer if self.offload else 0)
+
     def describe(self) -> str:
         """One line."""
         parts = ("weights", "gradients", "optimizer", "activations", "passing")
@@ -61,7 +66,7 @@ class Memory:
         """What to say where that is beyond the bytes of memory of a device; None where it is not."""
         cpu = device.startswith("cpu")
         there = min(there, *memory_limits()) if cpu else there
-        peak = self.peak - (self.optimizer if self.offload and not cpu else 0)
+        peak = self.peak if cpu else self.on_device
         if peak <= there:
             return None
         return (

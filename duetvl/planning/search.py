@@ -1,0 +1,280 @@
+"""Layouts of a number of devices, those that fit in order of their seconds a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Final
+
+from duetvl.core.errors import ConfigError
+from duetvl.core.mesh import AXES
+from duetvl.cost_model.devices import DeviceType
+from duetvl.cost_model.step_time import CostModel, StepTime
+from duetvl.models.lora import Adapters
+from duetvl.models.qwen_vl.config import ModelConfig
+from duetvl.models.qwen_vl.memory import Load, Trained
+from duetvl.models.recompute import RecomputeMode
+from duetvl.parallel.division import Division
+from duetvl.planning.placing import placed
+from duetvl.training.expected import SampleSize, cost_model
+from duetvl.training.lora import plan_adapters
+from duetvl.training.memory import Memory, division_of, estimate, largest_load, stage_ranks
+from duetvl.training.recipe.parallel_section import ParallelSection
+from duetvl.training.recipe.sections import Recipe
+
+_VIRTUAL: Final = (2, 3, 4)  # stages on a rank that are tried, of the layouts that are best with one
+_TRIED_VIRTUAL: Final = 12
+_LEAST_TOKENS: Final = 1024  # of a micro-batch on a rank of `cp`
+_MODES: Final[tuple[RecomputeMode, ...]] = ("none", "selective", "full")  # the fastest first, the smallest last
+
+
+@dataclass(frozen=True, eq=False)
+class Wish:
+    """What a plan is made for. Fields of `base.parallel` that were given stay, `train.recompute` too."""
+
+    base: Recipe
+    config: ModelConfig
+    devices: int
+    device: DeviceType
+    memory: int  # bytes of a device that tensors may take
+    sizes: Sequence[SampleSize]
+
+    @property
+    def modes(self) -> tuple[RecomputeMode, ...]:
+        """Of recomputation, those that may be chosen."""
+        train = self.base.train
+        return (train.recompute,) if "recompute" in train.model_fields_set else _MODES
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout with what it takes."""
+
+    recipe: Recipe
+    memory: Memory
+    step: StepTime
+    remark: str = ""
+
+    def fits(self, memory: int) -> bool:
+        """Whether its tensors fit in this many bytes of a device."""
+        return self.memory.on_device <= memory
+
+
+@dataclass
+class Search:
+    """All layouts of a wish that the model can have."""
+
+    wish: Wish
+    _models: dict[tuple[int, RecomputeMode], CostModel] = field(default_factory=dict)
+
+    @cached_property
+    def adapters(self) -> Adapters | None:
+        plan = plan_adapters(self.wish.base, self.wish.config)
+        return plan.adapters if plan else None
+
+    @cached_property
+    def trained(self) -> Trained:
+        base = self.wish.base
+        return Trained.of(self.wish.config, base.model.dtype, base.model.freeze, self.adapters)
+
+    def best(self, count: int) -> list[Proposal]:
+        """The fastest that fit, at most `count` of them."""
+        quickest = sorted(self._timed(self.sections()), key=lambda one: one[0])
+        staged = [section for _, section in quickest if section.pp > 1][:_TRIED_VIRTUAL]
+        deeper = self._timed(deeper for section in staged for deeper in self._deeper(section))
+        found: list[Proposal] = []
+        for least, section in sorted([*quickest, *deeper], key=lambda one: one[0]):
+            if len(found) >= count and least > found[count - 1].step.seconds:
+                break
+            proposal = self.proposal(section)
+            if proposal is not None and proposal.fits(self.wish.memory):
+                found = sorted([*found, proposal], key=lambda one: (one.step.seconds, one.memory.peak))
+        return found[:count]
+
+    def smallest(self) -> Proposal:
+        """The one whose tensors take least on the rank that has most."""
+        mode = self.wish.modes[-1]
+        layouts = [self.recipe(section, mode) for section in self.sections()]
+        least = min(layouts, key=lambda recipe: self.memory(recipe).on_device)
+        return Proposal(least, self.memory(least), self.seconds(least))
+
+    def proposal(self, section: ParallelSection) -> Proposal | None:
+        """A layout with as little recomputation as fits; with the most of it where none does, layers moved to where
+        there is room. None where its stages would not be such that the model can have them."""
+        modes = self.wish.modes if section.zero == 1 else self.wish.modes[-1:]
+        for mode in modes:
+            recipe = self.recipe(section, mode)
+            memory = self.memory(recipe)
+            if memory.on_device <= self.wish.memory:
+                return Proposal(recipe, memory, self.seconds(recipe))
+        recipe = self._relieved(recipe)
+        return Proposal(recipe, self.memory(recipe), self.seconds(recipe))
+
+    def recipe(self, section: ParallelSection, mode: RecomputeMode) -> Recipe:
+        """The base with a layout, its layers placed for this recomputation where they were not given."""
+        base = self.wish.base
+        train = base.train.model_copy(update={"recompute": mode})
+        whole = base.model_copy(update={"parallel": section, "train": train})
+        if section.pp == 1 or section.language_layers:
+            return whole
+        return whole.model_copy(update={"parallel": self._staged(section, mode, 1)})
+
+    def seconds(self, recipe: Recipe) -> StepTime:
+        """What a step takes."""
+        return self._model(recipe).step(division_of(recipe, self.wish.config))
+
+    def memory(self, recipe: Recipe) -> Memory:
+        """Of the rank with most, by the estimate of `duetvl check`."""
+        load, count = self._load(recipe)
+        found = [
+            estimate(self.wish.config, recipe, load, count, self.adapters, division)
+            for division in self._different(recipe)
+        ]
+        return max(found, key=lambda memory: memory.peak)
+
+    # -- layouts ------------------------------------------------------------------------------------------------------
+
+    def sections(self) -> Iterator[ParallelSection]:
+        """All divisions of the devices, without the layers of stages."""
+        wish, given = self.wish, self.wish.base.parallel
+        pinned = {name: getattr(given, name) for name in given.model_fields_set if getattr(given, name) != "auto"}
+        for pp, dp, cp, tp in self._degrees():
+            degrees = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
+            if any(pinned.get(axis, degree) != degree for axis, degree in degrees.items()):
+                continue
+            heads = wish.config.text.num_heads // tp
+            more = {"sequence": tp > 1, "cp_algorithm": "ulysses" if cp <= max(1, heads) else "hybrid"}
+            for zero in (1, 3) if pp == 1 and dp * cp > 1 and "full" in wish.modes else (1,):
+                if pinned.get("zero", zero) == zero:
+                    yield ParallelSection(**{**more, "zero": zero, **pinned, **degrees})
+
+    def _degrees(self) -> Iterator[tuple[int, int, int, int]]:
+        """(pp, dp, cp, tp) whose product is the number of devices, as far as the model and the data can use them."""
+        wish = self.wish
+        given = {name: getattr(wish.base.parallel, name) for name in wish.base.parallel.model_fields_set}
+        text, packs = wish.config.text, self._packs
+        most_tp = given.get("tp", min(text.num_heads, wish.device.node))
+        most_cp = given.get("cp", max(1, wish.base.data.pack_tokens // _LEAST_TOKENS))
+        for tp in _divisors(wish.devices, most_tp):
+            for cp in _divisors(wish.devices // tp, most_cp):
+                for pp in _divisors(wish.devices // tp // cp, text.num_layers):
+                    dp = wish.devices // tp // cp // pp
+                    if dp <= packs or given.get("dp") == dp:
+                        yield pp, dp, cp, tp
+
+    @cached_property
+    def _packs(self) -> int:
+        """Micro-batches that a step has in all."""
+        alone = self.wish.base.model_copy(update={"parallel": ParallelSection()})
+        return self._load(alone)[1]
+
+    def _deeper(self, section: ParallelSection) -> Iterator[ParallelSection]:
+        """The same with virtual stages."""
+        if self.wish.base.parallel.language_layers:
+            return
+        layers = self.wish.config.text.num_layers
+        for virtual in _VIRTUAL:
+            if section.pp * virtual <= layers:
+                yield self._staged(section, self.wish.modes[0], virtual)
+
+    def _staged(self, section: ParallelSection, mode: RecomputeMode, virtual: int) -> ParallelSection:
+        """With layers on stages that take equally long."""
+        wish = self.wish
+        train = wish.base.train.model_copy(update={"recompute": mode})
+        flat = section.model_copy(update={"pp": 1, "vision_layers": None, "language_layers": None})
+        recipe = wish.base.model_copy(update={"parallel": flat, "train": train})
+        division, passes = division_of(recipe, wish.config), self._model(recipe).passes
+        times = ([one.total for one in layers] for layers in (passes.tower(division), passes.decoder(division)))
+        vision, language = placed(*times, section.pp, virtual)
+        return section.model_copy(update={"vision_layers": vision, "language_layers": language})
+
+    def _relieved(self, recipe: Recipe) -> Recipe:
+        """With decoder layers moved, one by one, from the rank with most memory to the one with least."""
+        parallel = recipe.parallel
+        if parallel.pp == 1 or parallel.virtual > 1 or self.wish.base.parallel.language_layers:
+            return recipe
+        load, count = self._load(recipe)
+        for _ in range(self.wish.config.text.num_layers):
+            peaks = [
+                estimate(self.wish.config, recipe, load, count, self.adapters, division).on_device
+                for division in (division_of(recipe, self.wish.config, rank) for rank in stage_ranks(recipe))
+            ]
+            most, least = peaks.index(max(peaks)), peaks.index(min(peaks))
+            moved = _moved(recipe, most, least)
+            if max(peaks) <= self.wish.memory or moved is None or self.memory(moved).on_device >= max(peaks):
+                break
+            recipe = moved
+        return recipe
+
+    # -- what they take -----------------------------------------------------------------------------------------------
+
+    def _timed(self, sections: Iterator[ParallelSection]) -> list[tuple[float, ParallelSection]]:
+        """Each with the seconds that it takes at the least: with no more recomputation than it must have."""
+        found = []
+        for section in sections:
+            mode = self.wish.modes[0] if section.zero == 1 else self.wish.modes[-1]
+            found.append((self.seconds(self.recipe(section, mode)).seconds, section))
+        return found
+
+    def _model(self, recipe: Recipe) -> CostModel:
+        key = recipe.parallel.mesh.dp, recipe.train.recompute
+        if key not in self._models:
+            wish = self.wish
+            self._models[key] = cost_model(recipe, wish.config, self.adapters, wish.sizes, wish.device, self.trained)
+        return self._models[key]
+
+    def _load(self, recipe: Recipe) -> tuple[Load, int]:
+        sizes = self.wish.sizes
+        load, count = largest_load(recipe, [(one.tokens, one.trained, one.patches) for one in sizes])
+        return replace(load, frame=max(one.frame for one in sizes)), count
+
+    def _different(self, recipe: Recipe) -> list[Division]:
+        """The ranks of a pipeline that differ in what they hold: of those alike the first has most in flight."""
+        found: dict[tuple[object, ...], Division] = {}
+        for rank in stage_ranks(recipe):
+            division = division_of(recipe, self.wish.config, rank)
+            stages, last = division.stages, division.stages.count - 1
+            kind = (
+                (stages.vision[stage], stages.language[stage], stage == 0, stage == last)
+                for stage in division.own_stages
+            )
+            found.setdefault(tuple(kind), division)
+        return list(found.values())
+
+
+def _moved(recipe: Recipe, source: int, target: int) -> Recipe | None:
+    """With a decoder layer of one stage on another; None where that cannot be."""
+    parallel = recipe.parallel
+    assert parallel.language_layers is not None, "stages were placed"
+    counts = list(parallel.language_layers[0])
+    last_vision = max((n for n, layers in enumerate((parallel.vision_layers or ((),))[0]) if layers), default=0)
+    if source == target or counts[source] <= (source == len(counts) - 1) or target < last_vision:
+        return None
+    counts[source] = counts[source] - 1
+    counts[target] = counts[target] + 1
+    return recipe.model_copy(update={"parallel": parallel.model_copy(update={"language_layers": (tuple(counts),)})})
+
+
+def degrees(section: ParallelSection) -> str:
+    """`pp 2 x dp 1 x cp 1 x tp 8`"""
+    return " x ".join(f"{axis} {getattr(section, axis)}" for axis in AXES)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [one for one in range(1, min(number, most) + 1) if number % one == 0]
+
+
+def check_wish(wish: Wish) -> None:
+    """Raise ConfigError where no layout can be: for degrees that were given and do not fit devices or model."""
+    given = wish.base.parallel
+    product = math.prod(
+        int(degree) for axis in AXES if axis in given.model_fields_set and (degree := getattr(given, axis)) != "auto"
+    )
+    if wish.devices % product:
+        raise ConfigError(
+            f"--devices {wish.devices}: the degrees that are given take {product} devices, which does not divide it; "
+            f"give a multiple of {product}, or other degrees"
+        )
+    division_of(wish.base, wish.config)
