@@ -96,7 +96,7 @@ def rows(quick: bool, limits: Limits) -> Iterator[Row]:
     """Two of the cases, beside `cp -r` and beside writing as many bytes."""
     config = published_config(SMALL)
     if quick:
-        config = replace(config, text=replace(config.text, num_layers=4), vision=replace(config.vision, depth=4))
+        config = replace(config, text=replace(config.text, num_layers=2), vision=replace(config.vision, depth=2))
     with tempfile.TemporaryDirectory(prefix="convert-") as folder:
         before = Path.cwd()
         os.chdir(folder)
