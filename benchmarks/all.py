@@ -4,6 +4,7 @@
     python benchmarks/all.py                               # the sizes of the benchmarks' own pages
     python benchmarks/all.py --quick --only train_step     # some of it, printed alone
     python benchmarks/all.py --quick --compare [FILE]      # what got slower since FILE (results/all.json)?
+    python benchmarks/all.py --read benchmarks/results/all.json   # README.md again, of figures that are there
 
 Everything runs on one thread. README.md and results/all.json are written by a whole run that compares nothing;
 `--output FILE` writes the figures of any run elsewhere. Seconds of two runs are not compared: machines differ, and so
@@ -200,15 +201,22 @@ def ratios_of(row: Row) -> str:
 
 
 def pages() -> str:
-    """Every benchmark, by the first line of what it says of itself."""
+    """Every other benchmark, by the first line of what it says of itself."""
     lines = ["| file | what it measures | page |", "|---|---|---|"]
     for file in sorted(PAGE.parent.glob("*.py")):
-        if "__main__" in file.read_text(encoding="utf-8"):
-            first = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        text = file.read_text(encoding="utf-8")
+        if "__main__" in text and file.name != Path(__file__).name:
+            first = first_sentence(ast.get_docstring(ast.parse(text)) or "")
             page = f"results/{file.stem}.md"
             link = f"[{page}]({page})" if (PAGE.parent / page).exists() else ""
             lines.append(f"| [{file.name}]({file.name}) | {first} | {link} |")
     return "\n".join(lines) + "\n"
+
+
+def first_sentence(doc: str) -> str:
+    """Without the command that may follow it."""
+    paragraph = " ".join(doc.partition("\n\n")[0].split())
+    return paragraph.partition(". ")[0].partition(": `python ")[0].rstrip(".")
 
 
 def put(page: str, part: str, text: str) -> str:
