@@ -70,8 +70,8 @@ def report(table: ModuleType, **changes: dict[str, Any]) -> Any:
         step, name="convert", side="host", ours=seconds(9.0, 1.0), clock="wall", command="benchmarks/convert.py"
     )
     rows = [step, replace(step, side="mindspore", ours=seconds(1.1, 2.0)), copy]
-    about = {"date": "now", "machine": "a", "load": "0", "versions": "", "quick": True, "seconds": 1, "gflops": 1.0,
-             "gigabytes a second": 1.0}  # fmt: skip
+    about = {"date": "now", "machine": "a", "load": "0", "versions": "", "quick": True, "seconds": 1,
+             "processor seconds": 1, "gflops": 1.0, "gigabytes a second": 1.0}  # fmt: skip
     return table.Report(about, [replace(row, **changes.get(row.side, {})) for row in rows], {})
 
 
