@@ -84,8 +84,8 @@ class Memory:
         if peak <= there:
             return None
         return (
-            f"warning: {'' if cpu else 'tensors of '}about {peak / 2**30:.2f} GiB are expected at the peak, {device} has "
-            f"{there / 2**30:.2f} GiB of memory; lower data.pack_tokens, set train.recompute or optim.offload, or "
+            f"warning: {'' if cpu else 'tensors of '}about {peak / 2**30:.2f} GiB are expected at the peak, {device} "
+            f"has {there / 2**30:.2f} GiB of memory; lower data.pack_tokens, set train.recompute or optim.offload, or "
             f"train with lora"
         )
 
