@@ -194,7 +194,8 @@ def cell(seconds: Seconds) -> str:
 
 def duration(seconds: float) -> str:
     """With three digits."""
-    return f"{seconds:#.3g} s" if seconds >= 1 else f"{seconds * 1e3:#.3g} ms"
+    value, unit = (seconds, "s") if seconds >= 0.9995 else (seconds * 1e3, "ms")
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
 def ratios_of(row: Row) -> str:
