@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -96,7 +95,7 @@ def rows(quick: bool, limits: Limits) -> Iterator[Row]:
     """Two of the cases, beside `cp -r` and beside writing as many bytes."""
     config = published_config(SMALL)
     if quick:
-        config = replace(config, text=replace(config.text, num_layers=4), vision=replace(config.vision, depth=4))
+        config = replace(config, text=replace(config.text, num_layers=2), vision=replace(config.vision, depth=2))
     with tempfile.TemporaryDirectory(prefix="convert-") as folder:
         before = Path.cwd()
         os.chdir(folder)
@@ -154,14 +153,9 @@ def make_checkpoint(directory: Path, config: ModelConfig) -> int:
 
 def of_children(call: Callable[[], object]) -> Seconds:
     """What a call takes the processes that it starts and waits for."""
-
-    def processors() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    before = processors()
+    before = harness.seconds_of_children()
     wall = harness.timed(call).wall
-    return Seconds(processors() - before, wall)
+    return Seconds(harness.seconds_of_children() - before, wall)
 
 
 def time_copy(sync: bool = True) -> Seconds:

@@ -37,7 +37,8 @@ RESULTS = harness.RESULTS / "encode.md"
 QUESTION = "What is shown in this picture? Describe it."
 ANSWER = "Squares of many colours, blurred into each other; no object can be made out. " * 2
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>" + QUESTION + "<|im_end|>\n"
+PAD = "<|image_pad|>"
+PROMPT = f"<|im_start|>user\n<|vision_start|>{PAD}<|vision_end|>" + QUESTION + "<|im_end|>\n"
 TEXT = f"{SYSTEM}{PROMPT}<|im_start|>assistant\n{ANSWER}<|im_end|>\n"
 Contender = Callable[[Path], tuple[int, int]]  # a file to the numbers of patch rows and tokens
 
@@ -154,25 +155,48 @@ def available(directory: Path) -> Iterator[tuple[str, Contender]]:
     encoder = make_encoder(directory)
     yield "duetvl", lambda path: ours(encoder, path, as_bytes=False)
     yield "duetvl, bytes as workers send them", lambda path: ours(encoder, path, as_bytes=True)
-    try:
-        import torch
-        from qwen_vl_utils import process_vision_info
-
-        torch.set_num_threads(1)
-        slow = their_processor(directory, "Qwen2VLImageProcessor")
-        fast = their_processor(directory, "Qwen2VLImageProcessorFast")
-    except ImportError as error:  # transformers' processor of Qwen2.5-VL needs torchvision, whichever way images go
-        print(f"duetvl alone: {error}", file=sys.stderr)  # noqa: T201
+    if not harness.installed("torch", "transformers"):
         return
+    import torch
+
+    torch.set_num_threads(1)
+    if not harness.installed("torchvision"):  # which transformers' processor needs, whichever way images go
+        yield "transformers, its slow image processor (Pillow) and its tokenizer", parts_by_hand(directory)
+        return
+    slow = their_processor(directory, "Qwen2VLImageProcessor")
+    fast = their_processor(directory, "Qwen2VLImageProcessorFast")
     yield "transformers, slow (Pillow)", lambda path: theirs(slow, TEXT, Image.open(path))
     yield "transformers, fast (torchvision)", lambda path: theirs(fast, TEXT, Image.open(path))
+    if harness.installed("qwen_vl_utils"):
+        yield "qwen-vl-utils, then transformers, fast", with_utils(fast)
 
-    def with_utils(path: Path) -> tuple[int, int]:
+
+def parts_by_hand(directory: Path) -> Contender:
+    """What Qwen2_5_VLProcessor does with a picture and a text, without it."""
+    from transformers import Qwen2TokenizerFast, Qwen2VLImageProcessor
+
+    tokenizer = Qwen2TokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    images = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056)
+
+    def encode(path: Path) -> tuple[int, int]:
+        pixels = images(images=[Image.open(path)], return_tensors="pt")
+        places = PAD * (int(pixels["image_grid_thw"].prod()) // 4)
+        tokens = tokenizer([TEXT.replace(PAD, places)], return_tensors="pt")
+        return len(pixels["pixel_values"]), tokens["input_ids"].shape[1]
+
+    return encode
+
+
+def with_utils(processor: Any) -> Contender:
+    """Qwen's recipe."""
+    from qwen_vl_utils import process_vision_info
+
+    def encode(path: Path) -> tuple[int, int]:
         content = [{"type": "image", "image": str(path)}, {"type": "text", "text": QUESTION}]
         images, _ = process_vision_info([{"role": "user", "content": content}])
-        return theirs(fast, TEXT, images[0])
+        return theirs(processor, TEXT, images[0])
 
-    yield "qwen-vl-utils, then transformers, fast", with_utils
+    return encode
 
 
 def make_encoder(directory: Path) -> RecordEncoder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -52,6 +53,12 @@ def timed(call: Callable[[], object]) -> Seconds:
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def seconds_of_children() -> float:
+    """Of the processors, what all processes took that this one started and waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def least(every: Iterable[Seconds]) -> Seconds:

@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "training")]
 
-from memory_estimate import status  # noqa: E402
+from harness import status  # noqa: E402
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},

@@ -26,7 +26,7 @@ from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.layout import layout_lines
 from duetvl.training.lora import plan_adapters
-from duetvl.training.memory import ON_A_CPU, disk_of, division_of, estimate, host_memory, load_of
+from duetvl.training.memory import disk_of, division_of, estimate, host_memory, load_of
 from duetvl.training.preference.reference import describe
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.schedule import total_steps
@@ -115,7 +115,7 @@ def _room_lines(
         memory = estimate(config, recipe, *load, adapters)
         yield memory.describe()
         if _on_cpu(recipe):
-            yield ON_A_CPU
+            yield memory.describe_process()
             if warning := memory.warning(host_memory(), "cpu"):
                 yield warning
     yield from layout_lines(recipe, config, adapters, load)

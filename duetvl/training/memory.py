@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from duetvl.core.stages import even_range
 from duetvl.data.draft import Draft
@@ -28,10 +28,12 @@ from duetvl.parallel.zero import BUCKET
 from duetvl.training.recipe.placement import exchanging, stages_of
 from duetvl.training.recipe.sections import Recipe
 
-ON_A_CPU = (  # measured: benchmarks/results/memory_estimate.md
-    "memory: a process on a CPU takes about 0.1 GiB besides, and 5 to 41% more that glibc keeps of what was freed; "
-    "with MALLOC_MMAP_THRESHOLD_=262144 in the environment it is given back, which costs processor time"
-)
+# What a process takes of a CPU's memory beside its tensors, measured: benchmarks/results/memory_estimate.md.
+IMPORTED: Final = 250 * 2**20  # the interpreter, duetvl and the framework, before there is a model
+RUNNING: Final = 80 * 2**20  # more of their code, read in as it is used, and what libraries work in
+KEPT: Final = 0.75  # of what a pass makes, again: see `Memory.kept`
+MAPPED: Final = 32 * 2**20  # glibc gives larger blocks back when they are freed
+GIVES_BACK: Final = "MALLOC_MMAP_THRESHOLD_"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Memory:
     """Bytes on one rank. The peak is less than the sum of all: activations go while gradients come.
 
     `activations` are kept from the forward pass for the backward pass; `passing` is the most that is made on top of
-    what is kept: blocks of logits, the gradients of one block.
+    what is kept: blocks of logits, the gradients of one block. `kept` is beside the tensors: on a CPU, what glibc's
+    malloc holds of freed memory, as a hole that a tensor leaves is a little too small for an aligned one of its size.
     """
 
     weights: int
@@ -49,6 +52,22 @@ class Memory:
     passing: int
     peak: int
     offload: bool = False  # the optimizer's part is in the host's memory
+    kept: int = 0
+
+    @property
+    def process(self) -> int:
+        """Bytes of a whole process on a CPU at the peak."""
+        return self.peak + IMPORTED + RUNNING + (0 if gives_back() else self.kept)
+
+    def describe_process(self) -> str:
+        """One line on a process on a CPU."""
+        program = f"{(IMPORTED + RUNNING) / 2**30:.2f} of the program and its libraries"
+        if gives_back():
+            kept = f"and nothing that malloc keeps, by {GIVES_BACK}"
+        else:
+            kept = f"and {self.kept / 2**30:.2f} that glibc's malloc keeps of what was freed"
+            kept += f" ({GIVES_BACK}=262144 in the environment gives it back, for more processor time)"
+        return f"memory: a process of about {self.process / 2**30:.2f} GiB on a CPU: these tensors, {program}, {kept}"
 
     @property
     def on_device(self) -> int:
@@ -66,14 +85,20 @@ class Memory:
         """What to say where that is beyond the bytes of memory of a device; None where it is not."""
         cpu = device.startswith("cpu")
         there = min(there, *memory_limits()) if cpu else there
-        peak = self.peak if cpu else self.on_device
+        peak = self.process if cpu else self.on_device
         if peak <= there:
             return None
         return (
-            f"warning: tensors of about {peak / 2**30:.2f} GiB are expected at the peak, {device} has "
-            f"{there / 2**30:.2f} GiB of memory; lower data.pack_tokens, set train.recompute or optim.offload, or "
+            f"warning: {'' if cpu else 'tensors of '}about {peak / 2**30:.2f} GiB are expected at the peak, {device} "
+            f"has {there / 2**30:.2f} GiB of memory; lower data.pack_tokens, set train.recompute or optim.offload, or "
             f"train with lora"
         )
+
+
+def gives_back() -> bool:
+    """Whether the environment makes glibc's malloc give back what is freed, however small the tensors."""
+    threshold = os.environ.get(GIVES_BACK, "")
+    return threshold.isdecimal() and int(threshold) <= 2**20
 
 
 def host_memory() -> int:
@@ -167,14 +192,17 @@ def estimate(
     else:
         backward = work.backward + bucket
         most = max(before + kept + max(work.forward, backward), gradients + work.end)
+    passing = max(work.forward, backward, work.end)
+    row = trained.narrow * own.tokens * config.text.hidden_size  # most tensors of a pass are of this size
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=state,
         activations=kept,
-        passing=max(work.forward, backward, work.end),
+        passing=passing,
         peak=weights + state + most,
         offload=recipe.optim.offload,
+        kept=round(KEPT * (kept + passing)) if row < MAPPED else 0,
     )
 
 

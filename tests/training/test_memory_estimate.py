@@ -22,7 +22,19 @@ from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 from duetvl.training.checkpoints.space import Space
 from duetvl.training.lora import kept, plan_adapters
-from duetvl.training.memory import Memory, disk_of, division_of, estimate, host_memory, largest_load
+from duetvl.training.memory import (
+    GIVES_BACK,
+    IMPORTED,
+    KEPT,
+    MAPPED,
+    RUNNING,
+    Memory,
+    disk_of,
+    division_of,
+    estimate,
+    host_memory,
+    largest_load,
+)
 from duetvl.training.objective import TokenLoss
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.step import Trainer
@@ -251,7 +263,25 @@ def test_what_is_beyond_the_memory_is_said():
     told = memory.warning(1023 * 2**30, "cuda:0")
     assert "about 1024.00 GiB are expected at the peak, cuda:0 has 1023.00 GiB" in told
     told = memory.warning(2**50, "cpu")  # no machine of today has 4 TiB for a test
-    assert "warning: tensors of about 4096.00 GiB are expected at the peak, cpu has " in told
+    assert "warning: about 4096.32 GiB are expected at the peak, cpu has " in told
+
+
+def test_a_process_on_a_cpu_takes_more_than_its_tensors(tiny, monkeypatch):
+    monkeypatch.delenv(GIVES_BACK, raising=False)
+    config, mib = load_config(tiny.directory("qwen2.5-tied")), 2**20
+    memory = estimate(config, recipe_of(), Load(200, 100, 96))
+    assert memory.kept == round(KEPT * (memory.activations + memory.passing)) > 0
+    assert memory.process == memory.peak + memory.kept + IMPORTED + RUNNING
+    long = estimate(config, recipe_of(), Load(MAPPED // (4 * config.text.hidden_size), 100))
+    assert long.kept == 0, "large blocks go back to the system when they are freed"
+    parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "passing"), 0)
+    shown = Memory(**parts, peak=1024 * mib, kept=512 * mib)
+    assert "a process of about 1.82 GiB on a CPU: these tensors, 0.32 of the program" in shown.describe_process()
+    assert "and 0.50 that glibc's malloc keeps" in shown.describe_process()
+    monkeypatch.setenv(GIVES_BACK, "262144")
+    assert shown.process == 1024 * mib + IMPORTED + RUNNING and "nothing that malloc keeps" in shown.describe_process()
+    monkeypatch.setenv(GIVES_BACK, str(2**25))
+    assert shown.process == (1024 + 512) * mib + IMPORTED + RUNNING
 
 
 def test_a_limit_of_the_process_counts_as_its_memory():
