@@ -81,9 +81,10 @@ def _answer(args: argparse.Namespace, say: Say) -> None:
     settings["md5"] = data_md5(args.data)
     asked = Asked(task, profile, questions, count, json.dumps(settings, sort_keys=True, default=str))
     if args.process is not None:
-        end_with_parent()
+        if args.team is None:  # else the process that started these ranks ends them
+            end_with_parent()
         with alone(args.output / f"{ANSWERS}.{args.process}"):
-            _keep(args, RunAnswers(asked, args.output), source, args.process, args.nproc or 1)
+            _keep(args, RunAnswers(asked, args.output), source, args.process, args.copies)
         return
     args.output.mkdir(parents=True, exist_ok=True)
     with alone(args.output / ANSWERS):
@@ -102,7 +103,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is missing: duetvl eval MODEL --task NAME --data PATH -o DIR")
     if args.model is None and args.server is None:
         raise ConfigError("no model is given: duetvl eval MODEL --task NAME --data PATH -o DIR, or --server URL")
-    for name in ("limit", "nproc", "concurrency"):
+    for name in ("limit", "concurrency"):
         number = getattr(args, name)
         if number is not None and number < 1:
             raise ConfigError(f"--{name} {number}: expected at least 1")
@@ -208,19 +209,20 @@ def _bounds(profile: Profile) -> dict[str, Any]:
 
 
 def _answer_all(args: argparse.Namespace, run: RunAnswers, source: Answerer, say: Say) -> None:
-    """Ask what is missing, in this process or in several."""
+    """Ask what is missing, of the model in this process or of copies of it in others."""
     missing, total = run.missing(), len(run.numbers)
     if len(missing) < total:
         say(f"{args.output}: {total - len(missing)} of {total} questions are answered already")
     if not missing:
         return
-    copies = 1 if args.team else args.nproc or 1
-    count = min(copies, len(missing))
+    divided = args.tp or args.pp  # then this process has no model, unless it is one of the ranks
     with _watched(run) as look:
-        if count == 1:
+        if args.copies == 1 or (len(missing) == 1 and not divided):
             _keep(args, run, source, 0, 1, look)
         else:
-            run_processes(args.argv, args.nproc, args.output / "logs", partial(_look_again, run, look))
+            devices = (args.nproc or 1) // args.copies
+            logs = args.output / "logs"
+            run_processes(args.argv, args.copies, logs, partial(_look_again, run, look), devices)
             _look_again(run, look)
 
 

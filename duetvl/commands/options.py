@@ -58,7 +58,7 @@ def add_infer(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """`duetvl eval`."""
-    nproc = "processes, each with all of the model on a device of its own; with --tp or --pp, with a part of it"
+    nproc = "processes, each on a device of its own; every tp x pp of them have one copy of the model"
     _add_model(parser, optional=True, nproc=nproc)
     parser.add_argument("--task", metavar="NAME", help="benchmark, such as ai2d_test, or the YAML file of your own")
     parser.add_argument("--data", type=Path, metavar="PATH", help="its data file or directory")
@@ -81,7 +81,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--from-mindspeed", type=Path, metavar="JSON", help="evaluate_*.json of MindSpeed-MM; options replace its keys"
     )
     parser.add_argument("--allow-unknown", action="store_true", help="leave out its keys that are not known")
-    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)  # of `--nproc`, as their parent starts them
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)  # which copy, as their parent starts them
     _add_sampling(parser)
     _add_media(parser)
 
@@ -184,7 +184,7 @@ def _add_model(
     group.add_argument("--tp", type=int, metavar="T", help="ranks that divide each layer; default: those of --nproc")
     group.add_argument("--pp", type=int, metavar="P", help="ranks that divide the layers among them: 1")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: kept where they failed")
-    parser.set_defaults(team=None, divides=nproc is None)
+    parser.set_defaults(team=None, divides=nproc is None, process=None, copies=1)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

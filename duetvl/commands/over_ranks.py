@@ -15,6 +15,7 @@ from typing import Final
 
 from duetvl.api import Model, load_model
 from duetvl.commands.mindspeed import apply, apply_evaluation
+from duetvl.commands.processes import end_with_parent
 from duetvl.convert.opening import open_model
 from duetvl.core.backend import AUTO, Backend, choose_backend, load_backend
 from duetvl.core.errors import ConfigError
@@ -59,26 +60,44 @@ def backend_name(args: argparse.Namespace) -> str:
 def over_ranks(args: argparse.Namespace, run: Callable[[], int]) -> int:
     """Run a command: over the ranks that it asks for, or as one of them. Its exit status.
 
-    On rank 0 `args.team` is then there for `session.load`; the other ranks do not run the command.
+    On rank 0 `args.team` is then there for `session.load`; the other ranks do not run the command. `args.copies` says
+    how many models the processes of `--nproc` hold; where that is several, the command starts the rest itself.
     """
     if getattr(args, "from_mindspeed", None) is not None:
         taken = apply_evaluation if args.command == "eval" else apply
         list(taken(args))  # it may name the model and the device; the command itself reports it
     place = own_place()
+    mesh = mesh_of(args) if place is None or args.process is not None else None
+    args.copies = 1 if mesh is None or args.divides else (args.nproc or 1) // mesh.size
     if place is not None:
         return _take_part(args, run, place)
-    if not args.divides and args.tp is None and args.pp is None:
+    assert mesh is not None, "left out for ranks alone"
+    if mesh.size == 1:
         return run()
-    mesh = mesh_of(args)
-    return run() if mesh.size == 1 else _start(args, mesh)
+    _check_model(args, mesh)
+    if args.process is not None:
+        end_with_parent()
+    return _start(args, mesh) if args.copies == 1 or args.process is not None else run()
 
 
 def mesh_of(args: argparse.Namespace, count: int | None = None) -> Mesh:
-    """The ranks of `--nproc`, `--tp` and `--pp`; `count`: how many there are. ConfigError."""
-    count = args.nproc if count is None else count
+    """The ranks among which `--tp` and `--pp` divide a model; `count`: how many there are. ConfigError.
+
+    `--nproc` says how many these are, of a command that has copies of the model how many they all have together.
+    """
     given = " ".join(f"--{n} {value}" for n in ("nproc", "tp", "pp") if (value := getattr(args, n)) is not None)
     if any(value is not None and value < 1 for value in (args.nproc, args.tp, args.pp)):
         raise ConfigError(f"{given}: ranks are counted from 1")
+    if count is None and not args.divides:
+        size = (args.tp or 1) * (args.pp or 1)
+        if args.nproc is not None and args.nproc % size:
+            possible = f"{args.nproc // size * size} or " if args.nproc > size else ""
+            raise ConfigError(
+                f"{given}: each copy of the model takes tp x pp = {size} processes; --nproc {possible}"
+                f"{(args.nproc // size + 1) * size} has no rest"
+            )
+        return Mesh(pp=args.pp or 1, tp=args.tp or 1)
+    count = args.nproc if count is None else count
     pp = args.pp or (1 if args.tp is None or count is None else max(count // args.tp, 1))
     tp = args.tp or (1 if count is None else max(count // pp, 1))
     if count is not None and tp * pp != count:
@@ -101,12 +120,16 @@ def check_degrees(mesh: Mesh, config: ModelConfig) -> None:
         raise ConfigError(str(error).replace("parallel.tp", "--tp")) from None
 
 
-def _start(args: argparse.Namespace, mesh: Mesh) -> int:
-    """Start the ranks on this machine, with the words of this command."""
+def _check_model(args: argparse.Namespace, mesh: Mesh) -> None:
+    """Raise ConfigError, before anything is started, where there is no model that can be divided so."""
     if getattr(args, "server", None) is not None:
         raise ConfigError("--tp and --pp divide a model among processes here; with --server there is none")
     if args.model is not None:
         check_degrees(mesh, open_model(args.model, base=args.base, weights=False).config)
+
+
+def _start(args: argparse.Namespace, mesh: Mesh) -> int:
+    """Start the ranks on this machine, with the words of this command."""
     backend = choose_backend(backend_name(args), args.device or "auto")
     logs = log_directory(args.log_dir) if args.log_dir else Path(tempfile.mkdtemp(prefix="duetvl-ranks-"))
     words = (*args.argv, "--backend", backend)

@@ -9,15 +9,18 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import tiny_run
+from evaluation import miniatures
 from frameworks import FRAMEWORKS, need
 
 from duetvl.cli import main
+from duetvl.commands.processes import environment_of
 from duetvl.commands.session import dtype_of
 from duetvl.core.backend import load_backend
 from duetvl.core.errors import ConfigError
@@ -128,6 +131,39 @@ def answers_in(file: Path) -> list[tuple[str | None, list[int] | None]]:
     return [(row["text"], row.get("token_ids")) for row in rows]
 
 
+def test_copies_over_ranks_answer_as_one_process_and_end_with_a_lost_rank(
+    backend: str, here: Path, start: list[Command], full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two copies of two ranks: one is killed in the middle; what is missing then is asked in a second start."""
+    only_on(backend, "torch_npu", full)
+    miniatures.ai2d(here)
+    words = ("model", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "--min-pixels", "784", "--max-pixels", "3136",
+             "--max-new-tokens", "4", "--cache-tokens", "4096", "--backend", backend)  # fmt: skip
+    many = ("eval", *words, "-o", f"copies-{backend}", "--nproc", "4", "--tp", "2")
+    start.append(Command(here, *many, "--max-sequences", "1"))
+    answered = here / f"copies-{backend}" / "answers.jsonl.part"
+    while start[0].process.poll() is None and not (answered.exists() and answered.read_bytes().count(b"\n") > 2):
+        time.sleep(0.02)
+    (lost,) = (file for file in start[0].logs.glob("*/rank-00001.pid") if of_copy(file, 1))
+    os.kill(int(lost.read_text()), signal.SIGKILL)
+    status, _, told = start[0].end()
+    assert status == 2 and len(told.splitlines()[-1]) < 400, told
+    assert re.search(r"process 1 of 2 ended with status 1: rank 1 \(process \d+\) was killed", told), told
+    start.append(Command(here, *many))
+    monkeypatch.chdir(here)
+    assert main(["eval", *words, "-o", f"alone-{backend}", "--device", "cpu"]) == 0
+    status, out, told = start[1].end()
+    assert status == 0 and "of 48 questions are answered already" in told, told
+    one, copies = (answers_in(Path(f"{kind}-{backend}", "answers.jsonl")) for kind in ("alone", "copies"))
+    assert copies == one and len(one) == 48
+
+
+def of_copy(file: Path, number: int) -> bool:
+    """Whether a rank of this pid file runs the command for this copy."""
+    words = json.loads((file.parent / "words.json").read_text())
+    return words[words.index("--process") + 1] == str(number)
+
+
 def test_a_conversation_survives_ctrl_c_and_not_the_loss_of_a_rank(
     backend: str, here: Path, start: list[Command], full: bool
 ) -> None:
@@ -147,6 +183,31 @@ def test_a_conversation_survives_ctrl_c_and_not_the_loss_of_a_rank(
     status, _, told = talk.end()
     assert status == 1 and re.search(r"launch: rank 1 \(process \d+\) was killed", told), told
     assert "Traceback" not in told
+
+
+def test_devices_of_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
+    second = environment_of(1, 2, 2)
+    assert (second["CUDA_VISIBLE_DEVICES"], second["ASCEND_RT_VISIBLE_DEVICES"]) == ("2,3", "6,7")
+    whole = environment_of(3, 4, 1)
+    assert (whole["LOCAL_RANK"], whole["ASCEND_RT_VISIBLE_DEVICES"]) == ("3", "4,5,6,7")
+
+
+def test_copies_that_cannot_be_are_refused_before_anything_starts(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "refused")
+    for words, told in (
+        (
+            ["--nproc", "6", "--tp", "4"],
+            "--nproc 6 --tp 4: each copy of the model takes tp x pp = 4 processes; --nproc 4 or",
+        ),
+        (["--nproc", "16", "--tp", "8"], "--tp 8: the model has 4 query heads"),
+    ):
+        assert main(["eval", str(here / "model"), *data, *words]) == 2
+        error = capsys.readouterr().err
+        assert told in error and len(error.splitlines()) == 1, error
 
 
 @pytest.mark.parametrize(

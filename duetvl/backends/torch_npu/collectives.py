@@ -11,6 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Its functions have the world's group as a default argument. Were it imported later, as torch does of its own accord
+# in a training step, the group would outlive `destroy_process_group`, and its threads the interpreter: one of them that
+# gives back a tensor then aborts the process.
+import torch.distributed.nn
+
 from duetvl.backends.torch_npu.ops import DTYPES
 from duetvl.core.collectives import Group, Receive, Send
 from duetvl.core.composed import ComposedCollectives
