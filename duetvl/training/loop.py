@@ -117,9 +117,10 @@ class Run:
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
+        steps = max(self.total - self.step, 0)  # a recipe may ask for fewer than are done
         with ExitStack() as feeding:
-            self.ranks.together(lambda: feeding.enter_context(self.feed.started(self.total - self.step)))
-            warnings = room_warnings(self.state, self.ranks, self.total - self.step)
+            self.ranks.together(lambda: feeding.enter_context(self.feed.started(steps)))
+            warnings = room_warnings(self.state, self.ranks, steps)
             notes = self.ranks.first(self._begin)
             with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
                 self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework}){self._on_ranks()}")
@@ -201,7 +202,8 @@ class Run:
 
     def _steps(self) -> None:
         if self.step >= self.total:
-            self.say(f"{self.run_dir}: all {self.total} steps are done already")
+            more = f"; it is at step {self.step}" if self.step > self.total else ""
+            self.say(f"{self.run_dir}: all {self.total} steps are done already{more}")
         section = self.recipe.checkpoint
         self._last_save = self.step, time.monotonic()
         if self.step < self.total and self.evaluations.owed(self.step, self.recipe.train):
