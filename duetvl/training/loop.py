@@ -126,11 +126,11 @@ class Run:
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""
+        steps = max(self.total - self.step, 0)  # a recipe may ask for fewer than are done
         with ExitStack() as feeding:
-            self.ranks.together(lambda: feeding.enter_context(self.feed.started(self.total - self.step)))
-            left = self.total - self.step
-            estimate = memory_estimate(self.state, self.ranks) if left > 0 else None
-            warnings = room_warnings(self.state, self.ranks, left, estimate)
+            self.ranks.together(lambda: feeding.enter_context(self.feed.started(steps)))
+            estimate = memory_estimate(self.state, self.ranks) if steps > 0 else None
+            warnings = room_warnings(self.state, self.ranks, steps, estimate)
             notes = self.ranks.first(self._begin)
             with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
                 for note in (*introduction(self.state, self.total, estimate), *notes, *self.notes, *warnings):
@@ -205,7 +205,8 @@ class Run:
 
     def _steps(self) -> None:
         if self.step >= self.total:
-            self.say(f"{self.run_dir}: all {self.total} steps are done already")
+            more = f"; it is at step {self.step}" if self.step > self.total else ""
+            self.say(f"{self.run_dir}: all {self.total} steps are done already{more}")
         section = self.recipe.checkpoint
         self._last_save = self.step, time.monotonic()
         if self.step < self.total and self.evaluations.owed(self.step, self.recipe.train):

@@ -234,6 +234,9 @@ def test_a_finished_run_stays_as_it_is(be, recipe, tmp_path, capsys):
     again = run(be, recipe, "train.steps=4")
     assert "all 4 steps are done already" in capsys.readouterr().out
     assert (again.step, again.loss) == (4, done.loss)
+    shorter = run(be, recipe, "train.steps=3")
+    assert "all 3 steps are done already; it is at step 4" in capsys.readouterr().out
+    assert (shorter.step, shorter.loss) == (4, done.loss)
     assert all((before[name] == values).all() for name, values in weights(tmp_path / "run").items())
 
 
