@@ -241,7 +241,7 @@ def test_questions_about_one_picture_share_its_features(
         (["model", "--task", "ai2d_test", "--data", "chartqa", "-o", "x"], "chartqa/AI2D_TEST.tsv: no such file"),
         (["model", "--task", "chartqa_test", "--data", "AI2D_TEST.tsv", "-o", "x", "--profile", "mindy"], "'mindie'?"),
         (["model", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x", "--limit", "0"], "--limit 0: expected"),
-        (["model", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x", "--nproc", "0"], "--nproc 0: ranks are counted from 1"),
+        (["model", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x", "--nproc", "0"], "--nproc 0: ranks"),
         (["gone", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x"], "gone: no such directory"),
         (["--rescore", "-o", "model"], "model: is no directory of duetvl eval: it has no run.json"),
         (["--compare", "model", "older"], "model: is no directory of duetvl eval"),
