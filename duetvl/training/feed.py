@@ -180,7 +180,8 @@ class Feed:
         self.peers = peers or Peers()
         self._pool: Pool
         self._loader: StepLoader
-        self._told = 0
+        self._told: set[str] = set()
+        self._told_of_more = False
         self._told_unread: set[tuple[str, str]] = set()
         self.findings = Findings(data.on_bad_sample == "skip")
 
@@ -219,18 +220,24 @@ class Feed:
         self.findings.take_in(step)
 
     def news(self) -> Iterator[str]:
-        """Lines about records since the last time: the first that gave no sample, and keys that are not read."""
+        """Lines about records since the last time: the first that gave no sample, and keys that are not read.
+
+        Each comes once, however often the epochs come by it.
+        """
         for key, words in self.findings.unread.items():
             if key not in self._told_unread:
                 self._told_unread.add(key)
                 yield with_line(words)
         for line in self.findings.left_out:
-            if self._told < _NAMED:
+            if line in self._told or self._told_of_more:
+                continue
+            if len(self._told) < _NAMED:
+                self._told.add(line)
                 kind, _, message = line.partition(": ")
                 yield f"left out, {kind}: {with_line(message)}"
-            elif self._told == _NAMED:
+            else:
+                self._told_of_more = True
                 yield "further records that are left out are counted (data_dropped, data_bad in metrics.jsonl)"
-            self._told += 1
         self.findings.left_out.clear()
 
     def summary(self) -> str | None:

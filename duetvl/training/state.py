@@ -48,6 +48,7 @@ class RunState:
                 random_state={"seed": self.recipe.data.seed, "step": self.step},
                 extra={
                     "totals": dict(self.totals),
+                    "records": dict(self.feed.findings.counts),
                     "trainer": self.trainer.to_json(),
                     "base_model": dict(self.job.base),
                     "reference": dict(self.job.reference),
@@ -74,6 +75,7 @@ class RunState:
         )
         self.step = ref.step
         self.totals |= ref.meta.extra.get("totals", {})
+        self.feed.findings.counts.update(ref.meta.extra.get("records", {}))
         self.trainer.restore(ref.meta.extra.get("trainer", {}))
 
 
