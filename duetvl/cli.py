@@ -79,8 +79,8 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 def _run(args: argparse.Namespace) -> int:
     commands = {
-        "train": _train, "launch": _launch, "check": _check, "data": _data, "import-mindspeed": _import_mindspeed,
-        "import-llamafactory": _import_llamafactory,
+        "train": _train, "launch": _launch, "check": _check, "data": _data, "plan": _plan,
+        "import-mindspeed": _import_mindspeed, "import-llamafactory": _import_llamafactory,
         "doctor": _doctor, "export": _export, "merge": _merge, "plot": _plot, "infer": _infer, "chat": _chat,
         "bench": _bench, "eval": _eval, "serve": _serve,
     }  # fmt: skip
@@ -131,6 +131,16 @@ def _check(args: argparse.Namespace) -> int:
     if args.schedule is not None:
         _check_picture(args.schedule, "--schedule")
     for line in check(args.recipe, _overrides(args), decode=args.decode, schedule=args.schedule):
+        _say(line)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from duetvl.planning.command import plan, question_of
+
+    if args.output is not None:
+        _check_new(args.output)
+    for line in plan(question_of(vars(args))):
         _say(line)
     return 0
 

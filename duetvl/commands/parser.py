@@ -8,6 +8,7 @@ from pathlib import Path
 
 import duetvl
 from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer, add_serve
+from duetvl.cost_model.devices import DEFAULT, device_names
 
 _RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
 _OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
@@ -25,7 +26,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         rest, args.resume = [args.resume, *rest], ""  # `--resume optim.lr=1e-5`: an override, not a directory
     if args.command == "import-mindspeed":  # files may stand on both sides of an option
         args.files, rest = _files_first([*args.files, *rest])
-    known = hasattr(args, "recipe") or args.command == "import-mindspeed"
+    known = hasattr(args, "recipe") or args.command in ("import-mindspeed", "plan")
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
     if wrong:
         hint = "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5" * hasattr(args, "recipe")
@@ -68,6 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
     )
     check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline there")
+
+    _add_plan(commands.add_parser("plan", help="which layout to take on so many devices", epilog=_OVERRIDES))
 
     _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
     _add_llamafactory(commands.add_parser("import-llamafactory", help="make a recipe of LLaMA-Factory's training YAML"))
@@ -141,6 +144,29 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help="how often to start again after a failure")
     parser.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: launch-logs/TIME-PROCESS, which is new"
+    )
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} MODEL --devices N [options] [section.key=value ...]"
+    parser.add_argument("model", metavar="MODEL", help="directory with a config.json, or a size: Qwen2.5-VL-7B")
+    parser.add_argument("--devices", type=int, required=True, metavar="N", help="how many there are in all")
+    parser.add_argument(
+        "--device-type", default=DEFAULT, metavar="NAME", help=f"{', '.join(device_names())}; default {DEFAULT}"
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="of a device, for tensors: 64GiB; default: what the kind has")
+    parser.add_argument("--seq", type=int, default=4096, metavar="N", help="tokens of a micro-batch; default 4096")
+    parser.add_argument("--sample", type=int, default=512, metavar="N", help="tokens of a sample; default 512")
+    parser.add_argument("--answer", type=int, default=128, metavar="N", help="of them trained; default 128")
+    parser.add_argument("--pictures", type=int, default=1, metavar="N", help="in a sample; default 1")
+    parser.add_argument("--picture", default="504x504", metavar="HxW", help="its pixels; default 504x504")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="samples in a step; default: 24 a device")
+    parser.add_argument("--lora", action="store_true", help="adapters are trained, of the language model")
+    parser.add_argument("--dpo", action="store_true", help="preference pairs, with a reference model")
+    parser.add_argument("-n", "--count", type=int, default=8, metavar="N", help="layouts that are shown; default 8")
+    parser.add_argument("--data", default="data.jsonl", metavar="FILE", help="data.train of the recipe that is written")
+    parser.add_argument(
+        "-o", "--out", dest="output", type=Path, metavar="RECIPE", help="a recipe with the first layout"
     )
 
 

@@ -7,7 +7,7 @@ The pipeline is the schedule that a run follows, played with each stage's own ti
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
@@ -21,10 +21,11 @@ from duetvl.models.qwen_vl.memory import BYTES, Load, Trained
 from duetvl.models.recompute import RUNS_AGAIN, RecomputeMode
 from duetvl.parallel.division import REPLICAS, Division
 from duetvl.parallel.schedule import Compute, Message, forward_only, one_f_one_b, played
-from duetvl.parallel.traffic import Traffic, crossing, flows_back, shared_bytes, step_traffic
+from duetvl.parallel.traffic import Shared, crossing, first_to_learn, pass_traffic, shared_numbers
 from duetvl.parallel.zero import BUCKET
 
-_PLAYED: Final = 6  # rounds of a pipeline that are played; what more of them take is the same for each round
+_Held = Mapping[tuple[str, ...], Shared]
+_PLAYED: Final = 4  # rounds of a pipeline that are played; what more of them take is the same for each round
 _FORWARD: Final = 1 / 3  # of what a pass sends and waits for, forward and backward together
 
 
@@ -64,8 +65,8 @@ class StepTime:
     """Seconds of a step, and of what: of the rank that computes longest, the rest being its wait for the others.
 
     again: what is computed twice. sums: between ranks of `tp`; pieces: of `cp`; blocks: weights gathered (ZeRO-3);
-    gradients: summed, and new weights handed out; update: the optimizer's. bubble: what ranks wait for passes of
-    others, on average, as a share of the passes' time.
+    gradients: summed, and new weights handed out; update: the optimizer's. bubble: what ranks wait for
+    others while passes are made, as a share of the time that passes take them.
     """
 
     seconds: float
@@ -91,7 +92,7 @@ class StepTime:
 class _RankTime:
     """Of one rank and one micro-batch: seconds of its stages forward and backward, and their parts over all of them.
 
-    gradients, update: at the end of a step.
+    gradients, update: at the end of a step. sent: bytes of a pass, and at the end.
     """
 
     forward: tuple[float, ...]
@@ -103,7 +104,8 @@ class _RankTime:
     blocks: float
     gradients: float
     update: float
-    traffic: Traffic
+    sent: float
+    sent_at_end: float
 
     @property
     def total(self) -> float:
@@ -121,6 +123,15 @@ class CostModel:
         self.memory = device.bandwidth * device.shares.memory
         self.passes = Passes(config, trained, work.amounts, optimizing.recompute, work.frame)
 
+    def at_least(self, division: Division) -> float:
+        """Seconds that a step takes at the least: without what ranks wait for each other while a pipeline runs full."""
+        ranks, count = _Grid(self, division).ranks, self.work.micro_batches
+        before, longest = 0.0, 0.0
+        for rank in ranks:
+            longest = max(longest, before + count * rank.total)
+            before = before + rank.forward[0] + rank.backward[0]
+        return longest + max(rank.gradients for rank in ranks) + max(rank.update for rank in ranks)
+
     def step(self, division: Division, micro_batches: int | None = None) -> StepTime:
         """`division` as any rank of the layout sees it; `micro_batches` of a replica, by default the work's."""
         count = self.work.micro_batches if micro_batches is None else micro_batches
@@ -129,16 +140,15 @@ class CostModel:
         reference = grid.reference(count) if self.work.reference else 0.0
         gradients, update = (max(getattr(rank, part) for rank in grid.ranks) for part in ("gradients", "update"))
         own, whole = max(grid.ranks, key=lambda rank: rank.total), passes + gradients + update + reference
-        idle = 1 - sum(computing) / (passes * len(computing)) if passes else 0.0
-        at_end = own.traffic.gradients + own.traffic.weights
+        idle = passes * len(computing) - sum(computing)
         return StepTime(
             seconds=whole,
             **{name: count * getattr(own, name) for name in ("compute", "again", "sums", "pieces", "blocks")},
             gradients=gradients,
             update=update,
             reference=reference,
-            bubble=idle,
-            sent=at_end + count * (own.traffic.total - at_end),
+            bubble=idle / sum(computing) if idle > 0 else 0.0,
+            sent=round(own.sent_at_end + count * own.sent),
         )
 
 
@@ -200,12 +210,12 @@ class _Grid:
     @cached_property
     def _crossings(self) -> dict[tuple[int, str], float]:
         """Bytes over the boundary behind each stage, forward and backward."""
-        model, own = self.model, self._own_load()
+        model, own, first = self.model, self._own_load(), first_to_learn(self.model.trained, self.seen)
         found: dict[tuple[int, str], float] = {}
         for stage in range(self.seen.stages.count - 1):
             sent = model.trained.narrow * crossing(model.config, self.seen, stage, own)
             found[stage, "forward"] = sent
-            found[stage, "backward"] = sent * flows_back(model.trained, self.seen, stage)
+            found[stage, "backward"] = sent * (stage >= first)
         return found
 
     def _own_load(self) -> Load:
@@ -227,18 +237,20 @@ class _Grid:
     def _timed(self, division: Division, operations: Sequence[Operations]) -> _RankTime:
         """Arithmetic, what is sent inside passes, and the gradients that are added to those of other micro-batches."""
         model, mesh = self.model, division.mesh
-        traffic = step_traffic(model.config, model.trained, division, model.work.load, 1, model.optimizing.recompute)
+        traffic = pass_traffic(model.config, model.trained, division, model.work.load, model.optimizing.recompute)
+        held = shared_numbers(model.trained, division)
         calls = _Calls.of(model, division)
         sums = self._team(division, ("tp",), traffic.activations, calls.sums * 2 * (mesh.tp - 1))
         pieces = self._team(division, ("cp",), traffic.pieces, calls.exchanges * (mesh.cp - 1))
         blocks = self._team(division, REPLICAS, traffic.blocks, calls.gathers * (mesh.dp * mesh.cp - 1))
-        sending, added = sums + pieces + blocks, self._added(division)
+        sending, added = sums + pieces + blocks, self._added(held.values())
         ahead = [one.forward / model.operations for one in operations]
         back = [(one.backward + one.again) / model.operations for one in operations]
         again = sum(one.again for one in operations) / model.operations
         total = sum(ahead) + sum(back)
         parts = [(f + b) / total if total else 1 / len(operations) for f, b in zip(ahead, back, strict=True)]
         rest = (1 - _FORWARD) * sending + added
+        gradients, sent_at_end = self._gradients(division, held)
         return _RankTime(
             forward=tuple(f + part * _FORWARD * sending for f, part in zip(ahead, parts, strict=True)),
             backward=tuple(b + part * rest for b, part in zip(back, parts, strict=True)),
@@ -247,41 +259,46 @@ class _Grid:
             sums=sums,
             pieces=pieces,
             blocks=blocks,
-            gradients=self._gradients(division),
-            update=self._update(division),
-            traffic=traffic,
+            gradients=gradients,
+            update=self._update(division, held),
+            sent=traffic.total,
+            sent_at_end=sent_at_end,
         )
 
-    def _added(self, division: Division) -> float:
+    def _added(self, held: Iterable[Shared]) -> float:
         """Seconds in which a pass adds its gradients to the float32 ones: reads both, writes one."""
-        trained = self.model.trained
-        numbers = sum(
-            math.prod(division.used(path, trained.shapes[path]).shape) for path in filter(division.holds, trained.paths)
-        )
-        return numbers * (8 + trained.narrow) / self.model.memory
+        numbers = sum(one.own + one.adapters for one in held)
+        return numbers * (8 + self.model.trained.narrow) / self.model.memory
 
     def _team(self, division: Division, axes: Sequence[str], sent: float, rounds: float) -> float:
         team = Team.of(division.team(axes), self.model.device.node)
         return collective(self.model.device, team, sent, rounds)
 
-    def _gradients(self, division: Division) -> float:
-        """Seconds at the end of a step: gradients summed to those who update, and new weights handed out."""
-        seconds = 0.0
-        for axes, (gradients, weights) in shared_bytes(self.model.trained, division).items():
-            rounds = 2 * (1 + gradients // (4 * BUCKET)) * (len(division.team(axes)) - 1)
+    def _gradients(self, division: Division, held: _Held) -> tuple[float, float]:
+        """(seconds at the end of a step, bytes sent then): gradients summed to those who update, new weights handed
+        out."""
+        seconds = sent = 0.0
+        for axes, shared in held.items():
+            others = len(division.team(axes)) - 1
+            gradients, weights = shared.sent(others + 1, self.model.trained.narrow)
+            rounds = 2 * (1 + gradients // (4 * BUCKET)) * others
             seconds = seconds + self._team(division, axes, gradients + weights, rounds)
-        return seconds
+            sent = sent + gradients + weights
+        return seconds, sent
 
-    def _update(self, division: Division) -> float:
+    def _update(self, division: Division, held: _Held) -> float:
         """Seconds of AdamW over what a rank updates: its state read and written, gradients read, weights written."""
-        model, numbers = self.model, 0.0
-        for path in filter(division.holds, model.trained.paths):
-            sharing = division.sharing(path, model.trained.shapes[path])
-            numbers = numbers + math.prod(sharing.unit.shape) / len(division.team(sharing.axes))
-        narrow = model.trained.narrow
-        state = 2 * BYTES[model.optimizing.state_dtype] + (4 if narrow < 4 else narrow)
-        seconds = numbers * (2 * state + 2 * 4 + narrow) / model.memory  # gradients are read for their norm as well
-        return seconds + (2 * numbers * state / model.device.host if model.optimizing.offload else 0.0)
+        model, narrow = self.model, self.model.trained.narrow
+        moments, seconds = 2 * BYTES[model.optimizing.state_dtype], 0.0
+        for axes, shared in held.items():
+            ranks = len(division.team(axes))
+            for numbers, width in ((shared.own / ranks, narrow), (shared.adapters / ranks, 4)):
+                state = moments + 4  # the masters of what is stored in half precision, or the weights themselves
+                touched = 2 * state + 2 * 4 + (width if width < 4 else 0)  # gradients are read for their norm as well
+                seconds = seconds + numbers * touched / model.memory
+                if model.optimizing.offload:
+                    seconds = seconds + 2 * numbers * state / model.device.host
+        return seconds
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ class Division:
         if not self.is_sharded(path, shape):
             return self.used(path, shape)
         unit, team = self.sharing_used(path, shape), self._replicas(path, shape)
-        rows = owned_rows(unit.unit.shape[0], len(team), path)[team.index(self.rank)]
+        rows = owned_range(unit.unit.shape[0], len(team), path, team.index(self.rank))
         return unit.unit.rows(rows.start, rows.stop)
 
     def used(self, path: str, shape: Shape) -> LocalPart:
@@ -288,11 +288,13 @@ def owned_rows(rows: int, ranks: int, path: str) -> Sequence[range]:
     Those ranks have one more that follow the one that a checksum of the parameter's path gives: else the few rows of
     an adapter would all lie on the first ranks.
     """
+    return [owned_range(rows, ranks, path, rank) for rank in range(ranks)]
+
+
+def owned_range(rows: int, ranks: int, path: str, rank: int) -> range:
+    """Those of one of them."""
     each, more = divmod(rows, ranks)
-    start, found = 0, []
-    number = zlib.crc32(path.encode())
-    for rank in range(ranks):
-        stop = start + each + ((rank - number) % ranks < more)
-        found.append(range(start, stop))
-        start = stop
-    return found
+    first = zlib.crc32(path.encode()) % ranks  # of those with one more, which may begin again at rank 0
+    before = max(0, min(rank, first + more) - first) + max(0, min(rank, first + more - ranks))
+    start = rank * each + before
+    return range(start, start + each + ((rank - first) % ranks < more))

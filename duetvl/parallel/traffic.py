@@ -55,28 +55,71 @@ def step_traffic(
 
     `trained` are the parameters of the whole model.
     """
+    one = pass_traffic(config, trained, division, load, recompute)
+    gradients = weights = 0.0
+    for axes, numbers in shared_numbers(trained, division).items():
+        sent = numbers.sent(len(division.team(axes)), trained.narrow)
+        gradients, weights = gradients + sent[0], weights + sent[1]
+    return Traffic(
+        round(micro_batches * one.activations),
+        round(gradients),
+        round(weights),
+        round(micro_batches * one.stages),
+        micro_batches * one.pieces,
+        round(micro_batches * one.blocks),
+    )
+
+
+@dataclass(frozen=True)
+class PassTraffic:
+    """Bytes that one rank sends in a pass forward and backward, named as in `Traffic`."""
+
+    activations: float
+    stages: float
+    pieces: int
+    blocks: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.activations + self.stages + self.pieces + self.blocks
+
+
+def pass_traffic(
+    config: ModelConfig, trained: Trained, division: Division, load: Load, recompute: RecomputeMode
+) -> PassTraffic:
+    """Of a pass over a load, of which a rank of context parallelism has its share."""
     cp = division.mesh.cp
     load = Load(math.ceil(load.tokens / cp), math.ceil(load.trained / cp), math.ceil(load.patches / cp))
-    passes = micro_batches * _pass(config, trained, division, load, recompute)
-    between = micro_batches * _between_stages(config, trained, division, load)
-    pieces = micro_batches * _between_pieces(config, trained.narrow, division, load.tokens, recompute)
-    shared = shared_bytes(trained, division).values()
-    gradients, weights = (sum(numbers) for numbers in zip(*shared, strict=True)) if shared else (0.0, 0.0)
-    blocks = micro_batches * _gathered(trained, division, load, recompute)
-    return Traffic(round(passes), round(gradients), round(weights), round(between), pieces, round(blocks))
+    return PassTraffic(
+        _pass(config, trained, division, load, recompute),
+        _between_stages(config, trained, division, load),
+        _between_pieces(config, trained.narrow, division, load.tokens, recompute),
+        _gathered(trained, division, load, recompute),
+    )
 
 
-def shared_bytes(trained: Trained, division: Division) -> dict[tuple[str, ...], tuple[float, float]]:
-    """(bytes of gradients, bytes of new weights) that this rank sends in a step, by the axes that it sends them along
-    (`Sharing.axes`)."""
-    sent: dict[tuple[str, ...], tuple[float, float]] = {}
+@dataclass(frozen=True)
+class Shared:
+    """Trained numbers of which some ranks hold the same, those of adapters apart, which are float32."""
+
+    own: int = 0
+    adapters: int = 0
+
+    def sent(self, ranks: int, narrow: int) -> tuple[float, float]:
+        """(bytes of gradients, bytes of new weights) that each of them sends in a step."""
+        return _ring(ranks) * 4 * (self.own + self.adapters), _ring(ranks) * (narrow * self.own + 4 * self.adapters)
+
+
+def shared_numbers(trained: Trained, division: Division) -> dict[tuple[str, ...], Shared]:
+    """What a rank holds of what is trained, by the axes along which others hold the same (`Sharing.axes`)."""
+    found: dict[tuple[str, ...], Shared] = {}
     for path in filter(division.holds, trained.paths):
         sharing = division.sharing(path, trained.shapes[path])
-        numbers = _ring(len(division.team(sharing.axes))) * math.prod(sharing.unit.shape)
-        gradients, weights = sent.get(sharing.axes, (0.0, 0.0))
-        narrow = 4 if is_adapter(path) else trained.narrow
-        sent[sharing.axes] = gradients + 4 * numbers, weights + narrow * numbers
-    return sent
+        before, numbers = found.get(sharing.axes, Shared()), math.prod(sharing.unit.shape)
+        adapter = is_adapter(path)
+        found[sharing.axes] = Shared(before.own + numbers * (not adapter), before.adapters + numbers * adapter)
+    return found
 
 
 def _gathered(trained: Trained, division: Division, load: Load, recompute: RecomputeMode) -> float:
@@ -99,16 +142,17 @@ def _gathered(trained: Trained, division: Division, load: Load, recompute: Recom
 
 def _between_stages(config: ModelConfig, trained: Trained, division: Division, load: Load) -> float:
     """Bytes of a pass through a rank's stages: what each hands on, and gradients of what it was handed."""
-    crossings = [crossing(config, division, stage, load) for stage in range(division.stages.count - 1)]
-    flows = [flows_back(trained, division, stage) for stage in range(division.stages.count - 1)]
-    numbers = sum(crossings[stage] for stage in division.own_stages if stage < len(crossings))
-    back = sum(crossings[stage - 1] * flows[stage - 1] for stage in division.own_stages if stage > 0)
-    return trained.narrow * (numbers + back) * (division.mesh.pp > 1)
+    if division.mesh.pp == 1:
+        return 0.0
+    last, first_trained = division.stages.count - 1, first_to_learn(trained, division)
+    numbers = sum(crossing(config, division, stage, load) for stage in division.own_stages if stage < last)
+    back = sum(crossing(config, division, stage - 1, load) for stage in division.own_stages if stage > first_trained)
+    return trained.narrow * (numbers + back)
 
 
-def flows_back(trained: Trained, division: Division, stage: int) -> bool:
-    """Whether gradients flow back over the boundary behind a stage: whether it or one before it is trained."""
-    return any(division.stages_of(path)[0] <= stage for path in trained.paths)
+def first_to_learn(trained: Trained, division: Division) -> int:
+    """The first stage with anything that is trained: gradients flow back over every boundary behind it."""
+    return min((division.stages_of(path)[0] for path in trained.paths), default=division.stages.count)
 
 
 def crossing(config: ModelConfig, division: Division, stage: int, load: Load) -> float:

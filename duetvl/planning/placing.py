@@ -10,8 +10,8 @@ from duetvl.core.stages import Rows
 def placed(tower: Sequence[float], decoder: Sequence[float], pp: int, virtual: int) -> tuple[Rows, Rows]:
     """Rows of layers of both towers, in the notation of a recipe, for layers that take these times.
 
-    Each stage has a layer at least. What is left over where layers do not divide evenly is on the last stages: the first
-    ones hold most micro-batches at once. There must be as many layers as stages.
+    Each stage has a layer at least. What is left over where layers do not divide evenly is on the last stages: the
+    first ones hold most micro-batches at once. There must be as many layers as stages.
     """
     costs, stages = [*tower, *decoder], pp * virtual
     low, high = max(sum(costs) / stages, max(costs)), sum(costs)

@@ -71,11 +71,13 @@ class Search:
 
     @cached_property
     def adapters(self) -> Adapters | None:
+        """Those of the recipe."""
         plan = plan_adapters(self.wish.base, self.wish.config)
         return plan.adapters if plan else None
 
     @cached_property
     def trained(self) -> Trained:
+        """The parameters of the whole model."""
         base = self.wish.base
         return Trained.of(self.wish.config, base.model.dtype, base.model.freeze, self.adapters)
 
@@ -89,7 +91,7 @@ class Search:
             if len(found) >= count and least > found[count - 1].step.seconds:
                 break
             proposal = self.proposal(section)
-            if proposal is not None and proposal.fits(self.wish.memory):
+            if proposal is not None:
                 found = sorted([*found, proposal], key=lambda one: (one.step.seconds, one.memory.peak))
         return found[:count]
 
@@ -102,7 +104,9 @@ class Search:
 
     def proposal(self, section: ParallelSection) -> Proposal | None:
         """A layout with as little recomputation as fits; with the most of it where none does, layers moved to where
-        there is room. None where its stages would not be such that the model can have them."""
+        there is room. None where it cannot fit."""
+        if self._hopeless(section):
+            return None
         modes = self.wish.modes if section.zero == 1 else self.wish.modes[-1:]
         for mode in modes:
             recipe = self.recipe(section, mode)
@@ -110,7 +114,8 @@ class Search:
             if memory.on_device <= self.wish.memory:
                 return Proposal(recipe, memory, self.seconds(recipe))
         recipe = self._relieved(recipe)
-        return Proposal(recipe, self.memory(recipe), self.seconds(recipe))
+        memory = self.memory(recipe)
+        return Proposal(recipe, memory, self.seconds(recipe)) if memory.on_device <= self.wish.memory else None
 
     def recipe(self, section: ParallelSection, mode: RecomputeMode) -> Recipe:
         """The base with a layout, its layers placed for this recomputation where they were not given."""
@@ -186,27 +191,40 @@ class Search:
         flat = section.model_copy(update={"pp": 1, "vision_layers": None, "language_layers": None})
         recipe = wish.base.model_copy(update={"parallel": flat, "train": train})
         division, passes = division_of(recipe, wish.config), self._model(recipe).passes
-        times = ([one.total for one in layers] for layers in (passes.tower(division), passes.decoder(division)))
-        vision, language = placed(*times, section.pp, virtual)
+        tower, decoder = ([one.total for one in part] for part in (passes.tower(division), passes.decoder(division)))
+        vision, language = placed(tower, decoder, section.pp, virtual)
         return section.model_copy(update={"vision_layers": vision, "language_layers": language})
 
     def _relieved(self, recipe: Recipe) -> Recipe:
         """With decoder layers moved, one by one, from the rank with most memory to the one with least."""
-        parallel = recipe.parallel
+        parallel, ranks = recipe.parallel, stage_ranks(recipe)
         if parallel.pp == 1 or parallel.virtual > 1 or self.wish.base.parallel.language_layers:
             return recipe
-        load, count = self._load(recipe)
-        for _ in range(self.wish.config.text.num_layers):
-            peaks = [
-                estimate(self.wish.config, recipe, load, count, self.adapters, division).on_device
-                for division in (division_of(recipe, self.wish.config, rank) for rank in stage_ranks(recipe))
-            ]
+        peaks = [self._peak(recipe, rank) for rank in ranks]
+        while max(peaks) > self.wish.memory >= sum(peaks) / len(peaks):
             most, least = peaks.index(max(peaks)), peaks.index(min(peaks))
             moved = _moved(recipe, most, least)
-            if max(peaks) <= self.wish.memory or moved is None or self.memory(moved).on_device >= max(peaks):
+            if moved is None:
                 break
-            recipe = moved
+            changed = {place: self._peak(moved, ranks[place]) for place in (most, least)}
+            if max(changed.values()) >= max(peaks):
+                break
+            recipe, peaks = moved, [changed.get(place, peak) for place, peak in enumerate(peaks)]
         return recipe
+
+    def _peak(self, recipe: Recipe, rank: int) -> int:
+        load, count = self._load(recipe)
+        division = division_of(recipe, self.wish.config, rank)
+        return estimate(self.wish.config, recipe, load, count, self.adapters, division).on_device
+
+    def _hopeless(self, section: ParallelSection) -> bool:
+        """Whether weights, gradients and the optimizer's state alone are too much, evenly divided."""
+        mesh, optim = section.mesh, self.wish.base.optim
+        state = 0 if optim.offload else self.trained.optimizer_state(optim.state_dtype) / mesh.dp / mesh.cp
+        held: float = self.trained.stored(self.trained.shapes) + self.trained.gradients()
+        if section.zero == 3:
+            held = held / mesh.dp / mesh.cp
+        return (held + state) / mesh.pp / mesh.tp > self.wish.memory
 
     # -- what they take -----------------------------------------------------------------------------------------------
 
@@ -215,7 +233,9 @@ class Search:
         found = []
         for section in sections:
             mode = self.wish.modes[0] if section.zero == 1 else self.wish.modes[-1]
-            found.append((self.seconds(self.recipe(section, mode)).seconds, section))
+            recipe = self.recipe(section, mode)
+            least = self._model(recipe).at_least(division_of(recipe, self.wish.config))
+            found.append((least, section))
         return found
 
     def _model(self, recipe: Recipe) -> CostModel:

@@ -59,9 +59,9 @@ def work_of(recipe: Recipe, config: ModelConfig, sizes: Sequence[SampleSize]) ->
     _, count = largest_load(recipe, [(one.tokens, one.trained, one.patches) for one in sizes])
     grids = np.concatenate([one.grids for one in sizes])
     lengths = [length for one in sizes for length in one.lengths]
-    sums = (sum(numbers) for numbers in zip(*((one.tokens, one.trained, one.patches) for one in sizes), strict=True))
+    tokens, trained, patches = (sum(getattr(one, name) for one in sizes) for name in ("tokens", "trained", "patches"))
     share = recipe.train.global_batch / len(sizes) / recipe.parallel.mesh.dp / count
-    amounts = Amounts.of_sizes(config, *sums, lengths, grids).scaled(share)
+    amounts = Amounts.of_sizes(config, tokens, trained, patches, lengths, grids).scaled(share)
     reference = recipe.dpo is not None and recipe.dpo.cache is None
     return Work(amounts, count, max(one.frame for one in sizes), reference)
 

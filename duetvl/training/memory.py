@@ -22,7 +22,7 @@ from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Unit, block_of
 from duetvl.parallel.context import shares_of
-from duetvl.parallel.division import Division, owned_rows
+from duetvl.parallel.division import Division, owned_range
 from duetvl.parallel.schedule import tapes_in_flight
 from duetvl.parallel.zero import BUCKET
 from duetvl.training.recipe.placement import exchanging, stages_of
@@ -279,7 +279,7 @@ def _owned(trained: Trained, division: Division) -> tuple[Trained, list[str]]:
         team = division.team(sharing.axes)
         unit = sharing.unit.shape
         if len(team) > 1 and unit:
-            rows = owned_rows(unit[0], len(team), path)[team.index(division.rank)]
+            rows = owned_range(unit[0], len(team), path, team.index(division.rank))
             shapes[path] = (len(rows), *unit[1:])
             copied.append(path)
         else:
