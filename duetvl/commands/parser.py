@@ -195,7 +195,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="*",
         metavar="DATA MODEL SCRIPT",
-        help="data.json, model.json and the shell script, which is read, never run; NAME=VALUE sets a variable of the script",
+        help="data.json, model.json and the shell script, which is read, never run; NAME=VALUE sets a variable of "
+        "the script",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="RECIPE", help="recipe to write")
     parser.add_argument("--allow-unknown", action="store_true", help="ignore unknown keys")
