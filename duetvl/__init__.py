@@ -1,4 +1,4 @@
-"""duetvl: fine-tune and run Qwen2-VL and Qwen2.5-VL on PyTorch and on MindSpore with one code."""
+"""duetvl: fine-tune and run Qwen2-VL and Qwen2.5-VL on PyTorch and MindSpore from one code base."""
 
 from __future__ import annotations
 

@@ -47,103 +47,124 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"duetvl {duetvl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train what a recipe says", epilog=_OVERRIDES)
+    train = commands.add_parser("train", help="train a model as a recipe describes", epilog=_OVERRIDES)
     _add_recipe(train)
     train.add_argument(
         "--resume",
         nargs="?",
         const="",
         metavar="DIR[@STEP|@best]",
-        help="resume from the newest checkpoint, which must be there, or from another run or an earlier step; without "
-        "it a run that has checkpoints is resumed as well",
+        help="resume from the newest checkpoint, which must exist, or from another run or step; a run that has "
+        "checkpoints is also resumed without this option",
     )
     train.add_argument(
-        "--restart", action="store_true", help="start at the beginning; what the run directory holds is set aside"
+        "--restart", action="store_true", help="start at step 0; existing contents of the run directory are set aside"
     )
 
-    _add_launch(commands.add_parser("launch", help="train, or answer, over many processes, by torchrun or msrun"))
+    _add_launch(commands.add_parser("launch", help="train or infer over many processes, started by torchrun or msrun"))
 
     check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
     _add_recipe(check)
     check.add_argument(
-        "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
+        "--decode", action="store_true", help="also decode all pixels: finds truncated pictures, takes much longer"
     )
-    check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline there")
+    check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline to this file")
 
-    _add_plan(commands.add_parser("plan", help="which layout to take on so many devices", epilog=_OVERRIDES))
+    _add_plan(commands.add_parser("plan", help="propose layouts for a model and a number of devices", epilog=_OVERRIDES))
 
-    _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
-    _add_llamafactory(commands.add_parser("import-llamafactory", help="make a recipe of LLaMA-Factory's training YAML"))
+    _add_import(commands.add_parser("import-mindspeed", help="turn a MindSpeed-MM run into a recipe"))
+    _add_llamafactory(
+        commands.add_parser("import-llamafactory", help="turn LLaMA-Factory's training YAML into a recipe")
+    )
 
-    _add_doctor(commands.add_parser("doctor", help="what is installed, which backends and devices work"))
+    _add_doctor(commands.add_parser("doctor", help="report what is installed and which backends and devices work"))
 
-    export = commands.add_parser("export", help="write a run's checkpoint for transformers, of a LoRA run for PEFT")
+    export = commands.add_parser("export", help="export a run's checkpoint for transformers (a LoRA run: for PEFT)")
     export.add_argument("run", metavar="RUN[@STEP|@best]", help="run directory; by default its newest checkpoint")
-    export.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
+    export.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="output directory, which must not exist"
+    )
 
     merge = commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it")
-    merge.add_argument("model", metavar="MODEL", help="model directory, or an id of a hub")
+    merge.add_argument("model", metavar="MODEL", help="model directory or hub id")
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
-    merge.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
+    merge.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="output directory, which must not exist"
+    )
 
-    plot = commands.add_parser("plot", help="draw the curves of runs")
+    plot = commands.add_parser("plot", help="plot the curves of runs")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     plot.add_argument(
         "--key",
         action="append",
         default=[],
-        help="a number of metrics.jsonl, such as grad_norm or eval_loss; may be given several times. By default losses "
-        "and learning rates",
+        help="a value in metrics.jsonl, such as grad_norm or eval_loss; repeatable; default: losses and learning rates",
     )
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
 
-    _add_data(commands.add_parser("data", help="convert data sets, look at samples"))
+    _add_data(commands.add_parser("data", help="convert data sets, preview samples"))
 
-    add_infer(commands.add_parser("infer", help="answers to a prompt, to records, to a directory of pictures"))
-    add_eval(commands.add_parser("eval", help="a model's scores on benchmarks; two runs compared"))
-    add_chat(commands.add_parser("chat", help="talk with a model in the terminal"))
-    add_serve(commands.add_parser("serve", help="an OpenAI-compatible server with a chat page"))
-    bench = commands.add_parser("bench", help="how fast a model is here")
-    add_bench(bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="answering"))
+    add_infer(commands.add_parser("infer", help="answer a prompt, records or a directory of pictures"))
+    add_eval(commands.add_parser("eval", help="score a model on benchmarks, compare two runs"))
+    add_chat(commands.add_parser("chat", help="chat with a model in the terminal"))
+    add_serve(commands.add_parser("serve", help="run an OpenAI-compatible server with a chat page"))
+    bench = commands.add_parser("bench", help="measure a model's speed on this machine")
+    add_bench(
+        bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="inference speed")
+    )
     return parser
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    convert = actions.add_parser("convert", help="published data sets to records that training reads")
+    convert = actions.add_parser("convert", help="convert published data sets to training records")
     layouts = convert.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
 
-    preview = actions.add_parser("preview", help="samples as the model sees them", epilog=_OVERRIDES)
+    preview = actions.add_parser("preview", help="show samples as the model sees them", epilog=_OVERRIDES)
     _add_recipe(preview)
-    preview.add_argument("-n", "--count", type=int, default=3, metavar="N", help="how many; default 3")
+    preview.add_argument("-n", "--count", type=int, default=3, metavar="N", help="number of samples; default: 3")
     preview.add_argument(
         "-o", "--output", type=Path, default=Path("preview.png"), metavar="PNG", help="default: preview.png"
     )
 
-    llava = layouts.add_parser("llava", help="LLaVA-Instruct's JSON and its pictures")
+    llava = layouts.add_parser("llava", help="LLaVA-Instruct's JSON and pictures")
     llava.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="llava_instruct_150k.json")
     llava.add_argument("--images", type=Path, required=True, metavar="DIR", help="its pictures: COCO's train2017")
     llava.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="JSON", help="must not exist (.json or .jsonl)"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="JSON",
+        help="output file (.json or .jsonl), which must not exist",
     )
 
     rlhf_v = layouts.add_parser("rlhf-v", help="preference pairs of RLHF-V or RLAIF-V, openbmb's or llamafactory's")
     rlhf_v.add_argument("--parquet", type=Path, required=True, nargs="+", metavar="FILE", help="Parquet files")
     rlhf_v.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="JSON", help="must not exist; or a directory"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="JSON",
+        help="output file or directory, which must not exist",
     )
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} --nproc N [options] -- train RECIPE [options] [section.key=value ...]"
-    parser.add_argument("--backend", help="torch_npu or mindspore; default: that of the recipe")
-    parser.add_argument("--nproc", type=int, required=True, metavar="N", help="processes on this node, one a device")
-    parser.add_argument("--nnodes", default="1", metavar="M", help="nodes; with torchrun also MIN:MAX. Default 1")
-    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="the number of this node; default 0")
-    parser.add_argument("--master", metavar="HOST:PORT", help="a free port of node 0, the same on all nodes")
-    parser.add_argument("--restarts", type=int, default=0, metavar="K", help="how often to start again after a failure")
+    parser.add_argument("--backend", help="torch_npu or mindspore; default: the recipe's")
+    parser.add_argument("--nproc", type=int, required=True, metavar="N", help="processes on this node, one per device")
     parser.add_argument(
-        "--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: launch-logs/TIME-PROCESS, which is new"
+        "--nnodes", default="1", metavar="M", help="number of nodes; with torchrun also MIN:MAX; default: 1"
+    )
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this node; default: 0")
+    parser.add_argument("--master", metavar="HOST:PORT", help="a free port of node 0, the same on all nodes")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="K", help="how often to restart after a failure; default: 0"
+    )
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="the ranks' logs; default: a new directory launch-logs/TIME-PROCESS"
     )
 
 
@@ -175,20 +196,22 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} RECIPE [options] [section.key=value ...]"
     parser.add_argument(
         "--backend",
-        help="torch_npu (or torch), mindspore, or auto for the one that is installed; default: DUETVL_BACKEND, the "
-        "recipe's, auto",
+        help="torch_npu (or torch), mindspore, or auto for the installed one; default: DUETVL_BACKEND, then the "
+        "recipe's, then auto",
     )
     parser.add_argument("--device", help="cpu, cuda, npu (ascend) or auto; default: the recipe's")
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--full", action="store_true", help="every operation, a tiny training and answers on one device, with figures"
+        "--full", action="store_true", help="test every operation, a tiny training run and inference on one device"
     )
-    parser.add_argument("--device", help="npu, cuda or cpu (default: the best that is there)")
-    parser.add_argument("--backend", help="torch or mindspore (default: PyTorch where both are installed)")
-    parser.add_argument("--nproc", type=int, metavar="N", help="cards whose collectives are tried (default: all)")
-    parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="the report as a file, to be sent")
+    parser.add_argument("--device", help="npu, cuda or cpu; default: the best available")
+    parser.add_argument("--backend", help="torch or mindspore; default: the installed one, PyTorch if both are")
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="number of cards for the test of collectives; default: all"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="write the report to this file")
     parser.add_argument("--between", type=Path, help=argparse.SUPPRESS)
 
 
@@ -198,14 +221,15 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="*",
         metavar="DATA MODEL SCRIPT",
-        help="data.json, model.json and the shell script, which is read, never run; NAME=VALUE sets a variable of it",
+        help="data.json, model.json and the shell script, which is read, never run; NAME=VALUE sets a variable of "
+        "the script",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="RECIPE", help="file to be made")
-    parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")
+    parser.add_argument("-o", "--output", type=Path, metavar="RECIPE", help="recipe to write")
+    parser.add_argument("--allow-unknown", action="store_true", help="ignore unknown keys")
 
 
 def _add_llamafactory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("yaml", type=Path, metavar="YAML", help="its training YAML, of stage sft or dpo")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="file to be made")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many devices the run had (default 1)")
-    parser.add_argument("--allow-unknown", action="store_true", help="leave out keys that are not known")
+    parser.add_argument("yaml", type=Path, metavar="YAML", help="training YAML with stage sft or dpo")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="RECIPE", help="recipe to write")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="number of devices of the run; default: 1")
+    parser.add_argument("--allow-unknown", action="store_true", help="ignore unknown keys")
