@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
+from frameworks import FRAMEWORKS, need
 
 from duetvl.cli import main
 from duetvl.core.backend import load_backend
@@ -23,31 +24,36 @@ from duetvl.doctor.processes import examine_in_process
 from duetvl.doctor.tiny import compare_tiny
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    file = tmp_path_factory.mktemp("doctor") / "report.json"
-    words = ["doctor", "--full", "--device", "cpu", "--backend", "torch", "-o", str(file)]
-    with pytest.MonkeyPatch.context() as patch:
-        said: list[str] = []
-        patch.setattr("duetvl.cli._say", lambda line, *_: said.append(line))
-        assert main(words) == 0, said
-    return {**json.loads(file.read_text()), "said": said}
-
-
-def test_a_cpu_passes_everything(report: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", FRAMEWORKS)
+def test_a_cpu_passes_everything(
+    backend: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With one framework alone too: the processes load no other. Operations of torch are looked at below."""
+    need(backend)
+    if backend == "torch_npu" and find_spec("mindspore") is not None and not full:
+        pytest.skip("with --full")
+    (other,) = set(FRAMEWORKS.values()) - {FRAMEWORKS[backend]}
+    (tmp_path / f"{other}.py").write_text("raise ImportError('not for this backend')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    file, said = tmp_path / "report.json", []
+    monkeypatch.setattr("duetvl.cli._say", lambda line, *_: said.append(line))
+    words = ["doctor", "--full", "--device", "cpu", "--backend", backend, "-o", str(file)]
+    assert main(words) == 0, (said, capfd.readouterr().err)
+    report = json.loads(file.read_text())
     checks = [Check.from_json(entry) for entry in report["checks"]]
     assert report["passed"]
     assert {check.part for check in checks} == {"operations", "speed", "training", "generation"}
     attention = next(check for check in checks if check.name == "attention, causal, 64 bfloat16")
     assert (attention.detail, attention.passed) == ("kernels_cpu", True)
     assert 0 < attention.difference < attention.allowed
-    assert report["said"][-1] == f"all {len(checks)} checks passed on torch_npu cpu"
-    assert [check.line() for check in checks] == report["said"][1:-2]
+    assert said[-1] == f"all {len(checks)} checks passed on {backend} cpu"
+    assert [check.line() for check in checks] == said[1:-2]
     assert report["device"]["memory"] > 2**28
     assert report["packages"]["numpy"] == np.__version__
 
 
 def test_a_wrong_kernel_is_named() -> None:
+    need("torch_npu")
     backend = load_backend("torch", "cpu")
     right = backend.ops.swiglu
     backend.ops.swiglu = lambda gate, up: right(gate, up) * 1.1
@@ -109,6 +115,7 @@ def test_a_crash_and_a_hang_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_line_without_a_card_or_for_words_that_do_not_fit(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    need("torch_npu")
     assert main(["doctor", "--full", "--backend", "torch", "--device", "npu"]) == 2
     error = capsys.readouterr().err
     assert "torch_npu on npu: device 'npu' is not available" in error and error.count("\n") == 1
