@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import duetvl
-from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer, add_serve
+from duetvl.commands.options import DTYPES, add_bench, add_chat, add_eval, add_infer, add_serve
 
 _RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
 _OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
@@ -77,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a run's checkpoint for transformers, of a LoRA run for PEFT")
     export.add_argument("run", metavar="RUN[@STEP|@best]", help="run directory; by default its newest checkpoint")
     export.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="must not exist yet")
+    export.add_argument("--dtype", choices=DTYPES, default="auto", help="of a model; default: as its config.json says")
 
     merge = commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it")
     merge.add_argument("model", metavar="MODEL", help="model directory, or an id of a hub")
