@@ -221,7 +221,7 @@ def _doctor_full(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from duetvl.training.checkpoints.export import export_run
 
-    export_run(args.run, args.output, _say)
+    export_run(args.run, args.output, _say, dtype=None if args.dtype == "auto" else args.dtype)
     return 0
 
 

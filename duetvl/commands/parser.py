@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import duetvl
-from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer, add_serve
+from duetvl.commands.options import DTYPES, add_bench, add_chat, add_eval, add_infer, add_serve
 from duetvl.cost_model.devices import DEFAULT, device_names
 
 _RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
@@ -83,6 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN[@STEP|@best]", help="run directory; by default its newest checkpoint")
     export.add_argument(
         "-o", "--output", required=True, type=Path, metavar="DIR", help="output directory, which must not exist"
+    )
+    export.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the exported weights; default: as config.json says"
     )
 
     merge = commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it")

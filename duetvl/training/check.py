@@ -22,6 +22,7 @@ from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.training.checkpoints.run_directory import Start, check_resumable, find_start
 from duetvl.training.checkpoints.space import Space, in_words
 from duetvl.training.drawn_schedule import check_drawable, draw, schedule_lines
+from duetvl.training.dtype import with_dtype
 from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.layout import layout_lines
@@ -49,6 +50,7 @@ def check(
     schedule of a pipeline is drawn into the PNG file `schedule`.
     """
     given = read_recipe(recipe, overrides)
+    given = with_dtype(given, on_cpu=_on_cpu(given))
     if schedule is not None:
         check_drawable(given)
     yield f"backend: {choose_backend(given.backend.name, given.backend.device)}, device {given.backend.device}"

@@ -19,6 +19,7 @@ from duetvl.parallel.inventory import Inventory, inventory
 from duetvl.parallel.pipeline import placed
 from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
+from duetvl.training.dtype import on_device
 from duetvl.training.job import Job
 from duetvl.training.lora import AdapterPlan, adapt, base_of, kept, plan_adapters
 from duetvl.training.media_bounds import media_settings
@@ -30,9 +31,10 @@ from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.costs import Flops
 
 
-def prepare(recipe: Recipe, backend: Backend) -> Job:
+def prepare(asked: Recipe, backend: Backend) -> Job:
     """Load what the recipe names: first whatever may fail on one rank alone, then what ranks ask each other for."""
     ranks = Ranks(backend.collectives)
+    recipe = ranks.together(lambda: on_device(asked, backend.device))
     source, encoder, plan, model = ranks.together(lambda: _loaded(recipe, backend))
     division = division_of(recipe, source.config, backend.collectives.rank)
     placed(model, division, backend)

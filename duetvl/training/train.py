@@ -15,6 +15,7 @@ from duetvl.core.ranks import Ranks
 from duetvl.storage.finding import found_by_all
 from duetvl.training.agreement import check_model, check_one_disk, check_program, same_data
 from duetvl.training.checkpoints.run_directory import find_start, locked, start_anew
+from duetvl.training.dtype import on_device
 from duetvl.training.ending import TrainResult
 from duetvl.training.failures import ending_alone, leaving_together, set_failures_aside
 from duetvl.training.job import Job
@@ -54,6 +55,8 @@ def train(
     with ending_alone(ranks, run_dir), leaving_together(ranks):
         check_program(ranks, given, backend)
         given = ranks.together(lambda: for_world(given, ranks.count))
+        if prepare is None:
+            given = ranks.together(lambda: on_device(given, backend.device))
         ranks.first(lambda: check_trackers(given.log))
         with ExitStack() as held:  # before looking for checkpoints: while this loads, another may train and end
             notes = ranks.first(lambda: held.enter_context(locked(run_dir)))

@@ -12,12 +12,12 @@ from duetvl.convert.commands import export_mindspeed_mm
 from duetvl.convert.layouts import Layout
 from duetvl.convert.opening import open_model
 from duetvl.core.errors import CheckpointError, ConfigError, DuetvlError
-from duetvl.core.half import widened
+from duetvl.core.half import narrowed, widened
 from duetvl.models.lora import Adapters
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.adapters import linear_shapes, merged_tensors, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.loading import write_config
+from duetvl.models.qwen_vl.loading import DTYPES, write_config
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.finding import CheckpointRef, find_checkpoint, parse_run
@@ -29,17 +29,21 @@ Say = Callable[[str], None]
 Fetch = Callable[[str], np.ndarray]
 
 
-def export_run(run: str, target: str | Path, say: Say = lambda _: None) -> Path:
+def export_run(run: str, target: str | Path, say: Say = lambda _: None, *, dtype: str | None = None) -> Path:
     """Write a checkpoint, `RUN`, `RUN@STEP` or `RUN@best`, as transformers loads it, or that of a LoRA run as PEFT
     does; the directory that is returned.
 
-    Takes the weights as they are stored and the tokenizer and settings of the recipe's model. `target` appears whole
+    Takes the tokenizer and settings of the recipe's model, and of a model its dtype unless one is given: see
+    `export_checkpoint`. An adapter is float32. `target` appears whole
     or not at all, and one that exists is refused. The run may still be going on. Where the checkpoint is damaged, an
     older one is named and not taken instead. Raises CheckpointError, ConfigError.
     """
     directory, step = parse_run(run)
     ref = find_checkpoint(directory, step, kinds=("weights",))
-    export_checkpoint(ref, target, kind="adapter" if _has_adapters(ref) else "model", say=say)
+    adapter = _has_adapters(ref)
+    if adapter and dtype not in (None, "float32"):
+        raise ConfigError(f"--dtype {dtype}: {directory} has an adapter, which is float32; merge it: duetvl merge")
+    export_checkpoint(ref, target, kind="adapter" if adapter else "model", dtype=dtype, say=say)
     say(f"exported step {ref.step} of {directory} to {target}")
     return Path(target)
 
@@ -51,21 +55,25 @@ def export_checkpoint(
     kind: ExportKind,
     source: ModelDirectory | None = None,
     overwrite: bool = False,
+    dtype: str | None = None,
     say: Say = lambda _: None,
 ) -> None:
     """Write a checkpoint, whose weights are verified, as a model for transformers, an adapter for PEFT, or a
     MindSpeed-MM release of one stage and rank; see `staged_directory` for `overwrite`.
 
     One tensor is held at a time. `source` is the model that the run started from. Where the checkpoint has adapters
-    alone, a model or a release is that one merged with them, and is of the dtype that it was trained in; else its
-    tokenizer and settings are taken, and without it those of the recipe's model.
+    alone, a model or a release is that one merged with them, as it was trained; else its tokenizer and settings are
+    taken, and without it those of the recipe's model. A model or a release is of `dtype`, by default the one that the
+    config.json of the model names which the run started from: each weight is rounded once where it was trained in
+    another.
     """
     if kind == "adapter":
         with staged_directory(target, overwrite=overwrite) as staging:
             _write_adapter(ref, source, staging)
         return
     config = _config_of(ref)
-    specs, fetch = _merged(ref, config, source) if _has_adapters(ref) else _whole(ref, config)
+    trained = _merged(ref, config, source) if _has_adapters(ref) else _whole(ref, config)
+    specs, fetch = _in_dtype(*trained, dtype or config.dtype)
     if kind == "mindspeed_mm":
         export_mindspeed_mm(Path(target), config, specs, fetch, Layout.one_stage(config), overwrite=overwrite)
         return
@@ -76,6 +84,18 @@ def export_checkpoint(
             source.copy_settings(staging)
         else:
             _copy_settings_of(ref.meta.recipe, parameter_shapes(config), staging, say)
+
+
+def _in_dtype(specs: dict[str, TensorSpec], fetch: Fetch, dtype: str | None) -> tuple[dict[str, TensorSpec], Fetch]:
+    """The tensors in a dtype; as they are where it is none that weights are held in."""
+    if dtype not in DTYPES:
+        return specs, fetch
+
+    def rounded(name: str) -> np.ndarray:
+        bits, stored = fetch(name), specs[name].dtype
+        return bits if stored == dtype else narrowed(widened(bits, stored), dtype)
+
+    return {name: TensorSpec(dtype, spec.shape) for name, spec in specs.items()}, rounded
 
 
 def _has_adapters(ref: CheckpointRef) -> bool:

@@ -34,10 +34,12 @@ class ModelSection(Section):
         description="Directory in the Hugging Face layout with the configuration and tokenizer, if `path` is a "
         "MindSpeed-MM directory. If `path` is a run or an adapter: its base model, if that has moved.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32",
-        description="Storage dtype of the weights. With bfloat16 and float16 the optimizer keeps float32 master "
-        "weights; float16 is trained with a scaled loss (`optim.loss_scale`).",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Storage dtype of the weights. `auto` is the one that `config.json` names (bfloat16 for the "
+        "published models), and float32 on a CPU, where half precision is slow or not computed at all, or where the "
+        "device does not have it. With bfloat16 and float16 the optimizer keeps float32 master weights; float16 is "
+        "trained with a scaled loss (`optim.loss_scale`).",
     )
     freeze: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         default=FROZEN,
@@ -359,7 +361,7 @@ class Recipe(Section):
         if self.checkpoint.export == "merged" and self.lora is None:
             raise contradiction("checkpoint.export merged applies to lora only; use true")
         for name in ("loss_scale", "loss_scale_window"):
-            if getattr(self.optim, name) is not None and self.model.dtype != "float16":
+            if getattr(self.optim, name) is not None and self.model.dtype not in ("float16", "auto"):
                 raise contradiction(f"optim.{name} applies to model.dtype float16 only, not to {self.model.dtype}")
         if self.parallel.zero == 3 and self.train.recompute != "full":
             raise contradiction(
