@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import duetvl
 from duetvl.commands.options import add_bench, add_chat, add_eval, add_infer, add_serve
 
 _RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
-_OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
+_OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100; 'lora={}' a section"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -28,10 +29,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     known = hasattr(args, "recipe") or args.command == "import-mindspeed"
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
     if wrong:
-        hint = "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5" * hasattr(args, "recipe")
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{_hint(rest) if hasattr(args, 'recipe') else ''}")
     args.overrides, args.argv = rest, argv
     return args
+
+
+def _hint(rest: Sequence[str]) -> str:
+    """How the fields of a recipe are written that somebody gave as options or with blanks."""
+    from duetvl.training.recipe.spelling import as_overrides  # the recipe's sections take a moment to import
+
+    meant = as_overrides([word for word in rest if not re.fullmatch(r"[^-=][^=]*=.+", word)])  # those are well written
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?"
+    return "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5"
 
 
 def _files_first(words: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -183,9 +183,7 @@ def test_a_system_prompt_of_the_recipe_is_for_records_without_one(home, tmp_path
     assert "Shout." in own and "Be terse." not in own
     assert given.count("Be terse.") == (2 if answers else 1) and "helpful assistant" not in given
     usual = list(preview(home / "tiny.json", options, count=2))[1]
-    assert (
-        "You are a helpful assistant." in usual
-    )
+    assert "You are a helpful assistant." in usual
 
 
 def test_a_warning_is_one_line(home, tmp_path, capsys):
