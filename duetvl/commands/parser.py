@@ -77,6 +77,14 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
     )
+    check.add_argument("--sample", type=int, metavar="N", help="look at N records of each set, drawn by data.seed")
+    check.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="draw the lengths and list what is left out there; by default nothing is written",
+    )
     check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline there")
 
     _add_import(commands.add_parser("import-mindspeed", help="make a recipe of a MindSpeed-MM run"))
