@@ -130,7 +130,8 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.schedule is not None:
         _check_picture(args.schedule, "--schedule")
-    for line in check(args.recipe, _overrides(args), decode=args.decode, schedule=args.schedule):
+    wanted = {name: getattr(args, name) for name in ("decode", "sample", "output", "schedule")}
+    for line in check(args.recipe, _overrides(args), **wanted):
         _say(line)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from duetvl.commands.options import DTYPES, add_bench, add_chat, add_eval, add_i
 from duetvl.cost_model.devices import DEFAULT, device_names
 
 _RECIPE_HELP = "recipe file, YAML or JSON; its fields are described in docs/recipe.md"
-_OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100"
+_OVERRIDES = "section.key=value replaces a field of the recipe: optim.lr=3e-5 train.steps=100; 'lora={}' a section"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -29,10 +30,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     known = hasattr(args, "recipe") or args.command in ("import-mindspeed", "plan")
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not known]
     if wrong:
-        hint = "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5" * hasattr(args, "recipe")
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{_hint(rest) if hasattr(args, 'recipe') else ''}")
     args.overrides, args.argv = rest, argv
     return args
+
+
+def _hint(rest: Sequence[str]) -> str:
+    """How the fields of a recipe are written that somebody gave as options or with blanks."""
+    from duetvl.training.recipe.spelling import as_overrides  # the recipe's sections take a moment to import
+
+    meant = as_overrides([word for word in rest if not re.fullmatch(r"[^-=][^=]*=.+", word)])  # those are well written
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?"
+    return "; a field of the recipe is given as section.key=value, as in optim.lr=1e-5"
 
 
 def _files_first(words: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -67,6 +77,14 @@ def make_parser() -> argparse.ArgumentParser:
     _add_recipe(check)
     check.add_argument(
         "--decode", action="store_true", help="also decode all pixels: finds truncated pictures, takes much longer"
+    )
+    check.add_argument("--sample", type=int, metavar="N", help="check N records of each data set, drawn by data.seed")
+    check.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write histograms of lengths and lists of records left out there; by default nothing is written",
     )
     check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline to this file")
 

@@ -76,8 +76,8 @@ class ModelDirectory:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights are here: those of an id may not be fetched yet."""
-        return not is_id(self.name) or any(self.path.glob("*.safetensors"))
+        """Whether there are files of weights, of whatever format; those of an id may not be fetched yet."""
+        return any(file for ending in ("safetensors", "bin") for file in self.path.glob(f"*.{ending}"))
 
     @property
     def has_tokenizer(self) -> bool:

@@ -15,8 +15,10 @@ from duetvl.convert.opening import open_merged
 from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
 from duetvl.data.loading.loader import FEW_MEDIA
+from duetvl.data.loading.order import choice
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
+from duetvl.models.hub import is_id
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.training.checkpoints.run_directory import Start, check_resumable, find_start
@@ -41,18 +43,26 @@ def check(
     overrides: Sequence[str] = (),
     *,
     decode: bool = False,
+    sample: int | None = None,
+    output: Path | None = None,
     schedule: Path | None = None,
 ) -> Iterator[str]:
     """What the recipe will do, line by line. Raises whatever training would meet on as many processes as it asks for.
 
     All records are read, tokenised and measured by the headers of their media; with `decode` their pixels are made as
-    well, which finds truncated pictures and takes as long as training's data side does. The
-    schedule of a pipeline is drawn into the PNG file `schedule`.
+    well, which finds truncated pictures and takes as long as training's data side does. `sample` takes that many
+    records of each of `data.train` and `data.val` instead, drawn by `data.seed` (of a stream the first). A model
+    directory may lack its weights: all else is checked then, and a line says so.
+
+    Nothing is written, but for what is asked for: into the directory `output`, pictures of the lengths and a list of
+    all records that are left out; the schedule of a pipeline into the PNG file `schedule`.
     """
     given = read_recipe(recipe, overrides)
     given = with_dtype(given, on_cpu=_on_cpu(given))
     if schedule is not None:
         check_drawable(given)
+    if sample is not None and sample < 1:
+        raise ConfigError(f"a sample of {sample} records is asked for; there must be at least one")
     yield f"backend: {choose_backend(given.backend.name, given.backend.device)}, device {given.backend.device}"
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
@@ -68,7 +78,7 @@ def check(
         yield f"  its tokenizer has {more} tokens that the model has no row for: records that use one are bad"
     maker = SampleMaker(sets.files, record_encoder(given, processor))
     skip_bad, config = given.data.on_bad_sample == "skip", source.config
-    way = _Way(config.vision.merge, decode, skip_bad, start.run_dir, config.text.max_positions)
+    way = _Way(config.vision.merge, decode, skip_bad, output, config.text.max_positions, sample, given.data.seed)
     yield from _walked("data.train", sets.train_refs(), sets.train_count, maker, way)
     val = sets.val_refs()
     if val is not None:
@@ -97,7 +107,10 @@ def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
         _ = source.weights  # opened, and so checked
     numbers = sum(_volume(shape) for shape in shapes.values())
     known = f"{config.model_type}, {numbers / 1e6:.1f} million parameters in {recipe.model.dtype}"
-    yield f"model: {source.path}, {known}{'' if source.has_weights else '; its weights are fetched when it is trained'}"
+    yield f"model: {source.path}, {known}"
+    if not source.has_weights:
+        fetched = "; they are fetched when it is trained" if is_id(source.name) else ""
+        yield f"  not checked: its weights, of which {source.path} has none: their names, shapes and dtypes{fetched}"
     if plan:
         yield plan.describe(config)
 
@@ -156,13 +169,17 @@ def _volume(shape: Sequence[int]) -> int:
 
 def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMaker, way: _Way) -> Iterator[str]:
     """The findings of a walk over all records. Raises DataError, at its end, for what would end training."""
+    if way.sample is not None and (count is None or count > way.sample):
+        yield f"{name}: a sample, {way.sample} of {'a stream, its first' if count is None else f'{count} records'}"
+        refs, count = _drawn(refs, count, way), way.sample
     found = walk(name, refs, count, maker, merge=way.merge, decode=way.decode)
     lines = found.lines()
     yield f"{name}: {next(lines)}"
     yield from (f"  {line}" for line in lines)
-    with _writing_to(way.run_dir):
-        if found.list_left_out(every := way.run_dir / f"{name}.left_out.txt"):
-            yield f"  each of them listed: {every}"
+    if way.output is not None:
+        with _writing_to(way.output):
+            if found.list_left_out(every := way.output / f"{name}.left_out.txt"):
+                yield f"  each of them listed: {every}"
     if found.bad and not way.skip_bad:
         raise DataError(
             f"{name}: training would meet {found.bad} bad record{'s' * (found.bad > 1)}, the first of them: "
@@ -178,18 +195,26 @@ def _walked(name: str, refs: Iterator[Ref], count: int | None, maker: SampleMake
         )
     if not found.trained_tokens:
         raise DataError(f"{name}: no token of its samples is trained; each needs an answer, neither masked nor cut off")
-    picture = way.run_dir / f"{name}.lengths.png"
-    with _writing_to(way.run_dir):
-        found.draw(picture)
-    yield f"  lengths drawn: {picture}"
+    if way.output is not None:
+        with _writing_to(way.output):
+            found.draw(picture := way.output / f"{name}.lengths.png")
+        yield f"  lengths drawn: {picture}"
+
+
+def _drawn(refs: Iterator[Ref], count: int | None, way: _Way) -> Iterator[Ref]:
+    """A sample of the records, in their order; of a stream the first, as all of it would have to be read for others."""
+    if count is None:
+        return islice(refs, way.sample)
+    numbers = set(choice(way.seed, "check", 0, count, way.sample).tolist())
+    return (ref for number, ref in enumerate(refs) if number in numbers)
 
 
 @contextmanager
-def _writing_to(run_dir: Path) -> Iterator[None]:
+def _writing_to(output: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # as training would say it
-        raise ConfigError(f"train.output_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+    except OSError as error:
+        raise ConfigError(f"-o {output}: cannot be written: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -199,5 +224,7 @@ class _Way:
     merge: int
     decode: bool
     skip_bad: bool
-    run_dir: Path
+    output: Path | None
     most_positions: int
+    sample: int | None
+    seed: int

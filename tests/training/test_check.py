@@ -46,7 +46,39 @@ def test_every_record_is_counted_and_measured(home, tmp_path):
     assert any(line.startswith("  shares: images ") and "(8 of them)" in line for line in lines)
     train = lines[: lines.index("data.val: 12 records: 12 good, 0 left out, 0 bad")]
     assert sum(int(line.split()[-1]) for line in train if " tokens  " in line) == 12
-    assert (tmp_path / "run" / "data.train.lengths.png").is_file()
+
+
+def tree(*directories: Path) -> dict[str, tuple[int, int]]:
+    """Every file below, with its size and time of change, and every directory."""
+    entries = [entry for directory in directories for entry in directory.rglob("*")]
+    return {str(entry): (entry.stat().st_size * entry.is_file(), entry.stat().st_mtime_ns) for entry in entries}
+
+
+def test_nothing_is_written_unless_asked_for(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = [f"train.output_dir={tmp_path}/run", f"data.cache={tmp_path}/cache", "data.val=null"]
+    before = tree(home, tmp_path)
+    for options in ([], ["data.streaming=true"], ["lora={}", "data.val_rate=0.5"]):
+        list(check(home / "tiny.json", [*overrides, *options], decode=not options))
+    assert tree(home, tmp_path) == before
+    list(check(home / "tiny.json", [*overrides, "data.cutoff_len=79", "data.too_long=drop"], output=tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"data.train.lengths.png", "data.train.left_out.txt"}
+
+
+def test_a_sample_of_the_records(home, tmp_path):
+    usual = [f"train.output_dir={tmp_path}/run"]
+    lines = list(check(home / "tiny.json", usual, sample=5))
+    for name in ("data.train", "data.val"):
+        at = lines.index(f"{name}: a sample, 5 of 12 records")
+        assert lines[at + 1] == f"{name}: 5 records: 5 good, 0 left out, 0 bad"
+    assert lines == list(check(home / "tiny.json", usual, sample=5)), "it is drawn by data.seed"
+    assert lines != list(check(home / "tiny.json", [*usual, "data.seed=1"], sample=5))
+    streamed = list(check(home / "tiny.json", [*usual, "data.streaming=true", "data.val=null"], sample=5))
+    assert "data.train: a sample, 5 of a stream, its first" in streamed
+    assert list(check(home / "tiny.json", usual, sample=12)) == list(check(home / "tiny.json", usual))
+    with pytest.raises(ConfigError, match="a sample of 0 records"):
+        list(check(home / "tiny.json", usual, sample=0))
 
 
 def test_what_a_rule_leaves_out_is_told_and_is_no_error(home, tmp_path):
@@ -110,27 +142,27 @@ def test_a_run_whose_pictures_are_nowhere_is_an_error_and_no_skip(home, tmp_path
 def test_the_command_line_prints_the_findings_before_the_error(home, tmp_path, capsys):
     (home / "bad.jsonl").write_text('{"messages": []}\n' + (home / "data.jsonl").read_text())
     argv = [str(home / "tiny.json"), f"data.train={home}/bad.jsonl", f"train.output_dir={tmp_path}/run"]
-    assert main(["check", *argv]) == 2
+    assert main(["check", *argv, "-o", f"{tmp_path}/found"]) == 2
     shown = capsys.readouterr()
     assert "data.train: 13 records: 12 good, 0 left out, 1 bad" in shown.out
     assert "bad.jsonl:1" in shown.err and shown.err.count("\n") == 1
-    listed = tmp_path / "run" / "data.train.left_out.txt"
-    assert list((tmp_path / "run").iterdir()) == [listed]
+    listed = tmp_path / "found" / "data.train.left_out.txt"
+    assert list((tmp_path / "found").iterdir()) == [listed]
     assert listed.read_text() == f"bad: {home}/bad.jsonl:1: messages is empty\n"
-    assert main(["check", *argv, "data.on_bad_sample=skip"]) == 0
+    assert main(["check", *argv, "-o", f"{tmp_path}/found", "--sample", "99", "data.on_bad_sample=skip"]) == 0
     assert listed.is_file()
-    assert main(["check", argv[0], argv[2]]) == 0
+    assert main(["check", argv[0], argv[2], "-o", f"{tmp_path}/found"]) == 0
     assert not listed.exists(), "it was of other data"
 
 
 def test_what_cannot_be_written_is_one_line(home, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["check", str(home / "tiny.json"), f"train.output_dir={tmp_path}/file/run"]) == 2
+    assert main(["check", str(home / "tiny.json"), "-o", f"{tmp_path}/file/found"]) == 2
     preview_argv = [str(home / "tiny.json"), "data.shuffle=false", "-o", f"{tmp_path}/file/sheet.png"]
     assert main(["data", "preview", *preview_argv]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors == [
-        f"error: train.output_dir {tmp_path}/file/run: cannot be written: Not a directory",
+        f"error: -o {tmp_path}/file/found: cannot be written: Not a directory",
         f"error: -o {tmp_path}/file/sheet.png: there is no directory {tmp_path}/file; create it, or choose another "
         "place",
     ]
@@ -183,9 +215,7 @@ def test_a_system_prompt_of_the_recipe_is_for_records_without_one(home, tmp_path
     assert "Shout." in own and "Be terse." not in own
     assert given.count("Be terse.") == (2 if answers else 1) and "helpful assistant" not in given
     usual = list(preview(home / "tiny.json", options, count=2))[1]
-    assert (
-        "You are a helpful assistant." in usual
-    )
+    assert "You are a helpful assistant." in usual
 
 
 def test_a_warning_is_one_line(home, tmp_path, capsys):

@@ -116,13 +116,18 @@ def test_mistakes_are_named_before_anything_is_written(recipe, tmp_path, overrid
     with pytest.raises(error, match=expected):
         train(recipe, [*overrides, "data.shuffle=false"]) if what == "train" else list(check(recipe, overrides))
     written = [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert written == [] or (what == "check" and all(name.endswith(".left_out.txt") for name in written))
+    assert written == []
 
 
-def test_a_model_without_weights_is_named(recipe, tmp_path):
+def test_a_model_without_weights_is_checked_in_all_else_and_not_trained(recipe, tmp_path):
+    with_them = list(check(recipe))
     (tmp_path / "model" / "model.safetensors").unlink()
+    lines = list(check(recipe))
+    (unchecked,) = (line for line in lines if line not in with_them)
+    assert unchecked.startswith(f"  not checked: its weights, of which {tmp_path}/model has none")
+    assert [line for line in lines if line != unchecked] == with_them
     with pytest.raises(CheckpointError, match="model"):
-        list(check(recipe))
+        train(recipe)
 
 
 def test_export_for_mindspeed_mm_holds_the_trained_weights(be, recipe, tmp_path, capsys):

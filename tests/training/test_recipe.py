@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from duetvl.commands.parser import parse
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.core.stages import Stages
 from duetvl.models.qwen_vl.config import published_config
 from duetvl.training.memory import division_of
 from duetvl.training.recipe import text
+from duetvl.training.recipe.optim_section import OptimSection
 from duetvl.training.recipe.placement import exchanging, stages_of
 from duetvl.training.recipe.reading import check_world, for_world, load_recipe, make_recipe
-from duetvl.training.recipe.sections import Recipe
+from duetvl.training.recipe.sections import LoraSection, Recipe
 from duetvl.training.recipe.text import recipe_reference
 from duetvl.training.recipe.yaml_values import parse_yaml, write_yaml
 
@@ -93,17 +95,30 @@ def test_the_last_override_wins():
         ("train.eval_first=true", "train.eval_first needs data.val or data.val_rate, and neither is given"),
         ("checkpoint.keep_best=eval_loss", "checkpoint.keep_best eval_loss needs train.eval_every"),
         ("train.patience=3", "train.patience 3 counts evaluations: give train.eval_every"),
-        ("lr=3", "override 'lr=3' is not of the form section.key=value; did you mean optim.lr?"),
+        ("lr=3", "override 'lr=3' is not of the form section.key=value; did you mean optim.lr=3?"),
+        (
+            "learning_rate=3",
+            "override 'learning_rate=3' is not of the form section.key=value; did you mean optim.lr=3?",
+        ),
+        (
+            "lora=3",
+            "lora: found 3, allowed: a section with fields (rank, alpha, dropout, targets, rslora, dora, adapter)",
+        ),
+        ("log=[1]", f"log: found [1], allowed: a section with fields ({', '.join(text.fields('log'))})"),
+        (
+            "lora={rnk: 3}",
+            "lora has no field 'rnk'; did you mean 'rank'? (adapter, alpha, dora, dropout, rank, rslora, targets)",
+        ),
         ("rl", "override 'rl' is not of the form section.key=value"),
         (
             "every=3",
-            "override 'every=3' is not of the form section.key=value; did you mean checkpoint.every or log.every or "
-            "eval.every?",
+            "override 'every=3' is not of the form section.key=value; did you mean checkpoint.every=3 or "
+            "log.every=3 or eval.every=3?",
         ),
         ("optim.learning_rate=1", "optim has no field 'learning_rate'; did you mean optim.lr?"),
         ("train.lr=1", "train has no field 'lr'; did you mean optim.lr?"),
         ("lora.r=1", "lora has no field 'r'; did you mean lora.rank?"),
-        ("optim.lr", "override 'optim.lr' is not of the form section.key=value"),
+        ("optim.lr", "override 'optim.lr' is not of the form section.key=value; did you mean optim.lr=VALUE?"),
         ("optim.lr=[", "override optim.lr: not valid YAML: expected the node content, but found '<stream end>'"),
         (
             "data.train=[*.tar, b]",
@@ -524,3 +539,39 @@ def test_every_name_of_another_tool_leads_to_a_field_that_is_there():
     for name in text._ELSEWHERE:
         section, _, key = text._ELSEWHERE[name].partition(".")
         assert key in text.fields(section), name
+
+
+def test_a_whole_section_as_an_override():
+    values = {"model": {"path": "m"}, "data": {"train": "d"}, "lora": {"rank": 64}}
+    made = {text: make_recipe(values, [text]).lora for text in ("lora={}", "lora=", "lora={rank: 4, dora: true}")}
+    assert made["lora={}"] == made["lora="] == LoraSection()
+    assert (made["lora={rank: 4, dora: true}"].rank, made["lora={rank: 4, dora: true}"].dora) == (4, True)
+    assert make_recipe(values, ["lora=null"]).lora is None
+    assert make_recipe(values, ["lora={}", "lora.rank=5"]).lora == LoraSection(rank=5)
+    assert make_recipe(values, ["optim=null"]).optim == OptimSection()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--lr 3", "optim.lr=3"),
+        ("--optim.lr=3", "optim.lr=3"),
+        ("optim.lr = 3", "optim.lr=3"),
+        ("train.steps=9 optim.lr= 3", "optim.lr=3"),
+        ("optim.lr =3 log.every=2", "optim.lr=3"),
+        ("--optm.rl 3", "optim.lr=3"),
+        ("--per-device-train-batch-size 4 train.steps=3", "train.global_batch=4"),
+        ("--lora {}", "lora={}"),
+        ("--every 4", "checkpoint.every=4 or log.every=4 or eval.every=4"),
+    ],
+)
+def test_fields_given_as_options_get_their_spelling(words, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse(["train", "run.yaml", *words.split()])
+    assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
+
+
+def test_words_near_to_no_field_get_the_form(capsys):
+    with pytest.raises(SystemExit):
+        parse(["train", "run.yaml", "--nonsense", "3"])
+    assert "a field of the recipe is given as section.key=value, as in optim.lr=1e-5" in capsys.readouterr().err

@@ -223,6 +223,7 @@ def check_same_inputs(policy: ModelConfig, reference: ModelConfig, name: str) ->
 def describe(recipe: Recipe, policy: ModelConfig) -> str:
     """One line about the section `dpo`. Raises ConfigError or CheckpointError for a reference that cannot serve."""
     assert recipe.dpo is not None
+    unchecked = ""
     where = "a second copy of model.path" if recipe.lora is None else "the model without its adapter"
     if recipe.dpo.reference is not None:
         where = recipe.dpo.reference
@@ -230,6 +231,8 @@ def describe(recipe: Recipe, policy: ModelConfig) -> str:
         check_same_inputs(policy, source.config, where)
         if source.has_weights:
             _ = source.weights  # opened, and so checked
+        else:
+            unchecked = "; its weights are not here, and so not checked"
     if recipe.dpo.cache is not None:
         where = f"{where.replace('a second copy of ', '')}, run once and kept in {recipe.dpo.cache}"
-    return f"dpo: loss {recipe.dpo.loss}, beta {recipe.dpo.beta:g}; reference: {where}"
+    return f"dpo: loss {recipe.dpo.loss}, beta {recipe.dpo.beta:g}; reference: {where}{unchecked}"

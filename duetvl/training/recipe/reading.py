@@ -18,7 +18,8 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import AXES
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.recipe.text import allowed, elsewhere, fields, no_field, no_section, one_line, show
+from duetvl.training.recipe.spelling import as_overrides, nearest
+from duetvl.training.recipe.text import allowed, fields, no_field, no_section, one_line, show
 from duetvl.training.recipe.yaml_values import BLANK, parse_value, read_yaml
 
 
@@ -92,8 +93,12 @@ def _degrees(parallel: ParallelSection, axes: Sequence[str]) -> str:
 def _apply_override(sections: dict[str, Any], override: str) -> None:
     target, equals, text = override.partition("=")
     section, dot, key = target.partition(".")
+    if equals and section in Recipe.model_fields and not dot:
+        sections[section] = _section(section, parse_value(text, f"override {target}"))
+        return
     if not (equals and dot and section and key):
-        hint = elsewhere(target)
+        meant = as_overrides([override]) or [f"{field}=VALUE" for field in nearest(target)]
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         raise ConfigError(f"override {override!r} is not of the form section.key=value{hint}")
     if section not in Recipe.model_fields:
         raise ConfigError(no_section(section))

@@ -73,9 +73,14 @@ def no_field(section: str, key: str) -> str:
 
 def elsewhere(name: str) -> str:
     """A hint to the fields that have this name or this meaning; empty where there are none."""
-    found = [f"{section}.{name}" for section in Recipe.model_fields if name in fields(section)]
-    found = found or [_ELSEWHERE[name]] if name in _ELSEWHERE else found
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    known = candidates(name)
+    return f"; did you mean {' or '.join(known)}?" if known else ""
+
+
+def candidates(name: str) -> list[str]:
+    """The fields, as section.key, that have this name, or mean what others call so."""
+    known = [f"{section}.{name}" for section in Recipe.model_fields if name in fields(section)]
+    return known or [_ELSEWHERE[name]] if name in _ELSEWHERE else known
 
 
 _MINDSPEED: Final = ("dataset_param", "dataloader_param", "image_encoder", "text_decoder", "img_context_token_id")
@@ -149,7 +154,8 @@ _PREFACE = """
 
 A recipe is one YAML or JSON file that describes a whole run. An unknown section or field is an error that names the
 nearest known one. Any field can be overridden on the command line:
-`duetvl train run.yaml optim.lr=3e-5 train.steps=100`.
+`duetvl train run.yaml optim.lr=3e-5 train.steps=100`. So can a section, which replaces that of the file: `'lora={}'`,
+`lora=null`.
 
 Paths are relative to the working directory, and `~` is the home directory. Paths of media inside a data file are
 relative to `data.image_root` if it is set, otherwise to the data file, then to the working directory. Numbers are read
