@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -310,6 +311,20 @@ def test_launch_scripts_hand_on_what_they_are_given(backend, tmp_path):
         f"-m duetvl launch --backend {backend} --nproc 8 --nnodes 2 --node-rank 1 --master node0:29500 --restarts 3 "
         "--log-dir logs -- train a b.yaml x=1 with 1 0\n"
     )
+
+
+@pytest.mark.parametrize("backend", ["torch_npu", "mindspore"])
+def test_a_port_that_is_taken_is_told_before_anything_starts(backend, recipe, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        master = f"127.0.0.1:{taken.getsockname()[1]}"
+        words = ["launch", "--backend", backend, "--nproc", "1", "--nnodes", "2", "--master", master]
+        words += ["--log-dir", str(tmp_path / "logs")]
+        assert main([*words, "--", "train", str(recipe), "--device", "cpu", "parallel.dp=2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--master {master}: its port cannot be opened on this node" in error
+    assert not (tmp_path / "logs").exists()
 
 
 def test_scripts_are_bash():

@@ -72,6 +72,22 @@ class LaunchPlan:
         """The framework's own launcher."""
         return "msrun" if self.backend == "mindspore" else "torchrun"
 
+    def check_port(self) -> None:
+        """Raise ConfigError where another program has the port of --master that the ranks of this node are to open."""
+        if self.master is None or self.elastic or self.node_rank:  # else another node's, or of torchrun's own choice
+            return
+        port = int(self.master.rpartition(":")[2])
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # that of a run that has just ended is free
+            try:
+                probe.bind(("", port))
+            except (OSError, OverflowError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "there are 65535 ports"
+                raise ConfigError(
+                    f"launch: --master {self.master}: its port cannot be opened on this node, which is number 0: "
+                    f"{reason}; give a free one, the same on all nodes"
+                ) from None
+
     def command(self, place: Path) -> list[str]:
         """What starts the ranks of this node, each of which is `rank.py` and finds its command in `place`."""
         return self._msrun(place) if self.engine == "msrun" else self._torchrun(place)

@@ -31,6 +31,7 @@ def launch(plan: LaunchPlan, run_dir: Path, logs: Path) -> int:
     0, 2 for an error that the user can act on, 128 + n after signal n, 1 for a failure. A restart resumes from the last
     checkpoint, as every start does. Where nodes may come and go, torchrun starts again by itself.
     """
+    plan.check_port()
     restarts = 0 if plan.elastic else plan.restarts
     tell(f"launch: {plan.nproc} rank{'s' * (plan.nproc > 1)} by {plan.engine}; logs: {logs}")
     with _Signals() as signals, _written_on():
@@ -240,7 +241,7 @@ class _Start:
         if causes:
             self._show_record(causes[0])
         elif stuck := [rank for rank in silent if rank.stuck]:
-            self._show_log(f"{_names(stuck)} did not answer, and did not end by itself", stuck[0])
+            self._show_log(f"{_names(stuck)} did not answer, and had to be killed", stuck[0])
         elif lost:
             self._show_log(f"{_names(lost)} {'was' if len(lost) == 1 else 'were'} killed", lost[0])
         elif records:
