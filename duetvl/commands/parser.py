@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline to this file")
 
-    _add_plan(commands.add_parser("plan", help="propose layouts for a model and a number of devices", epilog=_OVERRIDES))
+    _add_plan(commands.add_parser("plan", help="propose layouts for a number of devices", epilog=_OVERRIDES))
 
     _add_import(commands.add_parser("import-mindspeed", help="turn a MindSpeed-MM run into a recipe"))
     _add_llamafactory(

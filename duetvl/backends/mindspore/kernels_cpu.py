@@ -17,6 +17,7 @@ from mindspore import Tensor, ops
 from mindspore.common.np_dtype import bfloat16
 
 from duetvl.backends.mindspore import numpy_kernels as kernels
+from duetvl.backends.mindspore.matrix_product import product
 from duetvl.backends.mindspore.ops import MindSporeOps
 from duetvl.backends.mindspore.optimizer import MindSporeOptimizer
 from duetvl.core.composed import ComposedKVCache
@@ -139,19 +140,18 @@ class CpuOps(MindSporeOps):
             return self.wide(x).swapaxes(-1, -2) if transposed else self.wide(x)
 
         def forward(needs: Any, a: Tensor, b: Tensor) -> Any:
-            product = np.matmul(laid_out(a, transpose_a), laid_out(b, transpose_b))
-            return self.like(product, a, product.shape), (a, b)
+            y = multiplied(laid_out(a, transpose_a), laid_out(b, transpose_b))
+            return self.like(y, a, y.shape), (a, b)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
             a, b = residuals
             wide = self.wide(d)
-            da = np.matmul(wide, laid_out(b, not transpose_b))
-            db = np.matmul(laid_out(a, not transpose_a), wide)
-            return (
-                self.like(np.ascontiguousarray(da.swapaxes(-1, -2)) if transpose_a else da, a),
-                self.like(np.ascontiguousarray(db.swapaxes(-1, -2)) if transpose_b else db, b),
-            )
+            da = multiplied(wide, laid_out(b, not transpose_b)) if needs[0] else None
+            db = multiplied(laid_out(a, not transpose_a), wide) if needs[1] else None
+            pairs = ((da, a, transpose_a), (db, b, transpose_b))
+            return tuple(None if g is None else self.like(_straight(g, turned), x) for g, x, turned in pairs)
 
+        multiplied = product if a.ndim == b.ndim == 2 else np.matmul
         return self.autograd.custom_vjp(forward, backward)(a, b)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -238,6 +238,10 @@ class CpuOps(MindSporeOps):
         """A tensor over `values` with x's dtype, and x's shape unless another is given."""
         tensor = ms.Tensor.from_numpy(values.reshape(x.shape if shape is None else shape))
         return tensor if x.dtype == ms.float32 else converted(tensor, self.dtype_of(x))
+
+
+def _straight(x: np.ndarray, transposed: bool) -> np.ndarray:
+    return np.ascontiguousarray(x.swapaxes(-1, -2)) if transposed else x
 
 
 @dataclass(frozen=True, eq=False)

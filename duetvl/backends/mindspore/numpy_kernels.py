@@ -12,31 +12,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from duetvl.backends.mindspore.matrix_product import product, products
 from duetvl.core.spans import EqualSpans, Spans
 
 Array = np.ndarray
 
 BLOCK_SCORES = 1 << 21  # numbers in a block of attention scores (8 MB): what two cores' caches take
 ADAM_BLOCK = 1 << 15  # numbers of each array in an update's block: 128 KB, so that four of them stay in the cache
-FEW_ROWS = 32  # of a product whose order matters
-CACHED_WEIGHT = 1 << 22  # numbers of a weight (16 MB)
 CAUSAL_ROWS = 128  # query rows in a causal block: beyond the diagonal nothing is computed
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """x W^T of x (N, I) and weight (O, I).
-
-    Of few rows and a weight that a cache can hold, (W x^T)^T takes 0.4 to 0.7 of the time; of more it is no faster.
-    """
-    if 1 < len(x) <= FEW_ROWS and weight.size <= CACHED_WEIGHT:
-        return np.ascontiguousarray(np.matmul(weight, x.T).T)
-    return np.matmul(x, weight.T)
+    """x W^T of x (N, I) and weight (O, I)."""
+    return product(x, weight.T)
 
 
 def linear_grad(d: Array, x: Array, weight: Array, needs: tuple[bool, ...]) -> tuple[Array | None, ...]:
     """Gradients of x W^T + b to x (N, I), weight (O, I) and, where `needs` has a third entry, bias (O,)."""
-    dx = np.matmul(d, weight) if needs[0] else None
-    dweight = np.matmul(d.T, x) if needs[1] else None
+    dx = product(d, weight) if needs[0] else None
+    dweight = product(d.T, x) if needs[1] else None
     dbias = tuple(d.sum(0) if needed else None for needed in needs[2:])
     return (dx, dweight, *dbias)
 
@@ -149,13 +143,14 @@ def attention(q: Array, k: Array, v: Array, spans: Spans) -> tuple[Array, Array]
         ks, vs = (_keys(x, run) for x in (k, v))
         lses = _lse_by_head(lse, run, groups)
         for a, b, end in query_rows(run, q.shape[1], spans.causal):
-            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, spans.causal)
+            p = _scores(_stacked(qs[..., a:b, :]) * scale, ks[..., :end, :], b - a, spans.causal)
             top = p.max(-1, keepdims=True)
             p -= top
             np.exp(p, out=p)
             total = p.sum(-1, keepdims=True)
-            outs[..., a:b, :] = np.matmul(p, vs[..., :end, :]) / total
-            lses[..., a:b] = (top + np.log(total))[..., 0]
+            block = outs[..., a:b, :]
+            block[:] = (products(p, vs[..., :end, :]) / total).reshape(block.shape)
+            lses[..., a:b] = (top + np.log(total)).reshape(lses[..., a:b].shape)
     return out, lse
 
 
@@ -185,16 +180,17 @@ def attention_grad(
         ks, vs, dks, dvs = (_keys(x, run) for x in (k, v, dk, dv))
         lses, deltas = (_lse_by_head(x, run, groups)[..., None] for x in (lse, delta))
         for a, b, end in query_rows(run, q.shape[1], spans.causal):
-            p = _scores(qs[..., a:b, :], ks[..., :end, :], scale, spans.causal)
-            p -= lses[..., a:b, :]
+            scaled, d = _stacked(qs[..., a:b, :]) * scale, _stacked(douts[..., a:b, :])
+            p = _scores(scaled, ks[..., :end, :], b - a, spans.causal)
+            p -= _stacked(lses[..., a:b, :])
             np.exp(p, out=p)
-            dvs[..., :end, :] += _sum_over_heads(p, douts[..., a:b, :])
-            ds = np.matmul(douts[..., a:b, :], vs[..., :end, :].swapaxes(-1, -2))
-            ds -= deltas[..., a:b, :]
+            dvs[..., :end, :] += products(p.swapaxes(-1, -2), d)
+            ds = products(d, vs[..., :end, :].swapaxes(-1, -2))
+            ds -= _stacked(deltas[..., a:b, :])
             ds *= p
-            ds *= scale
-            dqs[..., a:b, :] = np.matmul(ds, ks[..., :end, :])
-            dks[..., :end, :] += _sum_over_heads(ds, qs[..., a:b, :])
+            block = dqs[..., a:b, :]
+            np.multiply(products(ds, ks[..., :end, :]).reshape(block.shape), scale, out=block)
+            dks[..., :end, :] += products(ds.swapaxes(-1, -2), scaled)
     return dq, dk, dv
 
 
@@ -216,22 +212,22 @@ def query_rows(run: EqualSpans, heads: int, causal: bool) -> Iterator[tuple[int,
         yield a, b, (b + run.shift if causal else run.keys)
 
 
-def _scores(q: Array, k: Array, scale: np.float32, causal: bool) -> Array:
-    """(B, G, R, rows, keys): scaled products, minus infinity where a causal row may not look.
+def _scores(q: Array, k: Array, rows: int, causal: bool) -> Array:
+    """(B, G, R * rows, keys): products of scaled queries and keys, minus infinity where a causal row may not look.
 
     Of the keys the last row sees all, so that only the last `rows` columns can be hidden.
     """
-    s = np.matmul(q * scale, k.swapaxes(-1, -2))
+    s = products(q, k.swapaxes(-1, -2))
     if causal:
-        rows = q.shape[-2]
         hidden = np.arange(rows)[None, :] > np.arange(rows)[:, None]
-        s[..., -rows:][..., hidden] = -np.inf
+        by_head = s.reshape(*s.shape[:2], -1, rows, s.shape[-1])
+        np.copyto(by_head[..., -rows:], -np.inf, where=hidden)
     return s
 
 
-def _sum_over_heads(p: Array, x: Array) -> Array:
-    """(B, G, 1, keys, K): the sum over a group's heads of p (B, G, R, rows, keys) transposed times x."""
-    return np.matmul(p.swapaxes(-1, -2), x).sum(2, keepdims=True)
+def _stacked(x: Array) -> Array:
+    """(B, G, R, rows, n) -> (B, G, R * rows, n), a copy: the heads of a group are rows of one product."""
+    return np.ascontiguousarray(x).reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _queries(x: Array, run: EqualSpans, groups: int) -> Array:
@@ -240,8 +236,8 @@ def _queries(x: Array, run: EqualSpans, groups: int) -> Array:
 
 
 def _keys(x: Array, run: EqualSpans) -> Array:
-    """The key rows of a run as a view (count, G, 1, keys, K)."""
-    return _by_head(x[run.key_start : run.key_stop], run.count, x.shape[1])
+    """The key rows of a run as a view (count, G, keys, K)."""
+    return _by_head(x[run.key_start : run.key_stop], run.count, x.shape[1])[:, :, 0]
 
 
 def _by_head(rows: Array, count: int, groups: int) -> Array:
