@@ -31,7 +31,7 @@ def recipe(tmp_path):
     write_records(tmp_path / "train.jsonl", 30)
     write_records(tmp_path / "val.jsonl", 9, seed=1)
     return {
-        "model": {"path": "-"},
+        "model": {"path": "-", "dtype": "float32"},
         "data": {"train": str(tmp_path / "train.jsonl"), "pack_tokens": 32},
         "train": {"steps": 20, "global_batch": 8, "output_dir": str(tmp_path / "run")},
         "optim": {"lr": 0.05, "warmup": 0.1, "weight_decay": 0.01},
@@ -255,7 +255,7 @@ def test_another_recipe_is_refused_with_the_keys(torch_be, recipe, tmp_path):
 
 def test_a_section_that_is_absent_now_makes_another_recipe(torch_be, recipe):
     run(torch_be, recipe, "train.steps=5", "lora.rank=4")
-    with pytest.raises(ConfigError, match=r"with another recipe: lora\.rank 4 -> None, .*lora\.alpha"):
+    with pytest.raises(ConfigError, match=r"with another recipe: .*lora\.rank 4 -> None, .*lora\.alpha"):
         run(torch_be, recipe, "train.steps=6")
 
 
