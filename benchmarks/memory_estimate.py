@@ -66,7 +66,7 @@ def recipe_of(name: str, model: str) -> tuple[Any, int]:
     """A recipe, and how many micro-batches a step has."""
     from duetvl.training.recipe.reading import make_recipe
 
-    sections: dict = {"model": {"path": model, "freeze": []}, "data": {"train": "-"}}
+    sections: dict = {"model": {"path": model, "freeze": [], "dtype": "float32"}, "data": {"train": "-"}}
     for key, value in RECIPES[name].items():
         section, dot, field = key.partition(".")
         if dot:

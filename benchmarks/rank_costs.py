@@ -51,7 +51,11 @@ def recipe_of(name: str, model: str) -> Any:
 
     sections = LAYOUTS[name]
     return make_recipe(
-        {**sections, "model": {"path": model, "freeze": [], **sections.get("model", {})}, "data": {"train": "-"}}
+        {
+            **sections,
+            "model": {"path": model, "freeze": [], "dtype": "float32", **sections.get("model", {})},
+            "data": {"train": "-"},
+        }
     )
 
 

@@ -41,9 +41,9 @@ def train(
     `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
     checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step ("DIR@best":
     from its best), and `restart` sets aside what the directory holds and starts at the beginning.
-    `prepare` builds what is trained; by default supervised fine-tuning of the recipe's model. Where it asks other ranks
-    otherwise than by `Ranks`, no rank may fail alone before that. `callbacks` are called as the run goes along. However
-    it ends, no file is left half-written.
+    `prepare` builds what is trained, from a recipe whose `model.dtype` is not auto any more; by default supervised
+    fine-tuning of the recipe's model. Where it asks other ranks otherwise than by `Ranks`, no rank may fail alone
+    before that. `callbacks` are called as the run goes along. However it ends, no file is left half-written.
     """
     given = read_recipe(recipe, overrides)
     if restart and resume is not None:
@@ -55,8 +55,7 @@ def train(
     with ending_alone(ranks, run_dir), leaving_together(ranks):
         check_program(ranks, given, backend)
         given = ranks.together(lambda: for_world(given, ranks.count))
-        if prepare is None:
-            given = ranks.together(lambda: on_device(given, backend.device))
+        given = ranks.together(lambda: on_device(given, backend.device))
         ranks.first(lambda: check_trackers(given.log))
         with ExitStack() as held:  # before looking for checkpoints: while this loads, another may train and end
             notes = ranks.first(lambda: held.enter_context(locked(run_dir)))

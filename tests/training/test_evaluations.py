@@ -21,7 +21,7 @@ def recipe(tmp_path):
     write_records(tmp_path / "train.jsonl", 30)
     write_records(tmp_path / "val.jsonl", 9, seed=1)
     return {
-        "model": {"path": "-"},
+        "model": {"path": "-", "dtype": "float32"},
         "data": {"train": str(tmp_path / "train.jsonl"), "val": str(tmp_path / "val.jsonl"), "pack_tokens": 32},
         "train": {"steps": 12, "global_batch": 8, "output_dir": str(tmp_path / "run"), "eval_every": 2},
         "optim": {"lr": 0.05},

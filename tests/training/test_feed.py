@@ -152,7 +152,7 @@ class Interrupted(BaseException):
 
 def run(tmp_path, name, *overrides, stop_at=None):
     values = {
-        "model": {"path": "-"},
+        "model": {"path": "-", "dtype": "float32"},
         "data": {"train": [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl"), "weight": 1.5}]},
         "train": {"steps": 12, "global_batch": 4, "output_dir": str(tmp_path / name)},
         "optim": {"lr": 0.05, "schedule": "constant"},

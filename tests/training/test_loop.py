@@ -31,7 +31,7 @@ def recipe(tmp_path):
     write_records(tmp_path / "train.jsonl", 30)
     write_records(tmp_path / "val.jsonl", 9, seed=1)
     return {
-        "model": {"path": "-"},
+        "model": {"path": "-", "dtype": "float32"},
         "data": {"train": str(tmp_path / "train.jsonl"), "pack_tokens": 32},
         "train": {"steps": 20, "global_batch": 8, "output_dir": str(tmp_path / "run")},
         "optim": {"lr": 0.05, "warmup": 0.1, "weight_decay": 0.01},

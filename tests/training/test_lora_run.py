@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,10 @@ def test_a_merged_export_is_bit_for_bit_the_model_in_memory_merged(be, recipe, s
     """Written from files alone: the base's float32 weights are rounded to the run's dtype before they are merged."""
     options = [f"train.output_dir={tmp_path}/run", "checkpoint.export=merged", f"model.dtype={dtype}"]
     values = json.loads(recipe.read_text())
+    base = shutil.copytree(values["model"]["path"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}))  # which exports follow
+    values["model"]["path"] = str(base)
     values["lora"] = {"adapter": str(straight / "export")}
     train(values, [*options, "train.steps=1"], backend=be)
     export_run(str(tmp_path / "run"), tmp_path / "adapter")

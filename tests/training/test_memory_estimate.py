@@ -21,6 +21,7 @@ from duetvl.parallel.inventory import own_entries
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.training.checkpoints.checkpoint import take_snapshot
 from duetvl.training.checkpoints.space import Space
+from duetvl.training.dtype import with_dtype
 from duetvl.training.lora import kept, plan_adapters
 from duetvl.training.memory import (
     GIVES_BACK,
@@ -43,7 +44,8 @@ SAMPLE = oracle.sample(400, oracle.Image((1, 32, 24)), 100, seed=6)
 
 
 def recipe_of(**sections):
-    return make_recipe({"model": {"path": "m", "freeze": []}, "data": {"train": "d"}} | sections)
+    recipe = make_recipe({"model": {"path": "m", "freeze": []}, "data": {"train": "d"}} | sections)
+    return with_dtype(recipe, on_cpu=True)
 
 
 def load_of(batch) -> Load:

@@ -197,7 +197,10 @@ def test_an_error_in_a_data_set_names_its_field(override, expected):
     ("overrides", "expected"),
     [
         (("train.steps=5", "train.epochs=2"), "train.steps 5 and train.epochs 2 both set the length"),
-        (("optim.loss_scale=1024",), "optim.loss_scale applies to model.dtype float16 only, not to float32"),
+        (
+            ("optim.loss_scale=1024", "model.dtype=float32"),
+            "optim.loss_scale applies to model.dtype float16 only, not to float32",
+        ),
         (("model.freeze=[vision,projector,language]",), "nothing would be trained"),
         (("optim.schedule=constant", "optim.min_lr_ratio=0.1"), "does not apply to optim.schedule constant"),
         (("optim.decay=0.2",), "optim.decay applies to optim.schedule wsd only, not to cosine"),

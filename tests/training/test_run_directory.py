@@ -47,7 +47,7 @@ def be():
 def recipe(tmp_path):
     write_records(tmp_path / "train.jsonl", 30)
     return {
-        "model": {"path": "-"},
+        "model": {"path": "-", "dtype": "float32"},
         "data": {"train": str(tmp_path / "train.jsonl"), "pack_tokens": 32},
         "train": {"steps": 6, "global_batch": 8, "output_dir": str(tmp_path / "run")},
         "optim": {"lr": 0.05},
