@@ -130,7 +130,8 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.schedule is not None:
         _check_picture(args.schedule, "--schedule")
-    for line in check(args.recipe, _overrides(args), decode=args.decode, schedule=args.schedule):
+    options = {"decode": args.decode, "schedule": args.schedule, "device_type": args.device_type}
+    for line in check(args.recipe, _overrides(args), **options):
         _say(line)
     return 0
 

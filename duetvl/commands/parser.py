@@ -68,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--decode", action="store_true", help="make all pixels as well: finds truncated pictures, takes much longer"
     )
+    check.add_argument(
+        "--device-type", metavar="NAME", help="the kind of device that seconds a step are for: 910B3, H100, ..."
+    )
     check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline there")
 
     _add_plan(commands.add_parser("plan", help="which layout to take on so many devices", epilog=_OVERRIDES))

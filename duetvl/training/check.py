@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,14 +14,19 @@ from typing import Any
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.cost_model import devices
+from duetvl.cost_model.devices import DeviceType, device_names
 from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
+from duetvl.models.lora import Adapters
 from duetvl.models.model_directory import ModelDirectory
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.training.checkpoints.run_directory import Start, find_start
 from duetvl.training.checkpoints.space import Space, in_words
 from duetvl.training.drawn_schedule import check_drawable, draw, schedule_lines
+from duetvl.training.expected import SampleSize, describe_step, expected_step, sizes_of
 from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.layout import layout_lines
@@ -41,16 +46,20 @@ def check(
     *,
     decode: bool = False,
     schedule: Path | None = None,
+    device_type: str | None = None,
 ) -> Iterator[str]:
     """What the recipe will do, line by line. Raises whatever training would meet on as many processes as it asks for.
 
     All records are read, tokenised and measured by the headers of their media; with `decode` their pixels are made as
     well, which finds truncated pictures and takes as long as training's data side does. The
-    schedule of a pipeline is drawn into the PNG file `schedule`.
+    schedule of a pipeline is drawn into the PNG file `schedule`. `device_type` is the kind of device, of the table in
+    docs/planning.md, that the expected seconds of a step are for; None: this machine's processor, where the recipe is
+    trained on it.
     """
     given = read_recipe(recipe, overrides)
     if schedule is not None:
         check_drawable(given)
+    kind = None if device_type is None else devices.device_type(device_type)
     yield f"backend: {choose_backend(given.backend.name, given.backend.device)}, device {given.backend.device}"
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
@@ -71,8 +80,8 @@ def check(
     if val is not None:
         yield from _walked("data.val", val, sets.val_count, maker, way)
     steps = total_steps(given, sets.per_epoch)
-    drafts = maker.drafts(list(islice(sets.train_refs(), FIRST)))
-    yield from _room_lines(given, source, start, steps, drafts, schedule)
+    drafts = list(maker.drafts(list(islice(sets.train_refs(), FIRST))))
+    yield from _room_lines(given, source, start, steps, drafts, schedule, kind)
 
 
 def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
@@ -100,7 +109,13 @@ def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
 
 
 def _room_lines(
-    recipe: Recipe, source: ModelDirectory, start: Start, steps: int, outcomes: Iterable[Any], picture: Path | None
+    recipe: Recipe,
+    source: ModelDirectory,
+    start: Start,
+    steps: int,
+    outcomes: Sequence[Any],
+    picture: Path | None,
+    kind: DeviceType | None,
 ) -> Iterator[str]:
     """The estimates from the sizes of the first samples: memory, layout and schedule, and the disk.
 
@@ -118,6 +133,8 @@ def _room_lines(
             if warning := memory.warning(host_memory(), "cpu"):
                 yield warning
     yield from layout_lines(recipe, config, adapters, load)
+    if load is not None:
+        yield _expected_line(recipe, config, adapters, sizes_of(outcomes), kind)
     if load is not None and recipe.parallel.pp > 1:
         yield from _schedule_lines(recipe, load[1], picture)
     space = Space.with_export(*disk_of(config, recipe, adapters), recipe)
@@ -125,6 +142,17 @@ def _room_lines(
     left = steps - (start.checkpoint.step if start.checkpoint else 0)
     if left > 0 and (warning := space.warning(start.run_dir, recipe.checkpoint, left)):
         yield warning
+
+
+def _expected_line(
+    recipe: Recipe, config: ModelConfig, adapters: Adapters | None, sizes: Sequence[SampleSize], kind: DeviceType | None
+) -> str:
+    """How long a step is expected to take (docs/planning.md)."""
+    if kind is None and not _on_cpu(recipe):
+        return f"expected: name the kind of device for seconds a step: --device-type {', '.join(device_names())}"
+    step = expected_step(recipe, config, adapters, sizes, kind)
+    where = f"on {kind.name}" if kind else "on this machine's processor, measured at a product"
+    return f"expected {where}: {describe_step(step)}"
 
 
 def _schedule_lines(recipe: Recipe, micro_batches: int, picture: Path | None) -> Iterator[str]:
