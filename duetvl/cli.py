@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.schedule is not None:
         _check_picture(args.schedule, "--schedule")
-    wanted = {name: getattr(args, name) for name in ("decode", "sample", "output", "schedule")}
+    wanted = {name: getattr(args, name) for name in ("decode", "sample", "output", "schedule", "device_type")}
     for line in check(args.recipe, _overrides(args), **wanted):
         _say(line)
     return 0

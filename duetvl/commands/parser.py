@@ -78,6 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--decode", action="store_true", help="also decode all pixels: finds truncated pictures, takes much longer"
     )
+    check.add_argument(
+        "--device-type", metavar="NAME", help="estimate the seconds of a step for this device: 910B3, H100, ..."
+    )
     check.add_argument("--sample", type=int, metavar="N", help="check N records of each data set, drawn by data.seed")
     check.add_argument(
         "-o",

@@ -26,9 +26,10 @@ _PARTS: Final = {  # of a step's seconds
 def heading(wish: Wish) -> Iterator[str]:
     """What the plan is for, and what it rests on."""
     base, (size, *_) = wish.base, wish.sizes
-    trained = "adapters" if base.lora else "all weights"
-    if base.model.freeze:
-        trained = f"{trained} but {', '.join(base.model.freeze)}"
+    if base.lora is not None:
+        trained = f"adapters of {', '.join(base.lora.targets)}"
+    else:
+        trained = "all weights" + f" but {', '.join(base.model.freeze)}" * bool(base.model.freeze)
     kind = "pairs" if base.dpo else "samples"
     yield f"plan: {base.model.path}, {trained}, {base.model.dtype}, on {wish.devices} x {wish.device.name}"
     count = len(size.grids)

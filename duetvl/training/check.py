@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,17 +14,22 @@ from typing import Any
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import choose_backend
 from duetvl.core.errors import ConfigError, DataError
+from duetvl.cost_model import devices
+from duetvl.cost_model.devices import DeviceType, device_names
 from duetvl.data.loading.loader import FEW_MEDIA
 from duetvl.data.loading.order import choice
 from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.sources.records import Ref
 from duetvl.models.hub import is_id
+from duetvl.models.lora import Adapters
 from duetvl.models.model_directory import ModelDirectory
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.parameters import PARTS, parameter_shapes
 from duetvl.training.checkpoints.run_directory import Start, check_resumable, find_start
 from duetvl.training.checkpoints.space import Space, in_words
 from duetvl.training.drawn_schedule import check_drawable, draw, schedule_lines
 from duetvl.training.dtype import with_dtype
+from duetvl.training.expected import SampleSize, describe_step, expected_step, sizes_of
 from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.groups import check_patterns
 from duetvl.training.layout import layout_lines
@@ -46,6 +51,7 @@ def check(
     sample: int | None = None,
     output: Path | None = None,
     schedule: Path | None = None,
+    device_type: str | None = None,
 ) -> Iterator[str]:
     """What the recipe will do, line by line. Raises whatever training would meet on as many processes as it asks for.
 
@@ -56,6 +62,9 @@ def check(
 
     Nothing is written, but for what is asked for: into the directory `output`, pictures of the lengths and a list of
     all records that are left out; the schedule of a pipeline into the PNG file `schedule`.
+
+    `device_type` is the device, of the table in docs/planning.md, that the seconds of a step are estimated for; None:
+    this machine's processor, if the recipe is trained on it.
     """
     given = read_recipe(recipe, overrides)
     given = with_dtype(given, on_cpu=_on_cpu(given))
@@ -63,6 +72,7 @@ def check(
         check_drawable(given)
     if sample is not None and sample < 1:
         raise ConfigError(f"a sample of {sample} records is asked for; there must be at least one")
+    kind = None if device_type is None else devices.device_type(device_type)
     yield f"backend: {choose_backend(given.backend.name, given.backend.device)}, device {given.backend.device}"
     sets = DataSets(given.data)
     yield _steps_line(given, sets.per_epoch)
@@ -84,8 +94,8 @@ def check(
     if val is not None:
         yield from _walked("data.val", val, sets.val_count, maker, way)
     steps = total_steps(given, sets.per_epoch)
-    drafts = maker.drafts(list(islice(sets.train_refs(), FIRST)))
-    yield from _room_lines(given, source, start, steps, drafts, schedule)
+    drafts = list(maker.drafts(list(islice(sets.train_refs(), FIRST))))
+    yield from _room_lines(given, source, start, steps, drafts, schedule, kind)
 
 
 def _steps_line(recipe: Recipe, per_epoch: Fraction | None) -> str:
@@ -116,7 +126,13 @@ def _model_lines(recipe: Recipe, source: ModelDirectory) -> Iterator[str]:
 
 
 def _room_lines(
-    recipe: Recipe, source: ModelDirectory, start: Start, steps: int, outcomes: Iterable[Any], picture: Path | None
+    recipe: Recipe,
+    source: ModelDirectory,
+    start: Start,
+    steps: int,
+    outcomes: Sequence[Any],
+    picture: Path | None,
+    kind: DeviceType | None,
 ) -> Iterator[str]:
     """The estimates from the sizes of the first samples: memory, layout and schedule, and the disk.
 
@@ -134,6 +150,8 @@ def _room_lines(
             if warning := memory.warning(host_memory(), "cpu"):
                 yield warning
     yield from layout_lines(recipe, config, adapters, load)
+    if load is not None:
+        yield _expected_line(recipe, config, adapters, sizes_of(outcomes), kind)
     if load is not None and recipe.parallel.pp > 1:
         yield from _schedule_lines(recipe, load[1], picture)
     space = Space.with_export(*disk_of(config, recipe, adapters), recipe)
@@ -141,6 +159,17 @@ def _room_lines(
     left = steps - (start.checkpoint.step if start.checkpoint else 0)
     if left > 0 and (warning := space.warning(start.run_dir, recipe.checkpoint, left)):
         yield warning
+
+
+def _expected_line(
+    recipe: Recipe, config: ModelConfig, adapters: Adapters | None, sizes: Sequence[SampleSize], kind: DeviceType | None
+) -> str:
+    """How long a step is expected to take (docs/planning.md)."""
+    if kind is None and not _on_cpu(recipe):
+        return f"expected: name the kind of device for seconds a step: --device-type {', '.join(device_names())}"
+    step = expected_step(recipe, config, adapters, sizes, kind)
+    where = f"on {kind.name}" if kind else "on this machine's processor, measured at a product"
+    return f"expected {where}: {describe_step(step)}"
 
 
 def _schedule_lines(recipe: Recipe, micro_batches: int, picture: Path | None) -> Iterator[str]:

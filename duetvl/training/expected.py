@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from duetvl.cost_model.devices import DeviceType
-from duetvl.cost_model.step_time import CostModel, Optimizing, Work
+from duetvl.cost_model.measured import this_cpu
+from duetvl.cost_model.step_time import CostModel, Optimizing, StepTime, Work
 from duetvl.data.draft import Draft
 from duetvl.models.lora import Adapters
 from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.flops import Amounts
 from duetvl.models.qwen_vl.memory import Trained
-from duetvl.training.memory import largest_load
+from duetvl.training.memory import division_of, largest_load
 from duetvl.training.recipe.sections import Recipe
+
+_ROWS: Final = 1024  # of the product that is measured, at most
+_COLUMNS: Final = 2048  # and columns, of both factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,3 +86,43 @@ def cost_model(
     optim = recipe.optim
     optimizing = Optimizing(recipe.train.recompute, recipe.model.dtype, optim.state_dtype, optim.offload)
     return CostModel(config, trained, work_of(recipe, config, sizes), optimizing, device)
+
+
+def expected_step(
+    recipe: Recipe,
+    config: ModelConfig,
+    adapters: Adapters | None,
+    sizes: Sequence[SampleSize],
+    device: DeviceType | None = None,
+) -> StepTime:
+    """What a step of a recipe is expected to take on average, by the sizes of some samples.
+
+    device: None for this machine's processor, which is measured. Raises ConfigError as `cost_model` does.
+    """
+    device = device or here(recipe, config, sizes)
+    return cost_model(recipe, config, adapters, sizes, device).step(division_of(recipe, config))
+
+
+def here(recipe: Recipe, config: ModelConfig, sizes: Sequence[SampleSize]) -> DeviceType:
+    """This machine's processor, measured at the product of a micro-batch with a part of an MLP as a rank has it."""
+    mesh, work = recipe.parallel.mesh, work_of(recipe, config, sizes)
+    rows = max(1, min(_ROWS, round(work.amounts.tokens / mesh.cp)))
+    columns = max(1, min(_COLUMNS, config.text.intermediate_size // mesh.tp))
+    return this_cpu((rows, min(_COLUMNS, config.text.hidden_size), columns), mesh.size)
+
+
+def describe_step(step: StepTime) -> str:
+    """`about 12.0 s a step: computing 9.4, waiting for other stages 1.0, sums of tp 1.5`"""
+    parts = {
+        "computing": step.compute,
+        "computing again": step.again,
+        "waiting for other stages": step.waiting,
+        "sums of tp": step.sums,
+        "exchanges of cp": step.pieces,
+        "gathering weights": step.blocks,
+        "gradients and new weights": step.gradients,
+        "the optimizer": step.update,
+        "the reference": step.reference,
+    }
+    shown = [f"{name} {seconds:.3g} s" for name, seconds in parts.items() if seconds > 0.005 * step.seconds]
+    return f"about {step.seconds:.3g} s a step: {', '.join(shown)}"

@@ -29,7 +29,7 @@ class Job:
     micro-batch asks for of each rank that runs a share of it, forward and backward, for the utilisation shown; none is
     shown without it. `before` is called once with the data, while the model has its starting weights also where a run
     is resumed. `compared_with` gives what the objective needs of a reference, if any. `memory` estimates what a
-    step takes, from some drafts. `division` says which part of the model this rank has.
+    step takes, from some drafts, and `seconds` how long it is. `division` says which part of the model this rank has.
     """
 
     model: TrainableModel
@@ -44,6 +44,7 @@ class Job:
     before: Callable[[Feed], None] | None = None
     compared_with: Reference | None = None
     memory: Callable[[Iterable[Any]], Memory | None] | None = None
+    seconds: Callable[[Iterable[Any]], float | None] | None = None
     division: Division = field(default_factory=Division)
 
     def checkpointed(self) -> Sequence[Parameter]:

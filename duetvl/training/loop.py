@@ -43,6 +43,7 @@ from duetvl.training.step import Outlook, StepGivenUp, Trainer
 from duetvl.training.telling import Telling
 from duetvl.training.watching.callbacks import Callback, Callbacks, told
 from duetvl.training.watching.costs import Meter
+from duetvl.training.watching.forecast import Forecast
 from duetvl.training.watching.trace import Trace
 from duetvl.training.watching.watch import watched
 
@@ -91,6 +92,7 @@ class Run:
         peers = self._peers()
         self.feed = self.ranks.together(lambda: self._fed(sets, start.checkpoint, peers))
         self.state = RunState(recipe, job, self.trainer, self.feed, backend)
+        self.forecast = Forecast(job.seconds, self.feed.first_drafts)
         if job.before is not None:
             job.before(self.feed)
         self.notes = start.notes
@@ -266,6 +268,8 @@ class Run:
         self.trace.after(self.step)
         costs = self.meter.row(work, seconds, ahead.waited, result.peak_memory if result else 0)
         self.telling.step(work, result, lr, costs)
+        if self.ranks.writes and (line := self.forecast.after(self.step, costs)):
+            self.say(line)
 
     def _finish(self) -> None:
         """The last evaluation, checkpoint and plot; after a signal the checkpoint alone."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 from duetvl.convert.opening import open_merged
 from duetvl.core.backend import Backend
+from duetvl.core.device import Device
 from duetvl.core.errors import ConfigError
 from duetvl.core.ranks import Ranks
+from duetvl.cost_model.devices import device_of
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
+from duetvl.models.lora import Adapters
 from duetvl.models.model_directory import ModelDirectory
+from duetvl.models.qwen_vl.config import ModelConfig
 from duetvl.models.qwen_vl.flops import inference_flops, training_flops
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.models.qwen_vl.model import QwenVL
@@ -20,6 +26,7 @@ from duetvl.parallel.pipeline import placed
 from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.dtype import on_device
+from duetvl.training.expected import expected_step, sizes_of
 from duetvl.training.job import Job
 from duetvl.training.lora import AdapterPlan, adapt, base_of, kept, plan_adapters
 from duetvl.training.media_bounds import media_settings
@@ -41,6 +48,7 @@ def prepare(asked: Recipe, backend: Backend) -> Job:
     adapt(model, recipe, plan)
     model.recompute = recipe.train.recompute
     reference = None if recipe.dpo is None else make_reference(recipe, model, backend, division)
+    adapters = plan.adapters if plan else None
     return Job(
         model,
         _objective(recipe, backend),
@@ -53,7 +61,8 @@ def prepare(asked: Recipe, backend: Backend) -> Job:
         flops=_flops(recipe, model, inventory(model.parameters.values(), backend, division), division),
         before=reference.prepare if isinstance(reference, CachedReference) else None,
         compared_with=reference,
-        memory=partial(memory_of, recipe, model.config, plan.adapters if plan else None),
+        memory=partial(memory_of, recipe, model.config, adapters),
+        seconds=partial(_seconds, recipe, model.config, adapters, backend.device),
         division=division,
     )
 
@@ -79,6 +88,16 @@ def _objective(recipe: Recipe, backend: Backend) -> Objective:
     if recipe.dpo is None:
         return TokenLoss(backend.ops, recipe.train.loss)
     return PreferenceObjective(recipe.dpo, backend)
+
+
+def _seconds(
+    recipe: Recipe, config: ModelConfig, adapters: Adapters | None, device: Device, drafts: Iterable[Any]
+) -> float | None:
+    """How long a step is expected to take on this device; None for a kind that is not in the table."""
+    kind, sizes = device_of(device.product), sizes_of(drafts)
+    if not sizes or (kind is None and device.name != "cpu") or (kind and recipe.model.dtype not in kind.peaks):
+        return None
+    return expected_step(recipe, config, adapters, sizes, kind).seconds
 
 
 def _flops(recipe: Recipe, model: QwenVL, everything: Inventory, division: Division) -> Flops:

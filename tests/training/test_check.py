@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,19 @@ def test_a_sample_of_the_records(home, tmp_path):
     assert list(check(home / "tiny.json", usual, sample=12)) == list(check(home / "tiny.json", usual))
     with pytest.raises(ConfigError, match="a sample of 0 records"):
         list(check(home / "tiny.json", usual, sample=0))
+
+
+def test_seconds_that_a_step_is_expected_to_take(home, tmp_path):
+    overrides = [f"train.output_dir={tmp_path}/run", "backend.device=cpu", "parallel.pp=2", "model.dtype=bfloat16"]
+    seconds = {}
+    for kind in (None, "910B3", "H100"):
+        line = next(x for x in check(home / "tiny.json", overrides, device_type=kind) if x.startswith("expected"))
+        where = f"on {kind}" if kind else "on this machine's processor, measured at a product"
+        assert line.startswith(f"expected {where}: about ") and "waiting for other stages" in line
+        seconds[kind] = float(re.search(r"about (\S+) s a step", line)[1])
+    assert seconds["H100"] < seconds["910B3"] < seconds[None]
+    with pytest.raises(ConfigError, match="'H999' is not in the table"):
+        list(check(home / "tiny.json", overrides, device_type="H999"))
 
 
 def test_what_a_rule_leaves_out_is_told_and_is_no_error(home, tmp_path):

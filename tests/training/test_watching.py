@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -140,6 +141,19 @@ def test_utilisation_is_shown_where_the_peak_is_known_or_stated(be, recipe):
     stated = read_metrics(duetvl.train(recipe, options, backend=be).run_dir)
     assert stated[-1]["mfu"] > 0
     assert stated[-1]["total_tokens"] == sum(r["tokens"] for r in stated)  # goes on where the checkpoint was
+
+
+def test_what_a_step_was_expected_to_take_is_said_once(torch_be, recipe, capsys):
+    options = ["train.steps=14", "checkpoint.every=null", "data.val=null", "train.eval_every=null", "eval.tasks={}"]
+    rows = read_metrics(duetvl.train(recipe, options, backend=torch_be).run_dir)
+    said = re.findall(r"^a step was expected .*$", capsys.readouterr().out, re.MULTILINE)
+    seen = r"\(median of steps 3 to 10, data apart\)"
+    numbers = re.fullmatch(
+        rf"a step was expected to take (\S+) s and takes (\S+) s, (\S+) times as long {seen}", said[0]
+    )
+    took = np.median([row["step_s"] * (1 - row["data_wait"]) for row in rows[2:10]])
+    assert len(said) == 1 and float(numbers[2]) == pytest.approx(took, rel=0.01)
+    assert float(numbers[3]) == pytest.approx(float(numbers[2]) / float(numbers[1]), rel=0.02)
 
 
 @pytest.mark.parametrize(
