@@ -317,7 +317,7 @@ HELLO = conversation("hello")
         (conversation("<image>what?", ["tiny.json"]), "data.jsonl:2: tiny.json: is not an image"),
         (conversation("<image>what?", ["half.png"]), "data.jsonl:2: half.png: "),
         (conversation("<image>what?", ["model"]), "data.jsonl:2: model: "),
-        ({"images": []}, "data.jsonl:2: the record is of no known layout"),
+        ({"images": []}, "data.jsonl:2: the record has no known layout"),
         ({**HELLO, "messages": HELLO["messages"][::-1]}, "data.jsonl:2: "),
     ],
 )
@@ -364,7 +364,7 @@ def test_a_bad_picture_in_a_later_step(place, capsys):
     argv = ["train", "tiny.json", "data.shuffle=false", "data.val=null", "train.steps=4", "train.global_batch=2"]
     assert main([*argv, "checkpoint.every=1"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: data.jsonl:7: late.png: is not an image that can be read: it is text\n"
+    assert captured.err == "error: data.jsonl:7: late.png: is not an image: it is text\n"
     run = place / "runs" / "tiny"
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-0000002", "step-0000003"]
     assert not [path.name for path in run.rglob("*") if path.name.endswith((".tmp", ".saving"))]
@@ -380,5 +380,5 @@ def test_the_real_command(place):
     argv = [sys.executable, "-m", "duetvl", "train", "tiny.json", "data.shuffle=false"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: data.jsonl:2: green1.png: is not an image that can be read: it is text\n"
+    assert done.stderr == "error: data.jsonl:2: green1.png: is not an image: it is text\n"
     assert contents(place) == before

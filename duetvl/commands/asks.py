@@ -44,14 +44,16 @@ def asks_of(args: argparse.Namespace) -> Sequence[Ask]:
     """Everything that the options ask. Raises ConfigError or DataError; records themselves are read later."""
     if args.input is None:
         if args.prompt is None and not args.media:
-            raise ConfigError("nothing is asked: give --prompt TEXT, or --input FILE or DIR")
+            raise ConfigError("there is no question: give --prompt TEXT, or --input FILE or DIR")
         return [Ask("prompt", lambda: _conversation(args, args.media or []))]
     if args.media:
-        raise ConfigError("--image and --video belong to --prompt alone; records and directories have their own")
+        raise ConfigError(
+            "--image and --video do not go with --input, whose records and directories have their own media"
+        )
     if args.prompt is not None:
         return _pictures(args)
     if args.system is not None:
-        raise ConfigError("--system: records say themselves whether they have a system message")
+        raise ConfigError("--system does not apply to records, which have their own system messages")
     return _RecordAsks(Records([args.input]))
 
 
@@ -102,7 +104,7 @@ def prompt_of(record: Record) -> Conversation:
         turns = conversation.turns
         turns = turns[:-1] if turns[-1].role == "assistant" else turns
         if not turns or turns[-1].role == "system":
-            raise DataError("asks nothing: it has no turn of the user's")
+            raise DataError("has no question: no message of the user")
         return replace(conversation, turns=turns)
     except DataError as error:
         raise type(error)(f"{record.where}: {error}") from None

@@ -62,7 +62,7 @@ class Chat:
         elif word == "/help":
             self.say(HELP)
         else:
-            raise ConfigError(f"{word} is no command{did_you_mean(word, COMMANDS)}")
+            raise ConfigError(f"{word} is not a command{did_you_mean(word, COMMANDS)}")
         return True
 
     def _show(self, word: str, path: str) -> None:
@@ -117,7 +117,7 @@ def words_of(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"{text.strip()}: {error}; write \\' or \\\" for a quote that is meant as such") from None
+        raise ConfigError(f"{text.strip()}: {error}; write \\' or \\\" for a literal quote") from None
 
 
 def changed(way: Way, words: list[str]) -> Way:
@@ -127,7 +127,7 @@ def changed(way: Way, words: list[str]) -> Way:
     for word in words:
         name, equals, value = word.partition("=")
         if name not in known or not equals:
-            raise ConfigError(f"/params: {word!r} is no NAME=VALUE{did_you_mean(name, known)}")
+            raise ConfigError(f"/params: {word!r} is not of the form NAME=VALUE{did_you_mean(name, known)}")
         try:
             values[name] = _NUMBERS.get(name, float)(value)
         except ValueError:
@@ -135,7 +135,7 @@ def changed(way: Way, words: list[str]) -> Way:
     own = {name: values.pop(name) for name in _OF_THE_WAY if name in values}
     found = replace(way, sampling=replace(way.sampling, **values), **own)
     if not 0 <= found.min_new_tokens <= found.max_new_tokens or found.max_new_tokens < 1:
-        raise ConfigError("/params: max_new_tokens is at least 1, and min_new_tokens no more")
+        raise ConfigError("/params: expected max_new_tokens of at least 1, and min_new_tokens no larger")
     return found
 
 
@@ -148,7 +148,7 @@ def chat(args: argparse.Namespace, lines: IO[str], out: Say, say: Say) -> int:
     """Answer the lines of a stream until it ends. A line that fails is told, and the conversation goes on."""
     check_way(args)
     if args.logprobs is not None:
-        raise ConfigError("--logprobs: answers of a conversation are shown, not written; use duetvl infer -o")
+        raise ConfigError("--logprobs is not available in a chat; use duetvl infer -o")
     opened = open_for_answers(args, say)
     way = way_of(args, opened.defaults)
     guides = guides_of(args, opened, way)

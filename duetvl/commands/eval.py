@@ -108,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
         if number is not None and number < 1:
             raise ConfigError(f"--{name} {number}: expected at least 1")
     if args.server is not None and (args.nproc or 1) > 1:
-        raise ConfigError("--nproc: a server is asked --concurrency questions at once, by one process")
+        raise ConfigError("--nproc does not apply to --server; use --concurrency")
     check_way(args)
 
 
@@ -121,7 +121,9 @@ def profile_of(args: argparse.Namespace, family: str) -> Profile:
         frames = {"fps": PRESETS[args.video_preset], **frames}
     low, high = (pixels.get(name, getattr(profile.pixels, name)) for name in ("min_pixels", "max_pixels"))
     if low is not None and high is not None and not 0 < low <= high:
-        raise ConfigError(f"pictures of {low} to {high} pixels make no sense; give --min-pixels and --max-pixels")
+        raise ConfigError(
+            f"pictures of {low} to {high} pixels are not a valid range; give --min-pixels and --max-pixels"
+        )
     return replace(
         profile,
         pixels=profile.pixels._replace(**pixels),
@@ -179,7 +181,7 @@ def _server(args: argparse.Namespace) -> Answerer:
     endpoint = open_endpoint(args.server, args.model, "--server")
     older = re.search(r"qwen2[-_]vl", endpoint.model, re.IGNORECASE)
     if args.logprobs is not None or any(value is not None for value in (args.json_schema, args.regex, args.choice)):
-        raise ConfigError("--logprobs and grammars belong to a model in this process, and not to --server")
+        raise ConfigError("--logprobs and grammars do not apply to --server")
     way = way_of(args, Defaults())
     sampling = {name: value for name, value in vars(way.sampling).items() if value != getattr(Sampling(), name)}
     settings = {"server": endpoint.url, "served": endpoint.model, "sampling": sampling, "stop": way.stop}

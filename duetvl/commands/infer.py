@@ -75,7 +75,7 @@ def _answer_all(args: argparse.Namespace, opened: Opened, way: Way, guides: Guid
     missing = list(file.missing())
     distinct = len(set(file.keys))
     if len(missing) < distinct:
-        say(f"-o {args.output}: {distinct - len(missing)} of {distinct} answers are there already")
+        say(f"-o {args.output}: {distinct - len(missing)} of {distinct} answers already exist")
     if missing:
         engine = make_engine(load(args, opened, say), args)
         request = partial(way.request, guide=guides)

@@ -46,7 +46,7 @@ def run_processes(words: Sequence[str], count: int, logs: Path, look: Callable[[
                 if process.status:
                     raise ProcessFailed(
                         f"process {number} of {count} ended with status {process.status}: {_cause(files[number])} "
-                        f"(log: {files[number]}); what is answered is kept: start again to go on"
+                        f"(log: {files[number]}); the answers so far are kept; start again to resume"
                     )
 
 

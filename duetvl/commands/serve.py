@@ -86,7 +86,7 @@ def adapters_of(given: Sequence[str]) -> dict[str, Path]:
         if not equals or not name or not directory:
             raise ConfigError(f"--adapter {shown(text)}: expected NAME=DIR, the name that requests give as their model")
         if name in adapters:
-            raise ConfigError(f"--adapter {text}: the name {shown(name)} is there twice")
+            raise ConfigError(f"--adapter {text}: the name {shown(name)} is given twice")
         adapters[name] = Path(directory)
     return adapters
 

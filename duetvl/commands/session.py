@@ -111,7 +111,7 @@ def dtype_of(asked: str | None, stored: str | None, device: Device) -> str:
     if asked not in (None, "auto"):
         if not device.supports(asked):
             others = " or ".join(name for name in ("bfloat16", "float16", "float32") if device.supports(name))
-            raise ConfigError(f"--dtype {asked}: the device {device.name} does not have it; use {others}")
+            raise ConfigError(f"--dtype {asked}: the device {device.name} does not support it; use {others}")
         return asked
     halves = {"bfloat16": ("bfloat16", "float16"), "float16": ("float16",)}.get(stored or "", ())
     return next((name for name in halves if device.supports(name)), "float32")
@@ -150,7 +150,7 @@ def check_way(args: argparse.Namespace) -> None:
 def check_stop_tokens(args: argparse.Namespace, vocabulary: int) -> None:
     """Raise ConfigError for a token that the model cannot choose."""
     if beyond := [number for number in getattr(args, "stop_token", None) or () if number >= vocabulary]:
-        raise ConfigError(f"--stop-token {beyond[0]}: is none of the model's {vocabulary} tokens")
+        raise ConfigError(f"--stop-token {beyond[0]}: is not one of the model's {vocabulary} tokens")
 
 
 def way_of(args: argparse.Namespace, defaults: Defaults) -> Way:
@@ -160,14 +160,14 @@ def way_of(args: argparse.Namespace, defaults: Defaults) -> Way:
     least = args.min_new_tokens or 0
     if most < 1 or not 0 <= least <= most:
         raise ConfigError(
-            f"--max-new-tokens {most}, --min-new-tokens {least}: expected at least 1, and no more than that"
+            f"--max-new-tokens {most}, --min-new-tokens {least}: expected at least 1, and a minimum that is no larger"
         )
     if args.logprobs is not None:
         check_count("--logprobs", args.logprobs, MOST_ALTERNATIVES)
     check_stops(args.stop or [])
     ends = defaults.stop_ids | frozenset(args.stop_token or ())
     if any(number < 0 for number in ends):
-        raise ConfigError(f"--stop-token {min(ends)}: is no token id")
+        raise ConfigError(f"--stop-token {min(ends)}: is not a token id")
     return Way(
         replace(defaults.sampling, **given),
         most,
@@ -183,7 +183,9 @@ def media_settings(own: MediaSettings, args: argparse.Namespace) -> MediaSetting
     low = own.image.min_pixels if args.min_pixels is None else args.min_pixels
     high = own.image.max_pixels if args.max_pixels is None else args.max_pixels
     if not 0 < low <= high:
-        raise ConfigError(f"pictures of {low} to {high} pixels make no sense; give --min-pixels and --max-pixels")
+        raise ConfigError(
+            f"pictures of {low} to {high} pixels are not a valid range; give --min-pixels and --max-pixels"
+        )
     fps = args.fps if args.fps is not None else PRESETS[args.video_preset or "qwen"]
     most = own.frames.max_frames if args.max_frames is None else args.max_frames
     if not 0 < fps < 1e4 or most < 2:

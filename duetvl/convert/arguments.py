@@ -149,7 +149,7 @@ def _read_yaml(file: str, content: bytes | None = None) -> Any:
         if content is None and Path(file).stat().st_size > _CONFIG_LIMIT:
             raise ConfigError(f"{where}: is too large for a file of keys")
         if content is None and not Path(file).is_file():
-            raise ConfigError(f"{where}: is no file of keys")
+            raise ConfigError(f"{where}: is not a file of keys")
         text = Path(file).read_bytes() if content is None else content
         if twice := _given_twice(yaml.compose(text, yaml.SafeLoader)):
             raise ConfigError(f"{where}: the key {_short(twice)!r} is given twice in one section; keep one of them")

@@ -180,8 +180,8 @@ def _lora_hf_to_mm(cfg: LoraHfToMm, family: str) -> None:
     model = cfg.common_model_config
     if not _canonical(model):
         raise ConfigError(
-            "--cfg.common_model_config.enable_canonical_hf_struct must be true: an adapter for q, k and v each has "
-            "no equal on fused tensors"
+            "--cfg.common_model_config.enable_canonical_hf_struct must be true: separate adapters for q, k and v "
+            "have no equivalent on fused tensors"
         )
     layout = layout_of(cfg.parallel_config, "parallel_config", canonical=True)
     directories = Path(cfg.hf_config.hf_dir), Path(cfg.mm_dir)

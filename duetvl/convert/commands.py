@@ -126,7 +126,7 @@ def _resplit_model(
         exact = source.replicate_kv or target.replicate_kv or source.vision_order != target.vision_order
         model = infer_model(directory, source, [target], exact=exact)
         if model.tied and directory.has("text_decoder.output_layer."):
-            options.say("the head has the numbers of the embedding, so the model is taken as tied")
+            options.say("the head equals the embedding, so the model is treated as tied")
     return model if directory.has("text_decoder.") else model.only("visual.")
 
 

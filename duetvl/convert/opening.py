@@ -71,7 +71,7 @@ def open_model(
     if (path / "export" / _CONFIG).is_file() and not (path / _CONFIG).is_file():
         raise CheckpointError(f"{path}: has no checkpoint; give the model that it exported: {path / 'export'}")
     if not path.is_dir() or not (path / _CONFIG).is_file():
-        raise CheckpointError(f"{path}: is no model: expected {_EXPECTED}, found {_held_by(path)}")
+        raise CheckpointError(f"{path}: is not a model: expected {_EXPECTED}, found {_held_by(path)}")
     return _plain(name, base, weights)
 
 
@@ -226,7 +226,7 @@ def _open_run(name: str, run: Path, step: int | None, base: str | Path | None, w
         )
     ref = find_checkpoint(run, step, kinds=())
     if not ref.meta.model_config:
-        raise ConfigError(f"{ref.path}: says nothing of its model; give the run's export directory instead")
+        raise ConfigError(f"{ref.path}: does not name its model; give the run's export directory instead")
     config = ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
     has_adapters = bool(ref.meta.extra.get("base_model"))
     below = _started_from(ref, config, base, weights and has_adapters)
@@ -354,7 +354,7 @@ def _adapter_of(ref: CheckpointRef, config: ModelConfig) -> _CheckpointAdapter:
         adapters = Adapters.from_json(ref.meta.extra["base_model"]["adapters"])
         shapes = adapters.shapes(linear_shapes(config))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{ref.path}: says nothing usable of its adapters ({error!r})") from None
+        raise CheckpointError(f"{ref.path}: has no usable description of its adapters ({error!r})") from None
     if {name: tensor.shape for name, tensor in stored.items()} != shapes:
         raise CheckpointError(f"{ref.path}: its weights are not those of the adapters that it names")
     return _CheckpointAdapter(verified.stored, adapters, stored.keys())
@@ -363,12 +363,12 @@ def _adapter_of(ref: CheckpointRef, config: ModelConfig) -> _CheckpointAdapter:
 def _open_adapter(name: str, path: Path, base: str | Path | None, weights: bool) -> ModelDirectory:
     named = read_object(path / _ADAPTER, CheckpointError).get("base_model_name_or_path")
     if base is None and (not isinstance(named, str) or not named):
-        raise CheckpointError(f"{path}: is an adapter that does not say of which model; name it: --base DIR")
+        raise CheckpointError(f"{path}: is an adapter that does not name its model; give it: --base DIR")
     try:
         below = open_merged(str(named) if base is None else base, weights=weights)
         _ = below.config
     except DuetvlError as error:
         raise CheckpointError(
-            f"{path}: is an adapter, and the model below cannot be read: {error}; name it: --base DIR"
+            f"{path}: is an adapter, and its base model cannot be read: {error}; name it: --base DIR"
         ) from None
     return AdapterModel(name, below.path, below.revision, base=below, place=path)

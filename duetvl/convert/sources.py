@@ -123,12 +123,12 @@ def _open_checkpoint(run: Path, step: int | None, language: Path | None, say: Ca
         raise ConfigError(f"llm_hf_dir {language}: a run ({run}) has its own language model; leave it out")
     ref = find_checkpoint(run, step, kinds=(WEIGHTS,), pass_over=True)
     for text in ref.rejected:
-        say(f"warning: passed over: {text}")
+        say(f"warning: skipped: {text}")
     if ref.path != run:
         say(f"{run}: its checkpoint of step {ref.step} is read")
     directory, manifest = ref.path, ref.manifest
     if not manifest.meta.model_config:
-        raise ConfigError(f"{directory}: says nothing of its model; give the run's export directory instead")
+        raise ConfigError(f"{directory}: does not name its model; give the run's export directory instead")
     if manifest.meta.extra.get("base_model"):
         raise CheckpointError(
             f"{directory}: holds the adapters of a LoRA run alone; give a merged model: `duetvl export`, `duetvl merge`"

@@ -129,8 +129,8 @@ class MediaTally:
         skipping bad records would train on what is left of the data."""
         if self.missing >= least and self.missing > 9 * self.found:
             raise DataError(
-                f"{self.missing} of {self.missing + self.found} records with pictures or videos have one that is not "
-                f"there, the last of them: {self.last}; set data.image_root to the directory that the paths start from"
+                f"{self.missing} of {self.missing + self.found} records with pictures or videos have a missing one, "
+                f"the last of them: {self.last}; set data.image_root to the directory that the paths start from"
             )
 
 

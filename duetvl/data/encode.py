@@ -232,7 +232,7 @@ class RecordEncoder:
             return self.processor.draft(found, self.settings, id=record.id, where=record.where)
         except MissingMedia as error:
             dirs = " and in ".join(str(directory) for directory in record.media_dirs)
-            raise MissingMedia(f"{record.where}: {error}; relative paths are looked for in {dirs}") from None
+            raise MissingMedia(f"{record.where}: {error}; relative paths are looked up in {dirs}") from None
         except SampleTooLong as error:
             raise error.at(record.where) from None
         except DataError as error:
@@ -279,7 +279,7 @@ def _both(pair: Preference) -> tuple[Conversation, Conversation]:
     """The two conversations of a pair. Raises DataError where an answer holds a medium: they share the prompt's."""
     for name, turn in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if any(isinstance(part, ImagePart | VideoPart) for part in turn.parts):
-            raise DataError(f"the {name} answer holds a picture or video; they belong into the prompt")
+            raise DataError(f"the {name} answer contains a picture or video; media belong in the prompt")
     first, second = (replace(pair.prompt, turns=(*pair.prompt.turns, turn)) for turn in (pair.chosen, pair.rejected))
     return first, second
 

@@ -127,5 +127,5 @@ def _whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"a text holds half of a character (a lone surrogate) at {error.start}") from None
+        raise DataError(f"a text contains half of a character (a lone surrogate) at {error.start}") from None
     return text

@@ -152,7 +152,7 @@ def control_tokens(tokenizer: TextTokenizer, family: Family) -> ControlTokens:
     """The ids that structure a conversation. Raises ConfigError where tokenizer and model do not go together."""
     start, end = tokenizer.token_id(TURN_START), tokenizer.token_id(TURN_END)
     if start is None or end is None:
-        raise ConfigError(f"the tokenizer has no {TURN_START} or no {TURN_END}; it is of another model")
+        raise ConfigError(f"the tokenizer has no {TURN_START} or no {TURN_END}; it belongs to another model")
     expected = (
         ("<|vision_start|>", family.special.vision_start),
         ("<|vision_end|>", family.special.vision_end),
@@ -163,7 +163,7 @@ def control_tokens(tokenizer: TextTokenizer, family: Family) -> ControlTokens:
         if tokenizer.token_id(token) != number:
             raise ConfigError(
                 f"the tokenizer gives {token} the id {tokenizer.token_id(token)}, the model's "
-                f"config.json {number}; they are of different models"
+                f"config.json {number}; they belong to different models"
             )
     return ControlTokens(start, end, tokenizer.token_id(_END_OF_TEXT))
 

@@ -60,9 +60,9 @@ class Sampling:
         _check_bias(self.logit_bias)
 
     def check_tokens(self, vocabulary: int) -> None:
-        """Raise ConfigError where a token of `logit_bias` is none of the model's."""
+        """Raise ConfigError where a token of `logit_bias` is not one of the model's."""
         if beyond := [token for token in self.logit_bias if token >= vocabulary]:
-            raise ConfigError(f"logit_bias: token {beyond[0]} is none of the model's {vocabulary}")
+            raise ConfigError(f"logit_bias: token {beyond[0]} is not one of the model's {vocabulary}")
 
     @property
     def takes_the_largest(self) -> bool:
@@ -312,5 +312,5 @@ def _check_bias(bias: Any) -> None:
         raise ConfigError(f"logit_bias is {shown(bias)}, expected numbers by token id")
     for token, value in bias.items():
         if not isinstance(token, int | np.integer) or isinstance(token, bool) or token < 0:
-            raise ConfigError(f"logit_bias: {shown(token)} is no token id")
+            raise ConfigError(f"logit_bias: {shown(token)} is not a token id")
         _check_number(f"logit_bias of token {token}", value, -_BIAS, _BIAS, True)

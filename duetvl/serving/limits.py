@@ -70,7 +70,7 @@ class Keys:
             name, colon, key = entry.strip().partition(":")
             name, key = (name.strip(), key.strip()) if colon else (f"key-{number}", name)
             if name in keys:
-                raise ConfigError(f"API keys: the name {shown(name)} is there twice")
+                raise ConfigError(f"API keys: the name {shown(name)} is given twice")
             keys[name] = key
         return cls(keys)
 

@@ -95,7 +95,7 @@ class Prompts:
         vocabulary = self.processor.family.vocabulary
         wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
         if wrong is not None:
-            raise ServerError(f"{field}: {shown(wrong)} is none of the model's {vocabulary} tokens", param=field)
+            raise ServerError(f"{field}: {shown(wrong)} is not one of the model's {vocabulary} tokens", param=field)
 
     def media_tokens(self, sample: Sample) -> int:
         """Tokens of a prompt that stand for pictures and videos."""
@@ -169,7 +169,7 @@ def _split(messages: Sequence[Message]) -> tuple[list[SystemMessage], list[Messa
             param=f"messages.{late}",
         )
     if not rest:
-        raise ServerError("messages hold a system message alone, which asks nothing", param="messages")
+        raise ServerError("messages contain only a system message, which asks nothing", param="messages")
     if isinstance(rest[-1], AssistantMessage):
         raise ServerError(
             "the last message is the assistant's; there is nothing to answer: end with a user's or a tool's",

@@ -151,7 +151,9 @@ def _share(count: int, rate: float, seed: int) -> np.ndarray:
     """Which of `count` records are kept for evaluation: at least one, and never all."""
     held = max(1, round(count * rate))
     if held >= count:
-        raise DataError(f"data.val_rate {rate} of {count} records leaves none to train on; there must be more of them")
+        raise DataError(
+            f"data.val_rate {rate} of {count} records leaves none to train on; lower it, or give more records"
+        )
     return choice(seed, "validation", 0, count, held)
 
 

@@ -22,7 +22,7 @@ def parameter_groups(
     not.
     """
     if not any(entry.trainable for entry in everything.values()):
-        raise ConfigError("nothing would be trained: every parameter is frozen; take something out of model.freeze")
+        raise ConfigError("nothing would be trained: every parameter is frozen; remove something from model.freeze")
     paths = list(everything)
     scales = learning_rate_scales(paths, optim, parts)
     spared = _union(require_matching("optim.no_decay", optim.no_decay, paths, parts))

@@ -224,7 +224,7 @@ class Run:
             try:
                 self._one_step(ahead.work, ahead)
             except StepGivenUp:
-                self.say(f"step {self.step + 1} is given up to save in time; it will be made again")
+                self.say(f"step {self.step + 1} is abandoned to save in time; it will be repeated")
                 return
             self.saver.poll()
             evaluate, save = self._due(self.recipe.train.eval_every), self._due(section.every)
@@ -284,7 +284,7 @@ class Run:
         self._note_best()
         self._agree_on_end()
         if self.caught is not None and self._unfinished():
-            self.say(f"stopped at step {self.step} of {self.total}; start again to go on from {self.saved}")
+            self.say(f"stopped at step {self.step} of {self.total}; start again to resume from {self.saved}")
             return
         if self.stop_reason is not None:
             self.say(f"stopped at step {self.step} of {self.total}: {self.stop_reason}")
@@ -352,7 +352,7 @@ class Run:
     # -- parts ------------------------------------------------------------------------------------------------------
 
     def _announce_stop(self, signal_name: str) -> None:
-        self.say(f"{signal_name}: finishing this step, then saving; once more stops at once")
+        self.say(f"{signal_name}: finishing this step, then saving; a second signal stops at once")
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

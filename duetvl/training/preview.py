@@ -36,7 +36,7 @@ def preview(
     those are skipped, ConfigError where the sheet cannot be written.
     """
     if count < 1:
-        raise ConfigError(f"{count} samples are asked for; there must be at least one")
+        raise ConfigError(f"{count} samples: expected at least 1")
     given = read_recipe(recipe, overrides)
     sets = DataSets(given.data)
     processor = recipe_processor(given)

@@ -71,7 +71,7 @@ def _loaded(recipe: Recipe, backend: Backend) -> tuple[ModelDirectory, AnswerEnc
     """The model on disk and as this rank holds it, what makes samples for it, and the adapters that it will get."""
     dtype = recipe.model.dtype
     if not backend.device.supports(dtype):
-        raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not have it; use float32")
+        raise ConfigError(f"model.dtype {dtype}: the device {backend.device.name} does not support it; use float32")
     if recipe.train.recompute != "none" and not backend.capabilities.recomputation:
         framework = backend.capabilities.framework
         raise ConfigError(f"train.recompute {recipe.train.recompute}: {framework} cannot recompute; set it to none")

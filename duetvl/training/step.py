@@ -324,8 +324,8 @@ class Trainer:
             return text
         self._drop_gradients()
         raise NonFiniteError(
-            f"step {number + 1}: {text}; no update was made. Look at these samples and at optim.lr, or go on without "
-            f"such steps: train.on_nonfinite=skip"
+            f"step {number + 1}: {text}; no update was made. Check these samples and optim.lr, or continue without "
+            "such steps: train.on_nonfinite=skip"
         )
 
     def _named(self, broken: Sequence[Batch], batches: Sequence[Batch]) -> list[str]:

@@ -75,7 +75,7 @@ def test_a_reset_and_what_fails(talk: Any, be: Backend, here: Path) -> None:
     assert "error: /image takes the path of one file, found nothing" in told
     assert "error: top_p is 7.0, expected a number above 0 and at most 1" in told
     assert any(line.startswith("error: /nothing is no command") for line in told)
-    assert any(line.startswith("error: /params: 'colour=1' is no NAME=VALUE") for line in told)
+    assert any(line.startswith("error: /params: 'colour=1' is not of the form NAME=VALUE") for line in told)
 
 
 def test_params_change_how_answers_are_made(talk: Any) -> None:
@@ -134,7 +134,7 @@ def test_an_interrupted_answer_is_no_part_of_the_conversation(
 def test_a_quote_that_is_not_closed(talk: Any) -> None:
     out, told = talk("/image it's.png", '/params "x', "still here")
     assert told[-2:] == [
-        r"error: it's.png: No closing quotation; write \' or \" for a quote that is meant as such",
-        r'error: "x: No closing quotation; write \' or \" for a quote that is meant as such',
+        r"error: it's.png: No closing quotation; write \' or \" for a literal quote",
+        r'error: "x: No closing quotation; write \' or \" for a literal quote',
     ]
     assert out.strip()

@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on(run: Any, be: Backend, here: Path, tmp_path: Path,
         Engine, "submit", lambda self, request, *more: asked.append(request.id) or plain(self, request, *more)
     )
     status, _, told = run(*words, "-o", str(out))
-    assert status == 0 and f"{kept} of 40 answers are there already" in told
+    assert status == 0 and f"{kept} of 40 answers already exist" in told
     assert len(asked) == len(set(asked)) == 40 - kept
     same = ("id", "text", "token_ids", "key")
     assert [[row[name] for name in same] for row in rows(out)] == [[row[name] for name in same] for row in rows(whole)]
@@ -249,7 +249,7 @@ def test_a_full_disk(run: Any, be: Backend, here: Path, tmp_path: Path) -> None:
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.splitlines()[-1] == f"error: {out}.part: File too large"
     status, _, told = run(*words)
-    kept = int(re.findall(r"(\d+) of 12 answers are there already", told)[0])
+    kept = int(re.findall(r"(\d+) of 12 answers already exist", told)[0])
     assert status == 0 and 0 < kept < 12
     assert [row["id"] for row in rows(out)] == [f"many.jsonl:{number}" for number in range(1, 13)]
 
@@ -264,7 +264,7 @@ def test_unfinished_answers_of_another_kind_are_kept(run: Any, here: Path, tmp_p
     assert status == 2 and "out.jsonl.part beside it holds 2 answers to other questions, or made in another" in told
     assert part.read_text() == before
     status, _, told = run(*words)
-    assert status == 0 and "2 of 2 answers are there already" in told and not part.exists()
+    assert status == 0 and "2 of 2 answers already exist" in told and not part.exists()
 
 
 def test_answers_of_another_kind_are_not_written_over(run: Any, here: Path, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_one_that_fails_is_named_and_asked_again(run: Any, here: Path, tmp_path:
     shutil.copy(here / "blue2.png", tmp_path / "gone.png")
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     status, _, told = run(*words)
-    assert status == 0 and "2 of 3 answers are there already" in told
+    assert status == 0 and "2 of 3 answers already exist" in told
     assert all(row["text"] for row in rows(out))
 
 
@@ -311,7 +311,7 @@ def test_one_that_fails_is_named_and_asked_again(run: Any, here: Path, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model"], "nothing is asked: give --prompt TEXT, or --input"),
+        (["model"], "there is no question: give --prompt TEXT, or --input"),
         ([], "no model is given: duetvl infer MODEL --prompt TEXT"),
         (["model", "--prompt", "x", "--top-p", "2"], "top_p is 2.0, expected a number above 0 and at most 1"),
         (["model", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
@@ -319,15 +319,18 @@ def test_one_that_fails_is_named_and_asked_again(run: Any, here: Path, tmp_path:
         (["model", "--prompt", "x", "--logprobs", "3"], "-o OUT.jsonl is missing"),
         (["model", "--prompt", "x", "--logprobs", "99"], "--logprobs is 99, expected a whole number from 0 to 20"),
         (["model", "--input", "data.jsonl"], "-o OUT.jsonl is missing"),
-        (["model", "--input", "data.jsonl", "--image", "blue2.png"], "--image and --video belong to --prompt alone"),
+        (["model", "--input", "data.jsonl", "--image", "blue2.png"], "--image and --video do not go with --input"),
         (["model", "--input", "data.jsonl", "--prompt", "x"], "data.jsonl is none: leave out --prompt"),
         (["model", "--input", "model", "--prompt", "x"], "a directory without pictures and videos"),
         (["model", "--prompt", "x", "--image", "gone.png"], "gone.png: no such file"),
         (["model", "--prompt", "x", "--image", "data.jsonl"], "data.jsonl"),
-        (["model", "--prompt", "x", "--min-pixels", "99999999"], "make no sense; give --min-pixels and --max-pixels"),
+        (
+            ["model", "--prompt", "x", "--min-pixels", "99999999"],
+            "not a valid range; give --min-pixels and --max-pixels",
+        ),
         (["model", "--prompt", "x", "--fps", "0"], "--fps 0.0"),
-        (["model", "--prompt", "x", "--max-pixels", "0"], "make no sense; give --min-pixels and --max-pixels"),
-        (["model", "--prompt", "x", "--stop-token", "99999"], "--stop-token 99999: is none of the model's"),
+        (["model", "--prompt", "x", "--max-pixels", "0"], "not a valid range; give --min-pixels and --max-pixels"),
+        (["model", "--prompt", "x", "--stop-token", "99999"], "--stop-token 99999: is not one of the model's"),
         (["model", "--prompt", "x", "--cache-tokens", "0"], "cache_tokens is 0, it must be at least 1"),
         (["model", "--prompt", "x", "--media-tokens", "0"], "media_tokens is 0, it must be at least 1"),
         (["none", "--prompt", "x"], "none: no such directory"),

@@ -235,7 +235,9 @@ def test_half_precision_where_a_device_lacks_one() -> None:
         assert dtype_of("auto", stored, duo) == dtype_of(None, stored, duo) == wanted
     assert dtype_of(None, "bfloat16", cpu) == "bfloat16"
     assert dtype_of("float16", "bfloat16", cpu) == "float16"
-    with pytest.raises(ConfigError, match="--dtype bfloat16: the device cpu does not have it; use float16 or float32"):
+    with pytest.raises(
+        ConfigError, match="--dtype bfloat16: the device cpu does not support it; use float16 or float32"
+    ):
         dtype_of("bfloat16", "bfloat16", duo)
     for product, has in (("Ascend910B3", True), ("Ascend910B", False), ("Ascend910PremiumA", False)):
         duo.product = product

@@ -33,7 +33,7 @@ def taken() -> Iterator[int]:
         (["--port", "{taken}"], "cannot listen at --host '127.0.0.1' --port {taken}: Address already in use"),
         (["--port", "70000"], "--port 70000: a port lies between"),
         (["--adapter", "mine"], "--adapter 'mine': expected NAME=DIR"),
-        (["--adapter", "a=x", "--adapter", "a=y"], "the name 'a' is there twice"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "the name 'a' is given twice"),
         (["--adapter", "tiny=x"], "--adapter tiny=x: the model itself has this name"),
         (["--adapter", "other=nowhere"], "nowhere"),
         (["--max-requests", "0"], "limit requests is 0, it must be above 0"),

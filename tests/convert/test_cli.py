@@ -456,7 +456,7 @@ def test_streams_that_are_closed_or_narrow(here: Path, shell: str) -> None:
 def test_config_that_is_a_pipe_or_a_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo("pipe")
     for name in ("pipe", "hf"):
-        assert f"{name}: is no file of keys" in fails(f"{HF_TO_MM}{ONE} --config {name}", capsys)
+        assert f"{name}: is not a file of keys" in fails(f"{HF_TO_MM}{ONE} --config {name}", capsys)
 
 
 # -- trouble on the way -----------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_where_the_model_below_has_gone(trained: Path, tmp_path: Path) -> None:
     export_run(f"{trained}/lora", tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(trained / "model"), str(tmp_path / "gone")))
-    with pytest.raises(CheckpointError, match=r"is an adapter, and the model below cannot be read.*gone.*--base DIR"):
+    with pytest.raises(CheckpointError, match=r"is an adapter, and its base model cannot be read.*gone.*--base DIR"):
         open_model(tmp_path / "adapter")
     moved = open_model(tmp_path / "adapter", base=trained / "model")
     assert moved.adapter is not None and moved.config == open_plain(trained / "model").config
@@ -229,12 +229,12 @@ def test_adapters_on_a_model_that_has_one(trained: Path, be: Backend, tmp_path: 
 
 def test_what_is_no_model_is_named(tmp_path: Path, trained: Path) -> None:
     (tmp_path / "odd").mkdir()
-    with pytest.raises(CheckpointError, match=r"odd: is no model: expected .*, found an empty directory"):
+    with pytest.raises(CheckpointError, match=r"odd: is not a model: expected .*, found an empty directory"):
         open_model(tmp_path / "odd")
     (tmp_path / "odd" / "photo.png").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"odd: is no model: expected .*, found photo.png"):
+    with pytest.raises(CheckpointError, match=r"odd: is not a model: expected .*, found photo.png"):
         open_model(tmp_path / "odd")
-    with pytest.raises(CheckpointError, match=r"photo.png: is no model: expected .*, found a file"):
+    with pytest.raises(CheckpointError, match=r"photo.png: is not a model: expected .*, found a file"):
         open_model(tmp_path / "odd" / "photo.png")
     with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7; there are 1, 2"):
         open_model(f"{trained}/full@7")

@@ -108,7 +108,7 @@ def test_damaged_training_checkpoints(tmp_path: Path, be: Backend) -> None:
     config = tiny_config()
     bits = write_hf(tmp_path / "hf", config)
     save_run(tmp_path / "bare", be, bits, {})
-    with pytest.raises(ConfigError, match="says nothing of its model"):
+    with pytest.raises(ConfigError, match="does not name its model"):
         hf_to_mm(tmp_path / "bare", tmp_path / "mm", TWO, Options())
     save_run(tmp_path / "run", be, bits, tiny_config(layers=5).to_dict())
     with pytest.raises(CheckpointError, match="its weights are not those of its model_config"):

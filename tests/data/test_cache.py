@@ -162,7 +162,7 @@ def test_another_process_finds_the_same_entries(records, tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_an_error_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data\.cache .*file/c: cannot be made"):
+    with pytest.raises(ConfigError, match=r"data\.cache .*file/c: cannot be created"):
         CachedEncoder(CountingEncoder(), tmp_path / "file" / "c")
 
 

@@ -81,7 +81,7 @@ def test_llava(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "record 5: the texts hold 0 <image> markers, but images lists 1" in unmarked
     assert "record 6: the conversation ends with the user's message" in unanswered
     assert "record 7: only records with files of pictures" in inline
-    assert "record 8: a text holds half of a character" in half
+    assert "record 8: a text contains half of a character" in half
 
     before = out.read_bytes()
     assert main([*command, "-o", str(out)]) == 2

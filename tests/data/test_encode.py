@@ -224,7 +224,7 @@ def test_decode_hides_special_tokens(processor: Processor) -> None:
         ([assistant("a")], "message 1: expected the user, found the assistant"),
         ([user("a"), user("b")], "message 2: expected the assistant, found the user"),
         ([user("a"), {"role": "system", "content": "b"}], "message 2: expected the assistant"),
-        ([{"role": "system", "content": "b"}], "a system message alone"),
+        ([{"role": "system", "content": "b"}], "only a system message"),
         ([{"role": "user"}], "message 1: content must be a text or a list of parts"),
         ([{"role": "user", "content": {"type": "text"}}], "content must be a text or a list"),
         ([user({"type": "audio"})], "message 1: unknown part type 'audio'"),
@@ -236,7 +236,7 @@ def test_decode_hides_special_tokens(processor: Processor) -> None:
         ([user({"type": "video", "video": []})], "a video part needs its file or its frames"),
         ([user({"type": "video", "video": [PICTURE], "fps": 0})], "fps is 0, expected a positive"),
         ([user(image(max_pixels=1.5))], "max_pixels is 1.5, expected an integer"),
-        ([user("a"), {"role": "assistant", "content": [image()]}], "not into the assistant's"),
+        ([user("a"), {"role": "assistant", "content": [image()]}], "not in the assistant's"),
         ([user(image("absent.png"))], "absent.png: no such file"),
     ],
 )
@@ -293,7 +293,7 @@ def test_records_with_a_system_text_and_absolute_paths(tmp_path: Path) -> None:
         (record("<image><image>", images=["a"]), "hold 2 <image> markers, but images lists 1"),
         (record("none", images=["a"]), "hold 0 <image> markers, but images lists 1"),
         (record("<video>"), "hold 1 <video> markers, but videos lists 0"),
-        ({"images": []}, "the record is of no known layout"),
+        ({"images": []}, "the record has no known layout"),
         ({"messages": [{"role": "user", "content": 1}]}, "content must be a text or a list of parts, found int"),
         (
             {"messages": [{"role": "user", "content": []}], "images": ["a"]},
@@ -365,7 +365,7 @@ def test_a_tokenizer_without_tokenizer_json(processor_dir: Path, tmp_path: Path,
         ({"preprocessor_config": None}, CheckpointError, "has no preprocessor_config.json"),
         ({"preprocessor_config": "{"}, CheckpointError, "cannot be read as JSON"),
         ({"preprocessor_config": {"patch_size": 16}}, ConfigError, "patch_size is 16"),
-        ({"config": None}, CheckpointError, "is no model: expected a model (config.json)"),
+        ({"config": None}, CheckpointError, "is not a model: expected a model (config.json)"),
     ],
 )
 def test_directories_that_lack_something(
@@ -379,7 +379,7 @@ def test_directories_that_lack_something(
 def test_a_tokenizer_of_another_model(processor_dir: Path, tmp_path: Path) -> None:
     config = json.loads((processor_dir / "config.json").read_text())
     directory = copy(processor_dir, tmp_path, config={**config, "image_token_id": 5})
-    with pytest.raises(ConfigError, match="they are of different models"):
+    with pytest.raises(ConfigError, match="they belong to different models"):
         load_processor(directory)
 
 

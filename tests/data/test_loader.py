@@ -137,7 +137,7 @@ def test_ranks_that_come_to_different_records_are_told_so(data, pool):
         return str(found.value)
 
     words = together(Mesh(dp=2), run)
-    assert words[0] == words[1] and words[0].startswith("ranks 0 and 1 have come to different records: a data file is")
+    assert words[0] == words[1] and words[0].startswith("ranks 0 and 1 have read different records: a data file is")
 
 
 def test_an_epoch_holds_every_good_record(data, straight):

@@ -272,9 +272,9 @@ def test_a_setting_that_is_not_known_is_an_error(key: str, known: str) -> None:
     for part in parts:
         with pytest.raises(DataError) as caught:
             read_part(part)
-        assert f"'{key}' is no setting of a picture or video" in str(caught.value)
+        assert f"'{key}' is not a setting of a picture or video" in str(caught.value)
         assert f"did you mean '{known}'" in str(caught.value)
-    with pytest.raises(DataError, match="is no setting"):
+    with pytest.raises(DataError, match="is not a setting"):
         read_part({"type": "image", "image": "a.png"}, MediaRules(settings={key: 8}))
     assert isinstance(read_part({"type": "video", "video": "a.mp4", key: None}), VideoPart)
 

@@ -93,7 +93,7 @@ def test_a_root_that_is_given_is_the_only_one(processor: Processor, tmp_path: Pa
     with pytest.raises(MissingMedia) as caught:
         found(processor, RecordSource(str(tmp_path / "a.json"), Reading(image_root="/nowhere")))
     where = f"{tmp_path}/a.json: record 1"
-    assert str(caught.value) == f"{where}: /nowhere/a.png: no such file; relative paths are looked for in /nowhere"
+    assert str(caught.value) == f"{where}: /nowhere/a.png: no such file; relative paths are looked up in /nowhere"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_steps_of_any_size_go_through_one_sequence(ten, sizes):
 
 
 def test_a_position_in_other_data_is_an_error(ten):
-    with pytest.raises(DataError, match="has 10 records, but the data position is one in 9"):
+    with pytest.raises(DataError, match="has 10 records, but the checkpoint's data position is one of 9"):
         RecordCursor(ten, Mixture([10], seed=0), position={"epoch": 0, "index": 5, "records": 9})
     with pytest.raises(DataError, match="data position 10 lies outside the 10 records"):
         RecordCursor(ten, Mixture([10], seed=0), position={"epoch": 0, "index": 10, "records": 10})

@@ -310,7 +310,7 @@ def test_what_one_rank_cannot_read_is_left_out_by_all(ranks: Ranks, kind: str) -
     for step in found[
         0
     ].steps:  # one that is missed when it is drafted is replaced, one that is when it is loaded is not
-        late = [line for line in step["left_out"] if "are looked for in" not in line]
+        late = [line for line in step["left_out"] if "are looked up in" not in line]
         assert len(step["sample_ids"]) == 7 - len(late)
 
 

@@ -65,7 +65,7 @@ def test_an_object_around_the_records_is_named(tmp_path):
 def test_objects_over_several_lines_each_are_refused(tmp_path):
     text = json.dumps(record("a"), indent=1)
     (tmp_path / "a.json").write_text(f"{text}\n{text}\n")
-    with pytest.raises(DataError, match=r"a\.json: holds objects over several lines each; write one on a line"):
+    with pytest.raises(DataError, match=r"a\.json: has objects that span several lines; write one per line"):
         Records([tmp_path / "a.json"])
     (tmp_path / "a.json").write_bytes(b'{"cut": \n' + line("a"))  # a damaged line is one
     assert len(Records([tmp_path / "a.json"])) == 2

@@ -127,7 +127,7 @@ def test_quoted_fields_hold_tabs_quotes_and_line_ends(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (["1\ta"], r"a\.tsv:2: has 2 fields, but the line of names has 3"),
+        (["1\ta"], r"a\.tsv:2: has 2 fields, but the header has 3"),
         (["1\ta\tb", '2\t"a\tb'], r"a\.tsv:3: a field starts with a double quote that is never closed"),
     ],
 )
@@ -307,7 +307,7 @@ def test_names_with_dots_keep_their_records(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.jpg", "a.txt", "a.jpg", "a.txt"], "a.txt and a.txt cannot both be of one record"),
+        (["a.jpg", "a.txt", "a.jpg", "a.txt"], "a.txt and a.txt cannot both belong to one record"),
         (["a.jpg", "a.jpg", "a.txt"], "a.jpg and a.jpg cannot both"),
         (["a.jpg", "a.q1.json", "a.q2.json"], "a.q1.json and a.q2.json cannot both"),
         (["a.jpg", "a.txt", "a.caption"], "a.txt and a.caption cannot both"),
@@ -443,14 +443,14 @@ def test_large_elements_of_a_list_are_read_whole(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"question,answer\na,b\n", "values separated by commas are not read; save it as .tsv"),
+        ("a.csv", b"question,answer\na,b\n", "comma-separated values are not supported; save it as .tsv"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
         ("a.tsv", "question\tanswer\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
-        ("a.json", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
-        ("a.tsv", b"PK\3\4" + bytes(99), "is no file of records but a ZIP archive"),
-        ("a.jsonl", b"\x1f\x8b123", "is no file of records but gzip data; unpack it first"),
-        ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "is no file of records but a Git LFS pointer"),
-        ("a.arrow", b"ARROW1\0\0" + bytes(99), "is no file of records but a binary file"),
+        ("a.json", b"PK\3\4" + bytes(99), "is not a file of records but a ZIP archive"),
+        ("a.tsv", b"PK\3\4" + bytes(99), "is not a file of records but a ZIP archive"),
+        ("a.jsonl", b"\x1f\x8b123", "is not a file of records but gzip data; unpack it first"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "is not a file of records but a Git LFS pointer"),
+        ("a.arrow", b"ARROW1\0\0" + bytes(99), "is not a file of records but a binary file"),
     ],
 )
 def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:

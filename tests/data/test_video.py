@@ -160,7 +160,7 @@ def test_a_given_time_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("frames", "wishes", "message"),
     [
-        (1, {}, "has one frame, and the rule 'qwen' takes two at least; give it as an image"),
+        (1, {}, "has one frame, and the rule 'qwen' takes at least two; give it as an image"),
         (10, {"frames": 12}, "has 10 frames, 12 of them are asked for"),
         (10, {"frames": 1}, "has 10 frames, 0 of them are asked for"),
         (10, {"start": 5.0}, "has 0 frames between 5 s and its end; it is 1.00 s long"),

@@ -156,7 +156,7 @@ def test_both_backends_draw_the_same(tiny, name):
         ("repetition_penalty", 0.0, "above 0"), ("repetition_penalty", math.nan, "above 0"),
         ("presence_penalty", 2.1, "at least -2 and at most 2"), ("frequency_penalty", -3, "at least -2"),
         ("seed", -1, "a whole number"), ("seed", 2**64, "a whole number"), ("seed", True, "a whole number"),
-        ("logit_bias", {-1: 1.0}, "is no token id"), ("logit_bias", {3: 101.0}, "of token 3 is 101.0"),
+        ("logit_bias", {-1: 1.0}, "is not a token id"), ("logit_bias", {3: 101.0}, "of token 3 is 101.0"),
         ("logit_bias", {3: math.nan}, "of token 3"), ("logit_bias", [3], "numbers by token id"),
     ],
 )  # fmt: skip
@@ -167,7 +167,7 @@ def test_settings_that_make_no_sense_are_named(name, wrong, expected):
 
 def test_a_bias_on_a_token_that_is_none():
     Sampling(logit_bias={9: 1.0}).check_tokens(10)
-    with pytest.raises(ConfigError, match="token 10 is none of the model's 10"):
+    with pytest.raises(ConfigError, match="token 10 is not one of the model's 10"):
         Sampling(logit_bias={10: 1.0}).check_tokens(10)
 
 

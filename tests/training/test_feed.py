@@ -137,7 +137,9 @@ def test_a_position_in_other_data_is_refused(files):
     position = Feed(recipe, DataSets(recipe.data), BagEncoder()).position
     with open(files / "a.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(DataError, match=r"has \d+ bytes in 1 file, but the data position is one in \d+ bytes in 1"):
+    with pytest.raises(
+        DataError, match=r"has \d+ bytes in 1 file, but the checkpoint's data position is one of \d+ bytes in 1"
+    ):
         Feed(recipe, DataSets(recipe.data), BagEncoder(), position)
     with pytest.raises(DataError, match=r"is not that of a stream; set data\.streaming as it was"):
         Feed(recipe, DataSets(recipe.data), BagEncoder(), {"epoch": 0, "index": 0, "records": 20})

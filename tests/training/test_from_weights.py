@@ -53,7 +53,7 @@ def test_another_recipe_or_other_data_start_from_the_weights(home, tmp_path):
     lines = (home / "data.jsonl").read_text().splitlines()
     (home / "fewer.jsonl").write_text("\n".join(lines[:9]))
     fewer = [*usual, f"data.train={home}/fewer.jsonl", "train.steps=3"]
-    with pytest.raises(DataError, match="has 9 records, but the data position is one in 12") as caught:
+    with pytest.raises(DataError, match="has 9 records, but the checkpoint's data position is one of 12") as caught:
         train(recipe, fewer)
     assert advised(caught.value) == [f"model.path={run}@2", f"train.output_dir={run}-2"]
     train(recipe, [*fewer, *advised(caught.value)])

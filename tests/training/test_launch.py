@@ -159,7 +159,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_start_goes_on(launch: L
     process.send_signal(signal.SIGTERM)
     told = launch.end(process)
     assert process.returncode == 128 + signal.SIGTERM, told
-    assert "start again to go on from" in told
+    assert "start again to resume from" in told
     saved = find_checkpoint(launch.run).step
     assert saved == launch.steps() >= 2
 

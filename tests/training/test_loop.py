@@ -326,7 +326,8 @@ def test_other_data_is_refused(torch_be, recipe, tmp_path):
     run(torch_be, recipe, "train.steps=5")
     write_records(tmp_path / "train.jsonl", 31)
     with pytest.raises(
-        DataError, match=r"train\.jsonl: has 31 records, but the data position is one in 30, of .*step-0000005; restore"
+        DataError,
+        match=r"train\.jsonl: has 31 records, but the checkpoint's data position is one of 30, of .*step-0000005; restore",
     ):
         run(torch_be, recipe)
 

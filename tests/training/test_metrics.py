@@ -177,7 +177,7 @@ def test_numbers_of_numpy_are_written_and_what_is_none_is_named(tmp_path):
     log.write({"step": 1, "a": np.float32(0.5), "b": np.int64(3), "c": np.float32("nan"), "d": [1, 2], "e": "text"})
     assert read_metrics(tmp_path) == [{"step": 1, "a": 0.5, "b": 3, "c": None, "d": [1, 2], "e": "text"}]
     for value in (object(), {"x": {1, 2}}, [float("inf")]):
-        with pytest.raises(ConfigError, match="the value logged as 'mine' is no number or other JSON value"):
+        with pytest.raises(ConfigError, match="the value logged as 'mine' is not a JSON value"):
             log.write({"step": 2, "mine": value})
     log.close()
     assert len(read_metrics(tmp_path)) == 1

@@ -104,7 +104,7 @@ def test_a_pair_that_is_not_there_is_named_and_the_next_start_looks_again(tmp_pa
 
 def test_errors(tmp_path):
     (tmp_path / "name.logps").write_text("something else entirely, and not short")
-    with pytest.raises(CheckpointError, match="is no file of log-probabilities"):
+    with pytest.raises(CheckpointError, match="is not a file of log-probabilities"):
         ReferenceCache(tmp_path, "name")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"dpo\.cache .*file/below: cannot be used"):

@@ -171,7 +171,7 @@ def test_what_a_link_leads_to_is_set_aside_as_well(be, recipe, tmp_path):
 def test_a_restart_does_not_take_away_its_own_model(be, recipe, tmp_path):
     run(be, recipe)
     before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"model\.path .*run/export is a part of what --restart sets aside"):
+    with pytest.raises(ConfigError, match=r"model\.path .*run/export is part of what --restart sets aside"):
         run(be, recipe, f"model.path={tmp_path}/run/export", restart=True)
     assert contents(tmp_path / "run") == before
 
@@ -181,7 +181,7 @@ def test_a_run_that_has_not_saved_is_started_over_by_its_own_recipe(be, recipe, 
         run(be, recipe, "checkpoint.every=5", callbacks=[KillAt(3)])
     before = contents(tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) == 3
-    with pytest.raises(ConfigError, match=r"another recipe \(optim.lr 0.05 -> 0.1\) that was ended before its first"):
+    with pytest.raises(ConfigError, match=r"another recipe \(optim.lr 0.05 -> 0.1\) that ended before its first"):
         run(be, recipe, "optim.lr=0.1")
     assert contents(tmp_path / "run") == before
     assert run(be, recipe, "log.every=2").step == 6

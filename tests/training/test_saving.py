@@ -368,7 +368,7 @@ def test_a_step_that_takes_too_long_is_given_up_and_made_again(be, recipe, tmp_p
     options = {"backend": be, "prepare": prepare}
     result = train(recipe, ["checkpoint.grace=0.002", "checkpoint.every=null"], **options)
     assert (result.step, result.stopped_by) == (5, signal.SIGTERM)
-    assert "step 6 is given up to save in time; it will be made again" in capsys.readouterr().out
+    assert "step 6 is abandoned to save in time; it will be repeated" in capsys.readouterr().out
     assert run(be, recipe, "checkpoint.every=null").step == 12
     run(be, recipe, f"train.output_dir={tmp_path}/whole")
     ends = [stored(place, 12) for place in (tmp_path / "run", tmp_path / "whole")]

@@ -233,7 +233,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(tmp_path):
     for step in (1, 2, 3):
         log.write(row(step))
     log.close()
-    assert said == ["warning: notebook gets nothing more of this run: ConnectionError: no network"]
+    assert said == ["warning: notebook gets no further data of this run: ConnectionError: no network"]
     assert [len(book.rows) for book in books] == [1, 3]
     assert len(read_metrics(tmp_path)) == 3
 
@@ -260,7 +260,7 @@ def test_a_full_disk_does_not_stop_tensorboard_from_being_told(tmp_path):
             guarded.call("write", {"step": step, "loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert said == ["warning: TensorBoard gets nothing more of this run: OSError: [Errno 27] File too large"]
+    assert said == ["warning: TensorBoard gets no further data of this run: OSError: [Errno 27] File too large"]
 
 
 def test_a_run_keeps_its_id_with_a_tracker(tmp_path):
@@ -292,7 +292,7 @@ def test_a_real_library_takes_a_run_and_its_continuation(recipe, monkeypatch, ca
     run = duetvl.train(recipe, options, backend=be).run_dir
     assert list(json.loads((run / "trackers.json").read_text())) == [name]
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4]
-    assert "gets nothing more" not in capsys.readouterr().out
+    assert "gets no further data" not in capsys.readouterr().out
 
 
 def test_a_library_that_cannot_start_a_run_is_one_line(recipe, monkeypatch):
@@ -379,7 +379,7 @@ def test_any_number_is_drawn_by_its_name(finished, tmp_path, capsys):
     )
     assert target.stat().st_size > 10_000
     assert main(["plot", str(finished), "--key", "grad_nrm", "-o", str(tmp_path / "no.png")]) == 2
-    assert "no run has a number 'grad_nrm' in its metrics; did you mean 'grad_norm'?" in capsys.readouterr().err
+    assert "no run has a value 'grad_nrm' in its metrics; did you mean 'grad_norm'?" in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()
 
 

@@ -163,7 +163,7 @@ def _pair_record(row: Mapping[str, Any], directory: Path, prefix: str) -> dict[s
     """The pair of a row; its pictures are written into the directory, which its paths call `prefix`."""
     texts = parse_json("text", row["text"]) if isinstance(row.get("text"), str) else {}
     if not isinstance(texts, Mapping):
-        raise DataError(f"text must hold question, chosen and rejected, found {type(texts).__name__}")
+        raise DataError(f"text must have question, chosen and rejected, found {type(texts).__name__}")
     found = read_record({**row, **texts}, form="preference")
     assert isinstance(found, Preference), "this layout has pairs alone"
     parts = [part for turn in found.prompt.turns for part in turn.parts if not isinstance(part, str)]
@@ -203,7 +203,7 @@ def _line(values: Mapping[str, Any]) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError("a text holds half of a character (a lone surrogate)") from None
+        raise DataError("a text contains half of a character (a lone surrogate)") from None
     return text
 
 

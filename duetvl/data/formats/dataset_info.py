@@ -82,14 +82,14 @@ def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path,
         if remote is None:
             raise DataError(f"{where}: has no file_name; found {', '.join(entry) or 'nothing'}")
         raise DataError(
-            f"{where}: {remote} {shown(entry[remote])} is not on this machine, and nothing is downloaded here; "
-            f"download it and name it as file_name"
+            f"{where}: {remote} {shown(entry[remote])} is not a local file, and no data sets are downloaded; "
+            "download it and give it as file_name"
         )
     found = on_disk(directory / given) or directory / given
     if found.is_dir():
         files = tuple(sorted(file for file in found.iterdir() if file.is_file() and not file.name.startswith(".")))
         if not files:
-            raise DataError(f"{where}: {found} holds no files")
+            raise DataError(f"{where}: {found} contains no files")
         return files
     if not found.is_file():
         raise DataError(f"{where}: {found}: no such file")
@@ -98,7 +98,7 @@ def _files(directory: Path, entry: Mapping[str, Any], where: str) -> tuple[Path,
 
 def _columns(formatting: str, named: Mapping[str, str], where: str) -> dict[str, str]:
     if "kto_tag" in named:
-        raise DataError(f"{where}: kto_tag: single answers with a like or dislike cannot be trained on; pairs can")
+        raise DataError(f"{where}: kto_tag: answers with a like or dislike are not supported; preference pairs are")
     own = _TASK if formatting == "alpaca" else _TALK
     for column in named:
         if column not in own and column not in _COMMON:

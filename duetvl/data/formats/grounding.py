@@ -30,7 +30,7 @@ def read_objects(objects: Any, images: int) -> tuple[list[RefPart], list[BoxPart
     if objects is None:
         return [], None
     if not isinstance(objects, Mapping):
-        raise DataError(f"objects must hold ref and bbox, found {type(objects).__name__}")
+        raise DataError(f"objects must have ref and bbox, found {type(objects).__name__}")
     refs, boxes = objects.get("ref") or [], objects.get("bbox") or []
     if not isinstance(refs, list | tuple) or not all(isinstance(ref, str) for ref in refs):
         raise DataError(f"objects.ref must be a list of texts, found {shown(refs)}")
@@ -130,7 +130,7 @@ def _split(text: str, image: int, unit: Unit, strict: bool) -> Iterator[Part]:
         if isinstance(found, str):
             yield found
         elif image < 0:
-            raise DataError(f"{shown(found.text)} has no picture before it whose coordinates these could be")
+            raise DataError(f"{shown(found.text)} has no picture before it that its coordinates could belong to")
         else:
             yield BoxPart(image, _checked(found.values, unit, corners=found.corners), unit, found.form)
 
@@ -150,7 +150,9 @@ def _checked(values: tuple[float, ...], unit: str, *, corners: bool) -> tuple[fl
     for at in range(0, len(values) if corners else 0, 4):
         x1, y1, x2, y2 = values[at : at + 4]
         if x1 > x2 or y1 > y2:
-            raise DataError(f"box {_shown(values[at : at + 4])} is not x1, y1, x2, y2: a corner lies before the other")
+            raise DataError(
+                f"box {_shown(values[at : at + 4])} is not x1, y1, x2, y2: its corners are in the wrong order"
+            )
     return values
 
 

@@ -44,7 +44,7 @@ def read_settings(part: Mapping[str, Any], source_keys: Sequence[str], common: M
         if key not in SETTINGS and _looks_like_a_setting(str(key)[:80]):
             name = str(key)[:80]
             known = did_you_mean(_NAMES_ELSEWHERE.get(name, name), SETTINGS)
-            raise DataError(f"{name!r} is no setting of a picture or video{known}")
+            raise DataError(f"{name!r} is not a setting of a picture or video{known}")
     return given
 
 

@@ -184,7 +184,7 @@ def check_order(turns: Sequence[Turn]) -> None:
             )
         expected = "assistant" if expected == "user" else "user"
     if turns[-1].role == "system":
-        raise DataError("messages hold a system message alone")
+        raise DataError("messages contain only a system message")
 
 
 class _Filler:
@@ -205,7 +205,7 @@ class _Filler:
             if found != len(listed):
                 raise DataError(
                     f"the texts hold {found} {marker} markers, but {_LISTS[marker]} lists {len(listed)}"
-                    f"{'; text that is no marker can be given as a part of type text' if found > len(listed) else ''}"
+                    f"{'; a marker meant as plain text needs a part of type text' if found > len(listed) else ''}"
                 )
 
     def check_all_used(self) -> None:
@@ -260,14 +260,14 @@ def _read_message(message: Any, dialect: Dialect, filler: _Filler) -> Turn:
         parts = filler.text(_text(content))
         if not filler.literal and speaker in ("user", "tool") and (tagged := _TAGGED.search(content)):
             raise DataError(
-                f"{shown(tagged[0])} would be plain text and no picture; list the picture in images, with <image> in "
-                f"this place"
+                f"{shown(tagged[0])} would be plain text, not a picture; list the picture in images, and write "
+                "<image> here"
             )
     if speaker in ("assistant", "call") and calls:
         parts += ["\n" if any(parts) else "", calls_text(calls)]
     role: Literal["system", "user", "assistant", "tool"] = "assistant" if speaker == "call" else speaker
     if role in ("system", "assistant") and any(isinstance(part, ImagePart | VideoPart) for part in parts):
-        raise DataError(f"pictures and videos belong into user messages, not into the {role}'s")
+        raise DataError(f"pictures and videos belong in user messages, not in the {role}'s")
     trained, unread = _trained(message), tuple(islice(dialect.unread(message), _NAMED_KEYS))
     if media := next((key for key in unread if key in _MEDIA), None):
         raise DataError(
@@ -301,9 +301,7 @@ def _trained(message: Mapping[str, Any]) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise DataError(
-                f"{key} is {shown(value)}; an answer is trained (true, 1) or not (false, 0), nothing between"
-            )
+            raise DataError(f"{key} is {shown(value)}; expected true or 1 (trained), false or 0 (not trained)")
         said[key] = bool(value)
     if len(set(said.values())) > 1:
         raise DataError(f"{' and '.join(said)} contradict each other on whether the message is trained; keep one")

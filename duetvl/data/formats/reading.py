@@ -144,7 +144,7 @@ class _Record:
     def attached(self) -> Attached:
         """Media and boxes. Raises DataError."""
         if _listed(self.get("audios")):
-            raise DataError("the record has audios, which these models do not hear; leave them out")
+            raise DataError("the record has audios, which these models do not support; remove them")
         images, videos = _listed(self._one_of("images")), _listed(self._one_of("videos"))
         refs, boxes = read_objects(self.values.get("objects"), len(images))
         settings = self.values.get("chat_template_kwargs") or {}
@@ -175,7 +175,7 @@ def _recognised(record: _Record) -> str:
     if record.has("response") and (record.has("prompt") or record.has("query")):
         return "alpaca"
     raise DataError(
-        "the record is of no known layout: it has neither messages or conversations, nor instruction and output, "
+        "the record has no known layout: it has neither messages or conversations, nor instruction and output, "
         f"nor chosen and rejected; found {record.found()}{_wrapped(record.values)}. docs/data_formats.md lists "
         "them; name one as `format`, or its keys in `columns`"
     )
@@ -260,7 +260,7 @@ def _pair(record: _Record) -> tuple[list[Any], Any, Any]:
     chosen = _as_messages(record, "chosen", record.get("chosen"))
     if not prompt:  # TRL: both are whole conversations
         if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-            raise DataError("chosen and rejected hold no common prompt, and the record has no messages or prompt")
+            raise DataError("chosen and rejected have no common prompt, and the record has no messages or prompt")
         return chosen[:-1], chosen[-1], rejected[-1]
     return prompt, _only("chosen", chosen), _only("rejected", rejected)
 

@@ -52,7 +52,7 @@ class CachedEncoder:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"data.cache {directory}: cannot be made: {error.strerror or error}") from None
+            raise ConfigError(f"data.cache {directory}: cannot be created: {error.strerror or error}") from None
 
     def draft(self, record: Record) -> Draft:
         """See `Encoder`."""

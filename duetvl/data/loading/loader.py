@@ -244,7 +244,7 @@ def _check(shares: Sequence[_Share]) -> None:
     other = next((rank for rank, share in enumerate(shares) if share.records != shares[0].records), None)
     if other is not None:
         raise DataError(
-            f"ranks 0 and {other} have come to different records: a data file is not the same for both; give every "
+            f"ranks 0 and {other} have read different records: a data file is not the same for both; give every "
             f"node the same files, and start again"
         )
 

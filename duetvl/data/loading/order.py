@@ -126,7 +126,9 @@ class RecordCursor:
         if position.keys() != {"epoch", "index", "records"}:
             raise DataError("the data position is that of a stream; set data.streaming as it was")
         if position["records"] != mixture.items:
-            raise DataError(f"has {mixture.items} records, but the data position is one in {position['records']}")
+            raise DataError(
+                f"has {mixture.items} records, but the checkpoint's data position is one of {position['records']}"
+            )
         self._epoch, self._index = int(position["epoch"]), int(position["index"])
         if not 0 <= self._index < max(1, len(self._items())):
             raise DataError(f"data position {self._index} lies outside the {len(self._items())} records of its epoch")

@@ -109,7 +109,8 @@ class StreamCursor:
         found = {key: position[key] for key in self._data}
         if found != self._data:
             raise DataError(
-                f"has {self._data['bytes']} bytes in {_files(self._data['files'])}, but the data position is one in "
+                f"has {self._data['bytes']} bytes in {_files(self._data['files'])}, but the checkpoint's data "
+                "position is one of "
                 f"{found['bytes']} bytes in {_files(found['files'])}"
             )
         self._epoch, self._next, self._draws = (int(position[key]) for key in ("epoch", "next", "draws"))

@@ -140,7 +140,7 @@ def _picture_in(file: BinaryIO, pixels: bool) -> Image.Image:
             with suppress(UnidentifiedImageError):
                 return Image.open(jpeg.without_side_data(file))
         what = what_it_is(head)
-        raise DataError(f"is not an image that can be read: it is {what}" if what else "is not an image") from None
+        raise DataError(f"is not an image: it is {what}" if what else "is not an image") from None
 
 
 def media_content(source: object) -> Path | io.BytesIO | None:

@@ -119,7 +119,7 @@ def qwen_count(total: int, wanted: float, fewest: int, most: int, *, exact: bool
     """
     if total < 2:
         raise DataError(
-            "has one frame, and the rule 'qwen' takes two at least; give it as an image, or choose "
+            "has one frame, and the rule 'qwen' takes at least two; give it as an image, or choose "
             "data.video_frames: llamafactory"
         )
     low, high = math.ceil(fewest / 2) * 2, min(most, total) // 2 * 2

@@ -103,12 +103,12 @@ def _open(path: Path, reading: Reading) -> RecordFile:
         if not path.is_file():  # reading it could wait for ever, and what is read is gone
             raise DataError(f"{path}: is not a file but a FIFO, a socket or a device; write the records to a file")
         if not size:
-            raise DataError(f"{path}: is empty; it holds no records")
+            raise DataError(f"{path}: is empty: it has no records")
         if path.suffix == ".parquet":
             return ParquetFile(path, reading)
         if path.suffix == ".csv":
             raise DataError(
-                f"{path}: values separated by commas are not read; save it as .tsv (tabs), JSONL or Parquet"
+                f"{path}: comma-separated values are not supported; save it as .tsv (tabs), JSONL or Parquet"
             )
         if path.suffix == ".tsv":
             check_text(path)

@@ -69,7 +69,7 @@ class JsonLines:
         with open(self.path, "rb") as file:
             raw = _line_at(file, at)
         if len(raw) > LONGEST_LINE:
-            raise DataError(f"{where}: the line has more than {LONGEST_LINE >> 20} MiB; is there no line end between?")
+            raise DataError(f"{where}: the line has more than {LONGEST_LINE >> 20} MiB; are line ends missing?")
         try:
             values = _object(parse_json(raw, where), where)
         except DataError as error:
@@ -125,7 +125,7 @@ class JsonList:
                     raise DataError(f"{where}: {error}") from None
                 except ValueError:
                     if len(raw) < size:
-                        raise DataError(f"{where}: has changed since the file was looked through") from None
+                        raise DataError(f"{where}: has changed since the file was indexed") from None
                     size *= 4
         return Record(self.path, number, where, _object(values, where), self.reading)
 
@@ -147,7 +147,7 @@ def check_text(path: Path) -> bytes:
     if not is_text(head[:LONGEST_HEAD]) or head.startswith(LFS_POINTER):
         what = what_it_is(head[:LONGEST_HEAD]).removesuffix("; its header is damaged")  # here that is not the matter
         if what or b"\0" in head[:16]:
-            raise DataError(f"{path}: is no file of records but {what or 'a binary file'}")
+            raise DataError(f"{path}: is not a file of records but {what or 'a binary file'}")
     return head
 
 
@@ -165,7 +165,7 @@ def _is_one_object(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False  # lines, of which the first is damaged
     if end < len(text) and "\n" in text[:end]:
-        raise DataError(f"{path}: holds objects over several lines each; write one on a line, or all as a list")
+        raise DataError(f"{path}: has objects that span several lines; write one per line, or all as a list")
     return end == len(text)
 
 

@@ -79,7 +79,7 @@ class TsvFile:
         where = f"{self.path}:{number}"
         values = _fields(row, where)
         if len(values) != len(names):
-            raise DataError(f"{where}: has {len(values)} fields, but the line of names has {len(names)}")
+            raise DataError(f"{where}: has {len(values)} fields, but the header has {len(names)}")
         return Record(self.path, number, where, dict(zip(names, values, strict=True)), self.reading)
 
 
@@ -89,7 +89,7 @@ def _row(file: Any, where: str) -> bytes:
     for _ in range(_MOST_LINES):
         row += file.readline(LONGEST_LINE + 1)
         if len(row) > LONGEST_LINE:
-            raise DataError(f"{where}: the row has more than {LONGEST_LINE >> 20} MiB; is there no line end between?")
+            raise DataError(f"{where}: the row has more than {LONGEST_LINE >> 20} MiB; are line ends missing?")
         if b'"' not in row or _split(row.decode("utf-8", errors="replace")) is not None:
             return row
         if not row.endswith(b"\n"):

@@ -122,7 +122,7 @@ class TarShard:
             else:
                 runs.append([member])
         if not runs:
-            raise DataError(f"{self.path}: has no member at byte {at}; it has changed since it was looked through")
+            raise DataError(f"{self.path}: has no member at byte {at}; it has changed since it was indexed")
         members = list(chain(*runs[: _runs_of_record(runs)]))
         key = members[0].key if len({member.stem for member in members}) > 1 else members[0].stem or members[0].key
         where = f"{self.path}: {_named(key)}"
@@ -256,8 +256,8 @@ def _media(members: Sequence[Member]) -> dict[str, list[Blob]]:
 def _check_one(members: Sequence[Member], where: str) -> None:
     if len(members) > 1:
         raise DataError(
-            f"{where}: {_named(members[0].name)} and {_named(members[1].name)} cannot both be "
-            f"of one record; a record's members share their name up to its first dot, and no other record's have it"
+            f"{where}: {_named(members[0].name)} and {_named(members[1].name)} cannot both belong to one record; a "
+            "record's members share their name up to its first dot, and no other record's have it"
         )
 
 

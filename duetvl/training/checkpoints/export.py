@@ -104,7 +104,7 @@ def _has_adapters(ref: CheckpointRef) -> bool:
 
 def _config_of(ref: CheckpointRef) -> ModelConfig:
     if not ref.meta.model_config:
-        raise ConfigError(f"{ref.path}: says nothing of its model, so it cannot be exported")
+        raise ConfigError(f"{ref.path}: does not name its model, so it cannot be exported")
     return ModelConfig.from_dict(ref.meta.model_config, source=f"{ref.path}: its model_config")
 
 
@@ -144,7 +144,7 @@ def _adapters_of(ref: CheckpointRef, config: ModelConfig) -> tuple[Adapters, dic
         adapters = Adapters.from_json(base["adapters"])
         shapes = adapters.shapes(linear_shapes(config))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{ref.path}: says nothing usable of its adapters ({error!r})") from None
+        raise CheckpointError(f"{ref.path}: has no usable description of its adapters ({error!r})") from None
     if {name: tensor.shape for name, tensor in stored.items()} != shapes:
         raise CheckpointError(f"{ref.path}: its weights are not those of the adapters that it names")
     return adapters, {name: TensorSpec(stored[name].dtype, shape) for name, shape in shapes.items()}

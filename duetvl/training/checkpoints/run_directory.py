@@ -123,7 +123,7 @@ def start_anew(recipe: Recipe) -> Start:
     adapter, reference = recipe.lora and recipe.lora.adapter, recipe.dpo and recipe.dpo.reference
     for name, path in (("model.path", recipe.model.path), ("lora.adapter", adapter), ("dpo.reference", reference)):
         if path and any(Path(path).resolve().is_relative_to((own / moved).resolve()) for moved in _OURS):
-            raise ConfigError(f"{name} {path} is a part of what --restart sets aside; give a new train.output_dir")
+            raise ConfigError(f"{name} {path} is part of what --restart sets aside; give a new train.output_dir")
     return Start(own, anew=True)
 
 
@@ -249,7 +249,7 @@ def _check_free(run_dir: Path, recipe: Recipe) -> tuple[str, ...]:
     _, grave = differences(recipe, stored if isinstance(stored, Mapping) else {})
     if grave:
         raise ConfigError(
-            f"train.output_dir {run_dir}: holds a run by another recipe ({', '.join(grave)}) that was ended before its "
+            f"train.output_dir {run_dir}: holds a run by another recipe ({', '.join(grave)}) that ended before its "
             f"first checkpoint; {_ADVICE}"
         )
     return (f"{run_dir} holds a run that has saved no checkpoint: starting it over from step 0",)

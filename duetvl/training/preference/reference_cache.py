@@ -82,7 +82,7 @@ class ReferenceCache:
                 self._forget_passes()
                 raise DataError(
                     f"sample {name}: its log-probabilities are not in {self.path}, so the data or its pictures have "
-                    f"changed since they were computed; start again, and what is missing is computed first"
+                    f"changed since they were computed; start again to compute what is missing"
                 )
         return np.concatenate([self._known[digest] for digest in batch.digests])
 
@@ -140,7 +140,7 @@ def _sound_entries(path: Path) -> np.ndarray:
     """The entries of a file up to the first that is cut off or damaged."""
     raw = path.read_bytes() if path.is_file() else b""
     if not raw.startswith(_HEAD[: len(raw)]):
-        raise CheckpointError(f"{path}: is no file of log-probabilities; remove it, or give another dpo.cache")
+        raise CheckpointError(f"{path}: is not a file of log-probabilities; remove it, or give another dpo.cache")
     count = max(0, len(raw) // _ENTRY.itemsize - 1)
     entries = np.frombuffer(raw, _ENTRY, count, len(_HEAD)) if count else np.zeros(0, _ENTRY)
     wrong = np.flatnonzero(_checks(entries) != entries["check"])

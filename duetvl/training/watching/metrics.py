@@ -164,7 +164,7 @@ def _plain(key: str, value: Any) -> Any:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the value logged as {key!r} is no number or other JSON value: {error}") from None
+        raise ConfigError(f"the value logged as {key!r} is not a JSON value: {error}") from None
     return value
 
 

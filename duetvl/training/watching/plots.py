@@ -53,7 +53,7 @@ def _check_keys(keys: Sequence[str], runs: Sequence[Sequence[Row]]) -> None:
     known = {key for rows in runs for row in rows for key, value in row.items() if isinstance(value, int | float)}
     for key in keys:
         if key not in known:
-            raise ConfigError(f"no run has a number {key!r} in its metrics{did_you_mean(key, known - {'step'})}")
+            raise ConfigError(f"no run has a value {key!r} in its metrics{did_you_mean(key, known - {'step'})}")
 
 
 def _draw_keys(parts: Sequence[Any], keys: Sequence[str], rows: Sequence[Row], label: str) -> None:

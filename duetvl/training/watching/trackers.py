@@ -219,4 +219,4 @@ class Guarded:
             getattr(self.tracker, method)(*args)
         except Exception as error:  # whatever a foreign library raises, a network or a disk
             self._alive = False
-            self._say(f"warning: {self.tracker.name} gets nothing more of this run: {type(error).__name__}: {error}")
+            self._say(f"warning: {self.tracker.name} gets no further data of this run: {type(error).__name__}: {error}")
