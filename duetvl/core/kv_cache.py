@@ -6,9 +6,10 @@ the host's tables are the only way to name a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from duetvl.core.errors import ConfigError
 Tensor = Any
 Cache = Any
 CachePlan = Any
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +46,34 @@ class Append:
         return self.before + self.new
 
 
+class Recorder:
+    """Runs the passes of one model over one cache; a backend may keep the work of a pass and have the device repeat it.
+
+    Then what differs between two passes with as many sequences of one new row each reaches the device by
+    `Ops.from_numpy` within `prepare`, in the same order and shapes, and `run` moves nothing. Weights and cache stay the
+    same tensors. What is returned may be overwritten by the next pass.
+    """
+
+    def run(self, append: Append, prepare: Callable[[], Given], run: Callable[[Given], Tensor]) -> Tensor:
+        """`run(prepare())`, of a pass that does `append` to the cache."""
+        return run(prepare())
+
+
+AT_ONCE: Final = Recorder()
+
+
 class KVCache(Protocol):
     """Keys and values in numbered blocks. A pass is planned once, on the host; nothing here is differentiable.
 
     block_size: rows of a block that suit the device's kernels.
+    recorded: the numbers of sequences, ascending, at which a `recorder` keeps passes that add a row to each of them.
     consecutive: whether the blocks of a sequence should be consecutive numbers, in order. Where they are its rows are
     read in place, else they are gathered for every layer of every pass; the result is the same.
     """
 
     block_size: int
     consecutive: bool
+    recorded: tuple[int, ...]
 
     def cache_create(
         self, *, layers: int, blocks: int, block_size: int, kv_heads: int, head_size: int, dtype: str
@@ -66,6 +86,10 @@ class KVCache(Protocol):
 
         Raises ConfigError where a sequence adds nothing, would outgrow its blocks, or names one that is not there.
         """
+        ...
+
+    def recorder(self, cache: Cache) -> Recorder:
+        """What runs the passes of one model over a cache."""
         ...
 
     def cache_append(self, cache: Cache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:

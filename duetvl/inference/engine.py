@@ -57,6 +57,7 @@ class Engine:
         max_sequences: int = 64,
         reuse: bool = True,
         steady: bool = True,
+        record: bool = True,
         lead: Lead | None = None,
     ):
         """`tokenizer`: answers have texts, and stop strings are looked for. `defaults`: what requests mean that say
@@ -67,6 +68,7 @@ class Engine:
         sequence may have, by default the model's. A pass has at most `pass_tokens` rows of at most `max_sequences`
         sequences, and takes `pass_patches` patches, or one medium, through the tower. reuse: rows of earlier prompts
         are found again. steady: where the backend can do that, no bit of an answer depends on what else is in a pass.
+        record: where the backend can, decoding is recorded, and repeated by the device; not over ranks.
         lead: tells the other ranks that have parts of the model what to run; cache_bytes are then those of each rank.
         """
         self.models = {"": model, **(adapters or {})}
@@ -75,7 +77,9 @@ class Engine:
         self.context = model.context if context is None else context
         room = Room(cache_tokens, cache_bytes, media_tokens)
         backend = model.backend
-        self.padding = find_padding(backend.ops, model.dtype) if steady and backend.capabilities.steady_rows else None
+        record = record and lead is None
+        recorded = self.limits.max_sequences if record else 0
+        self.padding = find_padding(backend, model.dtype, steady=steady, recorded=recorded)
         spare = self.padding.most if self.padding else 0
         asked = room, self.limits, self.context, spare
         blocks = pool_blocks(model, *asked) if lead is None else lead.open(model, *asked)
@@ -83,7 +87,7 @@ class Engine:
         vision = VisionCache(media_tokens)
         pool = BlockPool(blocks, consecutive=kv_cache.consecutive)
         self.scheduler = Scheduler(pool, vision, kv_cache.block_size, self.limits, reuse=reuse)
-        self.runner, self.lead = Runner(self.models, blocks + spare), lead
+        self.runner, self.lead = Runner(self.models, blocks + spare, record=record), lead
         self._opened = lead.opened if lead else 0
         self.ran_pass: Callable[[int], None] | None = None  # told the rows of each pass, on the thread that runs it
         self._ops, self._vocabulary = backend.ops, model.family.vocabulary

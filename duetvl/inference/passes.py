@@ -59,8 +59,8 @@ class Pass:
 
 
 def pack(plan: PassPlan, padding: Padding | None, blocks: int) -> Pass:
-    """A plan in arrays. With `padding` the pass has steady numbers of rows, by one-row sequences behind the others in
-    the blocks that follow the pool's `blocks`, and each medium goes through the tower by itself."""
+    """A plan in arrays. `padding` puts one-row sequences behind the others, in the blocks that follow the pool's
+    `blocks`, and may have each medium go through the tower by itself."""
     pieces = plan.pieces
     shown = [Shown(key, medium.tokens, medium.patches, medium.grid) for key, medium in plan.encode]
     ids = np.concatenate([piece.sequence.rows(piece.start, piece.stop) for piece in pieces])
@@ -71,7 +71,7 @@ def pack(plan: PassPlan, padding: Padding | None, blocks: int) -> Pass:
         plan.adapter,
         plan.forget,
         plan.copies,
-        [[each] for each in shown] if padding else [shown] if shown else [],
+        [[each] for each in shown] if padding and padding.media_apart else [shown] if shown else [],
         np.concatenate([ids, np.zeros(pads, np.int32)]),
         np.concatenate([positions, np.zeros((3, pads), np.int32)], axis=1),
         _append(pieces, pads, blocks),

@@ -10,7 +10,7 @@ import numpy as np
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Batch
 from duetvl.core.family import Family
-from duetvl.core.kv_cache import Append, Cache
+from duetvl.core.kv_cache import AT_ONCE, Append, Cache, Recorder
 from duetvl.inference.passes import Pass, Shown, Taken, media_batch
 
 Tensor = Any
@@ -56,21 +56,23 @@ class Generator(Protocol):
         """Merged features of the batch's media, in their order."""
         ...
 
-    def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor:
-        """Logits (S, V) after each sequence of a pass, whose rows are put into the cache."""
+    def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append, recorder: Recorder) -> Tensor:
+        """Logits (S, V) after each sequence of a pass, whose rows are put into the cache. `recorder` runs it."""
         ...
 
 
 class Runner:
     """Runs passes on models that share one cache: the model itself at "", and the same with an adapter by its name."""
 
-    def __init__(self, models: Mapping[str, Generator], blocks: int):
-        """`blocks`: those of the cache, those among them that hold rows which pad a pass."""
+    def __init__(self, models: Mapping[str, Generator], blocks: int, *, record: bool = False):
+        """`blocks`: those of the cache, those among them that hold rows which pad a pass. `record`: passes may be kept
+        and repeated, by a rank that has all of the model."""
         self.models = models
         model = models[""]
         self.ops, self.store = model.backend.ops, model.backend.kv_cache
         self.cache = model.create_cache(blocks)
         self.features: dict[bytes, Tensor] = {}
+        self.recorders = {name: self.store.recorder(self.cache) for name in models} if record else {}
 
     def run(self, work: Pass) -> Tensor:
         """The logits (S, vocabulary) after each sequence of a pass."""
@@ -81,7 +83,8 @@ class Runner:
         model = self.models[work.adapter]
         for media in work.encode:
             self._encode(model, media)
-        return model.extend(work.batch, self._taken(work.taken), self.cache, work.append)
+        recorder = AT_ONCE if work.taken else self.recorders.get(work.adapter, AT_ONCE)
+        return model.extend(work.batch, self._taken(work.taken), self.cache, work.append, recorder)
 
     def rows(self, logits: Tensor, wanted: Sequence[int]) -> Tensor:
         """Some rows of logits, ascending."""

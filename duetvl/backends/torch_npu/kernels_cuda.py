@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from weakref import WeakKeyDictionary
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from duetvl.backends.torch_npu.autograd import TorchAutograd
 from duetvl.backends.torch_npu.kv_cache import TorchKVCache
 from duetvl.backends.torch_npu.ops import TorchOps
+from duetvl.backends.torch_npu.recording import GraphRecorder, Graphs, Record, Recording
 from duetvl.core.composed import FusedAttention
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.composed.kv_cache import PagedCache
-from duetvl.core.kv_cache import Append, CachePlan, check_append, consecutive, rows_of
+from duetvl.core.kv_cache import Append, CachePlan, Recorder, check_append, consecutive, rows_of
 from duetvl.core.spans import Spans
 
 Tensor = torch.Tensor
@@ -34,7 +36,7 @@ def flash_attention_takes(dtype: torch.dtype, head_size: int, capability: tuple[
     return head_size <= (LARGEST_HEAD if capability in SERVER_CARDS else LARGEST_HEAD_OF_ALL_CARDS)
 
 
-class CudaOps(FusedAttention, TorchOps):
+class CudaOps(Recording, FusedAttention, TorchOps):
     """See core/ops.py."""
 
     spans_a_call = 2**31
@@ -42,6 +44,13 @@ class CudaOps(FusedAttention, TorchOps):
     def __init__(self, autograd: TorchAutograd, place: torch.device):
         super().__init__(autograd, place)
         self._moved: WeakKeyDictionary[Spans, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+    def from_numpy(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
+        return self.move(array, dtype) if self.inlet is None else self.inlet(array, dtype)
+
+    def move(self, array: np.ndarray, dtype: str | None) -> Tensor:
+        """The array on the device, whatever the inlet."""
+        return super().from_numpy(array, dtype)
 
     def _staged(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.place.type == "cuda" else tensor  # else the copy waits for the device
@@ -104,11 +113,19 @@ class FlashPlan:
     most_keys: int
 
 
+def allowed_keys(most: int) -> int:
+    """The next power of two from 4,096 on. The kernel takes it as a bound, by which it divides its work; lengths have
+    their own tensor. So passes of one size and about one length are launched alike."""
+    return max(4096, 1 << (most - 1).bit_length())
+
+
 class CudaKVCache(TorchKVCache):
     """See core/kv_cache.py. One call for the pass; sequences whose blocks are not consecutive are gathered first."""
 
     block_size = 256
     consecutive = True
+    recorded = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16))
+    recording: Callable[[], Record] = Graphs
 
     ops: CudaOps
 
@@ -120,12 +137,28 @@ class CudaKVCache(TorchKVCache):
         return self.agree(cache, partial(self._plan, in_place=True), partial(self._plan, in_place=False))
 
     def plan(self, cache: PagedCache, append: Append) -> CachePlan:
-        keys = cache.keys[0]
-        if not flash_attention_takes(keys.dtype, keys.shape[2], self.ops.capability):
+        if not self._takes(cache):
             return super().plan(cache, append)
         check_append(append, cache.blocks, cache.block_size)
-        in_place = bool(consecutive(append, cache.block_size).all()) and self.reads_in_place(cache)
-        return self._plan(cache, append, in_place)
+        return self._plan(cache, append, self._in_place(cache, append))
+
+    def recorder(self, cache: PagedCache) -> Recorder:
+        def kind(append: Append) -> Hashable | None:
+            """Decoding at one of these sizes, read in place; how many rows a launch allows for is part of it."""
+            if len(append.new) not in self.recorded or append.rows != len(append.new):
+                return None
+            if not self._takes(cache) or not self._in_place(cache, append):
+                return None
+            return len(append.new), allowed_keys(int(append.held.max()))
+
+        return GraphRecorder(self.ops, kind, self.recording())
+
+    def _takes(self, cache: PagedCache) -> bool:
+        keys = cache.keys[0]
+        return flash_attention_takes(keys.dtype, keys.shape[2], self.ops.capability)
+
+    def _in_place(self, cache: PagedCache, append: Append) -> bool:
+        return bool(consecutive(append, cache.block_size).all()) and self.reads_in_place(cache)
 
     def _plan(self, cache: PagedCache, append: Append, in_place: bool) -> FlashPlan:
         size, held = cache.block_size, append.held
@@ -138,7 +171,7 @@ class CudaKVCache(TorchKVCache):
             held=self.ops.from_numpy(held.astype(np.int32)) if in_place else None,
             index=None if in_place else self.ops.from_numpy(np.concatenate(rows)),
             longest=int(append.new.max()),
-            most_keys=int(held.max()),
+            most_keys=allowed_keys(int(held.max())) if in_place else int(held.max()),
         )
 
     def attention_cached(self, q: Tensor, cache: PagedCache, layer: int, plan: CachePlan) -> Tensor:

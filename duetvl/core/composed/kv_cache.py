@@ -9,7 +9,18 @@ import numpy as np
 
 from duetvl.core.composed.attention import check_groups
 from duetvl.core.errors import ConfigError
-from duetvl.core.kv_cache import Append, CachePlan, KVCache, check_append, consecutive, places, rows_of, stretches
+from duetvl.core.kv_cache import (
+    AT_ONCE,
+    Append,
+    CachePlan,
+    KVCache,
+    Recorder,
+    check_append,
+    consecutive,
+    places,
+    rows_of,
+    stretches,
+)
 from duetvl.core.ops import Ops
 
 Tensor = Any
@@ -55,6 +66,7 @@ class ComposedKVCache(KVCache):
 
     block_size = 64
     consecutive = True
+    recorded: tuple[int, ...] = ()
 
     def __init__(self, ops: Ops):
         self.ops = ops
@@ -81,6 +93,9 @@ class ComposedKVCache(KVCache):
             first = int(table[0]) * size
             return slice(first, first + held)
         return self.ops.from_numpy(rows_of(table, held, size))
+
+    def recorder(self, cache: PagedCache) -> Recorder:
+        return AT_ONCE
 
     def cache_append(self, cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: CachePlan) -> None:
         for first, start, stop in plan.writes:

@@ -17,7 +17,7 @@ from duetvl.core.autograd import Tape
 from duetvl.core.backend import Backend
 from duetvl.core.batch import IGNORE, Batch, Pair, Sample
 from duetvl.core.boxes import Shape
-from duetvl.core.kv_cache import Append, Cache
+from duetvl.core.kv_cache import AT_ONCE, Append, Cache, Recorder
 from duetvl.core.params import Parameter, Weights
 from duetvl.core.patterns import require_matching
 from duetvl.models import vocabulary
@@ -244,18 +244,26 @@ class QwenVL:
         """Rows that a sequence may have."""
         return self.config.text.max_positions
 
-    def extend(self, batch: Batch, features: Tensor | None, cache: Cache, append: Append) -> Tensor:
+    def extend(
+        self, batch: Batch, features: Tensor | None, cache: Cache, append: Append, recorder: Recorder = AT_ONCE
+    ) -> Tensor:
         """Put a pass of tokens behind what the cache has: whole prompts, parts of them, single tokens, in any mixture.
 
         `batch` has the new rows of the sequences in `append`, end to end, with their positions; `features` (M, D) those
         that `batch.visual_src` counts, None where it counts none. Its pixels and targets are not looked at. Returns
         the logits (S, vocabulary) after the last row of each sequence. Raises ConfigError where a sequence does not
-        fit into its blocks.
+        fit into its blocks. `recorder`: of this model and cache; for passes without features.
         """
-        attend = self._attend_cached(cache, append)
-        with self.backend.autograd.no_grad():
-            given = text_input(self.backend.ops, self.family, batch, attend, self.layout)
+
+        def prepare() -> ModelInput:
+            attend = self._attend_cached(cache, append)
+            return text_input(self.backend.ops, self.family, batch, attend, self.layout)
+
+        def run(given: ModelInput) -> Tensor:
             return self._logits("language", given, batch.cu_seqlens[1:] - 1, features)
+
+        with self.backend.autograd.no_grad():
+            return recorder.run(append, prepare, run)
 
     def _attend_cached(self, cache: Cache, append: Append) -> Attend:
         store = self.backend.kv_cache
@@ -278,7 +286,9 @@ class QwenVL:
         """Hidden states (N, D) behind the final norm, of some ascending rows of x (T, D): the others meet neither it
         nor the vocabulary."""
         ops, lie = self.backend.ops, given.tokens.rows
-        x_ND = ops.take_rows(x_TD, ops.from_numpy(lie.here(rows).astype(np.int32)))
+        here = lie.here(rows)
+        all_rows = len(here) == x_TD.shape[0]
+        x_ND = x_TD if all_rows else ops.take_rows(x_TD, ops.from_numpy(here.astype(np.int32)))
         return lie.collect(ops.rms_norm(x_ND, w.model.norm.weight, eps=self.config.text.norm_eps), rows)
 
     def _vocabulary(self, w: Weights) -> Weights:
