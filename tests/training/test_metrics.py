@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 from duetvl.core.errors import ConfigError
-from duetvl.training.watching.metrics import MetricsLog, Progress, check_own, read_metrics
+from duetvl.training.watching.metrics import MetricsLog, check_own, read_metrics
 from duetvl.training.watching.plots import plot_runs
 from duetvl.training.watching.trackers import TensorBoard
 
@@ -88,43 +87,6 @@ def test_tensorboard_events(tmp_path):
     assert [file.stat().st_size > 100 for file in (tmp_path / "tensorboard").iterdir()] == [True]
 
 
-def test_plain_lines_where_there_is_no_terminal():
-    out = io.StringIO()
-    progress = Progress(10, every=5, stream=out)
-    for step in range(1, 11):
-        progress.step(row(step, loss=1 / step))
-    progress.say("saved")
-    progress.close()
-    lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 5/10  loss 0.2000  grad_norm 2  lr 0.1  1234 tokens/s  left 0:00:0")
-    assert lines[1].startswith("step 10/10  loss 0.1000")
-    assert lines[2] == "saved"
-
-
-def test_lines_of_what_is_counted_by_more_than_one():
-    out = io.StringIO()
-    progress = Progress(20, every=10, unit="reference: pair", stream=out)
-    for step in (7, 14, 19, 20):
-        progress.step({"step": step})
-    lines = out.getvalue().splitlines()
-    assert [line.partition("  left ")[0] for line in lines] == ["reference: pair 14/20", "reference: pair 20/20"]
-
-
-def test_a_bar_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    out = Terminal()
-    progress = Progress(10, done=4, stream=out)
-    progress.step(row(5))
-    progress.say("saved")
-    progress.close()
-    assert "5/10" in out.getvalue()
-    assert "loss 1.0000" in out.getvalue()
-    assert "saved\n" in out.getvalue()
-
-
 def test_the_plot_is_a_picture_that_appears_whole(tmp_path):
     log = MetricsLog(tmp_path)
     for step in range(1, 30):
@@ -181,10 +143,3 @@ def test_numbers_of_numpy_are_written_and_what_is_none_is_named(tmp_path):
             log.write({"step": 2, "mine": value})
     log.close()
     assert len(read_metrics(tmp_path)) == 1
-
-
-def test_a_line_that_the_terminal_cannot_encode_is_shown_all_the_same():
-    raw = io.BytesIO()
-    progress = Progress(1, stream=io.TextIOWrapper(raw, encoding="ascii"))
-    progress.say("saved 运行")
-    assert raw.getvalue() == b"saved \\u8fd0\\u884c\n"
