@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import IO, Any, Final
 
 _CLEAR: Final = "\r\x1b[K"  # to the start of the line, and what is on it away
@@ -87,9 +88,9 @@ class Progress:
 def bar_line(width: int, count: str, share: float, numbers: Sequence[str], left: str) -> str:
     """A line of at most `width` columns: the count, and as much of the rest as has room.
 
-    First the first of the numbers, then the time left, then the other numbers in their order; the bar, full to a
-    `share`, takes what remains. It is drawn in ASCII: signs for boxes are one column wide or two, as the terminal's
-    language has it.
+    First the first of the numbers, then the time left, a bar that is full to a `share`, and the other numbers in their
+    order; the bar grows into what remains. It is drawn in ASCII: signs for boxes are one column wide or two, as the
+    terminal's language has it.
     """
 
     def fits(*words: str) -> bool:
@@ -97,13 +98,12 @@ def bar_line(width: int, count: str, share: float, numbers: Sequence[str], left:
 
     words = [count, *(text for text in numbers[:1] if fits(count, text))]
     end = next(([text] for text in (f"left {left}", left) if left and fits(*words, text)), [])
-    for text in numbers[1:]:
-        if fits(*words, text, *end):
-            words.append(text)
-    bar = min(width - len("  ".join([*words, *end])) - 4, _WIDEST)  # brackets, and blanks before them
-    if bar >= _NARROWEST:
-        filled = int(share * bar)
-        words.insert(1, f"[{'=' * filled}{' ' * (bar - filled)}]")
+    bar = [f"[{' ' * _NARROWEST}]"] if fits(*words, *end, " " * (_NARROWEST + 2)) else []
+    more = takewhile(lambda count: fits(*words, *bar, *numbers[1 : 1 + count], *end), range(1, len(numbers)))
+    words += numbers[1 : 1 + max(more, default=0)]
+    if bar:
+        columns = min(width - len("  ".join([*words, *end])) - 4, _WIDEST)  # brackets, and blanks before them
+        words.insert(1, f"[{'=' * int(share * columns):{columns}}]")
     return "  ".join([*words, *end])[:width]
 
 
