@@ -11,7 +11,7 @@ from PIL import Image
 
 from duetvl.core.errors import ConfigError
 from duetvl.training.watching.metrics import MetricsLog, check_own, read_metrics
-from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.plots import figure_of, plot_runs, smoothed
 from duetvl.training.watching.trackers import TensorBoard
 
 
@@ -98,6 +98,34 @@ def test_the_plot_is_a_picture_that_appears_whole(tmp_path):
     plot_runs([tmp_path, tmp_path], tmp_path / "two.png")
     assert min(Image.open(tmp_path / "loss.png").size) > 400
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl", "two.png"]
+
+
+def test_the_smoothed_line_does_not_lag():
+    steps = np.arange(1, 301)
+    falling = 0.3 + 11 * np.exp(-steps / 25)
+    assert np.abs(smoothed(falling) / falling - 1).max() < 0.02
+    for count in (0, 1, 2, 39, 40, 41, 150):
+        line = 1.5 * np.arange(count) - 3
+        assert np.allclose(smoothed(line), line)
+    noise = np.random.default_rng(0).standard_normal(400)
+    assert smoothed(noise)[40:].std() < 0.4 * noise.std()
+
+
+def test_two_runs_that_agree_are_both_seen_and_so_is_their_difference(tmp_path):
+    for name, shift in (("a", 0.0), ("b", 1e-4)):
+        (tmp_path / name).mkdir()
+        log = MetricsLog(tmp_path / name)
+        for step in range(1, 31):
+            log.write(row(step, loss=12 * 0.8**step + shift))
+        log.close()
+    loss, apart, rate = figure_of([tmp_path / "a", tmp_path / "b"]).axes
+    solid, dashed = (line for line in loss.lines if "smoothed" in line.get_label())
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    assert np.allclose(apart.lines[0].get_ydata(), 1e-4) and apart.lines[0].get_label() == "b - a, at most 0.0001"
+    assert loss.get_yscale() == "log" and rate.get_yscale() == apart.get_yscale() == "linear"
+    assert [axes.get_ylabel() for axes in figure_of([tmp_path / "a"]).axes] == ["loss", "learning rate"]
+    (norms,) = figure_of([tmp_path / "a"], ["grad_norm"]).axes
+    assert norms.get_yscale() == "linear", "all are 2"
 
 
 def test_scores_of_benchmarks_have_a_part_of_their_own(tmp_path):
