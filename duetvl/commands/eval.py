@@ -27,7 +27,7 @@ from duetvl.evaluation.tasks.registry import find_task
 from duetvl.inference.defaults import Defaults
 from duetvl.inference.sampling import Sampling
 from duetvl.storage.answers_file import Row, alone
-from duetvl.training.watching.metrics import Progress
+from duetvl.training.watching.progress import Progress
 
 FAILED: Final = 1
 CONCURRENCY: Final = 16  # questions that a server has at once

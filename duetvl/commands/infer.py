@@ -21,7 +21,7 @@ from duetvl.inference.guided import Guides
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.adapters import open_adapter_for
 from duetvl.storage.answers_file import AnswersFile, alone
-from duetvl.training.watching.metrics import Progress
+from duetvl.training.watching.progress import Progress
 
 FAILED: Final = 1
 

@@ -12,7 +12,7 @@ from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.loading.workers import InlinePool, Pool, make_pool
 from duetvl.data.sources.records import Ref
 from duetvl.data.survey import Survey
-from duetvl.training.watching.metrics import Progress
+from duetvl.training.watching.progress import Progress
 
 _AT_ONCE = 64  # records asked of each worker at a time
 _FEW = 512  # records that are walked over faster than processes are started

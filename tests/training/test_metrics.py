@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 
@@ -11,8 +10,8 @@ import pytest
 from PIL import Image
 
 from duetvl.core.errors import ConfigError
-from duetvl.training.watching.metrics import MetricsLog, Progress, check_own, read_metrics
-from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.metrics import MetricsLog, check_own, read_metrics
+from duetvl.training.watching.plots import figure_of, plot_runs, smoothed
 from duetvl.training.watching.trackers import TensorBoard
 
 
@@ -88,43 +87,6 @@ def test_tensorboard_events(tmp_path):
     assert [file.stat().st_size > 100 for file in (tmp_path / "tensorboard").iterdir()] == [True]
 
 
-def test_plain_lines_where_there_is_no_terminal():
-    out = io.StringIO()
-    progress = Progress(10, every=5, stream=out)
-    for step in range(1, 11):
-        progress.step(row(step, loss=1 / step))
-    progress.say("saved")
-    progress.close()
-    lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 5/10  loss 0.2000  grad_norm 2  lr 0.1  1234 tokens/s  left 0:00:0")
-    assert lines[1].startswith("step 10/10  loss 0.1000")
-    assert lines[2] == "saved"
-
-
-def test_lines_of_what_is_counted_by_more_than_one():
-    out = io.StringIO()
-    progress = Progress(20, every=10, unit="reference: pair", stream=out)
-    for step in (7, 14, 19, 20):
-        progress.step({"step": step})
-    lines = out.getvalue().splitlines()
-    assert [line.partition("  left ")[0] for line in lines] == ["reference: pair 14/20", "reference: pair 20/20"]
-
-
-def test_a_bar_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    out = Terminal()
-    progress = Progress(10, done=4, stream=out)
-    progress.step(row(5))
-    progress.say("saved")
-    progress.close()
-    assert "5/10" in out.getvalue()
-    assert "loss 1.0000" in out.getvalue()
-    assert "saved\n" in out.getvalue()
-
-
 def test_the_plot_is_a_picture_that_appears_whole(tmp_path):
     log = MetricsLog(tmp_path)
     for step in range(1, 30):
@@ -136,6 +98,34 @@ def test_the_plot_is_a_picture_that_appears_whole(tmp_path):
     plot_runs([tmp_path, tmp_path], tmp_path / "two.png")
     assert min(Image.open(tmp_path / "loss.png").size) > 400
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl", "two.png"]
+
+
+def test_the_smoothed_line_does_not_lag():
+    steps = np.arange(1, 301)
+    falling = 0.3 + 11 * np.exp(-steps / 25)
+    assert np.abs(smoothed(falling) / falling - 1).max() < 0.02
+    for count in (0, 1, 2, 39, 40, 41, 150):
+        line = 1.5 * np.arange(count) - 3
+        assert np.allclose(smoothed(line), line)
+    noise = np.random.default_rng(0).standard_normal(400)
+    assert smoothed(noise)[40:].std() < 0.4 * noise.std()
+
+
+def test_two_runs_that_agree_are_both_seen_and_so_is_their_difference(tmp_path):
+    for name, shift in (("a", 0.0), ("b", 1e-4)):
+        (tmp_path / name).mkdir()
+        log = MetricsLog(tmp_path / name)
+        for step in range(1, 31):
+            log.write(row(step, loss=12 * 0.8**step + shift))
+        log.close()
+    loss, apart, rate = figure_of([tmp_path / "a", tmp_path / "b"]).axes
+    solid, dashed = (line for line in loss.lines if "smoothed" in line.get_label())
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    assert np.allclose(apart.lines[0].get_ydata(), 1e-4) and apart.lines[0].get_label() == "b - a, at most 0.0001"
+    assert loss.get_yscale() == "log" and rate.get_yscale() == apart.get_yscale() == "linear"
+    assert [axes.get_ylabel() for axes in figure_of([tmp_path / "a"]).axes] == ["loss", "learning rate"]
+    (norms,) = figure_of([tmp_path / "a"], ["grad_norm"]).axes
+    assert norms.get_yscale() == "linear", "all are 2"
 
 
 def test_scores_of_benchmarks_have_a_part_of_their_own(tmp_path):
@@ -181,10 +171,3 @@ def test_numbers_of_numpy_are_written_and_what_is_none_is_named(tmp_path):
             log.write({"step": 2, "mine": value})
     log.close()
     assert len(read_metrics(tmp_path)) == 1
-
-
-def test_a_line_that_the_terminal_cannot_encode_is_shown_all_the_same():
-    raw = io.BytesIO()
-    progress = Progress(1, stream=io.TextIOWrapper(raw, encoding="ascii"))
-    progress.say("saved 运行")
-    assert raw.getvalue() == b"saved \\u8fd0\\u884c\n"

@@ -33,7 +33,7 @@ from duetvl.training.objective import Reference
 from duetvl.training.preference.dpo import reference_of
 from duetvl.training.preference.reference_cache import Add, ReferenceCache, reference_name, short_hash
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.watching.metrics import Progress
+from duetvl.training.watching.progress import Progress
 
 Tensor = Any
 

@@ -1,14 +1,11 @@
-"""What a run tells: metrics.jsonl, trackers, and lines or a progress bar on the terminal."""
+"""The numbers of a run, where they are kept: metrics.jsonl, samples.jsonl, trackers."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from duetvl.core.errors import ConfigError
 from duetvl.storage.files import write_text
@@ -166,85 +163,3 @@ def _plain(key: str, value: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the value logged as {key!r} is not a JSON value: {error}") from None
     return value
-
-
-class Progress:
-    """Shows a run: a bar with the time left on a terminal, a plain line every `every` steps elsewhere."""
-
-    def __init__(self, total: int, *, done: int = 0, every: int = 1, unit: str = "step", stream: IO[str] | None = None):
-        """`done` steps of `total` are behind. `unit` is what is counted where it is not steps."""
-        self.stream = stream or sys.stdout
-        self.total, self.every, self.started_at, self.unit = total, every, done, unit
-        self._told = done
-        self.started = time.monotonic()
-        self.lost = 0  # lines that could not be shown
-        self._bar: Any = None
-        if _has_room(self.stream):
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, unit=unit, file=self.stream, dynamic_ncols=True)
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Show one step."""
-        step = row["step"]
-        if self._bar is not None:
-            self._bar.set_postfix_str(_numbers(row), refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif step // self.every > self._told // self.every or step == self.total:
-            self.say("  ".join(filter(None, (f"{self.unit} {step}/{self.total}", _numbers(row), self._left(step)))))
-            self._told = step
-
-    def say(self, text: str) -> None:
-        """Show a line without disturbing the bar. A run does not end because nobody reads it any more."""
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-            return
-        try:
-            self.stream.write(text + "\n")
-            self.stream.flush()
-        except UnicodeEncodeError:
-            self.say(text.encode("ascii", "backslashreplace").decode())
-        except BrokenPipeError:  # `duetvl train ... | head`
-            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
-        except OSError:  # `duetvl train ... > file` on a full disk
-            self.lost += 1
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _left(self, step: int) -> str:
-        per_step = (time.monotonic() - self.started) / max(1, step - self.started_at)
-        seconds = round(per_step * (self.total - step))
-        return f"left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def _has_room(stream: IO[str]) -> bool:
-    """Whether a bar would be seen: pseudo-terminals of build machines often have no size."""
-    if not stream.isatty():
-        return False
-    try:
-        return min(os.get_terminal_size(stream.fileno())) > 0
-    except OSError:
-        return True
-
-
-# What a line shows, in this order: loss with places enough for a small improvement, the rest short.
-_FORMS: dict[str, Callable[[Any], str]] = {
-    "loss": "loss {:.4f}".format,
-    "score": "score {:.1f}%".format,
-    "grad_norm": "grad_norm {:.3g}".format,
-    "lr": "lr {:.3g}".format,
-    "rewards/accuracies": "accuracy {:.0%}".format,
-    "rewards/margins": "margin {:.3g}".format,
-    "tokens_per_s": "{:.0f} tokens/s".format,
-    "mfu": "mfu {:.1%}".format,
-    "step_s": "{:.3g} s".format,
-    "data_wait": "data wait {:.0%}".format,
-    "peak_memory": lambda count: f"{count / 2**30:.2f} GiB",
-}
-
-
-def _numbers(row: Mapping[str, Any]) -> str:
-    return "  ".join(form(row[key]) for key, form in _FORMS.items() if row.get(key) is not None)

@@ -11,8 +11,9 @@ from typing import Any
 
 from duetvl.core.ranks import Ranks
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.watching.metrics import MetricsLog, Progress, read_metrics
+from duetvl.training.watching.metrics import MetricsLog, read_metrics
 from duetvl.training.watching.plots import plot_runs
+from duetvl.training.watching.progress import Progress
 from duetvl.training.watching.run_log import RunLog
 from duetvl.training.watching.trackers import open_trackers
 
