@@ -135,6 +135,6 @@ def test_memory_that_ends_in_a_collective_is_no_other_ranks_fault() -> None:
     collectives = load_backend("torch_npu", "cpu").collectives
     with pytest.raises(RuntimeError, match="allocate memory"), collectives._failing("all_reduce", (0, 1)):
         torch.empty(2**50, dtype=torch.uint8)
-    ended = pytest.raises(BackendError, match=r"all_reduce failed on .*: another rank has ended; see the logs of rank 1")
+    ended = pytest.raises(BackendError, match=r"all_reduce failed .* another rank has ended; see the logs of rank 1")
     with ended, collectives._failing("all_reduce", (0, 1)):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:57551")
