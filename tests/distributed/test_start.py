@@ -128,3 +128,13 @@ def test_a_torch_rank_that_leaves_is_noticed() -> None:
     assert out[0].startswith("BackendError"), out
     assert "all_reduce failed on rank 0 of 2: another rank has " in out[0]
     assert out[0].isascii() and "/" not in out[0] and len(out[0].splitlines()) == 1, "in the engine's words"
+
+
+def test_memory_that_ends_in_a_collective_is_no_other_ranks_fault() -> None:
+    torch = pytest.importorskip("torch")
+    collectives = load_backend("torch_npu", "cpu").collectives
+    with pytest.raises(RuntimeError, match="allocate memory"), collectives._failing("all_reduce", (0, 1)):
+        torch.empty(2**50, dtype=torch.uint8)
+    ended = pytest.raises(BackendError, match=r"all_reduce failed .* another rank has ended; see the logs of rank 1")
+    with ended, collectives._failing("all_reduce", (0, 1)):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:57551")

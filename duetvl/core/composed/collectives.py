@@ -15,6 +15,7 @@ from duetvl.core.errors import BackendError
 from duetvl.core.ops import Ops
 
 Tensor = Any
+_NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "memory not enough", "memory isn't enough")
 HALF = ("bfloat16", "float16")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "bool": 1}
 
@@ -243,10 +244,18 @@ class ComposedCollectives(Collectives):
         except BackendError as error:
             raise BackendError(f"{name} failed on rank {self.rank} of {self.size}: {error}") from None
         except RuntimeError as error:
+            if _is_of_memory(error):  # this rank's own failure, and the cause of what the others will meet
+                raise
             others = ", ".join(f"rank {rank}" for rank in ranks if rank != self.rank)
             raise BackendError(
                 f"{name} failed on rank {self.rank} of {self.size}: {_plain(error)}; see the logs of {others}"
             ) from error
+
+
+def _is_of_memory(error: RuntimeError) -> bool:
+    """Whether this rank had no memory for the call, in PyTorch's, C++'s or MindSpore's words."""
+    words = str(error).lower()
+    return any(sign in words for sign in _NO_MEMORY)
 
 
 def _plain(error: RuntimeError) -> str:

@@ -121,6 +121,8 @@ def fill(cache: ReferenceCache, data: PairData, passes: Passes, backend: Backend
             seen.update(digest for digests, _, _ in found for digest in digests)
             if progress is not None:
                 progress.step({"step": len(seen)})
+        if progress is not None and len(seen) < data.count:  # some are equal, or gave no sample
+            progress.step({"step": data.count})
 
 
 Found = tuple[list[bytes], list[bytes], np.ndarray]
