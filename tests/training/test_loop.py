@@ -327,7 +327,7 @@ def test_other_data_is_refused(torch_be, recipe, tmp_path):
     write_records(tmp_path / "train.jsonl", 31)
     with pytest.raises(
         DataError,
-        match=r"train\.jsonl: has 31 records, but the checkpoint's data position is one of 30, of .*step-0000005; restore",
+        match=r"train\.jsonl: has 31 records, but the checkpoint.s data position is one of 30, .*step-0000005; restore",
     ):
         run(torch_be, recipe)
 
