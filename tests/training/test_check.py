@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -67,13 +68,18 @@ def test_nothing_is_written_unless_asked_for(home, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"data.train.lengths.png", "data.train.left_out.txt"}
 
 
+def without_times(lines: Iterable[str]) -> list[str]:
+    """The seconds of a step come from a product that is measured."""
+    return [line for line in lines if not line.startswith("expected on this machine")]
+
+
 def test_a_sample_of_the_records(home, tmp_path):
     usual = [f"train.output_dir={tmp_path}/run"]
     lines = list(check(home / "tiny.json", usual, sample=5))
     for name in ("data.train", "data.val"):
         at = lines.index(f"{name}: a sample, 5 of 12 records")
         assert lines[at + 1] == f"{name}: 5 records: 5 good, 0 left out, 0 bad"
-    assert lines == list(check(home / "tiny.json", usual, sample=5)), "it is drawn by data.seed"
+    assert without_times(lines) == without_times(check(home / "tiny.json", usual, sample=5)), "it is drawn by data.seed"
     assert lines != list(check(home / "tiny.json", [*usual, "data.seed=1"], sample=5))
     streamed = list(check(home / "tiny.json", [*usual, "data.streaming=true", "data.val=null"], sample=5))
     assert "data.train: a sample, 5 of a stream, its first" in streamed
@@ -147,7 +153,7 @@ def test_a_run_whose_pictures_are_nowhere_is_an_error_and_no_skip(home, tmp_path
     (tmp_path / "far.jsonl").write_text("\n".join(lines))
     overrides = [f"data.train={tmp_path}/far.jsonl", "data.val=null", f"train.output_dir={tmp_path}/run"]
     for made in (check, train):
-        with pytest.raises(DataError, match="records with pictures or videos have one that is not there"):
+        with pytest.raises(DataError, match="records with pictures or videos have a missing one"):
             list(made(home / "tiny.json", [*overrides, "data.on_bad_sample=skip", "train.steps=20"]))
     found = list(check(home / "tiny.json", [*overrides, f"data.image_root={home}"]))
     assert f"  media: {records // 3 * 2} found in {home}" in found
