@@ -106,7 +106,7 @@ def _change(guide: Proposal, first: Proposal, part: str) -> str:
 
 def sections_text(proposal: Proposal) -> str:
     """The sections of a recipe that are the layout's, as YAML."""
-    return write_yaml(_sections(proposal), flow=True)
+    return write_yaml(sections_of(proposal), flow=True)
 
 
 def recipe_text(proposal: Proposal, wish: Wish) -> str:
@@ -121,7 +121,7 @@ def recipe_text(proposal: Proposal, wish: Wish) -> str:
         section = getattr(recipe, name)
         if section is not None and (given := _given(section)) is not None:
             sections[name] = given
-    layout = _sections(proposal)
+    layout = sections_of(proposal)
     sections["train"] = {**sections.get("train", {}), **layout["train"]}
     sections["parallel"] = layout["parallel"]
     return "\n".join(comment) + "\n\n" + write_yaml(sections, flow=True)
@@ -135,7 +135,7 @@ def _given(section: Section) -> dict[str, Any] | None:
     return values if values or optional else None
 
 
-def _sections(proposal: Proposal) -> dict[str, dict[str, Any]]:
+def sections_of(proposal: Proposal) -> dict[str, dict[str, Any]]:
     parallel = proposal.recipe.parallel
     fields = {axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "tp")}
     chosen = {

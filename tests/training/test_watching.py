@@ -143,9 +143,9 @@ def test_utilisation_is_shown_where_the_peak_is_known_or_stated(be, recipe):
     assert stated[-1]["total_tokens"] == sum(r["tokens"] for r in stated)  # goes on where the checkpoint was
 
 
-def test_what_a_step_was_expected_to_take_is_said_once(torch_be, recipe, capsys):
+def test_what_a_step_was_expected_to_take_is_said_once(be, recipe, capsys):
     options = ["train.steps=14", "checkpoint.every=null", "data.val=null", "train.eval_every=null", "eval.tasks={}"]
-    rows = read_metrics(duetvl.train(recipe, options, backend=torch_be).run_dir)
+    rows = read_metrics(duetvl.train(recipe, options, backend=be).run_dir)
     said = re.findall(r"^a step was expected .*$", capsys.readouterr().out, re.MULTILINE)
     seen = r"\(median of steps 3 to 10, data apart\)"
     numbers = re.fullmatch(
