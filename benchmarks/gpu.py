@@ -247,8 +247,9 @@ def compiled(place: Place) -> dict[str, str]:
     from duetvl.core.backend import load_backend
     from duetvl.doctor.speed import seconds_of
 
-    backend, ops = load_backend("torch", place.device), CudaOps(TorchAutograd(), torch.device(place.device))
-    size, shape, compiler = place.size, SHAPE_7B, "aot_eager" if place.tiny else "inductor"
+    backend, size, shape = load_backend("torch", place.device), place.size, SHAPE_7B
+    both = {kind: CudaOps(TorchAutograd(), torch.device(place.device)) for kind in ("eager", "compiled")}
+    both["compiled"].compile("aot_eager" if place.tiny else "inductor")
     rows, layers = size.samples * size.tokens, shape["num_hidden_layers"]
     scale = 32 if place.tiny else 1
     heads, head, width = shape["num_attention_heads"], 128, shape["intermediate_size"] // scale
@@ -258,17 +259,17 @@ def compiled(place: Place) -> dict[str, str]:
 
     tables = [tensor(rows, head // 2, dtype=torch.float32) for _ in range(2)]
     cases = {
-        "rotation": (lambda x: ops.rope(x, *tables), [tensor(rows, heads, head)]),
-        "gate": (ops.swiglu, [tensor(rows, width), tensor(rows, width)]),
+        "rotation": (lambda ops, x: ops.rope(x, *tables), [tensor(rows, heads, head)]),
+        "gate": (lambda ops, *x: ops.swiglu(*x), [tensor(rows, width), tensor(rows, width)]),
     }
     figures = {}
     for name, (run, inputs) in cases.items():
         milliseconds, results = {}, {}
-        for kind, ops.compiler in (("eager", None), ("compiled", compiler)):
-            out = run(*inputs)
+        for kind, ops in both.items():
+            out = run(ops, *inputs)
             d = torch.ones_like(out)
             results[kind] = [out, *torch.autograd.grad(out, inputs, d)]
-            step = lambda: torch.autograd.grad(run(*inputs), inputs, d)  # noqa: B023, E731
+            step = lambda: torch.autograd.grad(run(ops, *inputs), inputs, d)  # noqa: B023, E731
             milliseconds[kind] = layers * 1e3 * seconds_of(backend, step, 0.05 if place.tiny else 0.3)
         gap = max(float((a - b).detach().float().abs().max()) for a, b in zip(*results.values(), strict=True))
         figures[name] = (

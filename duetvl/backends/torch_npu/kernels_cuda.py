@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -41,11 +40,9 @@ class CudaOps(Recording, FusedAttention, TorchOps):
     """See core/ops.py."""
 
     spans_a_call = 2**31
-    compiler: str | None = None  # of rotation and gate, "inductor"; off until benchmarks/gpu.py says that it wins
 
     def __init__(self, autograd: TorchAutograd, place: torch.device):
         super().__init__(autograd, place)
-        self._kernels: dict[tuple[str, str], Callable[..., Any]] = {}
         self._moved: WeakKeyDictionary[Spans, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def from_numpy(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
@@ -63,23 +60,13 @@ class CudaOps(Recording, FusedAttention, TorchOps):
             return super().rms_norm(x, scale, eps=eps)
         return F.rms_norm(x, (x.shape[-1],), scale, eps)
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._compiled(super()._rotate)(x, cos, sin)
+    def compile(self, compiler: str = "inductor") -> None:
+        """Make one kernel each of rotation, gate and its gradient, for any number of rows.
 
-    def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self._compiled(super()._gate)(gate, up)
-
-    def _gate_grad(self, d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return self._compiled(super()._gate_grad)(d, gate, up)
-
-    def _compiled(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """As one kernel, for any number of rows."""
-        if self.compiler is None:
-            return run
-        key = (run.__name__, self.compiler)
-        if key not in self._kernels:
-            self._kernels[key] = torch.compile(run, backend=self.compiler, dynamic=True, fullgraph=True)
-        return self._kernels[key]
+        Not done by itself: whether it wins on a card, and enough, is what benchmarks/gpu.py measures.
+        """
+        for name in ("_rotate", "_gate", "_gate_grad"):
+            setattr(self, name, torch.compile(getattr(self, name), backend=compiler, dynamic=True, fullgraph=True))
 
     @cached_property
     def capability(self) -> tuple[int, int]:
