@@ -1,4 +1,4 @@
-"""What a GPU gives: conformance, duetvl doctor, then the 7B shape trained, with LoRA, and decoding.
+"""What a GPU gives: conformance, duetvl doctor, then the 7B shape trained, with LoRA, and decoding, recorded or not.
 
     scripts/gpu_check.sh                                        # one card, at most 8 minutes, no network
     python benchmarks/gpu.py --device cpu --tiny [--only sft]   # the same way through it, on a CPU
@@ -11,6 +11,7 @@ every part.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -53,7 +54,7 @@ class Size:
 
 
 REAL = Size(samples=4, tokens=512, side=28, new=48, batches=(1, 16, 64))
-TINY = Size(samples=2, tokens=60, side=8, new=6, batches=(1, 3))
+TINY = Size(samples=2, tokens=60, side=8, new=8, batches=(1, 3))
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def lora(place: Place) -> dict[str, str]:
 
 
 def decode(place: Place) -> dict[str, str]:
-    """Passes in which every sequence decodes one token."""
+    """Passes in which every sequence decodes one token, recorded as CUDA graphs and launched kernel by kernel."""
     from duetvl.inference.engine import Engine
     from duetvl.training.recipe.reading import make_recipe
 
@@ -205,14 +206,15 @@ def decode(place: Place) -> dict[str, str]:
         2 * np.prod(p.shape) for path, p in model.parameters.items() if path.startswith(("model.layers", "lm_head"))
     )
     figures = {}
-    for count in size.batches:
-        engine = Engine(model, cache_tokens=count * (size.tokens + size.new + 256), max_sequences=count, reuse=False)
+    for count, record in itertools.product(size.batches, (True, False)):
+        room = count * (size.tokens + size.new + 256)
+        engine = Engine(model, cache_tokens=room, max_sequences=count, reuse=False, record=record)
         seconds = decode_pass(engine, make_samples(place, model.config, count, seed=count), size.new)
         text = model.config.text
         held = count * (size.tokens + size.new // 2)
         cache = 4 * text.num_layers * text.num_kv_heads * text.head_dim * held
         share = (read + cache) / seconds / bandwidth
-        figures[f"batch {count}"] = (
+        figures[f"batch {count}{'' if record else ', not recorded'}"] = (
             f"{count / seconds:.0f} tokens a second, {seconds * 1e3:.2f} ms a pass, {share:.0%} of the bandwidth "
             f"measured beside it ({bandwidth / 1e12:.3g} TB/s)"
         )
@@ -220,7 +222,7 @@ def decode(place: Place) -> dict[str, str]:
 
 
 def decode_pass(engine: Any, samples: list[Any], new: int) -> float:
-    """Median seconds of the passes that give each of the sequences a token, after three of them."""
+    """Median seconds of the passes that give each of the sequences a token, after six, of which one is recorded."""
     from duetvl.inference.request import Request
 
     for sample in samples:
@@ -235,7 +237,48 @@ def decode_pass(engine: Any, samples: list[Any], new: int) -> float:
             raise errors[0]
         if sum(len(delta.token_ids) for delta in deltas) == len(samples):
             times.append(seconds)
-    return statistics.median(times[min(3, len(times) - 1) :])
+    return statistics.median(times[min(6, len(times) - 1) :])
+
+
+def compiled(place: Place) -> dict[str, str]:
+    """Rotation and gate with their gradients, of all layers of a step: as they are, and compiled."""
+    import torch
+
+    from duetvl.backends.torch_npu.autograd import TorchAutograd
+    from duetvl.backends.torch_npu.kernels_cuda import CudaOps
+    from duetvl.core.backend import load_backend
+    from duetvl.doctor.speed import seconds_of
+
+    backend, size, shape = load_backend("torch", place.device), place.size, SHAPE_7B
+    both = {kind: CudaOps(TorchAutograd(), torch.device(place.device)) for kind in ("eager", "compiled")}
+    both["compiled"].compile("aot_eager" if place.tiny else "inductor")
+    rows, layers = size.samples * size.tokens, shape["num_hidden_layers"]
+    scale = 32 if place.tiny else 1
+    heads, head, width = shape["num_attention_heads"], 128, shape["intermediate_size"] // scale
+
+    def tensor(*lengths: int, dtype: Any = torch.bfloat16) -> Any:
+        return torch.randn(lengths, device=place.device).to(dtype).requires_grad_(dtype == torch.bfloat16)
+
+    tables = [tensor(rows, head // 2, dtype=torch.float32) for _ in range(2)]
+    cases = {
+        "rotation": (lambda ops, x: ops.rope(x, *tables), [tensor(rows, heads, head)]),
+        "gate": (lambda ops, *x: ops.swiglu(*x), [tensor(rows, width), tensor(rows, width)]),
+    }
+    figures = {}
+    for name, (run, inputs) in cases.items():
+        milliseconds, results = {}, {}
+        for kind, ops in both.items():
+            out = run(ops, *inputs)
+            d = torch.ones_like(out)
+            results[kind] = [out, *torch.autograd.grad(out, inputs, d)]
+            step = lambda: torch.autograd.grad(run(ops, *inputs), inputs, d)  # noqa: B023, E731
+            milliseconds[kind] = layers * 1e3 * seconds_of(backend, step, 0.05 if place.tiny else 0.3)
+        gap = max(float((a - b).detach().float().abs().max()) for a, b in zip(*results.values(), strict=True))
+        figures[name] = (
+            f"{rows} tokens, {layers} layers, forward and gradient: {milliseconds['eager']:.2f} ms, compiled "
+            f"{milliseconds['compiled']:.2f} ms; largest difference {gap:.1e}"
+        )
+    return figures
 
 
 def matmul_limit(place: Place) -> float:
@@ -262,10 +305,10 @@ def bandwidth_limit(place: Place) -> float:
 # -- running them, and the page ---------------------------------------------------------------------------------------
 
 COMMANDS: Mapping[str, tuple[int, Callable[[Place], list[str]]]] = {
-    "conformance": (110, conformance), "transformers": (50, transformers), "doctor": (80, doctor),
+    "conformance": (95, conformance), "transformers": (50, transformers), "doctor": (70, doctor),
 }  # fmt: skip
 MEASURED: Mapping[str, tuple[int, Callable[[Place], dict[str, str]]]] = {
-    "sft": (90, sft), "lora": (60, lora), "decode": (80, decode),
+    "sft": (90, sft), "lora": (60, lora), "decode": (80, decode), "compiled": (35, compiled),
 }  # fmt: skip
 PARTS = {**COMMANDS, **MEASURED}
 

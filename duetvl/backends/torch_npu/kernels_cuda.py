@@ -60,6 +60,14 @@ class CudaOps(Recording, FusedAttention, TorchOps):
             return super().rms_norm(x, scale, eps=eps)
         return F.rms_norm(x, (x.shape[-1],), scale, eps)
 
+    def compile(self, compiler: str = "inductor") -> None:
+        """Make one kernel each of rotation, gate and its gradient, for any number of rows.
+
+        Not done by itself: whether it wins on a card, and enough, is what benchmarks/gpu.py measures.
+        """
+        for name in ("_rotate", "_gate", "_gate_grad"):
+            setattr(self, name, torch.compile(getattr(self, name), backend=compiler, dynamic=True, fullgraph=True))
+
     @cached_property
     def capability(self) -> tuple[int, int]:
         """Of the card, such as (9, 0); (0, 0) where this torch has no flash attention whose lse we know.

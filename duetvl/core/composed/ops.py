@@ -38,15 +38,20 @@ class ComposedOps(ComposedAttention):
     @cached_property
     def _swiglu(self) -> Any:
         def forward(needs: Any, gate: Tensor, up: Tensor) -> Any:
-            return self.silu(gate) * up, (gate, up)
+            return self._gate(gate, up), (gate, up)
 
         def backward(needs: Any, residuals: Any, d: Tensor) -> Any:
-            gate, up = residuals
-            s = self.sigmoid(gate)
-            silu = gate * s
-            return d * up * (s + silu - silu * s), d * silu
+            return self._gate_grad(d, *residuals)
 
         return self.autograd.custom_vjp(forward, backward)
+
+    def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.silu(gate) * up
+
+    def _gate_grad(self, d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.sigmoid(gate)
+        silu = gate * s
+        return d * up * (s + silu - silu * s), d * silu
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         def forward(needs: Any, x: Tensor) -> Any:
