@@ -264,12 +264,13 @@ def pairs(old: Report, new: Report) -> Iterator[tuple[Row | None, Row | None]]:
 def compare(old: Report, new: Report) -> tuple[list[str], set[str]]:
     """What to say of every row, and the benchmarks with a slower one. ValueError where nothing can be compared."""
     lines, slower, count = [f"then: {old.title}", f"now:  {new.title}"], set(), 0
+    alone: dict[str, list[str]] = {"then": [], "now": []}
     for before, after in pairs(old, new):
         row = after or before
         assert row is not None
         name = f"{row.name}, {row.side}"
         if before is None or after is None:
-            lines.append(f"{name}: only {'now' if before is None else 'then'}, not compared")
+            alone["now" if before is None else "then"].append(name)
         elif before.work != after.work or not growth(before, after):
             lines.append(f"{name}: other work, or no ratio in common; not compared")
         else:
@@ -278,6 +279,7 @@ def compare(old: Report, new: Report) -> tuple[list[str], set[str]]:
             changes = [f"{before.ratios[w]:.2f} to {after.ratios[w]:.2f} of {w}" for w in growth(before, after)]
             lines.append(f"{name}: {', '.join(changes)}{'  SLOWER' if bad else ''}")
             slower |= {after.command.split("/")[-1].removesuffix(".py")} if bad else set()
+    lines += [f"only {when}, not compared: {'; '.join(names)}" for when, names in alone.items() if names]
     if not count:
         raise ValueError("nothing could be compared: no row of both runs is of the same work (quick and whole differ)")
     return [*lines, f"compared {count} rows, {len(slower)} benchmarks slower by more than {SLOWER - 1:.0%}"], slower

@@ -114,8 +114,8 @@ class Row:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """As a line of results/all.json."""
-        return asdict(self)
+        """As a line of results/all.json; of a figure six digits are kept."""
+        return asdict(self, dict_factory=_rounded)
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Row:
@@ -127,6 +127,10 @@ class Row:
             "limit": None if limit is None else Limit(**limit),
         }
         return cls(**{**line, **parts})
+
+
+def _rounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in pairs}
 
 
 def fastest(others: Mapping[str, Seconds], clock: Clock = "cpu") -> tuple[Seconds | None, str]:

@@ -132,7 +132,28 @@ def test_a_comparison_of_nothing_does_not_pass(table: ModuleType, run: Callable[
     assert status == 1 and "nothing could be compared" in said
 
 
+def test_what_one_of_both_lacks_is_said(table: ModuleType, run: Callable[..., Any], tmp_path: Path) -> None:
+    then, now = tmp_path / "then.json", tmp_path / "now.json"
+    report(table).write(then)
+    replace(report(table), rows=report(table).rows[:1]).write(now)
+    status, said = run("--compare", then, "--read", now)
+    assert status == 0 and "only then, not compared: training step, mindspore; convert, host\n" in said
+
+
 def test_what_fails_is_told_and_the_rest_goes_on(table: ModuleType) -> None:
     measured = table.measure(["no_such_benchmark"], quick=True)
     assert measured.rows == [] and "invalid choice" in measured.failed["no_such_benchmark"]
     assert "- failed: no_such_benchmark: " in table.table(measured)
+
+
+def test_what_a_gpu_gave_is_quoted(table: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert table.on_gpu("training step") == table.on_gpu("convert, resplit") == "not measured"
+    lines = [
+        "| sft | useful operations | 412 TFLOP/s, 52% of the matrix products' limit measured beside it (790) |",
+        "| decode | batch 1 | 180 tokens a second, 5.5 ms a pass, 61% of the bandwidth measured beside it (4 TB/s) |",
+    ]
+    (tmp_path / "gpu.md").write_text("\n".join(lines))
+    assert table.on_gpu("training step") == "7B: [52% of the matrix products](results/gpu.md)"
+    assert table.on_gpu("decode, one") == "7B: [61% of the bandwidth](results/gpu.md)"
+    assert table.on_gpu("LoRA step") == "not measured"
