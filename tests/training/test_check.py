@@ -80,10 +80,10 @@ def test_a_sample_of_the_records(home, tmp_path):
         at = lines.index(f"{name}: a sample, 5 of 12 records")
         assert lines[at + 1] == f"{name}: 5 records: 5 good, 0 left out, 0 bad"
     assert without_times(lines) == without_times(check(home / "tiny.json", usual, sample=5)), "it is drawn by data.seed"
-    assert lines != list(check(home / "tiny.json", [*usual, "data.seed=1"], sample=5))
+    assert without_times(lines) != without_times(check(home / "tiny.json", [*usual, "data.seed=1"], sample=5))
     streamed = list(check(home / "tiny.json", [*usual, "data.streaming=true", "data.val=null"], sample=5))
     assert "data.train: a sample, 5 of a stream, its first" in streamed
-    assert list(check(home / "tiny.json", usual, sample=12)) == list(check(home / "tiny.json", usual))
+    assert without_times(check(home / "tiny.json", usual, sample=12)) == without_times(check(home / "tiny.json", usual))
     with pytest.raises(ConfigError, match="a sample of 0 records"):
         list(check(home / "tiny.json", usual, sample=0))
 

@@ -45,9 +45,9 @@ class ModelSection(Section):
         default=FROZEN,
         description="What is not trained: vision (the tower), projector (its merger), language, or patterns of names "
         "such as `model.layers.0-7`, `visual.blocks.*.attn` or `*norm*`; `[]` trains all. By default vision and "
-        "projector, as in MindSpeed-MM's guides, LLaMA-Factory and ms-swift: small data sets do not improve them, and "
-        "the tower then keeps no activations and has no backward pass. (TRL trains all.) With `lora` nothing by "
-        "default, as `lora.targets` says what is trained.",
+        "projector, as in MindSpeed-MM's guides, LLaMA-Factory and ms-swift: both were trained on far more pictures "
+        "than a fine-tuning set has, and a frozen tower keeps no activations and has no backward pass. (TRL trains "
+        "all.) With `lora`, nothing by default, because `lora.targets` selects what is trained.",
     )
 
     @model_validator(mode="after")
