@@ -216,9 +216,9 @@ def page(large: str, small: str) -> str:
         "",
         f"Made by `python benchmarks/planning.py`: random Qwen2.5-VL in float32, of widths {LARGE['hidden_size']} for "
         f"memory and {SMALL['hidden_size']} for seconds, both with {LARGE['num_hidden_layers']} layers; {SAMPLES} "
-        f"samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch; real processes over "
-        f"gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the machine was {began:.1f} "
-        f"before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
+        f"samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch; real processes "
+        f"over gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the machine was "
+        f"{began:.1f} before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
         "",
         "## Memory of ten proposals",
         "",

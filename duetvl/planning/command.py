@@ -62,6 +62,12 @@ def plan(question: Question) -> Iterator[str]:
     wish = wish_of(question)
     check_wish(wish)
     search = Search(wish)
+    if next(search.sections(), None) is None:
+        raise ConfigError(
+            f"--devices {wish.devices}: a step of {wish.base.train.global_batch} samples fills {search.step_packs} "
+            f"micro-batches of {question.seq} tokens, fewer than any layout has replicas; raise --global-batch, or "
+            f"lower --seq"
+        )
     yield from heading(wish)
     best = search.best(question.count)
     if not best:

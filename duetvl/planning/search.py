@@ -169,7 +169,7 @@ class Search:
         """(pp, dp, cp, tp) whose product is the number of devices, as far as the model and the data can use them."""
         wish = self.wish
         given = {name: getattr(wish.base.parallel, name) for name in wish.base.parallel.model_fields_set}
-        text, packs = wish.config.text, self._packs
+        text, packs = wish.config.text, self.step_packs
         most_tp = given.get("tp", min(text.num_heads, wish.device.node))
         most_cp = given.get("cp", max(1, wish.base.data.pack_tokens // _LEAST_TOKENS))
         for tp in _divisors(wish.devices, most_tp):
@@ -180,7 +180,7 @@ class Search:
                         yield pp, dp, cp, tp
 
     @cached_property
-    def _packs(self) -> int:
+    def step_packs(self) -> int:
         """Micro-batches that a step has in all."""
         alone = self.wish.base.model_copy(update={"parallel": ParallelSection()})
         return self._load(alone)[1]

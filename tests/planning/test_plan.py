@@ -126,6 +126,10 @@ def test_the_command_writes_a_recipe_that_reads_back(model, tmp_path, capsys):
     [
         ({"model": "Qwen2.5-VL-9B"}, r"is no directory with a config.json, nor a size that is known: Qwen2-VL-2B"),
         ({"devices": 0}, "--devices 0: give the number of devices"),
+        (
+            {"devices": 64, "global_batch": 1, "overrides": ["parallel.tp=1", "parallel.cp=1", "parallel.pp=1"]},
+            "a step of 1 samples fills 1 micro-batches of 2048 tokens",
+        ),
         ({"device": "TPU"}, r"device type 'TPU' is not in the table; known are 910B1"),
         ({"sample": 100}, r"--sample 100: 1 pictures are 64 tokens and the answer 64.* at least 128"),
         ({"sample": 4096}, r"--sample 4096: a micro-batch of --seq 2048 tokens has no room"),
