@@ -1,9 +1,9 @@
 """What `duetvl plan` says beside what runs take: `python benchmarks/planning.py`.
 
-Layouts that the search proposes for a small random Qwen2.5-VL (that of memory_estimate.py) on 2 and 4 devices are run in
-real processes (torchrun, gloo), each with the same eight samples a step. Memory is measured as in rank_costs.py, on the
-rank with most. Seconds are those of the fastest step of each of several starts, in turn over all layouts, so that what
-else the machine does meets all of them; the median of the starts counts. Writes results/planning.md.
+Layouts that the search proposes for small random Qwen2.5-VL on 2 and 4 devices are run in real processes (torchrun,
+gloo), each with the same four samples a step. Memory is measured as in rank_costs.py, on the rank with most. Seconds
+are those of the fastest step of several starts, in turn over all layouts, so that what else the machine does meets all
+of them. Writes results/planning.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,19 @@ from typing import Any
 import numpy as np
 from memory_estimate import CONFIG, PATCHES, TOKENS, samples, status
 
-SAMPLES, STEPS, STARTS = 8, 4, 3
+SAMPLES, STEPS, STARTS = 4, 4, 2
+
+
+def model_of(width: int, layers: int) -> dict[str, Any]:
+    """memory_estimate.py's model with another width and depth; heads of 64."""
+    vision = {**CONFIG["vision_config"], "depth": layers // 2, "hidden_size": width // 2, "num_heads": width // 128}
+    vision |= {"intermediate_size": 3 * width // 2, "out_hidden_size": width, "fullatt_block_indexes": [1]}
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
+    return {**CONFIG, **sizes, **heads, "vision_config": vision}
+
+
+LARGE, SMALL = model_of(512, 8), model_of(256, 8)  # for memory, and for seconds
 TIMED: dict[str, dict[str, Any]] = {  # eight layouts of the same work on at most two processes
     "one process": {},
     "one process, recompute full": {"train": {"recompute": "full"}},
@@ -51,6 +62,12 @@ def size() -> Any:
 
     side = int(PATCHES**0.5)
     return SampleSize(TOKENS // 2, (TOKENS,), np.array([[1, side, side]]))
+
+
+def say(text: str) -> None:
+    """A line, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 # -- on each rank ------------------------------------------------------------------------------------------------------
@@ -176,35 +193,37 @@ def spearman(one: list[float], other: list[float]) -> float:
     return float(np.corrcoef(ranks_of(one), ranks_of(other))[0, 1])
 
 
-def page(model: str) -> str:
+def page(large: str, small: str) -> str:
     """results/planning.md"""
     began = os.getloadavg()[1]
     wire = started(["--link"], 2)
-    memory = []
-    for name, sections, estimate in proposed(model):
-        taken = run(sections, model, 2)["memory"]
-        memory.append((name, estimate, taken))
-        print(name, estimate, taken, flush=True)
     times: dict[str, list[float]] = {name: [] for name in TIMED}
     for _ in range(STARTS):
         for name, sections in TIMED.items():
-            times[name].append(run(sections, model, STEPS)["seconds"])
-            print(name, times[name][-1], flush=True)
-    told = {name: expected(sections, model) for name, sections in TIMED.items()}
-    took = {name: statistics.median(seconds) for name, seconds in times.items()}
+            times[name].append(run(sections, small, STEPS)["seconds"])
+            say(f"{name} {times[name][-1]:.2f} s")
+    memory = []
+    for name, sections, estimate in proposed(large):
+        taken = run(sections, large, 2)["memory"]
+        memory.append((name, estimate, taken))
+        say(f"{name} {estimate} {taken}")
+    told = {name: expected(sections, small) for name, sections in TIMED.items()}
+    took = {name: min(seconds) for name, seconds in times.items()}
     off = [estimate / taken - 1 for _, estimate, taken in memory]
     correlation = spearman(list(told.values()), list(took.values()))
     lines = [
         "# What a plan says beside what runs take",
         "",
-        f"Made by `python benchmarks/planning.py`: a random Qwen2.5-VL of about 110 million parameters in float32, "
-        f"{SAMPLES} samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch, real "
-        f"processes over gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the machine "
-        f"was {began:.1f} before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
+        f"Made by `python benchmarks/planning.py`: random Qwen2.5-VL in float32, of widths {LARGE['hidden_size']} for "
+        f"memory and {SMALL['hidden_size']} for seconds, both with {LARGE['num_hidden_layers']} layers; {SAMPLES} "
+        f"samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch; real processes "
+        f"over gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the machine was "
+        f"{began:.1f} before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
         "",
         "## Memory of ten proposals",
         "",
-        f"Of the rank with most, in MiB above the imported program. The largest difference is {max(map(abs, off)):.0%}.",
+        f"Of the rank with most, in MiB above the imported program. The largest difference is "
+        f"{max(map(abs, off)):.1%}.",
         "",
         "| layout | estimate | measured | difference |",
         "|---|---:|---:|---:|",
@@ -215,8 +234,8 @@ def page(model: str) -> str:
         "",
         "## Seconds of eight layouts",
         "",
-        f"Expected by the cost model with this processor measured, and the median of {STARTS} starts, of each the "
-        f"fastest of {STEPS - 1} steps. The rank correlation (Spearman) of both columns is {correlation:.2f}.",
+        f"Expected by the cost model with this processor measured, and the fastest of {STEPS - 1} steps in each of "
+        f"{STARTS} starts. The rank correlation (Spearman) of both columns is {correlation:.2f}.",
         "",
         "| layout | expected | measured | measured / expected | starts |",
         "|---|---:|---:|---:|---|",
@@ -244,18 +263,18 @@ def main() -> None:
     if args.link or args.one:
         found = link() if args.link else measure(json.loads(args.one), args.model, args.steps)
         if os.environ["RANK"] == "0":
-            print(json.dumps(found), flush=True)
+            say(json.dumps(found))
         return
     from duetvl.models.qwen_vl.config import ModelConfig
     from duetvl.models.qwen_vl.loading import write_random_model
 
     with tempfile.TemporaryDirectory() as directory:
-        model = Path(directory) / "model"
-        write_random_model(ModelConfig.from_dict(CONFIG), model, seed=0)
-        text = page(str(model))
+        places = [str(Path(directory) / name) for name in ("large", "small")]
+        for config, place in zip((LARGE, SMALL), places, strict=True):
+            write_random_model(ModelConfig.from_dict(config), Path(place), seed=0)
+        text = page(*places)
     target = Path(__file__).parent / "results" / "planning.md"
     target.write_text(text, encoding="utf-8")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--device-type", default=DEFAULT, metavar="NAME", help=f"{', '.join(device_names())}; default {DEFAULT}"
     )
     parser.add_argument("--memory", metavar="SIZE", help="of a device, for tensors: 64GiB; default: what the kind has")
-    parser.add_argument("--seq", type=int, default=4096, metavar="N", help="tokens of a micro-batch; default 4096")
+    parser.add_argument("--seq", type=int, default=4096, metavar="N", help="most tokens of a micro-batch; default 4096")
     parser.add_argument("--sample", type=int, default=512, metavar="N", help="tokens of a sample; default 512")
     parser.add_argument("--answer", type=int, default=128, metavar="N", help="of them trained; default 128")
     parser.add_argument("--pictures", type=int, default=1, metavar="N", help="in a sample; default 1")

@@ -14,7 +14,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.cost_model.devices import DeviceType, device_type
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, published_config, published_names
 from duetvl.planning.guides import guide_for
-from duetvl.planning.search import Proposal, Search, Wish, check_wish, degrees
+from duetvl.planning.search import Candidate, Proposal, Search, Wish, check_wish, degrees
 from duetvl.planning.shortage import shortage
 from duetvl.planning.table import heading, lines, recipe_text, sections_text
 from duetvl.storage.files import write_text
@@ -29,7 +29,7 @@ _SAMPLES_A_DEVICE: Final = 24  # the guides' 192 on 8
 class Question:
     """What `duetvl plan` is asked.
 
-    memory: bytes of a device that tensors may take; None: what the kind has. seq: tokens of a micro-batch. sample:
+    memory: bytes of a device that tensors may take; None: what the kind has. seq: most tokens of a micro-batch. sample:
     tokens of a sample, of a pair each answer with its prompt; of them `answer` are trained. picture: (height, width) in
     pixels; `pictures` of them in each sample. global_batch: samples in a step; None: 24 a device.
     """
@@ -62,6 +62,12 @@ def plan(question: Question) -> Iterator[str]:
     wish = wish_of(question)
     check_wish(wish)
     search = Search(wish)
+    if next(search.sections(), None) is None:
+        raise ConfigError(
+            f"--devices {wish.devices}: a step of {wish.base.train.global_batch} samples fills {search.step_packs} "
+            f"micro-batches of {question.seq} tokens, fewer than any layout has replicas; raise --global-batch, or "
+            f"lower --seq"
+        )
     yield from heading(wish)
     best = search.best(question.count)
     if not best:
@@ -141,10 +147,11 @@ def _guide(question: Question, search: Search) -> tuple[Proposal | None, str]:
         section = guide.section(wish.devices)
     except ConfigError as error:
         return None, f"the guides' layout is not for {wish.devices} devices: {error}"
-    proposal = search.proposal(section)
-    if proposal is not None:
-        return proposal, ""
-    recipe = search.recipe(section, wish.modes[-1])
+    candidates = [Candidate(section, pack) for pack in search.packs]
+    proposals = [proposal for one in candidates if (proposal := search.proposal(one)) is not None]
+    if proposals:
+        return min(proposals, key=lambda one: one.step.seconds), ""
+    recipe = search.recipe(candidates[-1], wish.modes[-1])
     least = search.memory(recipe).on_device
     more = "" if recipe.optim.offload else "; optim.offload=true takes the optimizer's part to the host"
     return None, (
@@ -154,7 +161,7 @@ def _guide(question: Question, search: Search) -> tuple[Proposal | None, str]:
 
 
 def _same(one: Proposal, other: Proposal) -> bool:
-    return one.recipe.parallel == other.recipe.parallel and one.recipe.train == other.recipe.train
+    return all(getattr(one.recipe, name) == getattr(other.recipe, name) for name in ("parallel", "train", "data"))
 
 
 def bytes_of(text: str, option: str) -> int:

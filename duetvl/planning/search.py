@@ -24,9 +24,9 @@ from duetvl.training.memory import Memory, division_of, estimate, largest_load, 
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.sections import Recipe
 
-_VIRTUAL: Final = (2, 3, 4)  # stages on a rank that are tried, of the layouts that are best with one
-_TRIED_VIRTUAL: Final = 12
-_LEAST_TOKENS: Final = 1024  # of a micro-batch on a rank of `cp`
+_VIRTUAL: Final = (1, 2, 3, 4)  # stages on a rank that are tried, of the pipelines that are best with one
+_VARIED: Final = 8  # of these pipelines, with smaller micro-batches too
+_LEAST_TOKENS: Final = 1024  # of a micro-batch, and of one on a rank of `cp`: smaller products are slower
 _MODES: Final[tuple[RecomputeMode, ...]] = ("none", "selective", "full")  # the fastest first, the smallest last
 
 
@@ -49,6 +49,14 @@ class Wish:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A layout, and how many tokens a micro-batch has at most."""
+
+    section: ParallelSection
+    pack: int
+
+
+@dataclass(frozen=True)
 class Proposal:
     """A layout with what it takes."""
 
@@ -67,7 +75,7 @@ class Search:
     """All layouts of a wish that the model can have."""
 
     wish: Wish
-    _models: dict[tuple[int, RecomputeMode], CostModel] = field(default_factory=dict)
+    _models: dict[tuple[int, int, RecomputeMode], CostModel] = field(default_factory=dict)
 
     @cached_property
     def adapters(self) -> Adapters | None:
@@ -83,14 +91,15 @@ class Search:
 
     def best(self, count: int) -> list[Proposal]:
         """The fastest that fit, at most `count` of them."""
-        quickest = sorted(self._timed(self.sections()), key=lambda one: one[0])
-        staged = [section for _, section in quickest if section.pp > 1][:_TRIED_VIRTUAL]
-        deeper = self._timed(deeper for section in staged for deeper in self._deeper(section))
+        pack = self.wish.base.data.pack_tokens
+        plain = sorted(self._timed(Candidate(section, pack) for section in self.sections()), key=lambda one: one[0])
+        staged = [candidate.section for _, candidate in plain if candidate.section.pp > 1][:_VARIED]
+        varied = self._timed(candidate for section in staged for candidate in self._variants(section))
         found: list[Proposal] = []
-        for least, section in sorted([*quickest, *deeper], key=lambda one: one[0]):
+        for least, candidate in sorted([*plain, *varied], key=lambda one: one[0]):
             if len(found) >= count and least > found[count - 1].step.seconds:
                 break
-            proposal = self.proposal(section)
+            proposal = self.proposal(candidate)
             if proposal is not None:
                 found = sorted([*found, proposal], key=lambda one: (one.step.seconds, one.memory.peak))
         return found[:count]
@@ -98,18 +107,19 @@ class Search:
     def smallest(self) -> Proposal:
         """The one whose tensors take least on the rank that has most."""
         mode = self.wish.modes[-1]
-        layouts = [self.recipe(section, mode) for section in self.sections()]
+        pack = self.packs[-1]
+        layouts = [self.recipe(Candidate(section, pack), mode) for section in self.sections()]
         least = min(layouts, key=lambda recipe: self.memory(recipe).on_device)
         return Proposal(least, self.memory(least), self.seconds(least))
 
-    def proposal(self, section: ParallelSection) -> Proposal | None:
+    def proposal(self, candidate: Candidate) -> Proposal | None:
         """A layout with as little recomputation as fits; with the most of it where none does, layers moved to where
         there is room. None where it cannot fit."""
-        if self._hopeless(section):
+        if self._hopeless(candidate.section):
             return None
-        modes = self.wish.modes if section.zero == 1 else self.wish.modes[-1:]
+        modes = self.wish.modes if candidate.section.zero == 1 else self.wish.modes[-1:]
         for mode in modes:
-            recipe = self.recipe(section, mode)
+            recipe = self.recipe(candidate, mode)
             memory = self.memory(recipe)
             if memory.on_device <= self.wish.memory:
                 return Proposal(recipe, memory, self.seconds(recipe))
@@ -117,14 +127,14 @@ class Search:
         memory = self.memory(recipe)
         return Proposal(recipe, memory, self.seconds(recipe)) if memory.on_device <= self.wish.memory else None
 
-    def recipe(self, section: ParallelSection, mode: RecomputeMode) -> Recipe:
+    def recipe(self, candidate: Candidate, mode: RecomputeMode) -> Recipe:
         """The base with a layout, its layers placed for this recomputation where they were not given."""
-        base = self.wish.base
+        base, section = self.wish.base, candidate.section
+        if section.pp > 1 and not section.language_layers:
+            section = self._staged(section, mode, 1)
         train = base.train.model_copy(update={"recompute": mode})
-        whole = base.model_copy(update={"parallel": section, "train": train})
-        if section.pp == 1 or section.language_layers:
-            return whole
-        return whole.model_copy(update={"parallel": self._staged(section, mode, 1)})
+        data = base.data.model_copy(update={"pack_tokens": candidate.pack})
+        return base.model_copy(update={"parallel": section, "train": train, "data": data})
 
     def seconds(self, recipe: Recipe) -> StepTime:
         """What a step takes."""
@@ -159,7 +169,7 @@ class Search:
         """(pp, dp, cp, tp) whose product is the number of devices, as far as the model and the data can use them."""
         wish = self.wish
         given = {name: getattr(wish.base.parallel, name) for name in wish.base.parallel.model_fields_set}
-        text, packs = wish.config.text, self._packs
+        text, packs = wish.config.text, self.step_packs
         most_tp = given.get("tp", min(text.num_heads, wish.device.node))
         most_cp = given.get("cp", max(1, wish.base.data.pack_tokens // _LEAST_TOKENS))
         for tp in _divisors(wish.devices, most_tp):
@@ -170,19 +180,27 @@ class Search:
                         yield pp, dp, cp, tp
 
     @cached_property
-    def _packs(self) -> int:
+    def step_packs(self) -> int:
         """Micro-batches that a step has in all."""
         alone = self.wish.base.model_copy(update={"parallel": ParallelSection()})
         return self._load(alone)[1]
 
-    def _deeper(self, section: ParallelSection) -> Iterator[ParallelSection]:
-        """The same with virtual stages."""
-        if self.wish.base.parallel.language_layers:
-            return
-        layers = self.wish.config.text.num_layers
-        for virtual in _VIRTUAL:
+    @cached_property
+    def packs(self) -> list[int]:
+        """Most tokens of micro-batches: what was asked for, and halves of it that have room for each sample."""
+        packs, longest = [self.wish.base.data.pack_tokens], max(one.tokens for one in self.wish.sizes)
+        while packs[-1] // 2 >= max(longest, _LEAST_TOKENS):
+            packs.append(packs[-1] // 2)
+        return packs
+
+    def _variants(self, section: ParallelSection) -> Iterator[Candidate]:
+        """A pipeline with virtual stages and smaller micro-batches, of which a step has more: both wait less."""
+        given, layers = self.wish.base.parallel, self.wish.config.text.num_layers
+        for virtual in (1,) if given.language_layers else _VIRTUAL:
             if section.pp * virtual <= layers:
-                yield self._staged(section, self.wish.modes[0], virtual)
+                staged = section if virtual == 1 else self._staged(section, self.wish.modes[0], virtual)
+                for pack in self.packs[virtual == 1 :]:
+                    yield Candidate(staged, pack)
 
     def _staged(self, section: ParallelSection, mode: RecomputeMode, virtual: int) -> ParallelSection:
         """With layers on stages that take equally long."""
@@ -228,18 +246,18 @@ class Search:
 
     # -- what they take -----------------------------------------------------------------------------------------------
 
-    def _timed(self, sections: Iterator[ParallelSection]) -> list[tuple[float, ParallelSection]]:
+    def _timed(self, candidates: Iterator[Candidate]) -> list[tuple[float, Candidate]]:
         """Each with the seconds that it takes at the least: with no more recomputation than it must have."""
         found = []
-        for section in sections:
-            mode = self.wish.modes[0] if section.zero == 1 else self.wish.modes[-1]
-            recipe = self.recipe(section, mode)
+        for candidate in candidates:
+            mode = self.wish.modes[0] if candidate.section.zero == 1 else self.wish.modes[-1]
+            recipe = self.recipe(candidate, mode)
             least = self._model(recipe).at_least(division_of(recipe, self.wish.config))
-            found.append((least, section))
+            found.append((least, candidate))
         return found
 
     def _model(self, recipe: Recipe) -> CostModel:
-        key = recipe.parallel.mesh.dp, recipe.train.recompute
+        key = recipe.parallel.mesh.dp, recipe.data.pack_tokens, recipe.train.recompute
         if key not in self._models:
             wish = self.wish
             self._models[key] = cost_model(recipe, wish.config, self.adapters, wish.sizes, wish.device, self.trained)

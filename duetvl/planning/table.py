@@ -16,7 +16,7 @@ _PARTS: Final = {  # of a step's seconds
     "pieces": "exchanges between ranks of cp",
     "blocks": "gathering weights",
     "again": "computing again",
-    "compute": "computing",
+    "compute": "computing on the busiest rank",
     "gradients": "summing gradients and handing out weights",
     "update": "the optimizer",
     "reference": "the reference model",
@@ -35,7 +35,7 @@ def heading(wish: Wish) -> Iterator[str]:
     count = len(size.grids)
     yield (
         f"  {wish.memory / 2**30:.1f} GiB for tensors on each; a step of {base.train.global_batch} {kind} of "
-        f"{size.tokens} tokens, {size.trained} trained, {count} picture{'s' * (count != 1)}; micro-batches of "
+        f"{size.tokens} tokens, {size.trained} trained, {count} picture{'s' * (count != 1)}; micro-batches of at most "
         f"{base.data.pack_tokens} tokens"
     )
     yield "  seconds by the cost model of docs/planning.md, memory by the estimate of duetvl check: neither measured"
@@ -43,20 +43,19 @@ def heading(wish: Wish) -> Iterator[str]:
 
 def lines(proposals: Sequence[Proposal], guide: Proposal | None) -> Iterator[str]:
     """The table, best first, with the layers of stages below each; and the guides' layout beside the first."""
-    rows = [("", "layout", "recompute", "memory", "bubble", "sent", "seconds")]
+    rows = [("", "layout", "tokens", "recompute", "memory", "bubble", "sent", "seconds")]
     for number, one in enumerate(proposals, 1):
-        is_guide = guide is not None and one.recipe.parallel == guide.recipe.parallel
+        is_guide = guide is not None and one.recipe == guide.recipe
         step, parallel = one.step, one.recipe.parallel
         name = degrees(parallel) + " zero 3" * (parallel.zero == 3) + " (guide)" * is_guide
         memory = f"{one.memory.on_device / 2**30:.1f} GiB"
         sent = f"{step.sent / 1e9:.1f} GB"
-        rows.append(
-            (str(number), name, one.recipe.train.recompute, memory, f"{step.bubble:.0%}", sent, f"{step.seconds:.2f}")
-        )
+        tokens, again = str(one.recipe.data.pack_tokens), one.recipe.train.recompute
+        rows.append((str(number), name, tokens, again, memory, f"{step.bubble:.0%}", sent, f"{step.seconds:.2f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for index, row in enumerate(rows):
         yield "  ".join(
-            cell.ljust(width) if column in (1, 2) else cell.rjust(width)
+            cell.ljust(width) if column in (1, 3) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         stages = _stages(proposals[index - 1]) if index else ""
@@ -86,7 +85,7 @@ def _flat(rows: Sequence[Sequence[int]]) -> str:
 
 def _beside(first: Proposal, guide: Proposal) -> str:
     """Why the first is faster than the guides' layout."""
-    if first.recipe.parallel == guide.recipe.parallel:
+    if first.recipe == guide.recipe:
         return "the guides' layout is the fastest"
     saved = guide.step.seconds - first.step.seconds
     parts = {part: getattr(guide.step, part) - getattr(first.step, part) for part in _PARTS}
@@ -122,7 +121,8 @@ def recipe_text(proposal: Proposal, wish: Wish) -> str:
         if section is not None and (given := _given(section)) is not None:
             sections[name] = given
     layout = sections_of(proposal)
-    sections["train"] = {**sections.get("train", {}), **layout["train"]}
+    for name in ("data", "train"):
+        sections[name] = {**sections.get(name, {}), **layout[name]}
     sections["parallel"] = layout["parallel"]
     return "\n".join(comment) + "\n\n" + write_yaml(sections, flow=True)
 
@@ -136,6 +136,7 @@ def _given(section: Section) -> dict[str, Any] | None:
 
 
 def sections_of(proposal: Proposal) -> dict[str, dict[str, Any]]:
+    """The fields of a recipe that a layout sets, by section."""
     parallel = proposal.recipe.parallel
     fields = {axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "tp")}
     chosen = {
@@ -148,7 +149,11 @@ def sections_of(proposal: Proposal) -> dict[str, dict[str, Any]]:
         "language_layers": _listed(parallel.language_layers),
     }
     layout = {**fields, **{name: value for name, value in chosen.items() if value is not None}}
-    return {"train": {"recompute": proposal.recipe.train.recompute}, "parallel": layout}
+    return {
+        "data": {"pack_tokens": proposal.recipe.data.pack_tokens},
+        "train": {"recompute": proposal.recipe.train.recompute},
+        "parallel": layout,
+    }
 
 
 def _listed(rows: Sequence[Sequence[int]] | None) -> Any:
