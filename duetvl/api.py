@@ -1,4 +1,4 @@
-"""The facade: what a user imports from `duetvl`."""
+"""The public interface: what users import from `duetvl`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Model(QwenVL):
     """A model on one backend; made by `load_model`.
 
     `pack`, `features`, `logits`, `parameters`, `adapters`, `config` and `freeze` come from QwenVL. adapter_directory:
-    what `with_adapter` laid on it.
+    the adapter added by `with_adapter`.
     """
 
     adapter_directory: Path | None = None
@@ -88,19 +88,19 @@ class Model(QwenVL):
 
     @cached_property
     def defaults(self) -> Defaults:
-        """Sampling and the tokens that end an answer as the model's own generation_config.json has them.
+        """Sampling and end tokens from the model's own generation_config.json.
 
-        Without that file: greedy, and the tokenizer's end tokens. `Engine` uses both where a request leaves them open,
-        `generate` the end tokens.
+        Without that file: greedy, and the tokenizer's end tokens. `Engine` uses both for requests that do not set them;
+        `generate` uses only the end tokens.
         """
         processor = self.processor
         assert self.source is not None
         return read_defaults(self.source.path, processor)
 
     def forward_loss(self, batch: Batch, *, key: tuple[int, ...] = ()) -> tuple[Any, Any]:
-        """Sum of the trained tokens' cross-entropies, float32 and 0-d, and the tape that leads back from it.
+        """Sum of the trained tokens' cross-entropies, float32 and 0-d, and the tape for its backward pass.
 
-        `key` names the random numbers of the pass, for the dropout of an adapter; without one there is none.
+        `key` identifies the random numbers of an adapter's dropout; without it there is no dropout.
         """
         (loss,), tape = self.forward(batch, self._loss_of(batch), key=key)
         return loss, tape
@@ -119,7 +119,7 @@ class Model(QwenVL):
         Parameters that the batch does not touch (the vision tower without a picture) have no entry.
         """
         if batch.trained_tokens == 0:
-            raise ConfigError("nothing in this batch is trained: give the samples labels")
+            raise ConfigError("no token of this batch is trained: give the samples labels")
         trainable, _ = split_trainable(self.parameters.values())
         ops = self.backend.ops
         loss, tape = self.forward_loss(batch)
@@ -191,22 +191,22 @@ class Model(QwenVL):
         loading.save_model(self, directory, overwrite=overwrite)
 
     def merge_adapter(self) -> None:
-        """Put what the adapter does into the weights, computed in float32 and rounded once to their dtype.
+        """Merge the adapter into the weights, computed in float32 and rounded once to their dtype.
 
-        The model is a plain one then, all of it trainable, and `save_pretrained` writes it. ConfigError without an
-        adapter.
+        Afterwards the model has no adapter, all of it is trainable, and `save_pretrained` writes it. ConfigError if
+        there is no adapter.
         """
         adapters.merge_adapter(self)
 
     def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write the adapter alone, as PEFT loads it. ConfigError without an adapter.
+        """Write only the adapter, in PEFT's layout. ConfigError if there is no adapter.
 
-        With `overwrite` an adapter is replaced; a directory that holds a model is refused with CheckpointError.
+        With `overwrite` an adapter is replaced; a directory with a model is refused with CheckpointError.
         """
         adapters.save_adapter(self, directory, overwrite=overwrite)
 
     def with_adapter(self, directory: str | Path) -> Model:
-        """This model with an adapter's directory laid beside its weights, which both share; for `Engine(adapters=)`.
+        """This model with the adapter in a directory; both share the model's weights. For `Engine(adapters=)`.
 
         Raises CheckpointError or ConfigError for an adapter that does not fit.
         """
@@ -225,8 +225,8 @@ class Model(QwenVL):
 
 
 class Engine(inference.Engine):
-    """The engine of a `Model` read from a directory: its answers have texts, by the model's own tokenizer, and requests
-    that say nothing of sampling, or of the tokens that end them, mean what the model's `defaults` say.
+    """The engine for a `Model` read from a directory: answers have text, by the model's own tokenizer, and requests
+    without sampling or end tokens use the model's `defaults`.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Engine(inference.Engine):
         defaults: Defaults | None = None,
         **options: Any,
     ):
-        """Options are those of `duetvl.inference.engine.Engine`; `tokenizer` and `defaults` replace the model's own."""
+        """Options are those of `duetvl.inference.engine.Engine`; `tokenizer` and `defaults` override the model's."""
         if isinstance(model, Model) and (processor := model._processor_if_any()) is not None:
             if tokenizer is None and processor.tokenizer.is_byte_level:
                 tokenizer = processor.tokenizer
@@ -254,17 +254,17 @@ def load_model(
     base: str | Path | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
-    """Read a model, whatever holds it, onto a backend; weights are held in `dtype`. Nothing is converted on disk.
+    """Load a model onto a backend, with weights in `dtype`. Nothing is converted on disk.
 
     `path`: a directory in the Hugging Face layout; an id, `Qwen/Qwen2.5-VL-7B-Instruct` (Hugging Face) or
     `modelscope:Qwen/Qwen2.5-VL-7B-Instruct`; a run, `runs/x` or `runs/x@1200`; an adapter; a MindSpeed-MM directory.
-    `base`: the model in the Hugging Face layout that a MindSpeed-MM directory is of, or below an adapter or a run
-    where what it names is not there any more.
+    `base`: the base model, in the Hugging Face layout, of a MindSpeed-MM directory, or of an adapter or a run whose
+    base model has moved.
 
-    dtype: float32, bfloat16 or float16. `adapter` is a LoRA adapter's directory in PEFT's layout; it is laid beside the
-    weights, in float32, and is then all that is trained. mesh: how the model lies on the ranks of this run, of which
-    each calls this and gets its part; they then make the same calls with the same values. Raises CheckpointError for
-    what is missing, damaged or of another model, ConfigError for what duetvl does not implement.
+    dtype: float32, bfloat16 or float16. `adapter` is a LoRA adapter's directory in PEFT's layout; the adapter is
+    float32 and then the only trainable part. mesh: the layout over the ranks of this run. Each rank calls this function
+    and gets its part; afterwards all ranks must make the same calls with the same values. Raises CheckpointError for
+    files that are missing, damaged or of another model, ConfigError for features that duetvl does not implement.
     """
     together = (lambda work: work()) if mesh is None else Ranks(backend.collectives).together
     source, stored = together(lambda: _opened(path, adapter, base))
@@ -303,21 +303,21 @@ def train(
 ) -> TrainResult:
     """Run a recipe: a file, a mapping of its sections, or a `Recipe`; see `duetvl.training.train.train`.
 
-    Besides, validation samples are answered where `log.generate` asks for it, and benchmarks where `eval.tasks` does.
+    Adds the callbacks that answer validation samples (`log.generate`) and run benchmarks (`eval.tasks`).
     """
-    given = read_recipe(recipe, overrides)
-    own: list[Callback] = [SampleAnswers()] if given.log.generate else []
-    own += [TaskScores()] if given.eval.tasks else []
+    read = read_recipe(recipe, overrides)
+    own: list[Callback] = [SampleAnswers()] if read.log.generate else []
+    own += [TaskScores()] if read.eval.tasks else []
     return train_module.train(
-        given, backend=backend, resume=resume, restart=restart, prepare=prepare, callbacks=[*own, *callbacks]
+        read, backend=backend, resume=resume, restart=restart, prepare=prepare, callbacks=[*own, *callbacks]
     )
 
 
 def load_processor(path: str | Path, *, base: str | Path | None = None) -> Processor:
-    """The processor of a model, given as for `load_model`: its tokenizer, template and picture settings.
+    """The processor of a model, which is given as for `load_model`: its tokenizer, template and picture settings.
 
     Needs config.json, tokenizer.json and preprocessor_config.json; no weights, no framework. Raises
-    CheckpointError for what is missing or damaged, ConfigError for what duetvl does not implement.
+    CheckpointError for missing or damaged files, ConfigError for features that duetvl does not implement.
     """
     source = open_model(path, base=base, weights=False)
     return Processor.from_directory(source.path, source.family)

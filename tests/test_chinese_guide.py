@@ -241,7 +241,14 @@ KEYS = names("""
     --dpo-loss-type --dpo-label-smoothing --pref-ftx --ref-model --sequence-parallel --unaligned-linear
     --virtual-pipeline-model-parallel-size --enable-dummy-optimizer --calculate-per-sample-loss
     --calculate-per-token-loss --use-torch-fsdp2 --fsdp2-config-path --untie-embeddings-and-output-weights
-    --init-model-with-meta-device
+    --init-model-with-meta-device --allow-internal-format --calculate-square-loss --downcast-to-bf16
+    --encoder-dp-balance --hetero-parallel --jit-compile --lora-mixed-training --lora-register-forward-hook --lr-mult
+    --max-seq-len --no-initialization --optimizer --profile-stage --recompute-skip-core-attention --trust-remote-code
+    --use-cpu-initialization --use-data-balance --use-deter-comp --use-txt-dynamic-batching
+    --weight-decay-exclude-modules pipeline_class hub_backend autotokenizer_name from_pretrained tokenizer_type
+    is_encoder_decoder min_pixels max_pixels image_path video_path prompts device dtype do_sample temperature
+    max_new_tokens top_k top_p repetition_penalty eos_token_id pad_token_id bos_token_id split_batch dataset_path
+    evaluation_dataset evaluation_model result_output_path use_custom_prompt
 """)
 
 

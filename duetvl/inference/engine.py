@@ -1,8 +1,8 @@
-"""The engine: requests in, tokens out as they come, many at a time over one cache.
+"""The engine: answers many requests at a time over one cache, and returns tokens as they are generated.
 
-`step` runs one pass; who calls it owns the model. A program that only wants answers calls `generate`. For streams the
-engine has a thread of its own, and then nothing else may run the model: MindSpore's framework must be touched by one
-thread only. `submit` and `cancel` may be called from any thread.
+`step` runs one pass, on the thread that calls it. Programs that only need answers call `generate`. For streams the
+engine starts a thread of its own, and then nothing else may run the model, because MindSpore must be used by one thread
+only. `submit` and `cancel` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Tell = Callable[[Delta], None]
 
 
 class Engine:
-    """Answers requests with one model, and with adapters beside it that share its weights.
+    """Answers requests with one model, and with adapters that share its weights.
 
-    The model's weights must not change while the engine lives: it keeps what it computed with them.
+    The model's weights must not change during the engine's lifetime, because its cache depends on them.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Engine:
         record: bool = True,
         lead: Lead | None = None,
     ):
-        """`tokenizer`: answers have texts, and stop strings are looked for. `defaults`: what requests mean that say
-        nothing of sampling or of the tokens that end them; without it they are greedy, and no token does.
+        """`tokenizer`: with one, answers have text and stop strings are checked. `defaults`: sampling and end tokens of
+        requests that do not set them; without it such requests are greedy and have no end token.
 
-        cache_tokens or cache_bytes: room for keys and values, rounded to blocks; by default 90% of the free memory
-        (on a CPU 25%) less the largest pass. media_tokens: merged features that are kept. context: rows that a
-        sequence may have, by default the model's. A pass has at most `pass_tokens` rows of at most `max_sequences`
-        sequences, and takes `pass_patches` patches, or one medium, through the tower. reuse: rows of earlier prompts
-        are found again. steady: where the backend can do that, no bit of an answer depends on what else is in a pass.
+        cache_tokens or cache_bytes: size of the key-value cache, rounded to blocks; by default 90% of the free memory
+        (25% on a CPU) minus the largest pass. media_tokens: size of the cache of merged features. context: maximum rows
+        of a sequence, by default the model's. A pass has at most `pass_tokens` rows of at most `max_sequences`
+        sequences, and `pass_patches` patches, or one larger medium, in the vision tower. reuse: cached rows of earlier
+        prompts are used. steady: if the backend supports it, answers are bit-identical whatever else is in a pass.
         record: where the backend can, decoding is recorded, and repeated by the device; not over ranks.
         lead: tells the other ranks that have parts of the model what to run; cache_bytes are then those of each rank.
         """
@@ -106,10 +106,10 @@ class Engine:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, tell: Tell | None = None) -> str:
-        """Let a request wait for its turn; returns its id, which it is given if it has none.
+        """Queue a request and return its id, which is generated if it has none.
 
-        `tell` is called with its deltas, on the thread that runs the engine; without it `step` returns them. Raises
-        DataError or ConfigError for what can never be answered: such a request is not taken.
+        `tell` is called with the request's deltas, on the thread that runs the engine; without it `step` returns them.
+        Raises DataError or ConfigError if the request can never be answered.
         """
         with self._changed:
             first = self._numbers
@@ -131,7 +131,7 @@ class Engine:
         return request.id
 
     def cancel(self, id: str) -> None:
-        """End a request as it is; one that is not under way is left alone."""
+        """End a request as it is; no effect if it is not running."""
         with self._changed:
             if id in self._known:
                 self._cancelled.add(id)
@@ -139,17 +139,17 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is under way."""
+        """Whether any request is waiting or running."""
         return bool(self._known)
 
     @property
     def longest(self) -> int:
-        """Tokens that a prompt and its answer may have together: the context, or fewer where the cache is smaller."""
+        """Maximum number of tokens of a prompt and its answer: the context, or what fits into the cache."""
         return min(self.context, self.scheduler.pool.size * self.scheduler.block_size)
 
     @property
     def stopped(self) -> bool:
-        """Whether it takes no more requests: it was closed, its thread has ended with an error, or another rank has."""
+        """Whether it accepts no more requests: it was closed, or its thread or another rank ended with an error."""
         return self._stopping or (self.lead is not None and self.lead.over)
 
     def _prepared(self, request: Request, first: int) -> list[Job]:
@@ -189,9 +189,9 @@ class Engine:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
-        """Run one pass, if there is anything to do; what it added to requests without `tell`.
+        """Run one pass, if there is anything to do; returns what it added to requests without `tell`.
 
-        Not to be called while the engine's thread runs. A request that fails ends with its error; the others go on.
+        Must not be called while the engine's thread runs. A request that fails ends with its error; others continue.
         """
         if self._thread is not None and threading.current_thread() is not self._thread:
             raise ConfigError("the engine's own thread runs it: use `generate`, `stream` or `submit` with `tell`")
@@ -293,10 +293,10 @@ class Engine:
     # -- answers ------------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer requests; the completions in their order, all choices of one after the other.
+        """Answer requests; returns the completions in order, with all choices of a request together.
 
-        Runs the engine itself, or waits for its thread. A request that fails has its error in its completion; what
-        `submit` refuses is raised before any is answered.
+        Runs the engine itself, or waits for its thread. A request that fails has its error in its completion; errors of
+        `submit` are raised before any request is answered.
         """
         done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         ids: list[str] = []
@@ -323,10 +323,10 @@ class Engine:
         return done.get()
 
     async def stream(self, *requests: Request) -> AsyncGenerator[Delta, None]:
-        """The deltas of requests as they come, by the engine's thread, which is started if need be.
+        """Yield the deltas of requests as they are generated by the engine's thread, which is started if necessary.
 
-        The last delta of each choice has its completion. A stream that is left early cancels its requests. A reader who
-        is slower than the model gets several tokens at a time; what waits for it is never more than the answers.
+        The last delta of each choice has its completion. Leaving a stream early cancels its requests. A reader that is
+        slower than the model gets several tokens at a time; the buffer is never larger than the answers.
         """
         self.start()
         delivery = Delivery()
@@ -359,7 +359,7 @@ class Engine:
                 self._thread.start()
 
     def close(self) -> None:
-        """Cancel what is under way, end the thread, and take no more requests."""
+        """Cancel all requests, end the thread, and accept no more requests."""
         with self._changed:
             self._stopping = True
             self._cancelled.update(self._known)

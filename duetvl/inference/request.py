@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back: plain values, which any thread may hold."""
+"""Requests to the engine and their results: plain values that any thread may use."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt and how to go on from it.
+    """One prompt and how to answer it.
 
-    sampling None: as the engine's defaults say. stop_ids end the answer and are its last token (None: those of the
-    engine's defaults); stop strings end it and are left out of its text. No stop id is chosen among the first
-    `min_new_tokens`. logprobs: None for none, 0 for those of the chosen tokens, k for the k
-    likeliest besides. n answers are made; the first is choice number `choice`, and with the seed this number, and no
-    place in any batch, names their random numbers. timeout: seconds from `submit`, then the answer ends as it is.
-    adapter names one of the engine's; "" is the model without any. Requests of different `salt` share no cached
-    prefix. guide: makes for each choice a guide, which says before each token which may come next.
+    sampling: None uses the engine's defaults. stop_ids: token ids that end the answer and are its last token (None: the
+    engine's defaults). stop: strings that end the answer and are not part of its text. The first `min_new_tokens`
+    tokens are never stop ids. logprobs: None for none, 0 for those of the chosen tokens, k for the k most likely tokens
+    as well. n: number of answers; they have the choice numbers `choice`, `choice` + 1, ..., and their random numbers
+    depend only on the seed and the choice number, not on the place in a batch. timeout: seconds from `submit` after
+    which the answer ends as it is. adapter: the name of one of the engine's adapters; "" is the model without adapter.
+    Requests with different `salt` share no cached prefix. guide: called once for each choice, returns the guide that
+    says before each token which tokens are allowed.
     """
 
     prompt: Sample
@@ -57,23 +58,23 @@ class Request:
 
 
 class Answer(Protocol):
-    """What becomes of one choice's tokens; the engine makes one for each and tells it of every token."""
+    """Collects the tokens of one choice; the engine creates one for each choice and passes every token to it."""
 
     def add(self, token: int, logprob: TokenLogprob | None) -> Finish | None:
-        """Take the next token; why the answer ends with it, or None."""
+        """Add the next token; returns why the answer ends with it, or None."""
         ...
 
     def finish(self, reason: Finish) -> None:
-        """Nothing more comes: what was held back of the text is let go."""
+        """No more tokens follow: release text that was held back."""
         ...
 
     def text_delta(self) -> str | None:
-        """The text that has come since this was last asked; None where there is no tokenizer."""
+        """The text added since the last call; None without a tokenizer."""
         ...
 
     @property
     def text(self) -> str | None:
-        """All of the text so far; None where there is no tokenizer."""
+        """The whole text so far; None without a tokenizer."""
         ...
 
 
@@ -103,7 +104,7 @@ class TokenAnswer:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds on one monotonic clock: arrival, first pass, first token, end. None: it did not come to that."""
+    """Seconds on one monotonic clock: arrival, first pass, first token, end. None: not reached."""
 
     arrived: float
     started: float | None
@@ -113,9 +114,9 @@ class Timings:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """One choice of a request at its end. `cached_tokens` of the prompt were not computed but found.
+    """One finished choice of a request. `cached_tokens`: tokens of the prompt that were reused from the cache.
 
-    `error` is the exception where the finish reason is "error".
+    `error` is the exception if the finish reason is "error".
     """
 
     id: str
@@ -132,7 +133,7 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What one step added to one choice; the last one of a choice carries its completion."""
+    """What one step added to one choice; the last delta of a choice has its completion."""
 
     id: str
     choice: int

@@ -35,11 +35,11 @@ _BIAS: Final = 100.0
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. temperature 0 takes the most likely token; top_k 0, top_p 1 and min_p 0 leave all of them in.
+    """Sampling parameters. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all tokens.
 
-    repetition_penalty: of tokens of the prompt and the answer. presence_penalty, frequency_penalty: of the answer's,
-    once and for each time. logit_bias: added to the logits of these tokens. ConfigError names a value that makes no
-    sense.
+    repetition_penalty: for tokens of the prompt and the answer. presence_penalty, frequency_penalty: for tokens of the
+    answer, once and per occurrence. logit_bias: added to the logits of these tokens. Raises ConfigError for an invalid
+    value, with its name.
     """
 
     temperature: float = 0.0

@@ -16,9 +16,9 @@ EVALUATION: Final = Table(
     "evaluate.json",
     used={
         **HOW_IT_RUNS, "dataset_path": "--data", "evaluation_dataset": "--task",
-        "result_output_path": "-o, a directory in it that is named by evaluation_model and evaluation_dataset",
+        "result_output_path": "-o, a directory in it named after evaluation_model and evaluation_dataset",
         "evaluation_model": "-o, see result_output_path",
-        "use_custom_prompt": "--profile: qwen2_vl, or vlmevalkit where it is false",
+        "use_custom_prompt": "--profile: qwen2_vl, or vlmevalkit if it is false",
     },
     not_needed={**INFERENCE.not_needed},
     cannot={**INFERENCE.cannot},

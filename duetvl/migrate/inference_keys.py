@@ -20,14 +20,14 @@ _DTYPES: Final = {
     "float32": "float32",
 }  # fmt: skip
 _NOT_DONE: Final[Mapping[str, tuple[Any, ...]]] = {**NOT_DONE, "num_return_sequences": (1,), "num_return_groups": (1,)}
-_NO_BEAMS: Final = "about beams, which there are none of"
-_HOW: Final = "about how it is computed or returned there; the tokens do not depend on it"
+_NO_BEAMS: Final = "beam search is not supported"
+_HOW: Final = "how tokens are computed or returned; it does not affect them"
 
 # What files of inference and of evaluation have alike.
 HOW_IT_RUNS: Final = {
     "device": "--device", "dtype": "--dtype", "min_pixels": "--min-pixels", "max_pixels": "--max-pixels",
-    "tokenizer.from_pretrained": "MODEL where none is given, else --base of a MindSpeed-MM directory",
-    f"{_GENERATION}do_sample": "--temperature 0 where it is false",
+    "tokenizer.from_pretrained": "MODEL if none is given, otherwise --base of a MindSpeed-MM directory",
+    f"{_GENERATION}do_sample": "--temperature 0 if it is false",
     f"{_GENERATION}max_new_tokens": "--max-new-tokens", f"{_GENERATION}min_new_tokens": "--min-new-tokens",
     f"{_GENERATION}eos_token_id": "--stop-token", f"{_GENERATION}stop_strings": "--stop",
     **{_GENERATION + name: f"--{name.replace('_', '-')}" for name in TAKEN},
@@ -41,12 +41,12 @@ INFERENCE: Final = Table(
         **MODEL.not_needed,
         **{f"{part}.freeze": "nothing is trained" for part in (
             "image_encoder.vision_encoder", "image_encoder.vision_projector", "text_decoder")},
-        **{f"{part}.pipeline_num_layers": "the division is read from the checkpoint's files" for part in (
+        **{f"{part}.pipeline_num_layers": "the layout is read from the checkpoint's files" for part in (
             "image_encoder.vision_encoder", "text_decoder")},
         "*.recompute_granularity": "nothing is trained",
         "text_decoder.tokenizer_type": "tokenizer.json is read",
         "text_decoder.is_encoder_decoder": "these models are not",
-        "pipeline_class": "there is one way to answer", "model_id": "the family is read from config.json",
+        "pipeline_class": "there is only one pipeline", "model_id": "the family is read from config.json",
         "image_processer_path": "preprocessor_config.json of the model's directory is read",
         "image_processor_path": "preprocessor_config.json of the model's directory is read",
         "tokenizer.hub_backend": "tokenizer.json is read", "tokenizer.autotokenizer_name": "tokenizer.json is read",
@@ -61,10 +61,10 @@ INFERENCE: Final = Table(
         **dict.fromkeys((f"{_GENERATION}{name}" for name in (
             "bos_token_id", "pad_token_id", "vision_start_token_id", "image_token_id", "video_token_id",
             "decoder_start_token_id")), "ids are read from the model's config.json; there is no padding"),
-        f"{_GENERATION}max_length": "max_new_tokens says it",
-        **dict.fromkeys((f"{_GENERATION}{name}" for name in _NOT_DONE), "it has the value at which it does nothing"),
-        f"{_GENERATION}tensor_model_parallel_size": "the division is read from the checkpoint's files",
-        f"{_GENERATION}pipeline_model_parallel_size": "the division is read from the checkpoint's files",
+        f"{_GENERATION}max_length": "max_new_tokens limits the answer",
+        **dict.fromkeys((f"{_GENERATION}{name}" for name in _NOT_DONE), "only its value without effect is accepted"),
+        f"{_GENERATION}tensor_model_parallel_size": "the layout is read from the checkpoint's files",
+        f"{_GENERATION}pipeline_model_parallel_size": "the layout is read from the checkpoint's files",
     },
     cannot={**MODEL.cannot},
 )  # fmt: skip

@@ -177,7 +177,7 @@ def test_where_the_model_below_has_gone(trained: Path, tmp_path: Path) -> None:
     moved = open_model(tmp_path / "adapter", base=trained / "model")
     assert moved.adapter is not None and moved.config == open_plain(trained / "model").config
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
-    with pytest.raises(CheckpointError, match="is an adapter that does not say of which model"):
+    with pytest.raises(CheckpointError, match="is an adapter that does not name its model"):
         open_model(tmp_path / "adapter")
     other = tiny_run.write_model(tmp_path / "other", std=0.3)
     with pytest.raises(

@@ -146,7 +146,7 @@ def test_a_run_is_verified(tmp_path: Path, be: Backend) -> None:
     flip(newest / "weights-00000-of-00001.safetensors")
     said: list[str] = []
     assert same(read_back(run, tmp_path / "c", said), old)
-    assert ["warning: passed over" in said[0], "step 7 is read" in said[1]] == [True, True]
+    assert ["warning: skipped" in said[0], "step 7 is read" in said[1]] == [True, True]
     for named in (newest, Path(f"{run}@9"), Path(f"{run}@8"), newest.with_name("step-0000008")):
         with pytest.raises(CheckpointError):
             read_back(named, tmp_path / "no")

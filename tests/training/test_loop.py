@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(torch_be, recipe, tmp_path, c
     damaged.write_bytes(content)
     assert run(torch_be, recipe, "train.steps=12").step == 12
     out = capsys.readouterr().out
-    assert "damaged, passed over" in out
+    assert "damaged, skipped" in out
     assert "step-0000005 (step 5)" in out
 
 

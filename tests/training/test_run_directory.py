@@ -305,7 +305,7 @@ def test_a_newest_checkpoint_that_was_removed_is_told(be, recipe, tmp_path, caps
     shutil.rmtree(tmp_path / "run/checkpoints/step-0000006")
     assert run(be, recipe).step == 6
     out = capsys.readouterr().out
-    assert "passed over: " in out
+    assert "skipped: " in out
     assert "step-0000006: the newest checkpoint, is not there any more" in out
 
 

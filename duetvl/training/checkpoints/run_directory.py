@@ -96,7 +96,7 @@ def find_start(recipe: Recipe, resume: str | None = None, verify: Verify = verif
         )
     if other:
         _check_free(own, recipe)
-    notes = [f"damaged, passed over: {text}" for text in ref.rejected]
+    notes = [f"damaged, skipped: {text}" for text in ref.rejected]
     notes.append(f"resuming {ref.path} (step {ref.step})")
     if harmless:
         notes.append(f"changed since then: {', '.join(harmless)}")
