@@ -262,6 +262,8 @@ class QwenVL:
         def run(given: ModelInput) -> Tensor:
             return self._logits("language", given, batch.cu_seqlens[1:] - 1, features)
 
+        if self.layout is not UNDIVIDED:
+            recorder = AT_ONCE  # a pass moves rows between ranks
         with self.backend.autograd.no_grad():
             return recorder.run(append, prepare, run)
 
