@@ -147,7 +147,7 @@ def test_a_model_that_cannot_be_read(place, capsys, spoil, backend, framework):
     assert expected in refusal(capsys, "train", "tiny.json", "--backend", backend, "--device", "cpu")
 
 
-@pytest.mark.parametrize("spoil", SPOIL)
+@pytest.mark.parametrize("spoil", [spoil for spoil in SPOIL if spoil is not without_weights])  # which check allows
 def test_check_sees_the_same(place, capsys, spoil):
     expected = spoil(place / "model")
     assert expected in check_refusal(capsys)
