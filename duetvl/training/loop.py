@@ -15,7 +15,6 @@ from typing import Any
 from duetvl.core.backend import Backend
 from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
-from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
 from duetvl.storage.finding import CheckpointRef, saved_steps
@@ -122,11 +121,14 @@ class Run:
             self.ranks.together(lambda: feeding.enter_context(self.feed.started(steps)))
             warnings = room_warnings(self.state, self.ranks, steps)
             notes = self.ranks.first(self._begin)
-            with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
-                self.say(f"backend: {self.backend.name} ({self.backend.capabilities.framework}){self._on_ranks()}")
-                for note in (*notes, *self.notes, *warnings):
-                    self.say(note)
-                with self._kept(), ending_alone(self.ranks, self.run_dir, lambda: self.step + 1):
+            with self._watched(), self.signals, self.trace:
+                self.telling.start((*notes, *self.notes, *warnings))
+                with (
+                    self.callbacks.started(),
+                    self.saver,
+                    self._kept(),
+                    ending_alone(self.ranks, self.run_dir, lambda: self.step + 1),
+                ):
                     self._steps()
                     self._finish()
                     result = self.ranks.first(self._result)
@@ -142,22 +144,17 @@ class Run:
             go_on_from(self.start.checkpoint, self.run_dir)
         return notes
 
-    def _on_ranks(self) -> str:
-        """How many processes train, where there are several."""
-        mesh = self.recipe.parallel.mesh
-        degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1)
-        return f" on {mesh.size} ranks: {degrees}" if mesh.size > 1 else ""
-
     # -- what is open while it runs, closed however it ends ----------------------------------------------------------
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """The watch, the signals and the saver."""
         section = self.recipe.checkpoint
-        with watched(
-            self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, history=self.start.history
-        ) as (self.watch, losses):
-            self.evaluations = Evaluations(losses)
+        with watched(self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, start=self.start) as (
+            self.watch,
+            losses,
+        ):
+            self.evaluations = Evaluations(losses, self.state.evaluated_since)
             self.telling = Telling(self.state, self.watch, self.callbacks, self.total)
             self.signals = StopSignals(self._announce_stop, section.grace)
             if self.ranks.count == 1:  # many agree on it at the edge of a step
@@ -365,6 +362,7 @@ class Run:
         if self.stopping:
             self.say(f"the evaluation after step {self.step} is given up")
             return
+        self.state.evaluated_since = min(self.state.evaluated_since, self.step - 1)
         self.evaluations.add(self.step, evaluation.loss if evaluation.weight else None)
         self.telling.evaluation(evaluation)
 
@@ -385,8 +383,11 @@ class Run:
         """Note which of the checkpoints that are there has the lowest eval_loss, where the recipe keeps it."""
         if not self.ranks.writes:
             return
-        section = self.recipe.checkpoint
-        best = None if section.keep_best is None else self.evaluations.best(saved_steps(self.run_dir))
+        section, best = self.recipe.checkpoint, None
+        if section.keep_best:
+            best = self.evaluations.best(saved_steps(self.run_dir))
+            if best is None and self.state.evaluated_since >= 0:
+                return  # that of the validation data of before stays until there is one of these
         try:
             note_best(self.run_dir, best, section.keep_last)
         except OSError as error:

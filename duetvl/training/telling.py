@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from duetvl.core.mesh import AXES
 from duetvl.data.loading.loader import Step
 from duetvl.training.state import RunState
 from duetvl.training.step import Evaluation, StepResult
@@ -22,6 +23,15 @@ class Telling:
         """Of a run of `total` steps."""
         self.state, self.watch, self.callbacks, self.total = state, watch, callbacks, total
         self._reserved = set(RESERVED)
+
+    def start(self, notes: Iterable[str]) -> None:
+        """By what the run trains, and what there is to know before its first step."""
+        backend, mesh = self.state.backend, self.state.recipe.parallel.mesh
+        degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1)
+        ranks = f" on {mesh.size} ranks: {degrees}" if mesh.size > 1 else ""
+        self.watch.say(f"backend: {backend.name} ({backend.capabilities.framework}){ranks}")
+        for note in notes:
+            self.watch.say(note)
 
     def step(self, work: Step, result: StepResult | None, lr: float, costs: Row) -> None:
         """A step that has been made; `result` is None where nothing in it was trained."""
