@@ -11,9 +11,12 @@ from duetvl.training.recipe.sections import TrainSection
 class Evaluations:
     """The eval_loss of every evaluation, by step. All ranks have the same, so what they decide by it is the same."""
 
-    def __init__(self, losses: Mapping[int, float]):
-        """`losses` of the evaluations before this start of the run, in the order of their steps."""
-        self.losses = dict(losses)
+    def __init__(self, losses: Mapping[int, float], since: int = -1):
+        """`losses` of the evaluations before this start of the run, in the order of their steps.
+
+        Those up to step `since` are of other validation data, and do not count.
+        """
+        self.losses = {step: loss for step, loss in losses.items() if step > since}
         self.last_step = max(self.losses, default=-1)
 
     def add(self, step: int, loss: float | None) -> None:

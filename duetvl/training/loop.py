@@ -134,10 +134,15 @@ class Run:
             estimate = memory_estimate(self.state, self.ranks) if steps > 0 else None
             warnings = room_warnings(self.state, self.ranks, steps, estimate)
             notes = self.ranks.first(self._begin)
-            with self._watched(), self.signals, self.trace, self.callbacks.started(), self.saver:
-                for note in (*introduction(self.state, self.total, estimate), *notes, *self.notes, *warnings):
-                    self.say(note)
-                with self._kept(), ending_alone(self.ranks, self.run_dir, lambda: self.step + 1):
+            with self._watched(), self.signals, self.trace:
+                for line in (*introduction(self.state, self.total, estimate), *notes, *self.notes, *warnings):
+                    self.say(line)
+                with (
+                    self.callbacks.started(),
+                    self.saver,
+                    self._kept(),
+                    ending_alone(self.ranks, self.run_dir, lambda: self.step + 1),
+                ):
                     self._steps()
                     self._finish()
                     result = self.ranks.first(self._result)
@@ -159,10 +164,11 @@ class Run:
     def _watched(self) -> Iterator[None]:
         """The watch, the signals and the saver."""
         section = self.recipe.checkpoint
-        with watched(
-            self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, history=self.start.history
-        ) as (self.watch, losses):
-            self.evaluations = Evaluations(losses)
+        with watched(self.recipe, self.run_dir, self.ranks, done=self.step, total=self.total, start=self.start) as (
+            self.watch,
+            losses,
+        ):
+            self.evaluations = Evaluations(losses, self.state.evaluated_since)
             self.telling = Telling(self.state, self.watch, self.callbacks, self.total)
             self.signals = StopSignals(self._announce_stop, section.grace)
             if self.ranks.count == 1:  # many agree on it at the edge of a step
@@ -372,6 +378,7 @@ class Run:
         if self.stopping:
             self.say(f"the evaluation after step {self.step} is given up")
             return
+        self.state.evaluated_since = min(self.state.evaluated_since, self.step - 1)
         self.evaluations.add(self.step, evaluation.loss if evaluation.weight else None)
         self.telling.evaluation(evaluation)
 
@@ -392,8 +399,11 @@ class Run:
         """Note which of the checkpoints that are there has the lowest eval_loss, where the recipe keeps it."""
         if not self.ranks.writes:
             return
-        section = self.recipe.checkpoint
-        best = None if section.keep_best is None else self.evaluations.best(saved_steps(self.run_dir))
+        section, best = self.recipe.checkpoint, None
+        if section.keep_best:
+            best = self.evaluations.best(saved_steps(self.run_dir))
+            if best is None and self.state.evaluated_since >= 0:
+                return  # that of the validation data of before stays until there is one of these
         try:
             note_best(self.run_dir, best, section.keep_last)
         except OSError as error:

@@ -11,6 +11,7 @@ from duetvl.parallel.inventory import Inventory
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import load_checkpoint, take_snapshot
+from duetvl.training.checkpoints.run_directory import same_validation
 from duetvl.training.checkpoints.writing import Snapshot
 from duetvl.training.feed import Feed
 from duetvl.training.job import Job
@@ -25,6 +26,7 @@ class RunState:
         """At the start."""
         self.recipe, self.job, self.trainer, self.feed, self.backend = recipe, job, trainer, feed, backend
         self.step = 0
+        self.evaluated_since = -1  # the last step whose eval_loss is not one of these validation data
         self.totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped": 0}
 
     @property
@@ -49,6 +51,7 @@ class RunState:
                 extra={
                     "totals": dict(self.totals),
                     "records": dict(self.feed.findings.counts),
+                    "evaluated_since": self.evaluated_since,
                     "trainer": self.trainer.to_json(),
                     "base_model": dict(self.job.base),
                     "reference": dict(self.job.reference),
@@ -75,6 +78,8 @@ class RunState:
         )
         self.step = ref.step
         self.totals |= ref.meta.extra.get("totals", {})
+        alike = same_validation(self.recipe, ref.meta.recipe)
+        self.evaluated_since = ref.meta.extra.get("evaluated_since", -1) if alike else ref.step
         self.feed.findings.counts.update(ref.meta.extra.get("records", {}))
         self.trainer.restore(ref.meta.extra.get("trainer", {}))
 

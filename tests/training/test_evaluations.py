@@ -13,6 +13,7 @@ from duetvl.core.errors import CheckpointError
 from duetvl.storage.finding import parse_run, saved_steps
 from duetvl.training.evaluations import Evaluations
 from duetvl.training.train import train
+from duetvl.training.watching.callbacks import Callback
 from duetvl.training.watching.metrics import read_metrics
 
 
@@ -99,3 +100,47 @@ def test_the_best_checkpoint_is_kept_and_has_a_name(recipe, tmp_path):
         CheckpointError, match=r"run@best: no checkpoint is noted as the best .*checkpoint.keep_best=eval_loss"
     ):
         parse_run(f"{place}@best")
+
+
+def test_other_validation_data_begin_to_count_anew(recipe, tmp_path, capsys):
+    """That of before stays the best as long as there is nothing to compare with."""
+    best_at = {}
+
+    class Look(Callback):
+        def on_step(self, run, row):
+            best_at[run.step] = parse_run(f"{run.run_dir}@best")[1]
+
+    place = tmp_path / "run"
+    write_records(tmp_path / "other.jsonl", 9, seed=2)
+    worse = "optim.lr=2", "optim.schedule=constant", "checkpoint.keep_best=eval_loss", "checkpoint.every=100"
+    run(recipe, *worse, "train.steps=11")
+    before = parse_run(f"{place}@best")[1]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "val.jsonl").rename(tmp_path / "moved/val.jsonl")
+    run(recipe, *worse, "train.steps=11", f"data.val={tmp_path}/moved/val.jsonl")
+    assert "validation data" not in capsys.readouterr().out
+    other = *worse, f"data.val={tmp_path}/other.jsonl"
+    run(recipe, *other, "train.steps=14", callbacks=[Look()])
+    assert "no eval_loss of before counts" in capsys.readouterr().out
+    assert best_at == {12: before, 13: 12, 14: 12}
+    run(recipe, *other, "train.steps=14")
+    assert "validation data" not in capsys.readouterr().out
+    new = {step: loss for step, loss in losses(place).items() if step > 11}
+    assert list(new) == [12, 14] and parse_run(f"{place}@best")[1] == min(new, key=new.get)
+
+
+def test_an_evaluation_of_a_run_that_has_saved_nothing_is_made_again(recipe, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    class Kill(Callback):
+        def on_eval(self, run, row):
+            raise Killed
+
+    first = "train.eval_first=true", "train.steps=2"
+    with pytest.raises(Killed):
+        run(recipe, *first, callbacks=[Kill()])
+    assert list(losses(tmp_path / "run")) == [0]
+    run(recipe, *first)
+    rows = [row["step"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row]
+    assert rows == [0, 2]

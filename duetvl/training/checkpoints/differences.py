@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from duetvl.training.recipe.data_section import DataSource
@@ -80,6 +81,21 @@ def _harmless(key: str, old: Mapping[str, Any], recipe: Recipe) -> bool:
     if key in PACKING and recipe.train.loss == "micro_batch":  # a loss that the micro-batches have a part in
         return False
     return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
+
+
+def same_validation(recipe: Recipe, stored: Mapping[str, Any]) -> bool:
+    """Whether losses of a stored recipe's validation data may be compared with those of this one's.
+
+    Files that have only moved are recognised by their names.
+    """
+    now, then = recipe.model_dump(mode="json")["data"], stored.get("data", {})
+    one, other = ((_names(data.get("val")), data.get("val_max_samples")) for data in (now, then))
+    return one == other
+
+
+def _names(sources: Any) -> list[Any]:
+    paths = [one["path"] if isinstance(one, dict) else one for one in sources or ()]
+    return [[Path(path).name for path in paths], _without_places(sources or ())]
 
 
 def _without_places(sources: Any) -> list[Any]:

@@ -27,7 +27,7 @@ from duetvl.storage.finding import (
     verify_files,
 )
 from duetvl.storage.locks import file_lock, made_directory
-from duetvl.training.checkpoints.differences import differences
+from duetvl.training.checkpoints.differences import differences, same_validation
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.yaml_values import read_yaml, write_yaml
 
@@ -100,6 +100,8 @@ def find_start(recipe: Recipe, resume: str | None = None, verify: Verify = verif
     notes.append(f"resuming {ref.path} (step {ref.step})")
     if harmless:
         notes.append(f"changed since then: {', '.join(harmless)}")
+    if not same_validation(recipe, ref.meta.recipe) and (recipe.train.patience or recipe.checkpoint.keep_best):
+        notes.append("the validation data are others now: for patience and keep_best no eval_loss of before counts")
     return Start(own, ref, _run_of(ref) if other else None, notes=tuple(notes))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duetvl.core.ranks import Ranks
+from duetvl.training.checkpoints.run_directory import Start
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.watching.metrics import MetricsLog, read_metrics
 from duetvl.training.watching.plots import plot_runs
@@ -88,11 +89,12 @@ class Watch(Quiet):
 
 @contextmanager
 def watched(
-    recipe: Recipe, run_dir: Path, ranks: Ranks, *, done: int, total: int, history: Path | None
+    recipe: Recipe, run_dir: Path, ranks: Ranks, *, done: int, total: int, start: Start
 ) -> Iterator[tuple[Quiet, dict[int, float]]]:
     """What this rank has, in a run with `done` of `total` steps behind it; and the eval_loss by step.
 
-    `history` is another run's directory whose rows are taken over. Raises what the logs and trackers raise, on all.
+    A start from a checkpoint keeps the rows up to there, or takes over those of its `history`; one without keeps none.
+    Raises what the logs and trackers raise, on all.
     """
     found: list[Quiet] = [Quiet(ranks.index)]
     with ExitStack() as open_things:
@@ -101,7 +103,8 @@ def watched(
             progress = Progress(total, done=done, every=recipe.log.every)
             open_things.callback(progress.close)
             trackers = open_trackers(recipe, run_dir, done)
-            log = MetricsLog(run_dir, after=done, history=history, trackers=trackers, say=progress.say)
+            after = -1 if start.checkpoint is None else done
+            log = MetricsLog(run_dir, after=after, history=start.history, trackers=trackers, say=progress.say)
             open_things.callback(log.close)
             found.append(Watch(run_dir, progress, RunLog(run_dir, progress.say), log, plots=recipe.log.plot))
             rows = [row for row in read_metrics(run_dir) if "eval_loss" in row]
