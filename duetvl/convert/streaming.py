@@ -23,7 +23,7 @@ import numpy as np
 from duetvl.convert.layouts import TensorBox
 from duetvl.core.boxes import Box
 from duetvl.core.errors import CheckpointError
-from duetvl.storage.tensor_files import NUMPY_DTYPES, TensorSpec, tensor_file_header
+from duetvl.storage.tensor_files import NUMPY_DTYPES, WRITE_BYTES, TensorSpec, tensor_file_header
 from duetvl.storage.weights_dir import count_and_name
 
 CHUNK: Final = 1 << 24
@@ -112,6 +112,9 @@ class FragmentedTensors:
 
     def read(self, name: str, box: Box) -> np.ndarray:
         """See LogicalTensors."""
+        same = self.fragments[name].get(box)
+        if same is not None:
+            return same.view(box)
         parts = [(part, shared) for part in self.fragments[name].values() if (shared := box.overlap(part.box))]
         if len(parts) == 1 and parts[0][1] == box:
             return parts[0][0].view(box)
@@ -175,13 +178,14 @@ class PlannedFile:
     """A file whose every byte but the tensors' is known: so any thread may write any tensor at its place.
 
     starts: where each tensor's bytes go. fixed: (position, bytes) of what is known at once. finish: the same of what
-    depends on the crc32 of the tensors.
+    depends on the crc32 of the tensors, which are only taken where it is `summed`.
     """
 
     size: int
     starts: Mapping[str, int]
     fixed: tuple[tuple[int, bytes], ...]
     finish: Callable[[Mapping[str, int]], list[tuple[int, bytes]]] = lambda _: []
+    summed: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,7 +284,7 @@ class _Writer:
                     raise _StoppedError
                 data = raw_bytes(self.source.read(piece.name, box))
                 _write_at(self.descriptors[output.path], data, position)
-                crc32 = zlib.crc32(data, crc32)
+                crc32 = zlib.crc32(data, crc32) if output.file.summed else 0
                 position, read = position + len(data), read + len(data)
                 if self.progress is not None:
                     with self.lock:
@@ -302,5 +306,5 @@ def raw_bytes(array: np.ndarray) -> memoryview:
 
 def _write_at(descriptor: int, data: memoryview, position: int) -> None:
     while len(data):
-        written = os.pwrite(descriptor, data, position)
+        written = os.pwrite(descriptor, data[:WRITE_BYTES], position)
         data, position = data[written:], position + written

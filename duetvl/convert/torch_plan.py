@@ -71,7 +71,7 @@ def plan_torch_file(
     fixed = tuple((record.start, record.content) for record in records if record.content is not None)
     size = end + len(_central_directory(records, dict.fromkeys((r.name for r in records), 0), end))
     starts = {name: record.start for record, name in zip(data, names, strict=True)}
-    return PlannedFile(size, starts, fixed, finish)
+    return PlannedFile(size, starts, fixed, finish, summed=True)
 
 
 def _place(archive: str, contents: list[tuple[str, int, bytes | None]]) -> list[_Record]:

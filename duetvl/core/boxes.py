@@ -43,10 +43,11 @@ class Box:
 
     def overlap(self, other: Box) -> Box | None:
         """What both have, in coordinates of the whole tensor; None where that is nothing."""
-        starts = tuple(map(max, self.offset, other.offset))
-        stops = (min(s.stop, o.stop) for s, o in zip(self.slices, other.slices, strict=True))
-        shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-        return Box(starts, shape) if all(size > 0 for size in shape) else None
+        spans = zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        shared = [(max(a, b), min(a + m, b + n)) for a, m, b, n in spans]
+        if any(start >= stop for start, stop in shared):
+            return None
+        return Box(tuple(start for start, _ in shared), tuple(stop - start for start, stop in shared))
 
     def seen_from(self, other: Box) -> Box:
         """The same block in the coordinates of a box that contains it."""
