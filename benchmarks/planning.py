@@ -2,8 +2,8 @@
 
 Layouts that the search proposes for small random Qwen2.5-VL on 2 and 4 devices are run in real processes (torchrun,
 gloo), each with the same four samples a step. Memory is measured as in rank_costs.py, on the rank with most. Seconds
-are those of the fastest step of several starts, in turn over all layouts, so that what else the machine does meets all
-of them. Writes results/planning.md.
+are those of the fastest of some steps, which are made in turn over all layouts of as many processes, so that what else
+the machine does meets all of them. Writes results/planning.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from memory_estimate import CONFIG, PATCHES, TOKENS, samples, status
 
-SAMPLES, STEPS, STARTS = 4, 4, 2
+SAMPLES, ROUNDS = 4, 12
 
 
 def model_of(width: int, layers: int) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def model_of(width: int, layers: int) -> dict[str, Any]:
     return {**CONFIG, **sizes, **heads, "vision_config": vision}
 
 
-LARGE, SMALL = model_of(512, 8), model_of(256, 8)  # for memory, and for seconds
+LARGE, SMALL = model_of(512, 8), model_of(256, 4)  # for memory, and for seconds
 TIMED: dict[str, dict[str, Any]] = {  # eight layouts of the same work on at most two processes
     "one process": {},
     "one process, recompute full": {"train": {"recompute": "full"}},
@@ -56,6 +57,12 @@ def recipe_of(sections: dict[str, Any], model: str) -> Any:
     return make_recipe({**sections, "model": {"path": model}, "data": data, "train": train})
 
 
+def processes_of(sections: dict[str, Any]) -> int:
+    """How many a layout takes."""
+    size: int = recipe_of(sections, "-").parallel.mesh.size
+    return size
+
+
 def size() -> Any:
     """Of a sample."""
     from duetvl.training.expected import SampleSize
@@ -73,9 +80,8 @@ def say(text: str) -> None:
 # -- on each rank ------------------------------------------------------------------------------------------------------
 
 
-def measure(sections: dict[str, Any], model: str, steps: int) -> dict[str, Any]:
-    """Some steps: the memory of the rank with most, and the seconds of the fastest."""
-    from duetvl.core.backend import load_backend
+def prepared(sections: dict[str, Any], model: str, backend: Any) -> tuple[Any, Any]:
+    """A trainer for a layout, and the work of a step."""
     from duetvl.data.loading.loader import Step
     from duetvl.models.qwen_vl.config import load_config
     from duetvl.models.qwen_vl.loading import load_model
@@ -85,11 +91,6 @@ def measure(sections: dict[str, Any], model: str, steps: int) -> dict[str, Any]:
     from duetvl.training.step import Trainer
 
     recipe = recipe_of(sections, model)
-    backend = load_backend("torch_npu", "cpu")
-    backend.collectives.start()
-    ones = backend.ops.from_numpy(np.ones((64, 64), np.float32), recipe.model.dtype)
-    backend.to_numpy(backend.ops.matmul(ones, ones))
-    baseline = status("VmRSS")
     division = division_of(recipe, load_config(model), backend.collectives.rank)
     made = load_model(model, backend=backend, dtype=recipe.model.dtype, division=division)
     placed(made, division, backend)
@@ -97,36 +98,62 @@ def measure(sections: dict[str, Any], model: str, steps: int) -> dict[str, Any]:
     trainer = Trainer(made, TokenLoss(backend.ops), backend, recipe.optim, division=division)
     count = SAMPLES // division.mesh.dp
     batches = tuple(made.pack([sample]) for sample in samples(count))
-    work = Step(batches, ("-",), numbers=tuple(range(count)))
-    seconds = []
-    for number in range(steps):
-        backend.collectives.barrier()
-        begun = time.perf_counter()
-        trainer.step(work, 1e-5, number)
-        seconds.append(time.perf_counter() - begun)
-    own = {"memory": status("VmHWM") - baseline, "seconds": min(seconds[1:] or seconds)}
-    rows = backend.collectives.gather_objects(own)
-    backend.collectives.barrier()
-    backend.collectives.stop()
-    return {"memory": max(row["memory"] for row in rows), "seconds": max(row["seconds"] for row in rows)}
+    return trainer, Step(batches, ("-",), numbers=tuple(range(count)))
 
 
-def link() -> dict[str, Any]:
-    """Bytes a second of a sum over two processes, and seconds of a small one."""
+def opened() -> Any:
+    """The backend, started, with what it loads at its first product."""
     from duetvl.core.backend import load_backend
 
     backend = load_backend("torch_npu", "cpu")
     backend.collectives.start()
+    ones = backend.ops.from_numpy(np.ones((64, 64), np.float32))
+    backend.to_numpy(backend.ops.matmul(ones, ones))
+    return backend
+
+
+def memory(sections: dict[str, Any], model: str) -> int:
+    """Two steps of a layout: bytes of the rank with most."""
+    backend = opened()
+    baseline = status("VmRSS")
+    trainer, work = prepared(sections, model, backend)
+    for number in range(2):
+        trainer.step(work, 1e-5, number)
+    found = max(backend.collectives.gather_objects(status("VmHWM") - baseline))
+    backend.collectives.barrier()
+    backend.collectives.stop()
+    return found
+
+
+def seconds(names: list[str], model: str) -> dict[str, list[float]]:
+    """Steps of some layouts of as many processes, in turn: what each took, without the first."""
+    backend = opened()
+    layouts = {name: prepared(TIMED[name], model, backend) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(ROUNDS + 1):
+        for name, (trainer, work) in layouts.items():
+            backend.collectives.barrier()
+            begun = time.perf_counter()
+            trainer.step(work, 1e-5, number)
+            found[name].append(max(backend.collectives.gather_objects(time.perf_counter() - begun)))
+    backend.collectives.barrier()
+    backend.collectives.stop()
+    return {name: times[1:] for name, times in found.items()}
+
+
+def link() -> dict[str, float]:
+    """Bytes a second of a sum over two processes, and seconds of a round of a small one."""
+    backend = opened()
     found = {}
     for name, numbers in (("small", 16), ("large", 2**22)):
         x = backend.ops.from_numpy(np.ones(numbers, np.float32))
-        seconds = []
-        for _ in range(30):
+        times = []
+        for _ in range(50):
             backend.collectives.barrier()
             begun = time.perf_counter()
             backend.collectives.all_reduce(x)
-            seconds.append(time.perf_counter() - begun)
-        found[name] = min(seconds[5:])
+            times.append(time.perf_counter() - begun)
+        found[name] = min(times[5:])
     backend.collectives.barrier()
     backend.collectives.stop()
     return {"latency": found["small"] / 2, "bandwidth": 4 * 2**22 / (found["large"] - found["small"])}
@@ -135,22 +162,16 @@ def link() -> dict[str, Any]:
 # -- in the program ----------------------------------------------------------------------------------------------------
 
 
-def started(words: list[str], processes: int) -> dict[str, Any]:
-    """What rank 0 says of this file run with these words on so many processes."""
+def started(what: str, model: str, processes: int, detail: Any = None) -> Any:
+    """What rank 0 finds of `memory`, `seconds` or `link` in so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, __file__, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        check=True,
-    )  # fmt: skip
-    found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    return found
-
-
-def run(sections: dict[str, Any], model: str, steps: int) -> dict[str, Any]:
-    """`measure` in the processes of a layout."""
-    mesh = recipe_of(sections, model).parallel.mesh
-    return started(["--one", json.dumps(sections), "--model", model, "--steps", str(steps)], mesh.size)
+    words = [__file__, "--what", what, "--model", model, "--detail", json.dumps(detail)]
+    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{what} {detail}: {done.stderr[-2000:]}")
+    return json.loads(lines[0].removeprefix("found "))
 
 
 def proposed(model: str) -> list[tuple[str, dict[str, Any], int]]:
@@ -196,26 +217,26 @@ def spearman(one: list[float], other: list[float]) -> float:
 def page(large: str, small: str) -> str:
     """results/planning.md"""
     began = os.getloadavg()[1]
-    wire = started(["--link"], 2)
-    times: dict[str, list[float]] = {name: [] for name in TIMED}
-    for _ in range(STARTS):
-        for name, sections in TIMED.items():
-            times[name].append(run(sections, small, STEPS)["seconds"])
-            say(f"{name} {times[name][-1]:.2f} s")
-    memory = []
+    wire = started("link", small, 2)
+    times: dict[str, list[float]] = {}
+    for processes in (1, 2):
+        names = [name for name, sections in TIMED.items() if processes_of(sections) == processes]
+        times |= started("seconds", small, processes, names)
+        say(str(times))
+    measured = []
     for name, sections, estimate in proposed(large):
-        taken = run(sections, large, 2)["memory"]
-        memory.append((name, estimate, taken))
-        say(f"{name} {estimate} {taken}")
+        taken = started("memory", large, processes_of(sections), sections)
+        measured.append((name, estimate, taken))
+        say(f"{name}: {estimate} {taken}")
     told = {name: expected(sections, small) for name, sections in TIMED.items()}
-    took = {name: min(seconds) for name, seconds in times.items()}
-    off = [estimate / taken - 1 for _, estimate, taken in memory]
+    took = {name: min(times[name]) for name in TIMED}
+    off = [estimate / taken - 1 for _, estimate, taken in measured]
     correlation = spearman(list(told.values()), list(took.values()))
     lines = [
         "# What a plan says beside what runs take",
         "",
         f"Made by `python benchmarks/planning.py`: random Qwen2.5-VL in float32, of widths {LARGE['hidden_size']} for "
-        f"memory and {SMALL['hidden_size']} for seconds, both with {LARGE['num_hidden_layers']} layers; {SAMPLES} "
+        f"memory and {SMALL['hidden_size']} for seconds, of {LARGE['num_hidden_layers']} and {SMALL['num_hidden_layers']} layers; {SAMPLES} "
         f"samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch; real processes "
         f"over gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the machine was "
         f"{began:.1f} before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
@@ -229,19 +250,19 @@ def page(large: str, small: str) -> str:
         "|---|---:|---:|---:|",
         *(
             f"| {name} | {estimate / 2**20:.0f} | {taken / 2**20:.0f} | {estimate / taken - 1:+.1%} |"
-            for name, estimate, taken in memory
+            for name, estimate, taken in measured
         ),
         "",
         "## Seconds of eight layouts",
         "",
-        f"Expected by the cost model with this processor measured, and the fastest of {STEPS - 1} steps in each of "
-        f"{STARTS} starts. The rank correlation (Spearman) of both columns is {correlation:.2f}.",
+        f"Expected by the cost model with this processor measured, and the fastest of {ROUNDS} steps, which were made "
+        f"in turn over the layouts. The rank correlation (Spearman) of both columns is {correlation:.2f}.",
         "",
-        "| layout | expected | measured | measured / expected | starts |",
-        "|---|---:|---:|---:|---|",
+        "| layout | expected | measured | measured / expected | median |",
+        "|---|---:|---:|---:|---:|",
         *(
             f"| {name} | {told[name]:.2f} | {took[name]:.2f} | {took[name] / told[name]:.2f} | "
-            f"{', '.join(f'{one:.2f}' for one in times[name])} |"
+            f"{statistics.median(times[name]):.2f} |"
             for name in TIMED
         ),
         "",
@@ -255,15 +276,15 @@ def page(large: str, small: str) -> str:
 def main() -> None:
     """One layout in a rank, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--link", action="store_true", help=argparse.SUPPRESS)
+    for word in ("what", "model", "detail"):
+        parser.add_argument(f"--{word}", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.link or args.one:
-        found = link() if args.link else measure(json.loads(args.one), args.model, args.steps)
+    if args.what:
+        detail = json.loads(args.detail)
+        asked = {"memory": lambda: memory(detail, args.model), "seconds": lambda: seconds(detail, args.model)}
+        found = asked.get(args.what, link)()
         if os.environ["RANK"] == "0":
-            say(json.dumps(found))
+            say(f"found {json.dumps(found)}")
         return
     from duetvl.models.qwen_vl.config import ModelConfig
     from duetvl.models.qwen_vl.loading import write_random_model

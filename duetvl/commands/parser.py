@@ -197,7 +197,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory with a config.json, or a size: Qwen2.5-VL-7B")
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="how many there are in all")
     parser.add_argument(
-        "--device-type", default=DEFAULT, metavar="NAME", help=f"{', '.join(device_names())}; default {DEFAULT}"
+        "--device-type",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(device_names())}, or cpu, which is measured; default {DEFAULT}",
     )
     parser.add_argument("--memory", metavar="SIZE", help="of a device, for tensors: 64GiB; default: what the kind has")
     parser.add_argument("--seq", type=int, default=4096, metavar="N", help="most tokens of a micro-batch; default 4096")

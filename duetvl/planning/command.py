@@ -12,6 +12,7 @@ import numpy as np
 
 from duetvl.core.errors import ConfigError
 from duetvl.cost_model.devices import DeviceType, device_type
+from duetvl.cost_model.measured import this_cpu
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, published_config, published_names
 from duetvl.planning.guides import guide_for
 from duetvl.planning.search import Candidate, Proposal, Search, Wish, check_wish, degrees
@@ -23,6 +24,7 @@ from duetvl.training.recipe.reading import make_recipe
 
 _UNITS: Final = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SAMPLES_A_DEVICE: Final = 24  # the guides' 192 on 8
+_MEASURED: Final = 2048  # rows and columns of the product that is measured on a CPU, at most
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,10 @@ def plan(question: Question) -> Iterator[str]:
 
 def wish_of(question: Question) -> Wish:
     """The question in the terms of the search. Raises ConfigError for what cannot be."""
-    config, device = _config(question.model), device_type(question.device)
-    size = _size(question, config)
+    config = _config(question.model)
+    size, device = _size(question, config), _device(question, config)
     values: dict[str, Any] = {
-        "model": {"path": question.model, "dtype": _dtype(device), "freeze": ["vision", "projector"]},
+        "model": {"path": question.model, "dtype": _dtype(device, question.device), "freeze": ["vision", "projector"]},
         "data": {"train": question.data, "pack_tokens": question.seq},
         "train": {"global_batch": question.global_batch or _SAMPLES_A_DEVICE * question.devices},
     }
@@ -100,7 +102,18 @@ def wish_of(question: Question) -> Wish:
     return Wish(base, config, question.devices, device, memory, [size])
 
 
-def _dtype(device: DeviceType) -> str:
+def _device(question: Question, config: ModelConfig) -> DeviceType:
+    """A row of the table; `cpu` for this machine's processor, which so many processes share."""
+    if question.device.lower() != "cpu":
+        return device_type(question.device)
+    text = config.text
+    shape = (min(question.seq, _MEASURED), min(text.hidden_size, _MEASURED), min(text.intermediate_size, _MEASURED))
+    return this_cpu(shape, question.devices)
+
+
+def _dtype(device: DeviceType, name: str) -> str:
+    if name.lower() == "cpu":
+        return "float32"
     return "bfloat16" if "bfloat16" in device.peaks else next(iter(device.peaks))
 
 

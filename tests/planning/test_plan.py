@@ -144,6 +144,13 @@ def test_questions_that_cannot_be_answered(question, change, message):
         list(plan(replace(question, **change)))
 
 
+def test_processes_on_this_machine(question):
+    wish = wish_of(replace(question, device="cpu", devices=2))
+    assert wish.device.name == "this cpu" and wish.base.model.dtype == "float32"
+    assert wish.device.peaks["float32"] > 1e8 and wish.device.bandwidth > 1e7
+    assert Search(wish).best(3)[0].step.seconds > 0
+
+
 def test_sizes_on_the_command_line():
     assert bytes_of("64GiB", "-") == 64 * 2**30 and bytes_of("1.5 gb", "-") == 1_500_000_000
     assert pixels_of("28x56") == (28, 56)
