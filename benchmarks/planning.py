@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from memory_estimate import CONFIG, PATCHES, TOKENS, samples, status
 
-SAMPLES, ROUNDS = 4, 12
+SAMPLES, ROUNDS = 4, 8
 
 
 def model_of(width: int, layers: int) -> dict[str, Any]:
