@@ -235,11 +235,11 @@ def page(large: str, small: str) -> str:
     lines = [
         "# What a plan says beside what runs take",
         "",
-        f"Made by `python benchmarks/planning.py`: random Qwen2.5-VL in float32, of widths {LARGE['hidden_size']} for "
-        f"memory and {SMALL['hidden_size']} for seconds, of {LARGE['num_hidden_layers']} and {SMALL['num_hidden_layers']} layers; {SAMPLES} "
-        f"samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch; real processes "
-        f"over gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the machine was "
-        f"{began:.1f} before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
+        f"Made by `python benchmarks/planning.py`: random Qwen2.5-VL in float32, of width {LARGE['hidden_size']} and "
+        f"{LARGE['num_hidden_layers']} layers for memory, {SMALL['hidden_size']} and {SMALL['num_hidden_layers']} for "
+        f"seconds; {SAMPLES} samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch; "
+        f"real processes over gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the "
+        f"machine was {began:.1f} before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
         "",
         "## Memory of ten proposals",
         "",
