@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,10 +164,14 @@ def train(place: Place, sections: Mapping[str, Any]) -> dict[str, str]:
     batch = model.pack(make_samples(place, model.config, size.samples))
     trainer = Trainer(model, TokenLoss(backend.ops), backend, recipe.optim)
     times, losses = [], []
+
+    def step(number: int) -> None:
+        losses.append(trainer.step(Step((batch,), ("-",), {}), 1e-5, number).loss)
+
     for number in range(WARM_UP + STEPS):
         backend.device.synchronize()
         start = time.perf_counter()
-        losses.append(trainer.step(Step((batch,), ("-",), {}), 1e-5, number).loss)
+        step(number)
         backend.device.synchronize()
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[WARM_UP:])
@@ -173,6 +179,7 @@ def train(place: Place, sections: Mapping[str, Any]) -> dict[str, str]:
     load = Load(batch.tokens, batch.trained_tokens, size.side**2 * size.samples)
     expected = estimate(model.config, recipe, load, 1, plan.adapters if plan else None).peak
     measured = backend.device.peak_memory()
+    waits = waits_of(place, lambda: step(WARM_UP + STEPS))
     return {
         "a step": f"{seconds * 1e3:.0f} ms, {batch.tokens} tokens, losses {losses[0]:.3f} to {losses[-1]:.3f}",
         "tokens a second": f"{batch.tokens / seconds:.0f}",
@@ -180,7 +187,25 @@ def train(place: Place, sections: Mapping[str, Any]) -> dict[str, str]:
         f"beside it ({limit / 1e12:.3g})",
         "peak memory": f"{measured / 2**30:.2f} GiB{' (of the whole process)' if place.device == 'cpu' else ''}, "
         f"estimated {expected / 2**30:.2f} ({expected / measured - 1:+.0%})",
+        "waits for the device in a step": waits,
     }
+
+
+def waits_of(place: Place, step: Callable[[], None]) -> str:
+    """How often the host waits for the device, and where, as torch warns of it."""
+    import torch
+
+    if place.device != "cuda":
+        return "not counted on a CPU"
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told if "synchroniz" in str(one.message))
+    return f"{sum(places.values())} ({', '.join(f'{where} {count}' for where, count in places.most_common(8))})"
 
 
 def sft(place: Place) -> dict[str, str]:

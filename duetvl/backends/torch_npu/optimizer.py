@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
@@ -112,19 +113,24 @@ class _Held:
 
 
 def _steps(counts: Sequence[int], device: torch.device) -> list[torch.Tensor]:
-    """A float32 scalar for each parameter. Filled on the device, as far as the counts are equal: a copy from the host
-    would wait for all that the device still has to do, for each of them."""
+    """A float32 scalar for each parameter, in one tensor: a copy from the host for each of them would take longer."""
     most = max(counts)
     steps = torch.full((len(counts),), float(most), device=device)
     if min(counts) != most:
-        steps.sub_(torch.tensor([float(most - count) for count in counts]).to(device))
+        steps.sub_(_moved(np.array([most - count for count in counts], np.float32), device))
     return list(steps.unbind())
 
 
 def _rounded_at_random(x: torch.Tensor, p: Parameter, step: int) -> torch.Tensor:
     """float32 numbers that bfloat16 holds, one of the two neighbours of each, with the odds that keep the mean."""
-    noise = rounding_bits(p.shape, p.path, step, p.part, place=lambda array: torch.from_numpy(array).to(x.device))
+    noise = rounding_bits(p.shape, p.path, step, p.part, place=lambda array: _moved(array, x.device))
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+
+
+def _moved(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it still has to do."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _short_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
