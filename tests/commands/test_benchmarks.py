@@ -1,4 +1,4 @@
-"""benchmarks/all.py: what is in its table, and what `--compare` says of two runs. Nothing is measured here."""
+"""benchmarks/all.py: what is in its table, that a benchmark gives its rows, and what `--compare` says of two runs."""
 
 from __future__ import annotations
 
@@ -138,6 +138,14 @@ def test_what_one_of_both_lacks_is_said(table: ModuleType, run: Callable[..., An
     replace(report(table), rows=report(table).rows[:1]).write(now)
     status, said = run("--compare", then, "--read", now)
     assert status == 0 and "only then, not compared: training step, mindspore; convert, host\n" in said
+
+
+def test_a_benchmark_gives_its_rows(table: ModuleType) -> None:
+    pytest.importorskip("tokenizers")
+    rows, limits, problem = table.run("encode", quick=True)
+    assert (problem, len(limits), [(row.name, row.side) for row in rows]) == ("", 1, [("encode", "host")])
+    assert "the limit" in rows[0].ratios and "1024 patch rows" in rows[0].work
+    assert rows[0].command == "python benchmarks/encode.py"
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(table: ModuleType) -> None:
