@@ -70,7 +70,7 @@ def report(table: ModuleType, **changes: dict[str, Any]) -> Any:
         step, name="convert", side="host", ours=seconds(9.0, 1.0), clock="wall", command="benchmarks/convert.py"
     )
     rows = [step, replace(step, side="mindspore", ours=seconds(1.1, 2.0)), copy]
-    about = {"date": "now", "machine": "a", "load": "0", "versions": "", "quick": True, "seconds": 1,
+    about = {"date": "now", "machine": "a", "cores": 2, "load": [0.1, 0.9], "versions": "", "quick": True, "seconds": 1,
              "processor seconds": 1, "gflops": 1.0, "gigabytes a second": 1.0}  # fmt: skip
     return table.Report(about, [replace(row, **changes.get(row.side, {})) for row in rows], {})
 
@@ -112,6 +112,11 @@ def test_compare_flags_what_got_slower(table: ModuleType, run: Callable[..., Any
     status, said = run("--compare", then, "--read", now)  # the copy is measured on the wall, the step is not
     slower = [line for line in said.splitlines() if line.endswith("SLOWER")]
     assert status == 1 and len(slower) == 1 and slower[0].startswith("convert, host:")
+
+    busy = table.Report.read(now)
+    replace(busy, about={**busy.about, "load": [0.1, 5.0]}).write(now)
+    status, said = run("--compare", then, "--read", now)
+    assert status == 0 and "convert, host: by the clock on the wall of a busy machine, not compared" in said
 
 
 def test_a_faster_other_side_is_no_slower_row(table: ModuleType, run: Callable[..., Any], tmp_path: Path) -> None:
