@@ -112,10 +112,14 @@ def run(name: str, quick: bool) -> tuple[list[Row], list[Limits], str]:
         os.killpg(process.pid, signal.SIGKILL)
         out, _ = process.communicate()
         problem = f"no end within {MOST_SECONDS} s"
+    return *said(out), problem
+
+
+def said(out: str) -> tuple[list[Row], list[Limits]]:
+    """What `inside` has printed."""
     lines = out.splitlines()
     rows = [Row.from_json(json.loads(line[len(ROW) :])) for line in lines if line.startswith(ROW)]
-    limits = [Limits(**json.loads(line[len(LIMITS) :])) for line in lines if line.startswith(LIMITS)]
-    return rows, limits, problem
+    return rows, [Limits(**json.loads(line[len(LIMITS) :])) for line in lines if line.startswith(LIMITS)]
 
 
 def measure(names: Sequence[str], quick: bool) -> Report:

@@ -47,7 +47,7 @@ def table() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     sys.path[:] = path
-    for name in {"benchmarks_all", "harness"} - before:
+    for name in {"benchmarks_all", "harness", "encode", "qwen_tokenizer"} - before:
         sys.modules.pop(name, None)
 
 
@@ -145,12 +145,18 @@ def test_what_one_of_both_lacks_is_said(table: ModuleType, run: Callable[..., An
     assert status == 0 and "only then, not compared: training step, mindspore; convert, host\n" in said
 
 
-def test_a_benchmark_gives_its_rows(table: ModuleType) -> None:
+def test_a_benchmark_gives_its_rows(
+    table: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that needs no framework, where no other library is installed."""
     pytest.importorskip("tokenizers")
-    rows, limits, problem = table.run("encode", quick=True)
-    assert (problem, len(limits), [(row.name, row.side) for row in rows]) == ("", 1, [("encode", "host")])
-    assert "the limit" in rows[0].ratios and "1024 patch rows" in rows[0].work
-    assert rows[0].command == "python benchmarks/encode.py"
+    monkeypatch.setattr(table.harness, "installed", lambda *packages: False)
+    table.inside("encode", quick=True)
+    (row,), (limits,) = table.said(capsys.readouterr().out)
+    assert (row.name, row.side, row.theirs) == ("encode", "host", None) and row.ratios.keys() == {"the limit"}
+    assert "1024 patch rows" in row.work and row.command == "python benchmarks/encode.py"
+    assert limits.flops > 0 and limits.bandwidth > 0
+    assert "none installed" in table.line_of([row])
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(table: ModuleType) -> None:
