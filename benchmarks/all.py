@@ -72,7 +72,18 @@ class Report:
     @property
     def title(self) -> str:
         """When and where."""
-        return f"{self.about['date']}, {self.about['machine']}, load {self.about['load']}"
+        return f"{self.about['date']}, {self.about['machine']}, {self.load}"
+
+    @property
+    def load(self) -> str:
+        """Processes that wanted a core, in words."""
+        first, last = self.about["load"]
+        return f"load {first:.1f} at the start, {last:.1f} at the end"
+
+    @property
+    def busy(self) -> bool:
+        """Whether others wanted the cores too: clocks on the wall say little then."""
+        return max(self.about["load"]) > self.about["cores"]
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -101,10 +112,14 @@ def run(name: str, quick: bool) -> tuple[list[Row], list[Limits], str]:
         os.killpg(process.pid, signal.SIGKILL)
         out, _ = process.communicate()
         problem = f"no end within {MOST_SECONDS} s"
+    return *said(out), problem
+
+
+def said(out: str) -> tuple[list[Row], list[Limits]]:
+    """What `inside` has printed."""
     lines = out.splitlines()
     rows = [Row.from_json(json.loads(line[len(ROW) :])) for line in lines if line.startswith(ROW)]
-    limits = [Limits(**json.loads(line[len(LIMITS) :])) for line in lines if line.startswith(LIMITS)]
-    return rows, limits, problem
+    return rows, [Limits(**json.loads(line[len(LIMITS) :])) for line in lines if line.startswith(LIMITS)]
 
 
 def measure(names: Sequence[str], quick: bool) -> Report:
@@ -122,7 +137,8 @@ def measure(names: Sequence[str], quick: bool) -> Report:
     about = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{harness.processor_name()}, {os.cpu_count()} cores",
-        "load": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end",
+        "cores": os.cpu_count(),
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "versions": f"Python {platform.python_version()}, "
         + harness.versions("numpy", "torch", "mindspore", "transformers", "peft", "trl"),
         "quick": quick,
@@ -141,7 +157,7 @@ def table(report: Report) -> str:
     """The rows as markdown: a line for each piece of work, our frameworks beside each other."""
     about = report.about
     lines = [
-        f"{about['date']}; {about['machine']}, one thread; load {about['load']}. {about['versions']}. The machine, "
+        f"{about['date']}; {about['machine']}, one thread; {report.load}. {about['versions']}. The machine, "
         f"measured in the same run: {about['gflops']} GFLOP/s in float32 products, {about['gigabytes a second']} GB/s "
         f"read from memory. Command: `python benchmarks/all.py{' --quick' if about['quick'] else ''}` "
         f"({about['seconds']} s, {about['processor seconds']} of a processor).",
@@ -273,6 +289,8 @@ def compare(old: Report, new: Report) -> tuple[list[str], set[str]]:
             alone["now" if before is None else "then"].append(name)
         elif before.work != after.work or not growth(before, after):
             lines.append(f"{name}: other work, or no ratio in common; not compared")
+        elif after.clock == "wall" and (old.busy or new.busy):
+            lines.append(f"{name}: by the clock on the wall of a busy machine, not compared")
         else:
             count = count + 1
             bad = is_slower(before, after)

@@ -1,4 +1,4 @@
-"""benchmarks/all.py: what is in its table, and what `--compare` says of two runs. Nothing is measured here."""
+"""benchmarks/all.py: what is in its table, that a benchmark gives its rows, and what `--compare` says of two runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def table() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     sys.path[:] = path
-    for name in {"benchmarks_all", "harness"} - before:
+    for name in {"benchmarks_all", "harness", "encode", "qwen_tokenizer"} - before:
         sys.modules.pop(name, None)
 
 
@@ -70,7 +70,7 @@ def report(table: ModuleType, **changes: dict[str, Any]) -> Any:
         step, name="convert", side="host", ours=seconds(9.0, 1.0), clock="wall", command="benchmarks/convert.py"
     )
     rows = [step, replace(step, side="mindspore", ours=seconds(1.1, 2.0)), copy]
-    about = {"date": "now", "machine": "a", "load": "0", "versions": "", "quick": True, "seconds": 1,
+    about = {"date": "now", "machine": "a", "cores": 2, "load": [0.1, 0.9], "versions": "", "quick": True, "seconds": 1,
              "processor seconds": 1, "gflops": 1.0, "gigabytes a second": 1.0}  # fmt: skip
     return table.Report(about, [replace(row, **changes.get(row.side, {})) for row in rows], {})
 
@@ -113,6 +113,11 @@ def test_compare_flags_what_got_slower(table: ModuleType, run: Callable[..., Any
     slower = [line for line in said.splitlines() if line.endswith("SLOWER")]
     assert status == 1 and len(slower) == 1 and slower[0].startswith("convert, host:")
 
+    busy = table.Report.read(now)
+    replace(busy, about={**busy.about, "load": [0.1, 5.0]}).write(now)
+    status, said = run("--compare", then, "--read", now)
+    assert status == 0 and "convert, host: by the clock on the wall of a busy machine, not compared" in said
+
 
 def test_a_faster_other_side_is_no_slower_row(table: ModuleType, run: Callable[..., Any], tmp_path: Path) -> None:
     then, now = tmp_path / "then.json", tmp_path / "now.json"
@@ -138,6 +143,20 @@ def test_what_one_of_both_lacks_is_said(table: ModuleType, run: Callable[..., An
     replace(report(table), rows=report(table).rows[:1]).write(now)
     status, said = run("--compare", then, "--read", now)
     assert status == 0 and "only then, not compared: training step, mindspore; convert, host\n" in said
+
+
+def test_a_benchmark_gives_its_rows(
+    table: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that needs no framework, where no other library is installed."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(table.harness, "installed", lambda *packages: False)
+    table.inside("encode", quick=True)
+    (row,), (limits,) = table.said(capsys.readouterr().out)
+    assert (row.name, row.side, row.theirs) == ("encode", "host", None) and row.ratios.keys() == {"the limit"}
+    assert "1024 patch rows" in row.work and row.command == "python benchmarks/encode.py"
+    assert limits.flops > 0 and limits.bandwidth > 0
+    assert "none installed" in table.line_of([row])
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(table: ModuleType) -> None:
