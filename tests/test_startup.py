@@ -58,3 +58,17 @@ def test_a_backend_loads_its_own_framework_alone(backend, others):
     pytest.importorskip({"torch_npu": "torch"}.get(backend, backend))
     _, modules = start(f"duetvl.load_backend({backend!r}, device='cpu')")
     assert not modules & others
+
+
+def test_a_backward_pass_of_torch_imports_no_symbols():
+    """sympy comes with torch's symbolic shapes, which no step of ours needs; it takes as long as half of torch."""
+    pytest.importorskip("torch")
+    code = """
+import numpy as np, duetvl
+backend = duetvl.load_backend("torch_npu", device="cpu")
+x = backend.ops.from_numpy(np.ones((2, 3), np.float32))
+_, tape = backend.autograd.run_stage(lambda leaves, x: x * x, [x], [])
+assert (backend.autograd.backward(tape, [x])[0] == 2.0).all()
+"""
+    _, modules = start(code)
+    assert "torch" in modules and "sympy" not in modules

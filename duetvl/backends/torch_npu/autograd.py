@@ -58,7 +58,7 @@ class TorchAutograd:
         pulled = [(y, d) for y, d in zip(tape.outputs, cotangents, strict=True) if d is not None and y.requires_grad]
         tape.outputs = ()  # a tape is pulled back once; what it recorded is freed on the way
         if pulled:
-            torch.autograd.backward([y for y, _ in pulled], [d for _, d in pulled])
+            torch.autograd.backward(_Root.apply([d for _, d in pulled], *(y for y, _ in pulled)))
         if last:
             tape.arrivals.finish(tape.trainable)
         return tuple(x.grad for x in tape.inputs)
@@ -112,6 +112,23 @@ def _tap(parameter: Parameter, arrivals: Arrivals) -> Tensor:
 
     leaf.register_post_accumulate_grad_hook(receive)
     return leaf
+
+
+class _Root(torch.autograd.Function):
+    """A number whose gradient hands on these cotangents: the engine begins at it.
+
+    Given cotangents, torch compares their shapes with the outputs' by its symbolic shapes, and the first time imports
+    sympy for that: a second of every process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cotangents: Sequence[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.cotangents = cotangents
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.cotangents)
 
 
 class _Custom(torch.autograd.Function):
