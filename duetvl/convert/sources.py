@@ -76,7 +76,7 @@ def read_index(directory: Path, shapes: Mapping[str, Shape]) -> tuple[dict[str, 
         return None
     content = read_shard_index(index)
     if not isinstance(content.setdefault("metadata", {}), dict):
-        raise CheckpointError(f"{index}: is no index of shards: its metadata are no object; download it again")
+        raise CheckpointError(f"{index}: is not an index of shards: its metadata are no object; download it again")
     tied = "lm_head.weight" not in shapes
     found = {canonical_name(name, tied=tied): file for name, file in content["weight_map"].items()}
     if absent := [name for name in shapes if name not in found]:

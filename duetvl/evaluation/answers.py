@@ -96,7 +96,7 @@ def read_answers(directory: Path) -> dict[int, Row]:
             row = json_value(line)
             rows[int(row["index"])] = row
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{file}:{number}: is no answer of duetvl eval") from None
+            raise ConfigError(f"{file}:{number}: is not an answer of duetvl eval") from None
     return rows
 
 
@@ -133,7 +133,7 @@ def open_run(directory: Path, settings: Mapping[str, Any], about: Mapping[str, A
 def read_run(directory: Path) -> dict[str, Any]:
     """What a run asked, as `open_run` wrote it. ConfigError where the directory is none of a run."""
     if not (directory / RUN).is_file():
-        raise ConfigError(f"{directory}: is no directory of duetvl eval: it has no {RUN}")
+        raise ConfigError(f"{directory}: is not a directory of duetvl eval: it has no {RUN}")
     run = read_object(directory / RUN, ConfigError)
     if not all(isinstance(run.get(name), dict) for name in ("settings", "about")):
         raise ConfigError(f"{directory / RUN}: is not what duetvl eval writes: it lacks settings or about")

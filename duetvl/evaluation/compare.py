@@ -106,9 +106,9 @@ def comparison_lines(comparison: Comparison, most: int = 10) -> Iterator[str]:
 def verdict(one: Difference) -> str:
     """What a difference says, in words."""
     if one.low > 0:
-        return "B is better: the interval lies above 0"
+        return "B is better: the interval is above 0"
     return (
-        "A is better: the interval lies below 0" if one.high < 0 else "no difference can be told: the interval holds 0"
+        "A is better: the interval is below 0" if one.high < 0 else "no significant difference: the interval contains 0"
     )
 
 

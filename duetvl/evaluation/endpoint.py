@@ -71,7 +71,7 @@ class Endpoint:
             choice, usage = content["choices"][0], content.get("usage") or {}
             text = choice["message"].get("content") or ""
             if not isinstance(text, str):
-                raise TypeError("its content is no text")
+                raise TypeError("its content is not text")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise Refused(f"{self.option} {self.url}: answers with no chat completion: {first_line(error)}") from None
         clean = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file

@@ -123,7 +123,7 @@ class Engine:
             if self._stopping:
                 raise ConfigError(f"{request.id}: the engine is closed")
             if request.id in self._known:
-                raise ConfigError(f"{request.id}: a request of this id is under way; give each its own")
+                raise ConfigError(f"{request.id}: a request with this id is running; use unique ids")
             self._known[request.id] = tell
             self._left[request.id] = request.n
             self._arrivals.append(jobs)

@@ -139,7 +139,7 @@ def check_stops(stops: Any) -> None:
         raise ConfigError(f"stop is {shown(stops)}, expected at most {MOST_STOPS} texts")
     for stop in stops:
         if not isinstance(stop, str) or not 0 < len(stop) <= LONGEST_STOP:
-            raise ConfigError(f"stop: {shown(stop)} is no text of 1 to {LONGEST_STOP} characters")
+            raise ConfigError(f"stop: {shown(stop)} is not a text of 1 to {LONGEST_STOP} characters")
 
 
 def spelt(tokenizer: TextTokenizer, logprob: TokenLogprob) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def read_evaluation(path: Path, *, allow_unknown: bool = False) -> tuple[dict[st
     """
     content = read_object(path, ConfigError)
     if not {"evaluation_dataset", "dataset_path"} & content.keys():
-        raise ConfigError(f"{path}: is no evaluate_*.json: it has neither evaluation_dataset nor dataset_path")
+        raise ConfigError(f"{path}: is not an evaluate_*.json: it has neither evaluation_dataset nor dataset_path")
     report = Report(allow_unknown)
     values = Values(EVALUATION, flat_keys(content), report)
     options = {**_asked(values, report), **where_it_runs(values, report), **how_tokens_are_chosen(values, report)}

@@ -78,7 +78,9 @@ def read_inference(path: Path, *, allow_unknown: bool = False) -> tuple[dict[str
     """
     content = read_object(path, ConfigError)
     if not {"prompts", "generation_config", "pipeline_class"} & content.keys():
-        raise ConfigError(f"{path}: is no inference_*.json: it has none of prompts, generation_config, pipeline_class")
+        raise ConfigError(
+            f"{path}: is not an inference_*.json: it has none of prompts, generation_config, pipeline_class"
+        )
     report = Report(allow_unknown)
     values = Values(INFERENCE, flat_keys(content), report)
     options = {**_asked(values, report), **where_it_runs(values, report), **how_tokens_are_chosen(values, report)}

@@ -87,7 +87,7 @@ def follow_script(path: Path, variables: Mapping[str, str], report: Report) -> S
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     if b"\0" in content:
-        raise ConfigError(f"{path}: is no text in UTF-8 (it may be UTF-16); save it as UTF-8")
+        raise ConfigError(f"{path}: is not UTF-8 text (it may be UTF-16); save it as UTF-8")
     text = content.decode("utf-8-sig", "surrogateescape")  # comments in another encoding are no matter, as to bash
     if text.lstrip().startswith('{"') or re.match(r"\{\s*\"", text.lstrip()):
         raise ConfigError(f"{path}: is JSON, where a shell script is expected; {_ORDER}")
@@ -126,7 +126,7 @@ def program_arguments(read: Script, start: Start, path: Path, report: Report) ->
             after = f" after {name}" if name else ""
             if not report.allow_unknown:
                 hint = advice(missing, read) or _hint(stray)
-                raise ConfigError(f"{path}: {what}{after}{hint}; --allow-unknown goes on without it")
+                raise ConfigError(f"{path}: {what}{after}{hint}; --allow-unknown ignores it")
             report.add("unknown", said or "a variable", f"{what}{after}")
         if not name:
             continue

@@ -50,7 +50,7 @@ class Report:
     def lacks(self, title: str, key: str, reason: str) -> None:
         """Note what is asked for and not there. Raises ConfigError, unless the user goes on without it."""
         if not self.allow_unknown:
-            raise ConfigError(f"{title}: {short(key)}{reason}; --allow-unknown goes on without it")
+            raise ConfigError(f"{title}: {short(key)}{reason}; --allow-unknown ignores it")
         self.add("unknown", key, reason.lstrip(": ;"))
 
     def mentions(self, key: str) -> bool:

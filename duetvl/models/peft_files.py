@@ -154,7 +154,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG).is_file():
         run = (directory / "checkpoints").is_dir() or (directory / "manifest.json").is_file()
         hint = "; write a run's adapter with `duetvl export`" if run else ""
-        raise CheckpointError(f"{directory}: has no {CONFIG}, so it is no adapter in PEFT's layout{hint}")
+        raise CheckpointError(f"{directory}: has no {CONFIG}, so it is not an adapter in PEFT's layout{hint}")
     return read_object(directory / CONFIG, CheckpointError)
 
 
@@ -171,7 +171,7 @@ def _refuse_unimplemented(config: Mapping[str, Any], directory: Path) -> None:
     if start not in _PLAIN_STARTS:
         raise ConfigError(
             f"{where}: init_lora_weights {start!r} changes the base model's weights; save the adapter with PEFT's "
-            f"path_initial_model_for_weight_conversion first, which makes a plain one of it"
+            f"path_initial_model_for_weight_conversion first, which turns it into a plain one"
         )
     if config.get("bias", "none") != "none":
         raise ConfigError(f"{where}: bias {config['bias']!r}: trained biases are not implemented; only 'none' is")
@@ -261,7 +261,7 @@ def _paths(file: TensorFile, rename: Callable[[str], str]) -> dict[str, str]:
     for name in file.specs:
         match = _TENSOR.fullmatch(name.removeprefix(PREFIX))
         if match is None:
-            raise CheckpointError(f"{file.path}: {name!r} is no tensor of a LoRA adapter of linear layers")
+            raise CheckpointError(f"{file.path}: {name!r} is not a tensor of a LoRA adapter of linear layers")
         path = f"{rename(match['module'])}.{match['kind']}.weight"
         if path in found:
             raise CheckpointError(f"{file.path}: {path} is stored twice: {found[path]!r} and {name!r}")

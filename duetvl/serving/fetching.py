@@ -86,7 +86,7 @@ def parse_target(url: str) -> Target:
     if not host:
         raise _refused("it is not a URL: it names no host")
     if parts.username is not None or parts.password is not None:
-        raise _refused("it has a user name in it; leave out what stands before the @")
+        raise _refused("it has a user name in it; remove the part before the @")
     scheme = parts.scheme.lower()
     path, query = quote(parts.path or "/", safe=_PATH), quote(parts.query, safe=_QUERY)
     return Target(scheme, host, _PORTS[scheme] if port is None else port, f"{path}?{query}" if query else path)
@@ -148,7 +148,7 @@ class Fetcher:
                 return self._answer(connection, target)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= end:
-                raise _refused(f"it did not come within {self.seconds:g} seconds") from None
+                raise _refused(f"it did not arrive within {self.seconds:g} seconds") from None
             raise _refused(f"{target.host} cannot be read from: {first_line(error)}") from None
 
     def _not_allowed(self, target: Target) -> ServerError:
@@ -197,7 +197,7 @@ class Fetcher:
         if response.status != HTTPStatus.OK:
             raise _refused(f"{target.host} answers with status {response.status}")
         if response.getheader("Content-Encoding", "identity").lower() != "identity":
-            raise _refused(f"{target.host} sends it compressed, though it was asked not to")
+            raise _refused(f"{target.host} sends it compressed, although it was asked not to")
         content, promised = bytearray(), response.length
         if promised is not None and promised > self.max_bytes:
             raise too_large(self.max_bytes)

@@ -149,10 +149,10 @@ class Admission:
     def enter(self, tenant: str) -> Iterator[None]:
         """A request is under way as long as this lasts. Raises ServerError (429) where there are too many."""
         if self.under_way >= self.limits.requests:
-            raise self._full(f"{self.under_way} requests are under way, this server takes no more at once")
+            raise self._full(f"{self.under_way} requests are running, this server accepts no more at once")
         most = self.limits.per_key
         if tenant and most is not None and self._by_key[tenant] >= most:
-            raise self._full(f"{most} requests are under way with this key, it may have no more at once")
+            raise self._full(f"{most} requests are running with this key, which may have no more at once")
         start = time.monotonic()
         self.under_way += 1
         self._by_key[tenant] += 1

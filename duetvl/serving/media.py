@@ -131,7 +131,7 @@ class Media:
             return self._fetcher.fetch(url)
         if scheme in ("", "file"):
             return self._of_file(url, scheme)
-        raise _bad(f"{shown(scheme, 20)} is no scheme that is read here; send the file itself as a data: URI")
+        raise _bad(f"{shown(scheme, 20)} is not a supported scheme; send the file itself as a data: URI")
 
     def _of_data_uri(self, url: str, kind: Kind) -> bytes:
         head, comma, body = url.partition(",")
@@ -238,7 +238,7 @@ def _check_kind(content: bytes, kind: Kind) -> None:
         raise _bad("is a picture: give it as image_url", "invalid_media")
     what = what_it_is(content[:LONGEST_HEAD])
     known = "JPEG, PNG, WebP, GIF, BMP, TIFF" if kind == "image" else "MP4, QuickTime, WebM, Matroska, AVI, FLV, MPEG"
-    raise _bad(f"is {what}" if what else f"is of a kind that is not read here; send one of {known}", "invalid_media")
+    raise _bad(f"is {what}" if what else f"is not of a supported kind; send one of {known}", "invalid_media")
 
 
 def _is_of(content: bytes, kind: Kind) -> bool:

@@ -169,7 +169,7 @@ def _split(messages: Sequence[Message]) -> tuple[list[SystemMessage], list[Messa
             param=f"messages.{late}",
         )
     if not rest:
-        raise ServerError("messages contain only a system message, which asks nothing", param="messages")
+        raise ServerError("messages contain only a system message, so there is nothing to answer", param="messages")
     if isinstance(rest[-1], AssistantMessage):
         raise ServerError(
             "the last message is the assistant's; there is nothing to answer: end with a user's or a tool's",

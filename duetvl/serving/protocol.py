@@ -353,7 +353,7 @@ def _check_together(request: Asked) -> None:
     if len(request.stops) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP for stop in request.stops):
         raise ServerError(f"stop is at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters", param="stop")
     if request.stream_options is not None and not request.stream:
-        raise ServerError("stream_options is for answers that are streamed: set stream", param="stream_options")
+        raise ServerError("stream_options needs stream: true", param="stream_options")
     if isinstance(request, CompletionRequest):
         count = len(request.prompts) * request.n
         if not 0 < count <= MOST_CHOICES:

@@ -29,7 +29,7 @@ _TURN: Final = 0.0005
 def bind(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 takes a free one. Raises ConfigError where that cannot be had."""
     if not 0 <= port < 2**16:
-        raise ConfigError(f"--port {port}: a port lies between 0 and {2**16 - 1}")
+        raise ConfigError(f"--port {port}: a port is between 0 and {2**16 - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)

@@ -253,7 +253,7 @@ def check_finish(completion: Completion) -> None:
         raise completion.error
     if completion.finish_reason == "deadline":
         raise ServerError(
-            f"the answer was not finished in time; {len(completion.token_ids)} tokens of it were made",
+            f"the answer was not finished in time; {len(completion.token_ids)} tokens of it were generated",
             status=504,
             kind=SERVER_KIND,
             code="deadline_exceeded",

@@ -28,7 +28,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _wrong(f"is not UTF-8: byte {error.start}") from None
     except UnicodeEncodeError:
-        raise _wrong("holds half of a character (a lone surrogate)") from None
+        raise _wrong("contains half of a character (a lone surrogate)") from None
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
@@ -68,17 +68,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise _wrong(f"holds {name}, which is no JSON")
+    raise _wrong(f"holds {name}, which is not JSON")
 
 
 def _float(text: str) -> float:
     number = float(text)
     if number in (float("inf"), float("-inf")):
-        raise _wrong(f"holds the number {shown(text)}, which is too large")
+        raise _wrong(f"contains the number {shown(text)}, which is too large")
     return number
 
 
 def _int(text: str) -> int:
     if len(text) > _MOST_DIGITS:
-        raise _wrong(f"holds a number of {len(text)} digits")
+        raise _wrong(f"contains a number of {len(text)} digits")
     return int(text)

@@ -107,7 +107,7 @@ class AnswersFile:
                     row = json.loads(line)
                     yield row["key"], row
                 except (ValueError, KeyError, TypeError):
-                    what = f"exists already, and is no answer of duetvl {self.command}; choose another name"
+                    what = f"exists already, and is not an answer of duetvl {self.command}; choose another name"
                     raise ConfigError(f"{path}:{number}: {what}") from None
 
 

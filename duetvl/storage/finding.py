@@ -106,7 +106,7 @@ def is_checkpoint(directory: Path) -> bool:
     try:
         return (directory / MANIFEST).exists()
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be looked into: {error.strerror or error}") from None
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror or error}") from None
 
 
 def parse_run(text: str, own: Path | None = None) -> tuple[Path, int | None]:
@@ -129,7 +129,7 @@ def _best(run: Path) -> int:
     name = noted_name(checkpoints_dir(run), "best")
     if not (name and (match := STEP.fullmatch(name))):
         raise CheckpointError(
-            f"{run}@best: no checkpoint is noted as the best of this run; train with checkpoint.keep_best=eval_loss, "
+            f"{run}@best: no best checkpoint is recorded for this run; train with checkpoint.keep_best=eval_loss, "
             f"or give a step: {run}@STEP"
         )
     return int(match[1])
@@ -196,7 +196,7 @@ def _candidates(run: Path) -> dict[int, Path]:
     try:
         entries = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
-        raise CheckpointError(f"{run}: cannot be looked into: {error.strerror or error}") from None
+        raise CheckpointError(f"{run}: cannot be read: {error.strerror or error}") from None
     found = {match[1]: path for path in entries if (match := _REPLACED.fullmatch(path.name))}
     found |= {path.name: path for path in entries if STEP.fullmatch(path.name)}
     latest = _latest(folder)

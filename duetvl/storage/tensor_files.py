@@ -210,7 +210,7 @@ def _read_header(path: Path, handle: BinaryIO, size: int) -> tuple[dict[str, Any
         raise CheckpointError(f"{path}: is truncated: {size} bytes, too few for a safetensors file; {_AGAIN}")
     (length,) = struct.unpack("<Q", first)
     if length > _MAX_HEADER:
-        raise CheckpointError(f"{path}: is no safetensors file: its header claims {length} bytes")
+        raise CheckpointError(f"{path}: is not a safetensors file: its header claims {length} bytes")
     if 8 + length > size:
         raise CheckpointError(
             f"{path}: is truncated: its header has {length} bytes, the file only {size} in all; {_AGAIN}"
@@ -220,7 +220,7 @@ def _read_header(path: Path, handle: BinaryIO, size: int) -> tuple[dict[str, Any
     except ValueError as error:
         raise CheckpointError(f"{path}: is damaged: its header is not valid JSON ({error}); {_AGAIN}") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: is no safetensors file: its header is not a JSON object")
+        raise CheckpointError(f"{path}: is not a safetensors file: its header is not a JSON object")
     return header, 8 + length
 
 

@@ -351,7 +351,7 @@ def read_shard_index(index: Path) -> dict[str, Any]:
     files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointError(
-            f"{index}: is no index of shards: it has no weight_map from tensors to files; download it again"
+            f"{index}: is not an index of shards: it has no weight_map from tensors to files; download it again"
         )
     return content
 

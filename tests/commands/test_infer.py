@@ -276,7 +276,7 @@ def test_answers_of_another_kind_are_not_written_over(run: Any, here: Path, tmp_
     assert status == 2 and "2 of its lines are answers to other questions, or made in another way" in told
     out.write_text("my own notes\n")
     status, _, told = run(*words)
-    assert status == 2 and "out.jsonl:1: exists already, and is no answer of duetvl infer" in told
+    assert status == 2 and "out.jsonl:1: exists already, and is not an answer of duetvl infer" in told
     assert out.read_text() == "my own notes\n"
     out.write_text(before)
     assert run(*words)[0] == 0 and out.read_text() == before
@@ -315,7 +315,7 @@ def test_one_that_fails_is_named_and_asked_again(run: Any, here: Path, tmp_path:
         ([], "no model is given: duetvl infer MODEL --prompt TEXT"),
         (["model", "--prompt", "x", "--top-p", "2"], "top_p is 2.0, expected a number above 0 and at most 1"),
         (["model", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
-        (["model", "--prompt", "x", "--stop", ""], "stop: '' is no text of 1 to 256 characters"),
+        (["model", "--prompt", "x", "--stop", ""], "stop: '' is not a text of 1 to 256 characters"),
         (["model", "--prompt", "x", "--logprobs", "3"], "-o OUT.jsonl is missing"),
         (["model", "--prompt", "x", "--logprobs", "99"], "--logprobs is 99, expected a whole number from 0 to 20"),
         (["model", "--input", "data.jsonl"], "-o OUT.jsonl is missing"),

@@ -31,7 +31,7 @@ def taken() -> Iterator[int]:
     ("words", "told"),
     [
         (["--port", "{taken}"], "cannot listen at --host '127.0.0.1' --port {taken}: Address already in use"),
-        (["--port", "70000"], "--port 70000: a port lies between"),
+        (["--port", "70000"], "--port 70000: a port is between"),
         (["--adapter", "mine"], "--adapter 'mine': expected NAME=DIR"),
         (["--adapter", "a=x", "--adapter", "a=y"], "the name 'a' is given twice"),
         (["--adapter", "tiny=x"], "--adapter tiny=x: the model itself has this name"),
@@ -41,7 +41,7 @@ def taken() -> Iterator[int]:
         (["--api-key-file", "nowhere"], "API keys: nowhere cannot be read"),
         (["--prepare-threads", "0"], "--prepare-threads 0: expected 1 or more"),
         (["--drain", "nan"], "--drain nan: expected 0 or more"),
-        (["--max-pixels", "1"], "make no sense"),
+        (["--max-pixels", "1"], "not a valid range"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(

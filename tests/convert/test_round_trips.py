@@ -98,7 +98,7 @@ def test_index_that_is_none(tmp_path: Path, text: str) -> None:
     hf_to_mm(tmp_path / "hf", tmp_path / "mm", Layout(*DIVISIONS[1]), QUIET)
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(text)
     with pytest.raises(
-        CheckpointError, match=r"index\.json: (is no index of shards|expected an index of shards|cannot be read)"
+        CheckpointError, match=r"index\.json: (is not an index of shards|expected an index of shards|cannot be read)"
     ):
         mm_to_hf(tmp_path / "mm", tmp_path / "hf", tmp_path / "no", Layout(*DIVISIONS[1], vision_qkv="hf"), QUIET)
 

@@ -61,7 +61,7 @@ def test_an_incomplete_environment_is_told(be: Backend, environment: pytest.Monk
     for missing in list(own)[1:]:  # without the first, there is but one rank
         set_all(environment, own)
         environment.delenv(missing)
-        with pytest.raises(BackendError, match=f"is not whole.*{missing}=None"):
+        with pytest.raises(BackendError, match=f"is incomplete.*{missing}=None"):
             be.collectives.start()
 
 

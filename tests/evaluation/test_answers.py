@@ -135,9 +135,9 @@ def test_a_directory_is_of_one_run(data: Path, tmp_path: Path) -> None:
 
 def test_other_files_are_left_alone(data: Path, tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text("my notes\n")
-    with pytest.raises(ConfigError, match=r"answers\.jsonl:1: exists already, and is no answer of duetvl eval"):
+    with pytest.raises(ConfigError, match=r"answers\.jsonl:1: exists already, and is not an answer of duetvl eval"):
         RunAnswers(asked_of("chartqa_test", data), tmp_path)
-    with pytest.raises(ConfigError, match="is no answer of duetvl eval"):
+    with pytest.raises(ConfigError, match="is not an answer of duetvl eval"):
         read_answers(tmp_path)
     with pytest.raises(ConfigError, match="no answers of a run"):
         read_answers(tmp_path / "gone")

@@ -52,7 +52,7 @@ def test_the_difference_and_the_questions(runs: Path, capsys: pytest.CaptureFixt
     assert sum(one.better for one in groups.values()) == 18 and set(groups) == {"shapes", "charts"}
     assert main(["eval", "--compare", str(runs / "a"), str(runs / "b"), "-o", str(runs / "ab")]) == 0
     out = capsys.readouterr().out
-    assert "B is better: the interval lies above 0" in out and "19 questions differ, 10 of them:" in out
+    assert "B is better: the interval is above 0" in out and "19 questions differ, 10 of them:" in out
     line = next(line for line in out.splitlines() if line.startswith("| all "))
     assert f"{100 * whole.mean:+.1f} | {100 * whole.low:+.1f} to {100 * whole.high:+.1f}" in line
     written = read_json(runs / "ab" / "comparison.json")

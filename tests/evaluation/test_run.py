@@ -206,7 +206,7 @@ def test_scored_again_without_the_model(run: Run, here: Path, tmp_path: Path) ->
     assert status == 0 and scores["score"] >= 75 > first["score"] and f"{scores['score']:.1f}%" in out
     assert scores["settings"] == first["settings"]
     status, out, _ = run("--compare", str(tmp_path / "a"), str(better), "-o", str(tmp_path / "both"))
-    assert status == 0 and "B is better: the interval lies above 0" in out
+    assert status == 0 and "B is better: the interval is above 0" in out
     assert (tmp_path / "both" / "report.html").exists() and (tmp_path / "both" / "comparison.json").exists()
 
 
@@ -243,8 +243,8 @@ def test_questions_about_one_picture_share_its_features(
         (["model", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x", "--limit", "0"], "--limit 0: expected"),
         (["model", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x", "--nproc", "0"], "--nproc 0: ranks"),
         (["gone", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x"], "gone: no such directory"),
-        (["--rescore", "-o", "model"], "model: is no directory of duetvl eval: it has no run.json"),
-        (["--compare", "model", "older"], "model: is no directory of duetvl eval"),
+        (["--rescore", "-o", "model"], "model: is not a directory of duetvl eval: it has no run.json"),
+        (["--compare", "model", "older"], "model: is not a directory of duetvl eval"),
         (["m", "--server", "http://127.0.0.1:9/v1", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x"],
          "--server http://127.0.0.1:9/v1: gives no list of models"),
         (["m", "--server", "127.0.0.1", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "-o", "x"],

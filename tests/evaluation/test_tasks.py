@@ -218,7 +218,7 @@ def test_videobench_needs_its_answers(tmp_path: Path) -> None:
     problems = {question.id: question.problem for question in asked("videobench", folder)}
     assert problems.pop("MOT/MOT_1") == "its answer is not in ANSWER.json" and not any(problems.values())
     shutil.rmtree(answers.parent)
-    with pytest.raises(DataError, match="Video-Bench's answers, which come apart from its questions"):
+    with pytest.raises(DataError, match="Video-Bench's answers, which are separate from its questions"):
         find_task("videobench").questions(folder, MINDIE)
     (folder / "Eval_QA" / "MOT_QA_new.json").write_text('{"MOT_0": {"question": "q"}}')
     with pytest.raises(DataError, match="'MOT_0': expected an object with question and choices"):
@@ -288,7 +288,7 @@ def test_options_of_ones_own(tmp_path: Path) -> None:
         ("columns: {}", "name: Field required"),
         ("- 1", r"own.yaml: expected fields \(name, columns"),
         ("name: [", "own.yaml: cannot be read as YAML"),
-        ('name: own\nprompt: "{question"', "own.yaml: prompt: .*; a brace that is meant is written twice"),
+        ('name: own\nprompt: "{question"', "own.yaml: prompt: .*; write a literal brace twice"),
         ('name: own\nprompt: "{question.x}"', "own.yaml: prompt: {question.x} is not a column's name"),
     ],
 )

@@ -519,7 +519,7 @@ def test_what_can_never_be_answered_is_refused(be, models):
     with pytest.raises(ConfigError, match="logit_bias: token 4000"):
         engine.submit(ask(PROMPTS["text"], sampling=Sampling(logit_bias={4000: 1.0})))
     engine.submit(ask(PROMPTS["text"], id="one"))
-    with pytest.raises(ConfigError, match="one: a request of this id is under way"):
+    with pytest.raises(ConfigError, match="one: a request with this id is running"):
         engine.submit(ask(PROMPTS["text"], id="one"))
     assert list(run(engine)) == [("one", 0)]
     for field, value in (("max_new_tokens", 0), ("n", 0), ("timeout", float("nan")), ("min_new_tokens", -1)):

@@ -234,7 +234,7 @@ def test_index_of_something_else(tmp_path):
     refused(tmp_path, "names files outside its directory")
     for broken in ('{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"):
         index.write_text(broken)
-        refused(tmp_path, r"index\.json: is no index of shards: it has no weight_map .*; download it again")
+        refused(tmp_path, r"index\.json: is not an index of shards: it has no weight_map .*; download it again")
     for broken, why in (("{", "cannot be read as JSON"), ("[]", "expected an index of shards, found list")):
         index.write_text(broken)
         refused(tmp_path, rf"index\.json: {why}")

@@ -408,7 +408,7 @@ def test_what_is_no_adapter(tiny, be, trained, tmp_path):
         ours(tiny, be, "qwen2-tied", tiny.directory("qwen2-tied"))
     source = trained("qwen2-tied", "lora")
     strange = rewritten(source, tmp_path / "strange", lambda key: key.replace("lora_A", "lora_E"))
-    with pytest.raises(CheckpointError, match="is no tensor of a LoRA adapter"):
+    with pytest.raises(CheckpointError, match="is not a tensor of a LoRA adapter"):
         ours(tiny, be, "qwen2-tied", strange)
     pickled = tmp_path / "pickled"
     shutil.copytree(source, pickled)

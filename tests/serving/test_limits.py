@@ -98,14 +98,14 @@ def test_requests_are_admitted_up_to_the_limits() -> None:
     with ExitStack() as stack:
         for tenant in ("alice", "alice", "bob"):
             stack.enter_context(admission.enter(tenant))
-        for tenant, words in (("bob", "3 requests are under way, this server"), ("alice", "3 requests are under way")):
+        for tenant, words in (("bob", "3 requests are running, this server"), ("alice", "3 requests are running")):
             with pytest.raises(ServerError, match=words) as caught, admission.enter(tenant):
                 pass
             assert caught.value.status == 429 and int(caught.value.headers()["Retry-After"]) >= 1
             assert caught.value.body()["error"]["code"] == "rate_limit_exceeded"
     assert admission.under_way == 0
     with admission.enter("alice"), admission.enter("alice"):
-        with pytest.raises(ServerError, match="2 requests are under way with this key"), admission.enter("alice"):
+        with pytest.raises(ServerError, match="2 requests are running with this key"), admission.enter("alice"):
             pass
         with admission.enter("bob"):
             assert admission.under_way == 3

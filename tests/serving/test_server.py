@@ -276,7 +276,7 @@ BAD: list[tuple[Any, str]] = [
     ({"model": "tiny", "messages": USER, "tool_choice": "required"}, "there are no tools"),
     ({"model": "tiny", "messages": [{"role": "bot", "content": "a"}]}, "messages.0: Input tag 'bot'"),
     ({"model": "tiny", "messages": [*USER, {"role": "assistant", "content": "b"}]}, "there is nothing to answer"),
-    ({"model": "tiny", "messages": [{"role": "system", "content": "b"}]}, "asks nothing"),
+    ({"model": "tiny", "messages": [{"role": "system", "content": "b"}]}, "there is nothing to answer"),
     ({"model": "tiny", "messages": [*USER, {"role": "system", "content": "b"}]}, "comes after others"),
     ({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}, "'image_url'"),
     ({"model": "tiny", "messages": [{"role": "user", "content": "ab" * 20_000}]}, "characters"),

@@ -160,7 +160,7 @@ def test_damaged_headers(tmp_path, header, data, cause):
 def test_what_is_no_tensor_file(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-    with pytest.raises(CheckpointError, match="no safetensors file: its header claims 1152921504606846976 bytes"):
+    with pytest.raises(CheckpointError, match="not a safetensors file: its header claims 1152921504606846976 bytes"):
         TensorFile(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
     with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):

@@ -97,7 +97,7 @@ def test_the_best_checkpoint_is_kept_and_has_a_name(recipe, tmp_path):
     run(recipe, *high, "train.steps=13")
     assert saved_steps(place) == {13}
     with pytest.raises(
-        CheckpointError, match=r"run@best: no checkpoint is noted as the best .*checkpoint.keep_best=eval_loss"
+        CheckpointError, match=r"run@best: no best checkpoint is recorded .*checkpoint.keep_best=eval_loss"
     ):
         parse_run(f"{place}@best")
 

@@ -677,7 +677,7 @@ def test_how_many_processes_are_started(tmp_path):
         ("--bf16 \\ # faster", "belongs to no option after --bf16; # begins no comment within quotes"),
         ("--bf16 \\ ", "belongs to no option after --bf16; a backslash continues a line only where it is the last"),
         ("--lr 1 2", "'2' belongs to no option after --lr"),
-        ("--zzz 1", "script.sh: --zzz is not known; --allow-unknown goes on without it"),
+        ("--zzz 1", "script.sh: --zzz is not known; --allow-unknown ignores it"),
         (
             "--lr-decay-style step",
             "--lr-decay-style step: there are cosine, linear, constant, inverse-square-root, WSD",
@@ -716,7 +716,7 @@ def test_arguments_that_cannot_be_taken(tmp_path, argument, expected):
         (1, "model_id", "internvl", "model_id is 'internvl'"),
         (1, "text_decoder.pipeline_num_layers", "12,16", "pipeline_num_layers (language_layers) is '12,16'"),
         (1, "video_encoder", {"model_id": "x"}, "video_encoder.model_id: no such part in these models; give null"),
-        (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known; --allow-unknown goes on without it"),
+        (1, "text_decoder.new_key", 1, "text_decoder.new_key is not known; --allow-unknown ignores it"),
         (1, "text_decoder.num_layer", 1, "num_layer is not known; did you mean 'text_decoder.num_layers'?"),
         (0, "dataset_param.max_samples", 1, "did you mean 'dataset_param.basic_parameters.max_samples'?"),
         (0, "dataset_param.attr.mask_history", True, "did you mean 'dataset_param.basic_parameters.mask_history'?"),
@@ -757,7 +757,7 @@ def test_one_can_go_on_without_what_is_not_known(tmp_path):
 def test_one_can_go_on_without_a_setting_that_is_not_there(tmp_path, argument, key, expected):
     files = runs.write(tmp_path, SMALL)
     change(files[2], "--use-flash-attn", f"--use-flash-attn {argument}")
-    with pytest.raises(ConfigError, match="--allow-unknown goes on without it"):
+    with pytest.raises(ConfigError, match="--allow-unknown ignores it"):
         import_run(*files)
     made = import_run(*files, allow_unknown=True)
     assert list(notes(made, "unknown")) == [key]
@@ -894,7 +894,7 @@ def test_comments_in_another_encoding_are_no_matter_and_values_are(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.output_dir: found .*, which is not text in UTF-8"):
         import_run(*files)
     files[2].write_bytes(plain.decode().encode("utf-16"))
-    with pytest.raises(ConfigError, match=r"is no text in UTF-8 \(it may be UTF-16\); save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text \(it may be UTF-16\); save it as UTF-8"):
         import_run(*files)
 
 

@@ -108,7 +108,7 @@ def test_it_may_be_left_out(tmp_path: Path) -> None:
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text('{"dataset_param": {}}')
-    with pytest.raises(ConfigError, match=r"data.json: is no inference_\*.json"):
+    with pytest.raises(ConfigError, match=r"data.json: is not an inference_\*.json"):
         read_inference(tmp_path / "data.json")
 
 
@@ -188,5 +188,5 @@ def test_options_come_before_the_evaluation_file(tmp_path: Path) -> None:
 def test_what_an_evaluation_file_says_wrongly(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_evaluation(evaluation(tmp_path, **changes))
-    with pytest.raises(ConfigError, match=r"is no evaluate_.*json: it has neither evaluation_dataset nor dataset_path"):
+    with pytest.raises(ConfigError, match=r"is not an evaluate_.*json: it has neither evaluation_dataset nor dataset_path"):
         read_evaluation(written(tmp_path))

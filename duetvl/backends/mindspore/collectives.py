@@ -242,7 +242,7 @@ def _worker_count() -> int:
     wrong += [name for name in numbers if not os.environ[name].isdigit()]
     if wrong:
         found = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
-        raise BackendError(f"the environment of msrun is not whole: {found}; start with msrun")
+        raise BackendError(f"the environment of msrun is incomplete: {found}; start with msrun")
     return int(count)
 
 

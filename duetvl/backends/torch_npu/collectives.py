@@ -140,7 +140,7 @@ def _world_size() -> int:
     wrong += [name for name in numbers if not os.environ[name].isdigit()]
     if wrong or int(os.environ["RANK"]) >= int(size):
         found = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
-        raise BackendError(f"the environment of torchrun is not whole: {found}; start with torchrun")
+        raise BackendError(f"the environment of torchrun is incomplete: {found}; start with torchrun")
     return int(size)
 
 

@@ -191,7 +191,7 @@ def _check_prompt(prompt: str, path: Path) -> None:
     try:
         fields = _fields(prompt)
     except ValueError as error:
-        raise ConfigError(f"{path}: prompt: {error}; a brace that is meant is written twice") from None
+        raise ConfigError(f"{path}: prompt: {error}; write a literal brace twice") from None
     for name in fields:
         if not name.isidentifier() and not name.replace("-", "_").isidentifier():
             raise ConfigError(f"{path}: prompt: {{{name}}} is not a column's name")

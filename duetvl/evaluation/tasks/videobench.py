@@ -92,7 +92,7 @@ def _answers(folders: tuple[Path, ...]) -> Mapping[str, Any]:
     place = next((place for place in places if place.is_file()), None)
     if place is None:
         raise DataError(
-            f"{places[0]}: no such file; it has Video-Bench's answers, which come apart from its questions: "
+            f"{places[0]}: no such file; it has Video-Bench's answers, which are separate from its questions: "
             '{"SET": {"ID": {"answer": "A"}}}'
         )
     return read_object(place, DataError, "answers by set and id")

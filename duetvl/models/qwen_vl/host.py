@@ -341,7 +341,7 @@ def _check_ids(name: str, ids: np.ndarray, exempt: np.ndarray, vocab: int) -> No
         at = int(wrong[0])
         raise DataError(
             f"{name} {int(ids[at])} at position {at} is outside the vocabulary of {vocab}; the tokenizer has tokens "
-            f"that the model has no row for: resize the model's embedding, or take them out of the texts"
+            f"that the model has no row for: resize the model's embedding, or remove them from the texts"
         )
 
 

@@ -30,8 +30,9 @@ def open_model_weights(directory: str | Path, config: ModelConfig) -> StoredWeig
     if config.tie_word_embeddings and HEAD in places:
         if EMBEDDING in places and not _same(weights):
             raise CheckpointError(
-                f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {HEAD} is stored "
-                f"with other numbers than {EMBEDDING}; set tie_word_embeddings to false to use it, or remove the tensor"
+                f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {HEAD} is "
+                f"stored with other values than {EMBEDDING}; set tie_word_embeddings to false to use it, or remove "
+                "the tensor"
             )
         del places[HEAD]
     elif not config.tie_word_embeddings and places.keys() == parameter_shapes(config).keys() - {HEAD}:
