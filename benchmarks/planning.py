@@ -53,7 +53,8 @@ def recipe_of(sections: dict[str, Any], model: str) -> Any:
 
     data = {"train": "-", "pack_tokens": TOKENS}
     train = {"global_batch": SAMPLES, **sections.get("train", {})}
-    return make_recipe({**sections, "model": {"path": model}, "data": data, "train": train})
+    model_section = {"path": model, "dtype": "float32", "freeze": []}
+    return make_recipe({**sections, "model": model_section, "data": data, "train": train})
 
 
 def processes_of(sections: dict[str, Any]) -> int:

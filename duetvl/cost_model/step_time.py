@@ -211,12 +211,12 @@ class _Grid:
     def _crossings(self) -> dict[tuple[int, str], float]:
         """Bytes over the boundary behind each stage, forward and backward."""
         model, own, first = self.model, self._own_load(), first_to_learn(self.model.trained, self.seen)
-        found: dict[tuple[int, str], float] = {}
+        crossings: dict[tuple[int, str], float] = {}
         for stage in range(self.seen.stages.count - 1):
             sent = model.trained.narrow * crossing(model.config, self.seen, stage, own)
-            found[stage, "forward"] = sent
-            found[stage, "backward"] = sent * (stage >= first)
-        return found
+            crossings[stage, "forward"] = sent
+            crossings[stage, "backward"] = sent * (stage >= first)
+        return crossings
 
     def _own_load(self) -> Load:
         """What ranks of `cp` have of a micro-batch."""

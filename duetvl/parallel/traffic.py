@@ -113,13 +113,13 @@ class Shared:
 
 def shared_numbers(trained: Trained, division: Division) -> dict[tuple[str, ...], Shared]:
     """What a rank holds of what is trained, by the axes along which others hold the same (`Sharing.axes`)."""
-    found: dict[tuple[str, ...], Shared] = {}
+    held: dict[tuple[str, ...], Shared] = {}
     for path in filter(division.holds, trained.paths):
         sharing = division.sharing(path, trained.shapes[path])
-        before, numbers = found.get(sharing.axes, Shared()), math.prod(sharing.unit.shape)
+        before, numbers = held.get(sharing.axes, Shared()), math.prod(sharing.unit.shape)
         adapter = is_adapter(path)
-        found[sharing.axes] = Shared(before.own + numbers * (not adapter), before.adapters + numbers * adapter)
-    return found
+        held[sharing.axes] = Shared(before.own + numbers * (not adapter), before.adapters + numbers * adapter)
+    return held
 
 
 def _gathered(trained: Trained, division: Division, load: Load, recompute: RecomputeMode) -> float:

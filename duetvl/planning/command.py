@@ -98,6 +98,8 @@ def wish_of(question: Question) -> Wish:
     }
     values |= {name: {} for name, asked in (("lora", question.lora), ("dpo", question.dpo)) if asked}
     base = make_recipe(values, question.overrides)
+    if base.model.dtype == "auto":
+        base = base.model_copy(update={"model": base.model.model_copy(update={"dtype": values["model"]["dtype"]})})
     memory = device.memory if question.memory is None else question.memory
     return Wish(base, config, question.devices, device, memory, [size])
 

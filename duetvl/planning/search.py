@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import AXES
@@ -95,14 +95,14 @@ class Search:
         plain = sorted(self._timed(Candidate(section, pack) for section in self.sections()), key=lambda one: one[0])
         staged = [candidate.section for _, candidate in plain if candidate.section.pp > 1][:_VARIED]
         varied = self._timed(candidate for section in staged for candidate in self._variants(section))
-        found: list[Proposal] = []
+        proposals: list[Proposal] = []
         for least, candidate in sorted([*plain, *varied], key=lambda one: one[0]):
-            if len(found) >= count and least > found[count - 1].step.seconds:
+            if len(proposals) >= count and least > proposals[count - 1].step.seconds:
                 break
             proposal = self.proposal(candidate)
             if proposal is not None:
-                found = sorted([*found, proposal], key=lambda one: (one.step.seconds, one.memory.peak))
-        return found[:count]
+                proposals = sorted([*proposals, proposal], key=lambda one: (one.step.seconds, one.memory.peak))
+        return proposals[:count]
 
     def smallest(self) -> Proposal:
         """The one whose tensors take least on the rank that has most."""
@@ -143,18 +143,17 @@ class Search:
     def memory(self, recipe: Recipe) -> Memory:
         """Of the rank with most, by the estimate of `duetvl check`."""
         load, count = self._load(recipe)
-        found = [
+        estimates = [
             estimate(self.wish.config, recipe, load, count, self.adapters, division)
             for division in self._different(recipe)
         ]
-        return max(found, key=lambda memory: memory.peak)
+        return max(estimates, key=lambda memory: memory.peak)
 
     # -- layouts ------------------------------------------------------------------------------------------------------
 
     def sections(self) -> Iterator[ParallelSection]:
         """All divisions of the devices, without the layers of stages."""
-        wish, given = self.wish, self.wish.base.parallel
-        pinned = {name: getattr(given, name) for name in given.model_fields_set if getattr(given, name) != "auto"}
+        wish, pinned = self.wish, self._pinned
         for pp, dp, cp, tp in self._degrees():
             degrees = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
             if any(pinned.get(axis, degree) != degree for axis, degree in degrees.items()):
@@ -167,17 +166,23 @@ class Search:
 
     def _degrees(self) -> Iterator[tuple[int, int, int, int]]:
         """(pp, dp, cp, tp) whose product is the number of devices, as far as the model and the data can use them."""
-        wish = self.wish
-        given = {name: getattr(wish.base.parallel, name) for name in wish.base.parallel.model_fields_set}
+        wish, pinned = self.wish, self._pinned
         text, packs = wish.config.text, self.step_packs
-        most_tp = given.get("tp", min(text.num_heads, wish.device.node))
-        most_cp = given.get("cp", max(1, wish.base.data.pack_tokens // _LEAST_TOKENS))
+        most_tp = pinned.get("tp", min(text.num_heads, wish.device.node))
+        most_cp = pinned.get("cp", max(1, wish.base.data.pack_tokens // _LEAST_TOKENS))
         for tp in _divisors(wish.devices, most_tp):
             for cp in _divisors(wish.devices // tp, most_cp):
                 for pp in _divisors(wish.devices // tp // cp, text.num_layers):
                     dp = wish.devices // tp // cp // pp
-                    if dp <= packs or given.get("dp") == dp:
+                    if dp <= packs or pinned.get("dp") == dp:
                         yield pp, dp, cp, tp
+
+    @cached_property
+    def _pinned(self) -> dict[str, Any]:
+        """The fields of `parallel` that hold for all layouts."""
+        parallel = self.wish.base.parallel
+        fields = {name: getattr(parallel, name) for name in parallel.model_fields_set}
+        return {name: value for name, value in fields.items() if value != "auto"}
 
     @cached_property
     def step_packs(self) -> int:
@@ -195,8 +200,8 @@ class Search:
 
     def _variants(self, section: ParallelSection) -> Iterator[Candidate]:
         """A pipeline with virtual stages and smaller micro-batches, of which a step has more: both wait less."""
-        given, layers = self.wish.base.parallel, self.wish.config.text.num_layers
-        for virtual in (1,) if given.language_layers else _VIRTUAL:
+        layers = self.wish.config.text.num_layers
+        for virtual in (1,) if "language_layers" in self._pinned else _VIRTUAL:
             if section.pp * virtual <= layers:
                 staged = section if virtual == 1 else self._staged(section, self.wish.modes[0], virtual)
                 for pack in self.packs[virtual == 1 :]:
@@ -248,13 +253,13 @@ class Search:
 
     def _timed(self, candidates: Iterator[Candidate]) -> list[tuple[float, Candidate]]:
         """Each with the seconds that it takes at the least: with no more recomputation than it must have."""
-        found = []
+        bounds = []
         for candidate in candidates:
             mode = self.wish.modes[0] if candidate.section.zero == 1 else self.wish.modes[-1]
             recipe = self.recipe(candidate, mode)
             least = self._model(recipe).at_least(division_of(recipe, self.wish.config))
-            found.append((least, candidate))
-        return found
+            bounds.append((least, candidate))
+        return bounds
 
     def _model(self, recipe: Recipe) -> CostModel:
         key = recipe.parallel.mesh.dp, recipe.data.pack_tokens, recipe.train.recompute
@@ -270,7 +275,7 @@ class Search:
 
     def _different(self, recipe: Recipe) -> list[Division]:
         """The ranks of a pipeline that differ in what they hold: of those alike the first has most in flight."""
-        found: dict[tuple[object, ...], Division] = {}
+        different: dict[tuple[object, ...], Division] = {}
         for rank in stage_ranks(recipe):
             division = division_of(recipe, self.wish.config, rank)
             stages, last = division.stages, division.stages.count - 1
@@ -278,8 +283,8 @@ class Search:
                 (stages.vision[stage], stages.language[stage], stage == 0, stage == last)
                 for stage in division.own_stages
             )
-            found.setdefault(tuple(kind), division)
-        return list(found.values())
+            different.setdefault(tuple(kind), division)
+        return list(different.values())
 
 
 def _moved(recipe: Recipe, source: int, target: int) -> Recipe | None:
@@ -306,13 +311,12 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def check_wish(wish: Wish) -> None:
     """Raise ConfigError where no layout can be: for degrees that were given and do not fit devices or model."""
-    given = wish.base.parallel
-    product = math.prod(
-        int(degree) for axis in AXES if axis in given.model_fields_set and (degree := getattr(given, axis)) != "auto"
-    )
+    parallel = wish.base.parallel
+    degrees = [getattr(parallel, axis) for axis in AXES if axis in parallel.model_fields_set]
+    product = math.prod(int(degree) for degree in degrees if degree != "auto")
     if wish.devices % product:
         raise ConfigError(
-            f"--devices {wish.devices}: the degrees that are given take {product} devices, which does not divide it; "
+            f"--devices {wish.devices}: the degrees that are set take {product} devices, which does not divide it; "
             f"give a multiple of {product}, or other degrees"
         )
     division_of(wish.base, wish.config)

@@ -20,7 +20,7 @@ def shortage(search: Search) -> str:
         f"no layout of {wish.devices} x {wish.device.name} fits in {_gib(wish.memory)} a device: the smallest, "
         f"{_named(least)} with train.recompute={mode}, takes {_gib(least.memory.on_device)}, {_gib(lacking)} too much"
     )
-    ways = [f"{words} ({_named(found)}, {_gib(found.memory.on_device)})" for words, found in _ways(wish)]
+    ways = [f"{words} ({_named(smallest)}, {_gib(smallest.memory.on_device)})" for words, smallest in _ways(wish)]
     return f"{said}; it fits {', or '.join(ways)}" if ways else f"{said}; lower --seq or take a smaller model"
 
 
@@ -28,14 +28,14 @@ def _ways(wish: Wish) -> Iterator[tuple[str, Proposal]]:
     """Changes after which a layout fits, each with the one that takes least."""
     for words, changed in _changes(wish):
         search = Search(changed)
-        found = search.smallest()
-        if found.fits(wish.memory):
-            yield words, found
+        smallest = search.smallest()
+        if smallest.fits(wish.memory):
+            yield words, smallest
     for power in range(1, _DOUBLINGS + 1):
         more = replace(wish, devices=wish.devices * 2**power)
-        found = Search(more).smallest()
-        if found.fits(wish.memory):
-            yield f"on {more.devices} devices", found
+        smallest = Search(more).smallest()
+        if smallest.fits(wish.memory):
+            yield f"on {more.devices} devices", smallest
             return
 
 

@@ -11,14 +11,14 @@ from duetvl.training.recipe.section import Section
 from duetvl.training.recipe.yaml_values import write_yaml
 
 _PARTS: Final = {  # of a step's seconds
-    "waiting": "waiting for other stages and their messages",
-    "sums": "sums between ranks of tp",
-    "pieces": "exchanges between ranks of cp",
-    "blocks": "gathering weights",
-    "again": "computing again",
+    "waiting": "waiting for other pipeline stages",
+    "sums": "collectives of tensor parallelism",
+    "pieces": "exchanges of context parallelism",
+    "blocks": "gathering weights for ZeRO-3",
+    "again": "recomputation",
     "compute": "computing on the busiest rank",
-    "gradients": "summing gradients and handing out weights",
-    "update": "the optimizer",
+    "gradients": "reducing gradients and gathering new weights",
+    "update": "the optimizer's update",
     "reference": "the reference model",
 }
 
@@ -118,8 +118,8 @@ def recipe_text(proposal: Proposal, wish: Wish) -> str:
     sections: dict[str, Any] = {}
     for name in type(recipe).model_fields:
         section = getattr(recipe, name)
-        if section is not None and (given := _given(section)) is not None:
-            sections[name] = given
+        if section is not None and (fields := _set_fields(section)) is not None:
+            sections[name] = fields
     layout = sections_of(proposal)
     for name in ("data", "train"):
         sections[name] = {**sections.get(name, {}), **layout[name]}
@@ -127,7 +127,7 @@ def recipe_text(proposal: Proposal, wish: Wish) -> str:
     return "\n".join(comment) + "\n\n" + write_yaml(sections, flow=True)
 
 
-def _given(section: Section) -> dict[str, Any] | None:
+def _set_fields(section: Section) -> dict[str, Any] | None:
     """The fields of a section that were set; None where none was and the section need not be there."""
     values = section.model_dump(mode="json", include=section.model_fields_set)
     values.pop("output_dir", None)
@@ -139,7 +139,7 @@ def sections_of(proposal: Proposal) -> dict[str, dict[str, Any]]:
     """The fields of a recipe that a layout sets, by section."""
     parallel = proposal.recipe.parallel
     fields = {axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "tp")}
-    chosen = {
+    optional = {
         "sequence": parallel.sequence if parallel.tp > 1 else None,
         "cp_algorithm": parallel.cp_algorithm if parallel.cp > 1 else None,
         "zero": parallel.zero if parallel.zero == 3 else None,
@@ -148,7 +148,7 @@ def sections_of(proposal: Proposal) -> dict[str, dict[str, Any]]:
         "vision_layers": _listed(_needed(parallel.vision_layers)) if parallel.vision_layers else None,
         "language_layers": _listed(parallel.language_layers),
     }
-    layout = {**fields, **{name: value for name, value in chosen.items() if value is not None}}
+    layout = {**fields, **{name: value for name, value in optional.items() if value is not None}}
     return {
         "data": {"pack_tokens": proposal.recipe.data.pack_tokens},
         "train": {"recompute": proposal.recipe.train.recompute},

@@ -67,7 +67,7 @@ def check(
     this machine's processor, if the recipe is trained on it.
     """
     given = read_recipe(recipe, overrides)
-    given = with_dtype(given, on_cpu=_on_cpu(given))
+    given = with_dtype(given, on_cpu=_on_cpu(given) and device_type is None)
     if schedule is not None:
         check_drawable(given)
     if sample is not None and sample < 1:
@@ -167,6 +167,8 @@ def _expected_line(
     """How long a step is expected to take (docs/planning.md)."""
     if kind is None and not _on_cpu(recipe):
         return f"expected: name the kind of device for seconds a step: --device-type {', '.join(device_names())}"
+    if kind is not None and recipe.model.dtype not in kind.peaks:
+        return f"expected: unknown, as the table of devices has no {recipe.model.dtype} for {kind.name}"
     step = expected_step(recipe, config, adapters, sizes, kind)
     where = f"on {kind.name}" if kind else "on this machine's processor, measured at a product"
     return f"expected {where}: {describe_step(step)}"

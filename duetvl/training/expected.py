@@ -112,14 +112,14 @@ def here(recipe: Recipe, config: ModelConfig, sizes: Sequence[SampleSize]) -> De
 
 
 def describe_step(step: StepTime) -> str:
-    """`about 12.0 s a step: computing 9.4, waiting for other stages 1.0, sums of tp 1.5`"""
+    """`about 12.0 s a step: computing 9.4 s, waiting for other stages 1.0 s, tp collectives 1.5 s`"""
     parts = {
         "computing": step.compute,
-        "computing again": step.again,
+        "recomputation": step.again,
         "waiting for other stages": step.waiting,
-        "sums of tp": step.sums,
-        "exchanges of cp": step.pieces,
-        "gathering weights": step.blocks,
+        "tp collectives": step.sums,
+        "cp exchanges": step.pieces,
+        "ZeRO-3 gathers": step.blocks,
         "gradients and new weights": step.gradients,
         "the optimizer": step.update,
         "the reference": step.reference,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
 
+from duetvl.core.batch import Sample
 from duetvl.core.errors import ConfigError
 from duetvl.core.mesh import Mesh
 from duetvl.core.stages import Stages
 from duetvl.cost_model.devices import DeviceType, Link, Shares, device_names, device_of, device_type
 from duetvl.cost_model.links import Team, collective, message
+from duetvl.cost_model.passes import Passes
 from duetvl.cost_model.step_time import CostModel, Optimizing, Work
 from duetvl.models.lora import is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig, published_config
-from duetvl.models.qwen_vl.flops import Amounts
+from duetvl.models.qwen_vl.flops import Amounts, inference_flops, training_flops
+from duetvl.models.qwen_vl.host import QwenVLFamily
 from duetvl.models.qwen_vl.memory import Trained
 from duetvl.parallel import schedule
 from duetvl.parallel.division import Division
@@ -58,6 +61,34 @@ def test_one_rank_computes_what_its_weights_ask_for(config):
     assert step.update == pytest.approx(numbers * (2 * 12 + 8) / 1e10, rel=1e-6)
     assert step.seconds == pytest.approx(step.compute + step.update)
     assert (step.bubble, step.waiting, step.sent) == (0.0, pytest.approx(0.0, abs=1e-9), 0)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A parameter as far as it is counted."""
+
+    shape: tuple[int, ...]
+    trainable: bool
+
+
+@pytest.mark.parametrize("freeze", [(), ("vision",), ("vision", "projector"), ("language",)])
+def test_operations_are_those_that_utilisation_counts(config, freeze):
+    """Of a batch, by the count that tests/models/test_flops.py compares with torch's own."""
+    vision, patches = config.vision, 2 * 36 * 36
+    ids = np.concatenate(
+        [[config.vision_start_token_id], np.full(patches // 4, config.image_token_id), np.full(300, 5)]
+    )
+    grids, rows = np.array([[1, 36, 36]] * 2), np.zeros((patches, vision.patch_row), np.float32)
+    batch = QwenVLFamily(config).pack([Sample(ids, ids, rows, grids)])
+    trained = Trained.of(config, "float32", freeze)
+    amounts = Amounts.of(config, batch)
+    passes = Passes(config, trained, amounts, "none", 36 * 36)
+    parameters = {path: Counted(shape, path in trained.paths) for path, shape in trained.shapes.items()}
+    one = passes.of_rank(Division.of(config, Mesh(), 0))[0]
+    assert one.total == pytest.approx(training_flops(config, parameters, batch), rel=0.002)
+    assert one.forward == pytest.approx(inference_flops(config, batch))
+    divided = [passes.of_rank(Division.of(config, Mesh(pp=4), rank)) for rank in range(4)]
+    assert sum(part.total for rank in divided for part in rank.values()) == pytest.approx(one.total)
 
 
 def test_what_is_frozen_or_computed_again_or_kept_by_the_host(config):

@@ -97,7 +97,7 @@ def test_fields_that_are_given_stay(question):
     best = Search(wish_of(given)).best(4)
     assert {(one.recipe.parallel.tp, one.recipe.train.recompute) for one in best} == {(2, "full")}
     assert {one.recipe.parallel.vision for one in best} == {"shard"}
-    with pytest.raises(ConfigError, match="--devices 8: the degrees that are given take 3 devices"):
+    with pytest.raises(ConfigError, match="--devices 8: the degrees that are set take 3 devices"):
         list(plan(replace(question, overrides=["parallel.tp=3"])))
     with pytest.raises(ConfigError, match=r"parallel.tp 16: the model has 8 query heads"):
         list(plan(replace(question, devices=16, overrides=["parallel.tp=16"])))

@@ -97,6 +97,8 @@ def test_seconds_that_a_step_is_expected_to_take(home, tmp_path):
         assert line.startswith(f"expected {where}: about ") and "waiting for other stages" in line
         seconds[kind] = float(re.search(r"about (\S+) s a step", line)[1])
     assert seconds["H100"] < seconds["910B3"] < seconds[None]
+    unknown = list(check(home / "tiny.json", [*overrides, "model.dtype=float32"], device_type="910B3"))
+    assert "expected: unknown, as the table of devices has no float32 for 910B3" in unknown
     with pytest.raises(ConfigError, match="'H999' is not in the table"):
         list(check(home / "tiny.json", overrides, device_type="H999"))
 

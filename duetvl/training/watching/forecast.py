@@ -31,8 +31,7 @@ class Forecast:
         expected = self._expected(self._drafts())
         if expected is None:
             return None
-        took = median(self._seconds)
-        return (
-            f"a step was expected to take {expected:.3g} s and takes {took:.3g} s, {took / expected:.2f} times as long "
-            f"(median of steps {step - _LOOKED_AT + 1} to {step}, data apart)"
-        )
+        measured = median(self._seconds)
+        steps = f"median of steps {step - _LOOKED_AT + 1} to {step}, data apart"
+        times = f"{measured / expected:.2f} times as long"
+        return f"a step was expected to take {expected:.3g} s and takes {measured:.3g} s, {times} ({steps})"
