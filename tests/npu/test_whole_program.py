@@ -87,6 +87,7 @@ def test_two_ranks_are_one_process(here: Here, tmp_path: Path) -> None:
     """gloo in the place of hccl; one start for all layouts."""
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [torchrun, "--nproc-per-node=2", f"--master-port={_free_port()}", TWO_RANKS, here.directory, tmp_path]
+    command += ["float32", "torch_npu"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr[-3000:]
     curves = np.load(tmp_path / "curves.npz")
