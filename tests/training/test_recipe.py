@@ -578,3 +578,23 @@ def test_words_near_to_no_field_get_the_form(capsys):
     with pytest.raises(SystemExit):
         parse(["train", "run.yaml", "--nonsense", "3"])
     assert "a field of the recipe is given as section.key=value, as in optim.lr=1e-5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ({"optim.lr": 3}, "in a file the field stands below its section: `optim: {lr: ...}`"),
+        ({"learnig_rate": 3}, "a recipe has no section 'learnig_rate'; did you mean optim.lr?"),
+        ({"optim": {"learnig_rate": 3}}, "optim has no field 'learnig_rate'; did you mean optim.lr?"),
+        (
+            {"optim": {"lr=3": None}},
+            "optim has no field 'lr=3'; in YAML a colon and a blank stand between them: `lr: 3`",
+        ),
+        ({"log": "every = 3"}, "in YAML a colon and a blank stand between them: `every: 3`"),
+        ({"optm": {"lr": 3}}, "a recipe has no section 'optm'; did you mean 'optim'?"),
+    ],
+)
+def test_what_is_misspelt_in_a_file_gets_its_spelling(written, hint):
+    with pytest.raises(ConfigError) as caught:
+        make_recipe({"model": {"path": "m"}, "data": {"train": "d"}, **written})
+    assert hint in str(caught.value)

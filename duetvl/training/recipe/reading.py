@@ -19,7 +19,7 @@ from duetvl.core.mesh import AXES
 from duetvl.training.recipe.parallel_section import ParallelSection
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.recipe.spelling import as_overrides, nearest
-from duetvl.training.recipe.text import allowed, fields, no_field, no_section, one_line, show
+from duetvl.training.recipe.text import allowed, fields, no_field, no_mapping, no_section, one_line, show
 from duetvl.training.recipe.yaml_values import BLANK, parse_value, read_yaml
 
 
@@ -108,9 +108,7 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
         sections[section] = {}
     inner = sections[section]
     if not isinstance(inner, dict):
-        raise ConfigError(
-            f"{section}: found {show(inner)}, allowed: a section with fields ({', '.join(fields(section))})"
-        )
+        raise ConfigError(no_mapping(section, inner))
     inner[key] = _field(section, key, parse_value(text, f"override {target}"))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
 from duetvl.training.recipe.sections import Recipe
-from duetvl.training.recipe.text import candidates, fields
+from duetvl.training.recipe.text import candidates, fields, near_candidates
 
 
 def as_overrides(words: Sequence[str]) -> list[str]:
@@ -23,9 +23,7 @@ def nearest(name: str) -> list[str]:
     if not dot and section in Recipe.model_fields:  # all of it: `--lora {}`
         return [section]
     if not dot:
-        every = [f"{known}.{field}" for known in Recipe.model_fields for field in fields(known)]
-        last = {field.partition(".")[2]: field for field in every}
-        return candidates(section) or [last[near] for near in get_close_matches(section, last, n=1, cutoff=0.8)]
+        return candidates(section) or near_candidates(section)
     sections = get_close_matches(section, Recipe.model_fields, n=1, cutoff=0.5)
     keys = get_close_matches(key, fields(sections[0]), n=1, cutoff=0.5) if sections else []
     return [f"{sections[0]}.{keys[0]}"] if keys else candidates(key)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
@@ -34,11 +35,12 @@ def _describe(problem: ErrorDetails) -> str:
     if len(problem["loc"]) > 3 and path in ("data.train", "data.val"):
         return _of_source(f"{path}[{problem['loc'][2]}]", str(problem["loc"][3]), problem)
     if kind == "extra_forbidden":
-        return no_field(section, key) if key else no_section(section)
+        names = [str(name) for name in problem["loc"][:2]]  # a name may have a point in it
+        return no_field(*names) if len(names) > 1 else no_section(names[0])
     if kind == "missing" and len(problem["loc"]) <= 2:
         return f"{path} is missing: {_meaning(section, key)}"
     if not key:
-        return f"{path}: found {show(problem['input'])}, allowed: a section with fields ({', '.join(fields(section))})"
+        return no_mapping(section, problem["input"])
     return f"{path}: found {show(problem['input'])}, allowed: {allowed(section, key)}"
 
 
@@ -61,19 +63,44 @@ def no_section(name: str) -> str:
     """There is no section of this name; the field that is meant, or the nearest known ones."""
     if name in _MINDSPEED:
         return f"{name!r} is a key of MindSpeed-MM's files; `duetvl import-mindspeed` turns them into a recipe"
-    hint = elsewhere(name) or did_you_mean(str(name), Recipe.model_fields)
+    section, dot, key = name.partition(".")
+    if dot and section in Recipe.model_fields:
+        form = f"`{section}: {{{key}: ...}}`"
+        return f"a recipe has no section {name!r}; in a file the field stands below its section: {form}"
+    near = [] if get_close_matches(name, Recipe.model_fields) else near_candidates(name)
+    hint = elsewhere(name) or _alternatives(near) or did_you_mean(name, Recipe.model_fields)
     more = " docs/migrating.md has the fields for the keys of LLaMA-Factory" if name in _ELSEWHERE else ""
     return f"a recipe has no section {name!r}{hint}{more}"
 
 
 def no_field(section: str, key: str) -> str:
     """The section has no field of this name; the field that is meant, or the nearest known ones."""
-    return f"{section} has no field {key!r}{elsewhere(key) or did_you_mean(str(key), fields(section))}"
+    if hint := _colon(key):
+        return f"{section} has no field {key!r}{hint}"
+    near = [] if get_close_matches(key, fields(section), cutoff=0.5) else near_candidates(key)
+    return (
+        f"{section} has no field {key!r}{elsewhere(key) or _alternatives(near) or did_you_mean(key, fields(section))}"
+    )
+
+
+def no_mapping(section: str, found: Any) -> str:
+    """The section is none: something else stands in its place."""
+    hint = _colon(found) if isinstance(found, str) else ""
+    return f"{section}: found {show(found)}, allowed: a section with fields ({', '.join(fields(section))}){hint}"
+
+
+def _colon(text: str) -> str:
+    """A hint for `lr = 3` in a file; empty for what has no sign of equality."""
+    name, sign, value = (part.strip() for part in text.partition("="))
+    return f"; in YAML a colon and a blank stand between them: `{name}: {value}`" if sign and name else ""
 
 
 def elsewhere(name: str) -> str:
     """A hint to the fields that have this name or this meaning; empty where there are none."""
-    known = candidates(name)
+    return _alternatives(candidates(name))
+
+
+def _alternatives(known: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(known)}?" if known else ""
 
 
@@ -81,6 +108,13 @@ def candidates(name: str) -> list[str]:
     """The fields, as section.key, that have this name, or mean what others call so."""
     known = [f"{section}.{name}" for section in Recipe.model_fields if name in fields(section)]
     return known or [_ELSEWHERE[name]] if name in _ELSEWHERE else known
+
+
+def near_candidates(name: str) -> list[str]:
+    """The same of a name that is misspelt."""
+    every = {field for section in Recipe.model_fields for field in fields(section)} | _ELSEWHERE.keys()
+    near = get_close_matches(name, sorted(every), n=1, cutoff=0.8)
+    return candidates(near[0]) if near else []
 
 
 _MINDSPEED: Final = ("dataset_param", "dataloader_param", "image_encoder", "text_decoder", "img_context_token_id")
