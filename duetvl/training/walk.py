@@ -29,17 +29,19 @@ def walk(
     few = count is not None and count <= _FEW and not decode
     workers = 0 if few else len(os.sched_getaffinity(0))
     found = Survey()
-    progress = Progress(count or 0, unit=f"{name}: record", every=max(1, (count or 10**5) // 10), stream=sys.stderr)
-    with_bar = count is not None and not few
+    shown: Progress | None = None
+    if count is not None and not few:
+        shown = Progress(count, unit=f"{name}: record", every=max(1, count // 10), stream=sys.stderr)
     pool = InlinePool(maker) if few else make_pool(maker, workers)
     try:
         for outcome in _outcomes(pool, refs, _AT_ONCE * max(1, workers), decode):
             found.add(outcome, merge)
-            if with_bar:
-                progress.step({"step": found.records})
+            if shown is not None:
+                shown.step({"step": found.records})
     finally:
         pool.close()
-        progress.close()
+        if shown is not None:
+            shown.close()
     return found
 
 

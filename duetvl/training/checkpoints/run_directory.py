@@ -226,7 +226,7 @@ def from_these_weights(ref: CheckpointRef, recipe: Recipe) -> str:
     if recipe.lora is not None and recipe.lora.adapter is not None:  # which is in these weights
         words.insert(1, "lora.adapter=null")
     merged = " (its adapter merged)" if ref.meta.recipe.get("lora") else ""
-    return f"start a new run from these weights{merged}: add {' '.join(words)} to the command"
+    return f"start a new run from these weights{merged}: add {' '.join(words)} to the command, without --resume"
 
 
 def _run_of(ref: CheckpointRef) -> Path:
