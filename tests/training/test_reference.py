@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from duetvl.models.qwen_vl.adapters import add_adapters
 from duetvl.models.qwen_vl.loading import load_model
 from duetvl.training.preference.dpo import answer_sums
 from duetvl.training.preference.reference import data_name, make_reference
+from duetvl.training.preference.reference_cache import ReferenceCache
 from duetvl.training.recipe.reading import make_recipe
 
 NAME, OTHER = "qwen2.5-tied", "qwen2.5-untied"
@@ -143,6 +145,17 @@ def test_filling_goes_on_where_it_was_interrupted(tiny, be, tmp_path, capsys):
     assert file.read_bytes().startswith(first) and file.stat().st_size == 28 * 4  # nothing was computed twice
     same(be, numbers(be, reference, policy), expected(tiny, be, NAME))
     assert "reference: pair 3/3" in capsys.readouterr().out
+
+
+def test_a_file_that_another_run_fills_is_waited_for(tiny, be, tmp_path, capsys, monkeypatch):
+    policy = policy_of(tiny, be)
+    reference = make_reference(recipe_of(tiny, cache=str(tmp_path)), policy, be)
+    with ExitStack() as other:
+        other.enter_context(ReferenceCache(tmp_path, reference.cache.reference).filling())
+        monkeypatch.setattr("time.sleep", lambda seconds: other.close())
+        reference.prepare(Pairs(policy))
+    same(be, numbers(be, reference, policy), expected(tiny, be, NAME))
+    assert capsys.readouterr().out.count("reference: waiting for another run") == 1
 
 
 def test_numbers_that_are_not_finite_are_not_kept(tiny, be, tmp_path):

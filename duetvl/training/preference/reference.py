@@ -8,8 +8,9 @@ before the first step and is not held after that.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -41,6 +42,7 @@ Tensor = Any
 _NOT_ENCODING: Final = (
     "pack", "pack_tokens", "pack_patches", "shuffle", "shuffle_buffer", "workers", "prefetch", "cache",
 )  # fmt: skip
+_AGAIN: Final = 1.0  # seconds until a file that another run fills is tried again
 
 
 class PairData(Protocol):
@@ -109,8 +111,7 @@ def fill(cache: ReferenceCache, data: PairData, passes: Passes, backend: Backend
     with ExitStack() as open_things, ranks.telling(DataError, CheckpointError):
         if progress is not None:
             open_things.callback(progress.close)
-        opened = list[Add]()
-        ranks.first(lambda: opened.append(open_things.enter_context(cache.filling())))
+        opened = _opened_in_turn(cache, open_things, ranks, progress)
         cache.learn_from(ranks.agree(cache))
         seen: set[bytes] = set()
         for batches in data.everything():
@@ -123,6 +124,28 @@ def fill(cache: ReferenceCache, data: PairData, passes: Passes, backend: Backend
                 progress.step({"step": len(seen)})
         if progress is not None and len(seen) < data.count:  # some are equal, or gave no sample
             progress.step({"step": data.count})
+
+
+def _opened_in_turn(
+    cache: ReferenceCache, open_things: ExitStack, ranks: Ranks, progress: Progress | None
+) -> list[Add]:
+    """What adds to the file, on rank 0, once no other run fills it: that may take hours, so all ranks look again."""
+    opened = list[Add]()
+
+    def is_open() -> bool:
+        with suppress(BlockingIOError):
+            opened.append(open_things.enter_context(cache.filling()))
+        return bool(opened)
+
+    told = False
+    while not ranks.first(is_open):
+        if progress is not None and not told:
+            progress.say(f"reference: waiting for another run, which is filling {cache.path}")
+        told = True
+        time.sleep(_AGAIN)
+    if progress is not None:
+        progress.started = time.monotonic()  # for the time left
+    return opened
 
 
 Found = tuple[list[bytes], list[bytes], np.ndarray]

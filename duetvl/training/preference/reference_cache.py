@@ -90,11 +90,11 @@ class ReferenceCache:
     def filling(self) -> Iterator[Add]:
         """A function that adds pairs: their digests, and the sums (2 * pairs,) of their answers.
 
-        What a call adds is on disk when it returns; pairs that are known stay as they are. Another process that fills
-        the same file is waited for, and what it wrote is known then.
+        What a call adds is on disk when it returns; pairs that are known stay as they are. BlockingIOError where
+        another process fills the same file; what others have written before is known from here on.
         """
         with open(self.path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             sound = _sound_entries(self.path)
             self._known = _index(sound)
             has_head = file.seek(0, os.SEEK_END) >= len(_HEAD)
