@@ -270,7 +270,7 @@ BAD: list[tuple[Any, str]] = [
     ({"model": "tiny", "messages": USER, "modalities": ["text", "audio"]}, "modalities is not supported"),
     ({"model": "tiny", "messages": USER, "stop": ["a", ""]}, "stop is at most 4 texts"),
     ({"model": "tiny", "messages": USER, "top_logprobs": 3}, "needs logprobs"),
-    ({"model": "tiny", "messages": USER, "stream_options": {"include_usage": True}}, "set stream"),
+    ({"model": "tiny", "messages": USER, "stream_options": {"include_usage": True}}, "needs stream: true"),
     ({"model": "tiny", "messages": USER, "logit_bias": {"x": 1}}, "token ids"),
     ({"model": "tiny", "messages": USER, "logit_bias": {"999999": 1}}, "none of the model's"),
     ({"model": "tiny", "messages": USER, "tool_choice": "required"}, "there are no tools"),

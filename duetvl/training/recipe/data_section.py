@@ -91,8 +91,8 @@ class DataSection(Section):
     system: str | None = Field(
         default=None,
         min_length=1,
-        description="System prompt of records that have none; by default the chat template's own, `You are a helpful "
-        "assistant.` Give the same to the model when it answers (`duetvl infer --system`).",
+        description="System prompt for records without one; by default the chat template's own, `You are a helpful "
+        "assistant.` Use the same prompt for inference (`duetvl infer --system`).",
     )
     train_on_prompt: bool = Field(
         default=False, description="Also train on prompts, including the placeholders of media, as LLaMA-Factory does."
@@ -101,14 +101,14 @@ class DataSection(Section):
     min_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="Images with fewer pixels are enlarged; by default what the model directory says.",
+        description="Images with fewer pixels are enlarged; by default the model directory's value.",
     )
     max_pixels: int | None = Field(
         default=None,
         ge=1,
         description=f"Images with more pixels are reduced. By default {MAX_PIXELS:,} (768 x 768, 752 tokens), as in "
-        "LLaMA-Factory and MindSpeed-MM, or what the model directory says where that is less. The published "
-        "directories say 12,845,056, 16,384 tokens for one picture.",
+        "LLaMA-Factory and MindSpeed-MM, or the model directory's value if that is smaller. The published models "
+        "have 12,845,056, which is 16,384 tokens for one picture.",
     )
     resize: Literal["once", "llamafactory"] = Field(
         default="once",
@@ -129,20 +129,21 @@ class DataSection(Section):
         "up to 768.",
     )
     video_min_pixels: int | None = Field(
-        default=None, ge=1, description="Fewest pixels of a frame; by default what the model directory says."
+        default=None, ge=1, description="Minimum pixels of a frame; by default the model directory's value."
     )
     video_max_pixels: int | None = Field(
         default=None,
         ge=1,
-        description=f"Most pixels of a frame. By default {VIDEO_MAX_PIXELS:,} (256 x 256, 83 tokens for two frames), "
-        "as in LLaMA-Factory, or what the model directory says where that is less.",
+        description=f"Maximum pixels of a frame. By default {VIDEO_MAX_PIXELS:,} (256 x 256, 83 tokens for two "
+        "frames), as in LLaMA-Factory, or the model directory's value if that is smaller.",
     )
     video_total_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="Most pixels of a video, two frames counted as one, as they become one patch: 784 of them are a "
-        f"token. By default {VIDEO_TOTAL_PIXELS:,} (3,072 tokens), so that a long video gets smaller frames and fits; "
-        "where `video_max_pixels` is given, or with `resize: llamafactory`, 115,200 tokens, as in qwen-vl-utils.",
+        description="Maximum pixels of a video; two frames count as one, because they form one patch, and 784 "
+        f"pixels are a token. By default {VIDEO_TOTAL_PIXELS:,} (3,072 tokens), so that a long video gets smaller "
+        "frames and fits; if `video_max_pixels` is set, or with `resize: llamafactory`, 115,200 tokens, as in "
+        "qwen-vl-utils.",
     )
     video_frames: Literal["qwen", "llamafactory"] = Field(
         default="qwen", description="How frames are sampled: by the rule of qwen-vl-utils or of LLaMA-Factory."
@@ -155,8 +156,8 @@ class DataSection(Section):
     )
     too_long: Literal["error", "drop", "truncate", "shrink"] = Field(
         default="error",
-        description="What happens to a sample of more than `cutoff_len` tokens: an error that names it, left out, its "
-        "text cut (never inside a picture), or its pictures made smaller.",
+        description="What to do with a sample of more than `cutoff_len` tokens: report an error that names it, drop "
+        "it, truncate its text (never inside a picture), or shrink its pictures.",
     )
     pack: bool = Field(
         default=True, description="Pack several samples into a micro-batch; false: one sample per micro-batch."

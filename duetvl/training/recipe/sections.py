@@ -171,8 +171,9 @@ class CheckpointSection(Section):
     )
     save_only_model: bool = Field(
         default=False,
-        description="Save weights alone, without the optimizer's state: a third of the size in float32, a seventh in "
-        "bfloat16. They can be exported, merged and trained from (`model.path`), but no run is resumed from them.",
+        description="Save only the weights, without optimizer state: a third of the size in float32, a seventh in "
+        "bfloat16. They can be exported, merged and trained from (`model.path`), but a run cannot be resumed from "
+        "them.",
     )
     background: bool = Field(
         default=False,
