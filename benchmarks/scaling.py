@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -145,7 +146,7 @@ def size_of(pieces: Iterable[LocalTensor], dtype: str) -> Counter[str]:
 
 def checkpoints(layouts: Iterable[Layout]) -> Table:
     """Files and bytes of a checkpoint, the rank that writes most, and seconds."""
-    yield "| devices | files | bytes | most by a rank | by a node | seconds to write | a rank reads at most | seconds to read |"
+    yield "| devices | files | bytes | most by a rank | by a node | written in | a rank reads at most | read in |"
     yield "|---:|---:|---:|---:|---:|---:|---:|---:|"
     for layout in layouts:
         dtype = layout.best.recipe.model.dtype
@@ -159,7 +160,7 @@ def checkpoints(layouts: Iterable[Layout]) -> Table:
         writing, reading = (storage_seconds(sizes) for sizes in (written, read))
         yield (
             f"| {layout.devices:,} | {files:,} | {sum(written) / 1e9:,.0f} GB | {max(written) / 1e9:.2f} GB "
-            f"| {max(by_node(written)) / 1e9:.1f} GB | {writing:.0f} | {max(read) / 1e9:.2f} GB | {reading:.0f} |"
+            f"| {max(by_node(written)) / 1e9:.1f} GB | {writing:.0f} s | {max(read) / 1e9:.2f} GB | {reading:.0f} s |"
         )
 
 
@@ -199,10 +200,10 @@ def main() -> None:
     began, page = time.perf_counter(), PAGE.read_text(encoding="utf-8") if args.write else ""
     for name, table in tables(args.devices).items():
         page = replaced(page, name, table)
-        print(f"{name}\n{table}\n")
+        sys.stdout.write(f"{name}\n{table}\n\n")
     if args.write:
         PAGE.write_text(page, encoding="utf-8")
-    print(f"{time.perf_counter() - began:.0f} s")
+    sys.stdout.write(f"{time.perf_counter() - began:.0f} s\n")
 
 
 if __name__ == "__main__":

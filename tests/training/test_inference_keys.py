@@ -188,5 +188,5 @@ def test_options_come_before_the_evaluation_file(tmp_path: Path) -> None:
 def test_what_an_evaluation_file_says_wrongly(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_evaluation(evaluation(tmp_path, **changes))
-    with pytest.raises(ConfigError, match=r"is not an evaluate_.*json: it has neither evaluation_dataset nor dataset_path"):
+    with pytest.raises(ConfigError, match=r"is not an evaluate_.*json: it has neither evaluation_dataset"):
         read_evaluation(written(tmp_path))
