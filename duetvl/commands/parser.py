@@ -212,6 +212,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", action="store_true", help="adapters are trained, of the language model")
     parser.add_argument("--dpo", action="store_true", help="preference pairs, with a reference model")
     parser.add_argument("-n", "--count", type=int, default=8, metavar="N", help="layouts that are shown; default 8")
+    fitting = parser.add_mutually_exclusive_group()
+    fitting.add_argument(
+        "--shares", metavar="NAME=X,...", help="of the device's peaks: products=0.4,memory=0.8,links=0.8"
+    )
+    fitting.add_argument(
+        "--measured", nargs="+", type=Path, metavar="RUN", help="fit these shares to runs on this kind of device"
+    )
     parser.add_argument("--data", default="data.jsonl", metavar="FILE", help="data.train of the recipe that is written")
     parser.add_argument(
         "-o", "--out", dest="output", type=Path, metavar="RECIPE", help="a recipe with the first layout"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.cost_model.devices import DeviceType, device_type
 from duetvl.cost_model.measured import this_cpu
 from duetvl.models.qwen_vl.config import ModelConfig, load_config, published_config, published_names
+from duetvl.planning.calibration import describe, fitted, read_run, shares_of
 from duetvl.planning.guides import guide_for
 from duetvl.planning.search import Candidate, Proposal, Search, Wish, check_wish, degrees
 from duetvl.planning.shortage import shortage
@@ -33,7 +34,8 @@ class Question:
 
     memory: bytes of a device that tensors may take; None: what the kind has. seq: most tokens of a micro-batch. sample:
     tokens of a sample, of a pair each answer with its prompt; of them `answer` are trained. picture: (height, width) in
-    pixels; `pictures` of them in each sample. global_batch: samples in a step; None: 24 a device.
+    pixels; `pictures` of them in each sample. global_batch: samples in a step; None: 24 a device. shares: of the
+    device's peaks, as text; measured: directories of runs on this kind of device that they are fitted to instead.
     """
 
     model: str
@@ -52,6 +54,8 @@ class Question:
     data: str = "data.jsonl"
     overrides: Sequence[str] = ()
     out: Path | None = None
+    shares: str | None = None
+    measured: Sequence[Path] = ()
 
 
 def plan(question: Question) -> Iterator[str]:
@@ -63,6 +67,12 @@ def plan(question: Question) -> Iterator[str]:
         raise ConfigError(f"--devices {question.devices}: give the number of devices, 1 or more")
     wish = wish_of(question)
     check_wish(wish)
+    if question.measured:
+        kind = None if question.device.lower() == "cpu" else wish.device
+        runs = [read_run(run, kind) for run in question.measured]
+        shares = fitted(runs)
+        yield from describe(runs, shares)
+        wish = replace(wish, device=replace(wish.device, shares=shares))
     search = Search(wish)
     if next(search.sections(), None) is None:
         raise ConfigError(
@@ -100,6 +110,8 @@ def wish_of(question: Question) -> Wish:
     base = make_recipe(values, question.overrides)
     if base.model.dtype == "auto":
         base = base.model_copy(update={"model": base.model.model_copy(update={"dtype": values["model"]["dtype"]})})
+    if question.shares is not None:
+        device = replace(device, shares=shares_of(question.shares, device.shares))
     memory = device.memory if question.memory is None else question.memory
     return Wish(base, config, question.devices, device, memory, [size])
 
@@ -210,4 +222,6 @@ def question_of(values: Mapping[str, Any]) -> Question:
         picture=pixels_of(values["picture"]),
         overrides=values["overrides"],
         out=values["output"],
+        shares=values["shares"],
+        measured=values["measured"] or (),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from duetvl.convert.opening import open_merged
@@ -13,6 +14,7 @@ from duetvl.core.errors import ConfigError
 from duetvl.core.ranks import Ranks
 from duetvl.cost_model.devices import device_of
 from duetvl.data.encode import EncodeSettings, Processor, RecordEncoder
+from duetvl.data.loading.samples import SampleMaker
 from duetvl.data.pairs import AnswerEncoder, PairEncoder
 from duetvl.models.lora import Adapters
 from duetvl.models.model_directory import ModelDirectory
@@ -27,6 +29,7 @@ from duetvl.training.checkpoints.export import export_checkpoint
 from duetvl.training.checkpoints.run_directory import wanted_kind
 from duetvl.training.dtype import on_device
 from duetvl.training.expected import expected_step, sizes_of
+from duetvl.training.feed import FIRST, DataSets
 from duetvl.training.job import Job
 from duetvl.training.lora import AdapterPlan, adapt, base_of, kept, plan_adapters
 from duetvl.training.media_bounds import media_settings
@@ -117,6 +120,13 @@ def record_encoder(recipe: Recipe, processor: Processor | None = None) -> Answer
     settings = EncodeSettings(data.train_on_prompt, data.mask_history, data.longest, data.too_long, data.system)
     encoder = RecordEncoder(processor or recipe_processor(recipe), settings)
     return AnswerEncoder(encoder) if recipe.dpo is None else PairEncoder(encoder, digests=recipe.dpo.cache is not None)
+
+
+def first_drafts(recipe: Recipe, source: ModelDirectory) -> list[Any]:
+    """What a start drafts of the first records of `data.train`: drafts, and why there is none of a record."""
+    sets = DataSets(recipe.data)
+    maker = SampleMaker(sets.files, record_encoder(recipe, recipe_processor(recipe, source)))
+    return list(maker.drafts(list(islice(sets.train_refs(), FIRST))))
 
 
 def recipe_processor(recipe: Recipe, source: ModelDirectory | None = None) -> Processor:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 _FIRST: Final = 2  # steps that are not looked at: kernels are chosen and caches filled in them
 _LOOKED_AT: Final = 8
+_LEAST: Final = 0.05  # seconds; starting each operation takes the most of shorter steps, and is not in the cost model
 
 
 class Forecast:
@@ -29,7 +30,7 @@ class Forecast:
         if len(self._seconds) < _LOOKED_AT or self._expected is None:
             return None
         expected = self._expected(self._drafts())
-        if expected is None:
+        if expected is None or expected < _LEAST:
             return None
         measured = median(self._seconds)
         steps = f"median of steps {step - _LOOKED_AT + 1} to {step}, data apart"
