@@ -13,8 +13,8 @@ from duetvl.cost_model.devices import DeviceType, Link, Shares
 
 _SECONDS: Final = 0.05  # that each of both is repeated for
 _COPIED: Final = 2**22  # numbers: more than a processor's caches hold
-_SHARES: Final = Shares(products=0.7, memory=1.0, links=1.0)  # as measured: benchmarks/results/planning.md
-_GLOO: Final = Link(bandwidth=1.0e9, latency=1.0e-4)  # the same, of gloo between processes of one machine
+_SHARES: Final = Shares(products=0.4, memory=1.0, links=1.0)  # of the product alone: benchmarks/results/planning.md
+_GLOO: Final = Link(bandwidth=0.5e9, latency=1.0e-4)  # of gloo between processes of one machine, measured there too
 _HERE: Final = "measured by a matrix product and a copy on this machine"
 _BETWEEN: Final = "gloo between processes of one machine: benchmarks/results/planning.md"
 

@@ -174,6 +174,8 @@ def _guide(question: Question, search: Search) -> tuple[Proposal | None, str]:
         section = guide.section(wish.devices)
     except ConfigError as error:
         return None, f"the guides' layout is not for {wish.devices} devices: {error}"
+    if other := [name for name, value in search.pinned.items() if getattr(section, name) != value]:
+        return None, f"the guides' layout ({degrees(section)}) has another parallel.{other[0]} than the one that is set"
     candidates = [Candidate(section, pack) for pack in search.packs]
     proposals = [proposal for one in candidates if (proposal := search.proposal(one)) is not None]
     if proposals:

@@ -153,7 +153,7 @@ class Search:
 
     def sections(self) -> Iterator[ParallelSection]:
         """All divisions of the devices, without the layers of stages."""
-        wish, pinned = self.wish, self._pinned
+        wish, pinned = self.wish, self.pinned
         for pp, dp, cp, tp in self._degrees():
             degrees = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
             if any(pinned.get(axis, degree) != degree for axis, degree in degrees.items()):
@@ -166,7 +166,7 @@ class Search:
 
     def _degrees(self) -> Iterator[tuple[int, int, int, int]]:
         """(pp, dp, cp, tp) whose product is the number of devices, as far as the model and the data can use them."""
-        wish, pinned = self.wish, self._pinned
+        wish, pinned = self.wish, self.pinned
         text, packs = wish.config.text, self.step_packs
         most_tp = pinned.get("tp", min(text.num_heads, wish.device.node))
         most_cp = pinned.get("cp", max(1, wish.base.data.pack_tokens // _LEAST_TOKENS))
@@ -178,7 +178,7 @@ class Search:
                         yield pp, dp, cp, tp
 
     @cached_property
-    def _pinned(self) -> dict[str, Any]:
+    def pinned(self) -> dict[str, Any]:
         """The fields of `parallel` that hold for all layouts."""
         parallel = self.wish.base.parallel
         fields = {name: getattr(parallel, name) for name in parallel.model_fields_set}
@@ -201,7 +201,7 @@ class Search:
     def _variants(self, section: ParallelSection) -> Iterator[Candidate]:
         """A pipeline with virtual stages and smaller micro-batches, of which a step has more: both wait less."""
         layers = self.wish.config.text.num_layers
-        for virtual in (1,) if "language_layers" in self._pinned else _VIRTUAL:
+        for virtual in (1,) if "language_layers" in self.pinned else _VIRTUAL:
             if section.pp * virtual <= layers:
                 staged = section if virtual == 1 else self._staged(section, self.wish.modes[0], virtual)
                 for pack in self.packs[virtual == 1 :]:

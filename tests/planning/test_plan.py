@@ -196,3 +196,5 @@ def test_a_layout_of_the_guides_beside_the_first(capsys):
     assert re.search(r"the guides' layout takes \S+ s, \d+% more than the first, most of it \w+", out)
     assert main(["plan", "Qwen2.5-VL-7B", "--devices", "3", "-n", "1"]) == 0
     assert "the guides' layout is not for 3 devices: it takes 2 devices" in capsys.readouterr().out
+    assert main(["plan", "Qwen2-VL-2B", "--devices", "2", "-n", "1", "parallel.tp=2"]) == 0
+    assert "the guides' layout (pp 1 x dp 2 x cp 1 x tp 1) has another parallel.tp" in capsys.readouterr().out
