@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from harness import Limits, Row, Seconds
 
 BATCH, GRID = 16, (1, 16, 16)
 CASES = ("one", "equal", "mixed", "arrivals")
-FIRST = ", first token"  # of each answer alone, of any of the cases
 CONTENDERS = ("transformers", "torch", "torch, not steady", "mindspore")
 EVERY = 0.05  # of the time that one prompt alone takes: what lies between arrivals
 
@@ -39,11 +39,15 @@ class Clock:
     """Processor seconds; waiting costs none."""
 
     def __init__(self) -> None:
-        self.start, self.skipped = time.process_time(), 0.0
+        self.start, self.wall, self.skipped = time.process_time(), time.perf_counter(), 0.0
 
     def now(self) -> float:
         """Seconds since the start."""
         return time.process_time() - self.start + self.skipped
+
+    def taken(self) -> Seconds:
+        """The same, with what has gone by on the wall."""
+        return Seconds(self.now(), time.perf_counter() - self.wall)
 
     def wait_until(self, moment: float) -> None:
         """Let time pass in which nothing is done."""
@@ -52,10 +56,9 @@ class Clock:
 
 def questions(case: str, new: int) -> list[tuple[dict[str, Any], int]]:
     """Prompts with their pictures, and how many tokens each answer is to have."""
-    rng, kind = np.random.default_rng(5), case.removesuffix(FIRST)
-    count = 1 if kind == "one" else BATCH
-    new = 1 if case.endswith(FIRST) else new
-    shares = np.ones(count) if kind in ("one", "equal") else rng.permutation(np.linspace(1 / 8, 1, count))
+    rng = np.random.default_rng(5)
+    count = 1 if case == "one" else BATCH
+    shares = np.ones(count) if case in ("one", "equal") else rng.permutation(np.linspace(1 / 8, 1, count))
     found = []
     for share in shares:
         head = [START, *[IMAGE] * (GRID[1] * GRID[2] // 4), END]
@@ -66,9 +69,23 @@ def questions(case: str, new: int) -> list[tuple[dict[str, Any], int]]:
     return found
 
 
-# -- contenders: answer(questions, arrivals) -> seconds until all answers are there -----------------------------------
+# -- contenders -------------------------------------------------------------------------------------------------------
 
-Answer = Callable[[Sequence[tuple[dict[str, Any], int]], Sequence[float]], float]
+
+@dataclass(frozen=True)
+class Answered:
+    """What it took until every answer had its first token, and from then until all were there."""
+
+    first: Seconds
+    rest: Seconds
+
+    @property
+    def whole(self) -> Seconds:
+        """Both."""
+        return Seconds(self.first.cpu + self.rest.cpu, self.first.wall + self.rest.wall)
+
+
+Answer = Callable[[Sequence[tuple[dict[str, Any], int]], Sequence[float]], Answered]  # of questions and their arrivals
 
 
 def duetvl_engine(directory: Path, dtype: str, backend: str, steady: bool) -> Answer:
@@ -77,17 +94,22 @@ def duetvl_engine(directory: Path, dtype: str, backend: str, steady: bool) -> An
 
     model = duetvl.load_model(directory, backend=duetvl.load_backend(backend, device="cpu"), dtype=dtype)
 
-    def answer(given: Sequence[tuple[dict[str, Any], int]], arrivals: Sequence[float]) -> float:
+    def answer(given: Sequence[tuple[dict[str, Any], int]], arrivals: Sequence[float]) -> Answered:
         engine = duetvl.Engine(model, cache_tokens=BATCH * 640, steady=steady, reuse=False)
         clock, left = Clock(), list(zip(given, arrivals, strict=True))
+        begun, first = set(), Seconds(0.0, 0.0)
         while left or engine.busy:
             if not engine.busy:
                 clock.wait_until(left[0][1])
             while left and left[0][1] <= clock.now():
                 (sample, new), _ = left.pop(0)
-                engine.submit(duetvl.Request(duetvl.Sample(**sample), max_new_tokens=new, stop_ids=frozenset()))
-            engine.step()
-        return clock.now()
+                name = str(len(given) - len(left))
+                one = duetvl.Request(duetvl.Sample(**sample), max_new_tokens=new, stop_ids=frozenset(), id=name)
+                engine.submit(one)
+            before = len(begun)
+            begun |= {delta.id for delta in engine.step() if delta.token_ids}
+            first = clock.taken() if before < len(begun) else first
+        return Answered(first, clock.taken() - first)
 
     return answer
 
@@ -100,17 +122,29 @@ def transformers_generate(directory: Path, dtype: str) -> Answer:
     kind = hf.Qwen2_5_VLForConditionalGeneration
     model = kind.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
 
-    def answer(given: Sequence[tuple[dict[str, Any], int]], arrivals: Sequence[float]) -> float:
+    def answer(given: Sequence[tuple[dict[str, Any], int]], arrivals: Sequence[float]) -> Answered:
         clock, left = Clock(), list(zip(given, arrivals, strict=True))
+        firsts: list[Seconds] = []
+
+        def on_token(ids: Any, scores: Any, **others: Any) -> Any:
+            if len(firsts) < batches:
+                firsts.append(clock.taken())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        batches = 0
         while left:
             clock.wait_until(left[0][1])
             batch = [one for one, at in left if at <= clock.now()]
             del left[: len(batch)]
+            batches = batches + 1
             new = max(tokens for _, tokens in batch)
             fed = {key: torch.from_numpy(value) for key, value in left_padded([one for one, _ in batch]).items()}
             with torch.no_grad():
-                model.generate(**fed, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-        return clock.now()
+                model.generate(
+                    **fed, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+                    stopping_criteria=[on_token],
+                )  # fmt: skip
+        return Answered(firsts[-1], clock.taken() - firsts[-1])
 
     return answer
 
@@ -136,24 +170,30 @@ def contender(name: str, directory: Path, dtype: str) -> Answer:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(answer: Answer, cases: Sequence[str], new: int) -> dict[str, dict[str, float]]:
-    """Tokens and seconds of each case, once, after a short one."""
+def measure(answer: Answer, cases: Sequence[str], new: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Tokens and seconds of each case, the least of some runs, after a short one."""
     answer([(sample, 2) for sample, _ in questions("one", new)], [0.0])
-    alone = answer(questions("one", new), [0.0])
-    found = {}
+    alone = answer(questions("one", new), [0.0]).whole.cpu
+    figures = {}
     for case in cases:
-        given = questions(case, new)
-        arrivals = np.arange(len(given)) * (EVERY * alone if case == "arrivals" else 0.0)
-        wall = time.perf_counter()
-        seconds = answer(given, arrivals.tolist())
-        wall = time.perf_counter() - wall
-        found[case] = {"tokens": sum(tokens for _, tokens in given), "seconds": seconds, "wall": wall}
-    return found
+        asked = questions(case, new)
+        arrivals = np.arange(len(asked)) * (EVERY * alone if case == "arrivals" else 0.0)
+        runs = [answer(asked, arrivals.tolist()) for _ in range(repeats)]
+        whole = harness.least(run.whole for run in runs)
+        figures[case] = {
+            "tokens": sum(tokens for _, tokens in asked),
+            "seconds": whole.cpu,
+            "wall": whole.wall,
+            "first": vars(harness.least(run.first for run in runs)),
+            "rest": vars(harness.least(run.rest for run in runs)),
+        }
+    return figures
 
 
 def apart(directory: str, name: str, dtype: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """One contender in a fresh process."""
-    flags = ["--new", options.new, "--cases", *options.cases, "--inside", directory, name, dtype]
+    flags = ["--new", options.new, "--cases", *options.cases, "--repeats", options.repeats]
+    flags += ["--inside", directory, name, dtype]
     return harness.apart(__file__, *flags, threads=options.threads)
 
 
@@ -183,21 +223,28 @@ def table(found: dict[tuple[str, str], dict[str, dict[str, float]]], options: ar
 # -- the common table -------------------------------------------------------------------------------------------------
 
 
-Cases = dict[str, Seconds]
+REPEATS = 2
+Figures = dict[str, dict[str, Any]]  # those of `measure`
 
 
 def rows(quick: bool, limits: Limits) -> Iterator[Row]:
-    """Prefill of equal prompts, and decoding alone and together: what all tokens take less what the first ones do."""
-    new, length = 24 if quick else 128, len(prompts()[0]["input_ids"])
+    """Prefill of equal prompts, until all answers have begun; and decoding the rest of them, alone and together."""
+    new, length = 32 if quick else 128, len(prompts()[0]["input_ids"])
 
-    def later(kind: str, cases: Cases) -> Seconds:
-        return (cases[kind] - cases[kind + FIRST]) / (new - 1)
+    def later(figures: Figures, case: str) -> Seconds:
+        return Seconds(**figures[case]["rest"]) / (new - 1)
 
-    pieces: dict[str, tuple[str, harness.Limit, Callable[[Cases], Seconds]]] = {
-        "prefill": (f"{BATCH} prompts of {length} tokens", prefill_limit(quick, limits), lambda x: x["equal" + FIRST]),
-        "decode, one": ("a token of 1 sequence", decode_limit(quick, limits, 1), lambda x: later("one", x)),
+    pieces: dict[str, tuple[str, harness.Limit, Callable[[Figures], Seconds]]] = {
+        "prefill": (
+            f"{BATCH} prompts of {length} tokens", prefill_limit(quick, limits),
+            lambda figures: Seconds(**figures["equal"]["first"]),
+        ),
+        "decode, one": (
+            "a token of 1 sequence", decode_limit(quick, limits, 1), lambda figures: later(figures, "one"),
+        ),
         "decode, many": (
-            f"a token of each of {BATCH} sequences", decode_limit(quick, limits, BATCH), lambda x: later("equal", x)
+            f"a token of each of {BATCH} sequences", decode_limit(quick, limits, BATCH),
+            lambda figures: later(figures, "equal"),
         ),
     }  # fmt: skip
     taken = apart_each(quick, new)
@@ -209,18 +256,14 @@ def rows(quick: bool, limits: Limits) -> Iterator[Row]:
             yield Row(name, side, work_here, own, theirs, other, limit, command)
 
 
-def apart_each(quick: bool, new: int) -> dict[str, Cases]:
-    """What ours and transformers take for one prompt and for many, whole and to the first token."""
-    cases = [kind + end for kind in ("one", "equal") for end in ("", FIRST)]
+def apart_each(quick: bool, new: int) -> dict[str, Figures]:
+    """What ours and transformers take for one prompt and for many."""
     names = [*harness.sides(), *(["transformers"] if harness.installed("transformers", "torch") else [])]
-    taken = {}
+    flags = ["--new", new, "--cases", "one", "equal", "--repeats", REPEATS]
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory), quick)
-        for name in names:
-            flags = ["--new", new, "--cases", *cases, "--inside", f"{directory}/model", name, "float32"]
-            figures = harness.apart(__file__, *flags)
-            taken[name] = {case: Seconds(figures[case]["seconds"], figures[case]["wall"]) for case in cases}
-    return taken
+        model = f"{directory}/model"
+        return {name: harness.apart(__file__, *flags, "--inside", model, name, "float32") for name in names}
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -256,16 +299,17 @@ def main() -> None:
     """Run every contender in a process of its own and print, or write, the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=1, help="the least of so many runs counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=[*CASES, *(case + FIRST for case in CASES)])
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         directory, name, dtype = options.inside
-        print(json.dumps(measure(contender(name, Path(directory), dtype), options.cases, options.new)))  # noqa: T201
+        print(json.dumps(measure(contender(name, Path(directory), dtype), options.cases, options.new, options.repeats)))  # noqa: T201
         return
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))
