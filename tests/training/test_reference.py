@@ -24,7 +24,7 @@ NAME, OTHER = "qwen2.5-tied", "qwen2.5-untied"
 
 def recipe_of(tiny, **dpo):
     lora = dpo.pop("lora", None)
-    values = {"model": {"path": str(tiny.directory(NAME))}, "data": {"train": "-"}, "dpo": dpo}
+    values = {"model": {"path": str(tiny.directory(NAME)), "dtype": "float32"}, "data": {"train": "-"}, "dpo": dpo}
     return make_recipe(values | ({"lora": lora} if lora else {}))
 
 
