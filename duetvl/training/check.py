@@ -60,8 +60,9 @@ def check(
     records of each of `data.train` and `data.val` instead, drawn by `data.seed` (of a stream the first). A model
     directory may lack its weights: all else is checked then, and a line says so.
 
-    Nothing is written, but for what is asked for: into the directory `output`, pictures of the lengths and a list of
-    all records that are left out; the schedule of a pipeline into the PNG file `schedule`.
+    Nothing is written (what an id of a hub needs is fetched into the hub's cache), but for what is asked for: into the
+    directory `output`, pictures of the lengths and a list of all records that are left out; the schedule of a pipeline
+    into the PNG file `schedule`.
 
     `device_type` is the device, of the table in docs/planning.md, that the seconds of a step are estimated for; None:
     this machine's processor, if the recipe is trained on it.
