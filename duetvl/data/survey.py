@@ -103,11 +103,11 @@ class Survey:
         total = int(lengths.sum(dtype=np.int64))
         middle, high = np.percentile(lengths, [50, 95])
         yield (
-            f"tokens: {total} in all, {total / len(lengths):.0f} on average, {middle:.0f} in the middle, {high:.0f} at "
-            f"95 %, {lengths.max()} in the longest"
+            f"tokens: {total} in total, mean {total / len(lengths):.0f}, median {middle:.0f}, 95% quantile {high:.0f}, "
+            f"longest {lengths.max()}"
         )
         yield (
-            f"shares: images {self.image_tokens / total:.1%} ({self.images} of them), videos "
+            f"shares: images {self.image_tokens / total:.1%} ({self.images}), videos "
             f"{self.video_tokens / total:.1%} ({self.videos}), text {self._text_share(total):.1%}; "
             f"trained {self.trained_tokens / total:.1%}"
         )

@@ -61,13 +61,13 @@ class Memory:
 
     def describe_process(self) -> str:
         """One line on a process on a CPU."""
-        program = f"{(IMPORTED + RUNNING) / 2**30:.2f} of the program and its libraries"
+        program = f"{(IMPORTED + RUNNING) / 2**30:.2f} for the program and its libraries"
         if gives_back():
-            kept = f"and nothing that malloc keeps, by {GIVES_BACK}"
+            kept = f"and no freed memory kept by malloc, because of {GIVES_BACK}"
         else:
-            kept = f"and {self.kept / 2**30:.2f} that glibc's malloc keeps of what was freed"
-            kept += f" ({GIVES_BACK}=262144 in the environment gives it back, for more processor time)"
-        return f"memory: a process of about {self.process / 2**30:.2f} GiB on a CPU: these tensors, {program}, {kept}"
+            kept = f"and {self.kept / 2**30:.2f} of freed memory kept by glibc's malloc"
+            kept += f" ({GIVES_BACK}=262144 in the environment returns it, at the cost of processor time)"
+        return f"memory: about {self.process / 2**30:.2f} GiB for a process on a CPU: these tensors, {program}, {kept}"
 
     @property
     def on_device(self) -> int:

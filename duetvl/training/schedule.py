@@ -43,7 +43,7 @@ def stretched(recipe: Recipe, stored: Mapping[str, Any], records: Fraction | int
     if following == planned:
         return ""
     return (
-        f"{'warning: ' * (following > planned)}the schedule reached over {old} steps and now reaches over {new}: the "
+        f"{'warning: ' * (following > planned)}the schedule spanned {old} steps and now spans {new}: the "
         f"learning rate was {last:.3g} at step {step} and is {following:.3g} at step {step + 1}"
     )
 

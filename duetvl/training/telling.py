@@ -75,7 +75,7 @@ class Telling:
         totals = self.state.totals
         if seconds := totals["seconds"]:
             tokens = totals["tokens"]
-            self.watch.say(f"{tokens:.0f} tokens in steps of {seconds:.0f} s together: {tokens / seconds:.0f} tokens/s")
+            self.watch.say(f"{tokens:.0f} tokens in {seconds:.0f} s of steps: {tokens / seconds:.0f} tokens/s")
         if summary := self.state.feed.summary():
             self.watch.say(summary)
 

@@ -1,4 +1,4 @@
-"""The way in: from a recipe to a run."""
+"""The entry point of training: from a recipe to a run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def train(
 ) -> TrainResult:
     """Run a recipe: a file, a mapping of its sections, or a `Recipe`.
 
-    `overrides` are texts `section.key=value`; `backend` replaces the one that the recipe names. A run directory with
-    checkpoints is resumed; `resume` is "DIR" or "DIR@STEP" to go on from another run or an earlier step ("DIR@best":
-    from its best), and `restart` sets aside what the directory holds and starts at the beginning.
-    `prepare` builds what is trained, from a recipe whose `model.dtype` is not auto any more; by default supervised
-    fine-tuning of the recipe's model. Where it asks other ranks otherwise than by `Ranks`, no rank may fail alone
-    before that. `callbacks` are called as the run goes along. However it ends, no file is left half-written.
+    `overrides` are texts `section.key=value`; `backend` replaces the recipe's backend. A run directory with checkpoints
+    is resumed; `resume` is "DIR", "DIR@STEP" or "DIR@best" to resume from another run or checkpoint, and `restart` sets
+    the directory's contents aside and starts at step 0. `prepare` builds the training job from a recipe in which
+    `model.dtype` is resolved (never auto); by default supervised fine-tuning of the recipe's model. If it communicates
+    with other ranks other than through `Ranks`, no rank may fail by itself before that. `callbacks` are called during
+    the run. However the run ends, no file is left half-written.
     """
     given = read_recipe(recipe, overrides)
     if restart and resume is not None:

@@ -31,8 +31,8 @@ def test_good_left_out_and_bad_records_are_told_apart_and_named():
     assert (found.records, found.dropped, found.bad) == (10, 1, 7)
     lines = list(found.lines())
     assert lines[0] == "10 records: 2 good, 1 left out, 7 bad"
-    assert lines[1].startswith("tokens: 40 in all, 20 on average, 20 in the middle,")
-    assert lines[2] == "shares: images 10.0% (1 of them), videos 0.0% (0), text 90.0%; trained 15.0%"
+    assert lines[1].startswith("tokens: 40 in total, mean 20, median 20,")
+    assert lines[2] == "shares: images 10.0% (1), videos 0.0% (0), text 90.0%; trained 15.0%"
     assert "truncated: 1 samples" in lines
     assert "  left out: a.jsonl:3: is too long" in lines
     assert lines[-2:] == ["  bad: a.jsonl:8: no such file", "  bad: and 2 more"]

@@ -216,7 +216,7 @@ def test_a_longer_run_says_what_becomes_of_its_learning_rate(torch_be, recipe, c
     run(torch_be, recipe, "train.steps=4", *linear)
     assert "the schedule" not in capsys.readouterr().out
     run(torch_be, recipe, "train.steps=8", *linear)
-    said = "the schedule reached over 4 steps and now reaches over 8: the learning rate was 0.0125 at step 4 and is"
+    said = "the schedule spanned 4 steps and now spans 8: the learning rate was 0.0125 at step 4 and is"
     assert f"warning: {said} 0.025 at step 5\n" in capsys.readouterr().out
     run(torch_be, recipe, "train.steps=8", *linear)
     assert "the schedule" not in capsys.readouterr().out

@@ -278,10 +278,13 @@ def test_a_process_on_a_cpu_takes_more_than_its_tensors(tiny, monkeypatch):
     assert long.kept == 0, "large blocks go back to the system when they are freed"
     parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "passing"), 0)
     shown = Memory(**parts, peak=1024 * mib, kept=512 * mib)
-    assert "a process of about 1.82 GiB on a CPU: these tensors, 0.32 of the program" in shown.describe_process()
-    assert "and 0.50 that glibc's malloc keeps" in shown.describe_process()
+    assert "about 1.82 GiB for a process on a CPU: these tensors, 0.32 for the program" in shown.describe_process()
+    assert "and 0.50 of freed memory kept by glibc's malloc" in shown.describe_process()
     monkeypatch.setenv(GIVES_BACK, "262144")
-    assert shown.process == 1024 * mib + IMPORTED + RUNNING and "nothing that malloc keeps" in shown.describe_process()
+    assert (
+        shown.process == 1024 * mib + IMPORTED + RUNNING
+        and "no freed memory kept by malloc" in shown.describe_process()
+    )
     monkeypatch.setenv(GIVES_BACK, str(2**25))
     assert shown.process == (1024 + 512) * mib + IMPORTED + RUNNING
 

@@ -188,8 +188,8 @@ def _headers(file: BinaryIO, path: Path, at: int, *, warn: bool) -> Iterator[tar
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]  # the file's end
             if warn and not closed:
                 warnings.warn(
-                    f"{path}: ends behind a whole member without the empty blocks that close a tar file; what is there "
-                    f"is read, but if the file was cut off, records are missing",
+                    f"{path}: ends after a complete member but without the blocks that close a tar file; if the file "
+                    "was truncated, records are missing",
                     stacklevel=2,
                 )
             return

@@ -1,4 +1,4 @@
-"""What a user hangs into a run: functions that are called as it goes along, and may ask it to stop.
+"""Callbacks: functions of the user that are called during a run, and may stop it.
 
 class StopWhenGood(Callback):
     def on_eval(self, run, row):
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 class Running(Protocol):
-    """What a callback sees of the run, and may ask of it."""
+    """The run as callbacks see it."""
 
     recipe: Recipe
     backend: Backend
@@ -32,24 +32,24 @@ class Running(Protocol):
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of completed optimizer steps."""
         ...
 
     @property
     def model(self) -> Any:
-        """The model in training. Its tensors are for reading."""
+        """The model in training. Its tensors must not be modified."""
         ...
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal asks any rank to stop: give up what takes long, the run wants to save.
+        """Whether a signal asks any rank to stop: abort long work, so that the run can save.
 
-        Every rank has to ask.
+        Every rank must read it together.
         """
         ...
 
     def say(self, text: str) -> None:
-        """Show a line on the terminal."""
+        """Print a line."""
         ...
 
     def log(self, row: Row) -> None:
@@ -61,27 +61,27 @@ class Running(Protocol):
         ...
 
     def validation_samples(self, count: int) -> list[Sample | Pair]:
-        """The first `count` samples of the validation data; none where there is no such data. Every rank has to ask."""
+        """The first `count` samples of the validation data, [] without such data. Every rank must call it."""
         ...
 
     def stop(self, reason: str) -> None:
-        """End the run after this step as if it were the last one: evaluated, saved, exported."""
+        """End the run after this step as after the last one: evaluate, save, export."""
         ...
 
 
 class Callback:
-    """Does nothing; override what you need. All are called by the training thread, between two steps.
+    """Base class with empty methods; override what you need. They are called by the training thread between two steps.
 
-    Every rank of a run calls them in the same order: a model that is divided answers when all ranks ask it. What is
-    said and logged is that of rank 0. An exception ends the run, which saves what it has done and leaves no file
-    half-written; on many ranks it is resumed from its last checkpoint.
+    Every rank of a run calls them in the same order, so that a model divided over ranks can be used in them. Only rank
+    0's output and logging count. An exception ends the run: one process saves the completed steps first; many ranks
+    resume from their last checkpoint. No file is left half-written.
     """
 
     def on_start(self, run: Running) -> None:
-        """Before the first step of this start; `run.step` is not 0 where it resumes from a checkpoint."""
+        """Before the first step of this start; `run.step` is not 0 if it resumes from a checkpoint."""
 
     def on_step(self, run: Running, row: Row) -> None:
-        """After a step; `row` is what metrics.jsonl gets."""
+        """After a step; `row` is its row in metrics.jsonl."""
 
     def on_eval(self, run: Running, row: Row) -> None:
         """After an evaluation; `row` has `eval_loss` and `eval_tokens`."""
