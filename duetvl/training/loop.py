@@ -17,13 +17,12 @@ from duetvl.core.batch import Pair, Sample
 from duetvl.core.errors import CheckpointError, DataError
 from duetvl.data.loading.loader import Step
 from duetvl.data.loading.peers import Peers
-from duetvl.storage.finding import CheckpointRef, saved_steps
+from duetvl.storage.finding import saved_steps
 from duetvl.training.checkpoints.checkpoint import go_on_from
 from duetvl.training.checkpoints.run_directory import (
     Start,
     begin,
     check_resumable,
-    from_these_weights,
     note_saved,
 )
 from duetvl.training.checkpoints.saving import Saver
@@ -31,14 +30,14 @@ from duetvl.training.checkpoints.writing import note_best, remove_leftovers
 from duetvl.training.ending import Export, TrainResult, last_losses
 from duetvl.training.evaluations import Evaluations
 from duetvl.training.failures import ending_alone
-from duetvl.training.feed import DataSets, Feed
+from duetvl.training.feed import DataSets
 from duetvl.training.introduction import introduction
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.room import memory_estimate, room_warnings
 from duetvl.training.schedule import learning_rate, stretched, total_steps
 from duetvl.training.signals import StopSignals
-from duetvl.training.state import RunState
+from duetvl.training.state import RunState, feed_from
 from duetvl.training.step import Outlook, StepGivenUp, Trainer
 from duetvl.training.telling import Telling
 from duetvl.training.watching.callbacks import Callback, Callbacks, told
@@ -89,8 +88,9 @@ class Run:
         self.ranks = self.trainer.ranks
         self.meter = Meter(recipe, backend, job.flops)
         self.ranks.together(lambda: check_resumable(start, recipe, self.total))
-        peers = self._peers()
-        self.feed = self.ranks.together(lambda: self._fed(sets, start.checkpoint, peers))
+        engine = backend.collectives
+        peers = Peers.meet(recipe.parallel.mesh, engine.rank, engine.meeting_host(), self.ranks.each)
+        self.feed = self.ranks.together(lambda: feed_from(start.checkpoint, recipe, job, sets, peers))
         self.state = RunState(recipe, job, self.trainer, self.feed, backend)
         self.forecast = Forecast(job.seconds, self.feed.first_drafts)
         if job.before is not None:
@@ -108,23 +108,6 @@ class Run:
         self.trace = Trace(recipe.log.profile, backend.device, self.run_dir / "profile", self.say)
         self.export = Export(recipe, self.run_dir / "export", job.export)
         self.complete = False
-
-    def _fed(self, sets: DataSets, ref: CheckpointRef | None, peers: Peers) -> Feed:
-        """The data from where the checkpoint left it."""
-        try:
-            position = None if ref is None else ref.meta.data_position
-            return Feed(self.recipe, sets, self.job.encoder, position, peers=peers)
-        except DataError as error:
-            files = ", ".join(source.path for source in self.recipe.data.train)
-            if ref is None:
-                raise DataError(f"{files}: {error}") from None
-            hint = f"restore the data to resume, or {from_these_weights(ref, self.recipe)}"
-            raise DataError(f"{files}: {error}, of {ref.path}; {hint}") from None
-
-    def _peers(self) -> Peers:
-        """The ranks as the data sees them, connected."""
-        engine = self.backend.collectives
-        return Peers.meet(self.recipe.parallel.mesh, engine.rank, engine.meeting_host(), self.ranks.each)
 
     def run(self) -> TrainResult:
         """Train to the end, or until a signal or a callback asks to stop."""

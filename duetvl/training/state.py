@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from duetvl.core.backend import Backend
-from duetvl.core.errors import CheckpointError
+from duetvl.core.errors import CheckpointError, DataError
+from duetvl.data.loading.peers import Peers
 from duetvl.parallel.inventory import Inventory
 from duetvl.storage.checkpoint_format import Meta
 from duetvl.storage.finding import CheckpointRef
 from duetvl.training.checkpoints.checkpoint import load_checkpoint, take_snapshot
-from duetvl.training.checkpoints.run_directory import same_validation
+from duetvl.training.checkpoints.run_directory import from_these_weights, same_validation
 from duetvl.training.checkpoints.writing import Snapshot
-from duetvl.training.feed import Feed
+from duetvl.training.feed import DataSets, Feed
 from duetvl.training.job import Job
 from duetvl.training.recipe.sections import Recipe
 from duetvl.training.step import Trainer
@@ -82,6 +83,19 @@ class RunState:
         self.evaluated_since = ref.meta.extra.get("evaluated_since", -1) if alike else ref.step
         self.feed.findings.counts.update(ref.meta.extra.get("records", {}))
         self.trainer.restore(ref.meta.extra.get("trainer", {}))
+
+
+def feed_from(ref: CheckpointRef | None, recipe: Recipe, job: Job, sets: DataSets, peers: Peers) -> Feed:
+    """The data from where a checkpoint left it, or from the start. DataError where it is not that of the checkpoint."""
+    try:
+        position = None if ref is None else ref.meta.data_position
+        return Feed(recipe, sets, job.encoder, position, peers=peers)
+    except DataError as error:
+        files = ", ".join(source.path for source in recipe.data.train)
+        if ref is None:
+            raise DataError(f"{files}: {error}") from None
+        hint = f"restore the data to resume, or {from_these_weights(ref, recipe)}"
+        raise DataError(f"{files}: {error}, of {ref.path}; {hint}") from None
 
 
 def _check_same(ref: CheckpointRef, key: str, found: Mapping[str, Any], what: str) -> None:
