@@ -18,13 +18,14 @@ from duetvl.core.stages import even_range
 from duetvl.data.draft import Draft
 from duetvl.models.lora import Adapters, is_adapter
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.memory import Held, Load, Trained, activations
+from duetvl.models.qwen_vl.memory import BYTES, Held, Load, Trained, activations
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.models.qwen_vl.sharding import Unit, block_of
 from duetvl.parallel.context import shares_of
 from duetvl.parallel.division import Division, owned_range
 from duetvl.parallel.schedule import tapes_in_flight
 from duetvl.parallel.zero import BUCKET
+from duetvl.training.checkpoints.space import exported_dtype
 from duetvl.training.recipe.placement import exchanging, stages_of
 from duetvl.training.recipe.sections import Recipe
 
@@ -316,12 +317,15 @@ def largest_block(trained: Trained, division: Division) -> tuple[int, int]:
 
 
 def disk_of(config: ModelConfig, recipe: Recipe, adapters: Adapters | None = None) -> tuple[int, int, int]:
-    """Bytes of a checkpoint, those of the weights in it (of a LoRA run the adapters'), and those of the whole model."""
-    trained = _trained(config, recipe, adapters)
-    model = trained.stored(parameter_shapes(config))
+    """Bytes of a checkpoint, those of the weights in it (of a LoRA run the adapters'), and those of the whole model as
+    it is exported."""
+    trained, shapes = _trained(config, recipe, adapters), parameter_shapes(config)
+    model = trained.stored(shapes)
+    written = exported_dtype(config.dtype)
+    whole = model if written is None else BYTES[written] * sum(map(math.prod, shapes.values()))
     weights = model if adapters is None else trained.stored(filter(is_adapter, trained.shapes))
     beside = 0 if recipe.checkpoint.save_only_model else trained.optimizer_state(recipe.optim.state_dtype)
-    return weights + beside, weights, model
+    return weights + beside, weights, whole
 
 
 def _trained(config: ModelConfig, recipe: Recipe, adapters: Adapters | None) -> Trained:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from duetvl.core.device import Device
 from duetvl.core.ranks import Ranks
-from duetvl.training.checkpoints.space import Space
+from duetvl.training.checkpoints.space import Space, exported_dtype
 from duetvl.training.memory import Memory
 from duetvl.training.state import RunState
 
@@ -32,7 +32,8 @@ def room_warnings(state: RunState, ranks: Ranks, steps: int, estimate: Memory | 
 
 def _disk(state: RunState, steps: int) -> str | None:
     recipe = state.recipe
-    space = Space.of(state.kept, state.trainer.everything, state.trainer.state.dtype, recipe)
+    written = exported_dtype(state.job.model_config.get("torch_dtype"))
+    space = Space.of(state.kept, state.trainer.everything, state.trainer.state.dtype, recipe, written)
     return space.warning(Path(recipe.train.output_dir), recipe.checkpoint, steps, refuse=True)
 
 

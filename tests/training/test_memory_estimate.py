@@ -242,7 +242,7 @@ def test_a_checkpoint_takes_what_is_told_before_it(tiny, dtype, targets):
     adapters = Adapters(dict.fromkeys(layers(model.config).choose(targets), Size(2, 4.0))) if targets else None
     sections = {"model": {"path": "m", "dtype": dtype, "freeze": [] if targets else ["vision"]}}
     recipe = recipe_of(**sections, checkpoint={"export": True}, **({"lora": {}} if targets else {}))
-    plain = sum(p.tensor.nbytes for p in model.parameters.values())
+    plain = 4 * sum(math.prod(p.shape) for p in model.parameters.values())
     if adapters:
         add_adapters(model, adapters, 0)
     model.freeze(recipe.model.freeze)
@@ -252,8 +252,8 @@ def test_a_checkpoint_takes_what_is_told_before_it(tiny, dtype, targets):
     checkpoint, weights, whole = disk_of(model.config, recipe, adapters)
     assert checkpoint == sum(piece.spec.nbytes for piece in taken.pieces)
     assert weights == sum(p.tensor.nbytes for p in stored)
-    assert whole == plain
-    found = Space.of(own_entries(stored, be), trainer.everything, trainer.state.dtype, recipe)
+    assert whole == plain  # in the dtype of config.json, which an export has
+    found = Space.of(own_entries(stored, be), trainer.everything, trainer.state.dtype, recipe, model.config.dtype)
     assert found == Space.with_export(checkpoint, weights, whole, recipe)
 
 

@@ -17,13 +17,14 @@ from duetvl.models.lora import Adapters
 from duetvl.models.model_directory import ModelDirectory
 from duetvl.models.qwen_vl.adapters import linear_shapes, merged_tensors, write_adapter_files
 from duetvl.models.qwen_vl.config import ModelConfig
-from duetvl.models.qwen_vl.loading import DTYPES, write_config
+from duetvl.models.qwen_vl.loading import write_config
 from duetvl.models.qwen_vl.parameters import parameter_shapes
 from duetvl.storage.files import staged_directory
 from duetvl.storage.finding import CheckpointRef, find_checkpoint, parse_run
 from duetvl.storage.tensor_files import TensorSpec
 from duetvl.storage.weights_dir import Shape, count_and_name, write_shards
 from duetvl.training.checkpoints.run_directory import ExportKind
+from duetvl.training.checkpoints.space import exported_dtype
 
 Say = Callable[[str], None]
 Fetch = Callable[[str], np.ndarray]
@@ -73,7 +74,7 @@ def export_checkpoint(
         return
     config = _config_of(ref)
     trained = _merged(ref, config, source) if _has_adapters(ref) else _whole(ref, config)
-    specs, fetch = _in_dtype(*trained, dtype or config.dtype)
+    specs, fetch = _in_dtype(*trained, dtype or exported_dtype(config.dtype))
     if kind == "mindspeed_mm":
         export_mindspeed_mm(Path(target), config, specs, fetch, Layout.one_stage(config), overwrite=overwrite)
         return
@@ -87,8 +88,8 @@ def export_checkpoint(
 
 
 def _in_dtype(specs: dict[str, TensorSpec], fetch: Fetch, dtype: str | None) -> tuple[dict[str, TensorSpec], Fetch]:
-    """The tensors in a dtype; as they are where it is none that weights are held in."""
-    if dtype not in DTYPES:
+    """The tensors in a dtype; without one as they are."""
+    if dtype is None:
         return specs, fetch
 
     def rounded(name: str) -> np.ndarray:

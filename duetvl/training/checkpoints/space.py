@@ -9,6 +9,7 @@ from typing import Final
 
 from duetvl.core.errors import ConfigError
 from duetvl.models.lora import is_adapter
+from duetvl.models.qwen_vl.memory import BYTES
 from duetvl.parallel.inventory import Entry, Inventory
 from duetvl.storage.files import free_space
 from duetvl.storage.finding import STEP, checkpoints_dir
@@ -32,13 +33,16 @@ class Space:
         everything: Inventory,
         state_dtype: str,
         recipe: Recipe,
+        dtype: str | None = None,
     ) -> Space:
         """Of a run whose checkpoints keep the stored parameters, and whose model has all of these, adapters included.
 
+        `dtype` is that of an exported model, None where it is exported as it is trained.
         What all ranks write, since it goes to one file system.
         """
         weights = sum(_bytes(entry, entry.dtype) for entry in stored.values())
-        model = sum(_bytes(entry, entry.dtype) for path, entry in everything.items() if not is_adapter(path))
+        plain = [entry for path, entry in everything.items() if not is_adapter(path)]
+        model = sum(_bytes(entry, dtype or entry.dtype) for entry in plain)
         updated = [entry for entry in stored.values() if entry.trainable]
         if recipe.checkpoint.save_only_model:
             return cls.with_export(weights, weights, model, recipe)
@@ -48,9 +52,10 @@ class Space:
 
     @classmethod
     def with_export(cls, checkpoint: int, weights: int, model: int, recipe: Recipe) -> Space:
-        """Of a recipe's run: `weights` are the bytes of a checkpoint that are weights, `model` those of all of it."""
+        """Of a recipe's run: `weights` are the bytes of a checkpoint that are weights, `model` those of all of it as
+        it is exported."""
         export = recipe.checkpoint.export
-        whole = export in ("merged", "mindspeed_mm")
+        whole = export in ("merged", "mindspeed_mm") or recipe.lora is None
         return cls(checkpoint + _HEADERS, 0 if not export else model if whole else weights)
 
     def needed(self, section: CheckpointSection, steps: int, there: int) -> int:
@@ -78,6 +83,11 @@ class Space:
         if self.checkpoint > free and refuse:
             raise ConfigError(f"{found}, {have}")
         return f"warning: {found}, all at one time {in_words(needed)}, {have}"
+
+
+def exported_dtype(named: str | None) -> str | None:
+    """The dtype of an exported model whose `config.json` names this one; None where it is exported as it is trained."""
+    return named if named in BYTES else None
 
 
 def _bytes(entry: Entry, dtype: str) -> int:
