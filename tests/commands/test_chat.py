@@ -74,7 +74,7 @@ def test_a_reset_and_what_fails(talk: Any, be: Backend, here: Path) -> None:
     assert "error: gone.png: no such file" in told
     assert "error: /image takes the path of one file, found nothing" in told
     assert "error: top_p is 7.0, expected a number above 0 and at most 1" in told
-    assert any(line.startswith("error: /nothing is no command") for line in told)
+    assert any(line.startswith("error: /nothing is not a command") for line in told)
     assert any(line.startswith("error: /params: 'colour=1' is not of the form NAME=VALUE") for line in told)
 
 
