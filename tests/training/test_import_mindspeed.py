@@ -175,7 +175,9 @@ def test_an_imported_run_trains(be, tmp_path, capsys):
     assert (result.run_dir / "export" / "adapter_config.json").is_file()
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["tokens_per_sample"] for row in rows] == [row["tokens"] / 4 for row in rows]  # as --log-tps says
-    assert re.search(rf"^{rows[-1]['total_tokens']:.0f} tokens in .* s of steps: .* tokens/s$", capsys.readouterr().out, re.M)
+    assert re.search(
+        rf"^{rows[-1]['total_tokens']:.0f} tokens in .* s of steps: .* tokens/s$", capsys.readouterr().out, re.M
+    )
 
 
 # -- what changes its meaning, what does not fit together ------------------------------------------------------------
