@@ -138,7 +138,7 @@ def test_copies_over_ranks_answer_as_one_process_and_end_with_a_lost_rank(
     only_on(backend, "torch_npu", full)
     miniatures.ai2d(here)
     words = ("model", "--task", "ai2d_test", "--data", "AI2D_TEST.tsv", "--min-pixels", "784", "--max-pixels", "3136",
-             "--max-new-tokens", "4", "--cache-tokens", "4096", "--backend", backend)  # fmt: skip
+             "--max-new-tokens", "60", "--cache-tokens", "4096", "--backend", backend)  # fmt: skip
     together = f"copies-{backend}"
     start.append(Command(here, "eval", *words, "-o", together, "--nproc", "4", "--tp", "2", "--max-sequences", "1"))
     answered = here / together / "answers.jsonl.part"
