@@ -178,23 +178,24 @@ def started(what: str, model: str, processes: int, detail: Any = None) -> Any:
 
 
 def proposed(model: str) -> list[tuple[str, dict[str, Any], int]]:
-    """Layouts of the search, at most five on 2 devices and five on 4: the first of each kind, with its memory."""
+    """Layouts of the search, at most four on 2, on 3 and on 4 devices: the first of each kind, with its memory."""
     from duetvl.cost_model.measured import this_cpu
     from duetvl.models.qwen_vl.config import load_config
     from duetvl.planning.search import Search, Wish, degrees
     from duetvl.planning.table import sections_of
+    from duetvl.training.memory import RUNNING
 
     config, found = load_config(model), []
-    for devices in (2, 4):
+    for devices in (2, 3, 4):
         device = this_cpu((TOKENS, 768, 2304), devices)
         wish = Wish(recipe_of({}, model), config, devices, device, 2**40, [size()])
         kinds: dict[Any, Any] = {}
         for one in Search(wish).best(1000):
             parallel = one.recipe.parallel
             kinds.setdefault((degrees(parallel), parallel.zero), one)
-        for (name, zero), one in list(kinds.items())[:5]:
+        for (name, zero), one in list(kinds.items())[:4]:
             words = f"{name}{' zero 3' * (zero == 3)}, recompute {one.recipe.train.recompute}"
-            found.append((words, sections_of(one), one.memory.peak))
+            found.append((words, sections_of(one), one.memory.peak + RUNNING))
     return found
 
 
@@ -244,21 +245,20 @@ def page(large: str, small: str) -> str:
         f"{LARGE['num_hidden_layers']} layers for memory, {SMALL['hidden_size']} and {SMALL['num_hidden_layers']} for "
         f"seconds; {SAMPLES} samples a step of {TOKENS} tokens with a picture of {PATCHES} patches, one a micro-batch; "
         f"real processes over gloo, one thread each. {platform.machine()}, {os.cpu_count()} cores; the load of the "
-        f"machine was {began:.1f} before and {os.getloadavg()[1]:.1f} after: others were at work on it.",
+        f"machine was {began:.1f} before and {os.getloadavg()[1]:.1f} after.",
         "",
         "## Memory of proposals",
         "",
         f"Of the rank with most, in MiB above the imported program: {sum(abs(one) <= 0.15 for one in off)} of "
-        f"{len(off)} estimates are within 15%, the largest difference is {max(map(abs, off)):.0%}. The estimate counts "
-        "tensors; of a CPU `duetvl check` says that a process takes about 0.1 GiB besides, which the last column adds: "
-        "for parts of so small a model that is a fifth of all. [rank_costs.md](rank_costs.md) has other layouts of a "
-        "larger model.",
+        f"{len(off)} estimates are within 15%, the largest difference is {max(map(abs, off)):.0%}. As in "
+        "`duetvl check`, an estimate is of the tensors and of what a running program takes besides; the processes give "
+        "freed memory back (`MALLOC_MMAP_THRESHOLD_`). [rank_costs.md](rank_costs.md) has other layouts of a larger "
+        "model.",
         "",
-        "| layout | estimate | measured | difference | with 0.1 GiB |",
-        "|---|---:|---:|---:|---:|",
+        "| layout | estimate | measured | difference |",
+        "|---|---:|---:|---:|",
         *(
-            f"| {name} | {estimate / 2**20:.0f} | {taken / 2**20:.0f} | {estimate / taken - 1:+.1%} | "
-            f"{(estimate + 0.1 * 2**30) / taken - 1:+.1%} |"
+            f"| {name} | {estimate / 2**20:.0f} | {taken / 2**20:.0f} | {estimate / taken - 1:+.1%} |"
             for name, estimate, taken in measured
         ),
         "",
