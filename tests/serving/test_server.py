@@ -272,7 +272,7 @@ BAD: list[tuple[Any, str]] = [
     ({"model": "tiny", "messages": USER, "top_logprobs": 3}, "needs logprobs"),
     ({"model": "tiny", "messages": USER, "stream_options": {"include_usage": True}}, "needs stream: true"),
     ({"model": "tiny", "messages": USER, "logit_bias": {"x": 1}}, "token ids"),
-    ({"model": "tiny", "messages": USER, "logit_bias": {"999999": 1}}, "none of the model's"),
+    ({"model": "tiny", "messages": USER, "logit_bias": {"999999": 1}}, "not one of the model's"),
     ({"model": "tiny", "messages": USER, "tool_choice": "required"}, "there are no tools"),
     ({"model": "tiny", "messages": [{"role": "bot", "content": "a"}]}, "messages.0: Input tag 'bot'"),
     ({"model": "tiny", "messages": [*USER, {"role": "assistant", "content": "b"}]}, "there is nothing to answer"),
