@@ -6,6 +6,7 @@ import numpy as np
 
 import duetvl
 from duetvl.core.optimizer import ParameterGroup
+from duetvl.training.dtype import on_device
 from duetvl.training.feed import DataSets, Feed
 from duetvl.training.recipe.reading import load_recipe
 from duetvl.training.sft import record_encoder
@@ -14,6 +15,7 @@ from duetvl.training.sft import record_encoder
 def main(path, target, *overrides):
     recipe = load_recipe(path, overrides)
     be = duetvl.load_backend(recipe.backend.name, recipe.backend.device)
+    recipe = on_device(recipe, be.device)  # decides `model.dtype: auto`
     model = duetvl.load_model(recipe.model.path, backend=be, dtype=recipe.model.dtype)
     model.freeze(["vision"])
     trained = [p for p in model.parameters.values() if p.trainable]
