@@ -187,7 +187,7 @@ class Ops(Protocol):
         Which ones is a hash, specified in counter_hash.py to the bit, of the integers in `key` (what the pass is: a
         seed, a step, a pack of the step, a place in the model) and of each element's row and column in the whole
         tensor. Where x is a part of it, `rows` (N,) integers are the numbers of its rows there, in any order, and
-        `column` is that of its first column; leading axes count as one. The mask is made again for the gradient, not
+        `column` is that of its first column; leading axes count as one. The mask is recomputed for the gradient, not
         stored. Computed in float32, rounded once. Raises ConfigError where `rows` does not number x's rows.
         """
         ...

@@ -170,7 +170,7 @@ def attention_of_last(q: Array, k: Array, v: Array, out: Array) -> None:
 def attention_grad(
     dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, spans: Spans
 ) -> tuple[Array, Array, Array]:
-    """Gradients to q, k and v; scores are made again from lse, block by block."""
+    """Gradients to q, k and v; scores are recomputed from lse, block by block."""
     dq = np.empty(q.shape, np.float32)
     dk, dv = np.zeros(k.shape, np.float32), np.zeros(v.shape, np.float32)
     delta = np.ascontiguousarray(np.einsum("thk,thk->ht", dout, out))

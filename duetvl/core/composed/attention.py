@@ -111,7 +111,7 @@ class ComposedAttention(Ops):
     def _run_grad(
         self, by_row: list[Tensor], by_key: list[Tensor], lse: Tensor, run: EqualSpans, spans: Spans
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients (B, L, K) of one run; each block of scores is made again from lse."""
+        """Gradients (B, L, K) of one run; each block of scores is recomputed from lse."""
         (dout, q, out), (k, v) = by_row, by_key
         scale = q.shape[-1] ** -0.5
         delta = self.sum(dout * out, -1, keepdims=True)

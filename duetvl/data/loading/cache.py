@@ -3,8 +3,8 @@
 An entry is a file named by a digest of all that its draft follows from: the record's values, size and time of change
 of the files that it names, how its data set is read, the encoder with its settings, and this package's code. So there
 is nothing to invalidate. A name without an ending is not known for a file's; so an entry also holds what was there of
-each medium's file, and is made again where that has changed. It appears by a rename: a reader sees all of it or
-nothing, and two writers of one entry write the same. What is damaged is made again.
+each medium's file, and is computed again if that has changed. It appears by a rename: a reader sees all of it or
+nothing, and two writers of one entry write the same. Damaged entries are computed again.
 
 Pixels are not kept. As bytes they take ten times the space of the JPEG that they come from, and reading so much from
 a disk that is shared takes as long as decoding it.

@@ -38,7 +38,7 @@ def score(question: Question, answer: str, profile: Profile) -> Score:
     """A choice by its letter, an open answer by MMMU's own rule.
 
     Beside it, as `vlmevalkit`, what VLMEvalKit makes of it: an open question becomes a choice between its answer and
-    "Other Answers", which favours whoever repeats the answer's text and no other rule.
+    "Other Answers", which favours answers that repeat the answer's text and no other rule.
     """
     if question.kind == "choice":
         mark = choice_score(question, answer, profile)
