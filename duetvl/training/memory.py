@@ -80,7 +80,7 @@ class Memory:
         parts = ("weights", "gradients", "optimizer", "activations", "passing")
         unit, size, form = ("GiB", 2**30, ".2f") if self.peak >= 2**27 else ("MiB", 2**20, ".1f")
         listed = ", ".join(f"{name} {getattr(self, name) / size:{form}}" for name in parts)
-        return f"memory: tensors of about {self.peak / size:{form}} {unit} at the peak on each rank ({listed})"
+        return f"memory: tensors of about {self.peak / size:{form}} {unit} at the peak per rank ({listed})"
 
     def warning(self, there: int, device: str) -> str | None:
         """What to say where that is beyond the bytes of memory of a device; None where it is not."""

@@ -229,8 +229,8 @@ def test_packs_of_a_recipe():
 
 def test_small_models_are_told_in_small_units():
     parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "passing"), 3 * 2**20)
-    assert "about 12.0 MiB at the peak on each rank (weights 3.0, " in Memory(**parts, peak=12 * 2**20).describe()
-    assert "about 2.00 GiB at the peak on each rank (weights 0.00, " in Memory(**parts, peak=2**31).describe()
+    assert "about 12.0 MiB at the peak per rank (weights 3.0, " in Memory(**parts, peak=12 * 2**20).describe()
+    assert "about 2.00 GiB at the peak per rank (weights 0.00, " in Memory(**parts, peak=2**31).describe()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
