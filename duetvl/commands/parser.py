@@ -202,7 +202,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(device_names())}, or cpu, which is measured; default {DEFAULT}",
     )
-    parser.add_argument("--memory", metavar="SIZE", help="of a device, for tensors: 64GiB; default: what the kind has")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="of a device, for tensors: 64GiB; default: 90%% of what the kind has"
+    )
     parser.add_argument("--seq", type=int, default=4096, metavar="N", help="most tokens of a micro-batch; default 4096")
     parser.add_argument("--sample", type=int, default=512, metavar="N", help="tokens of a sample; default 512")
     parser.add_argument("--answer", type=int, default=128, metavar="N", help="of them trained; default 128")

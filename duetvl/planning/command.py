@@ -25,6 +25,7 @@ from duetvl.training.recipe.reading import make_recipe
 
 _UNITS: Final = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SAMPLES_A_DEVICE: Final = 24  # the guides' 192 on 8
+_FOR_TENSORS: Final = 0.9  # of a device's memory; the allocator and the collectives take some
 _MEASURED: Final = 2048  # rows and columns of the product that is measured on a CPU, at most
 
 
@@ -32,10 +33,11 @@ _MEASURED: Final = 2048  # rows and columns of the product that is measured on a
 class Question:
     """What `duetvl plan` is asked.
 
-    memory: bytes of a device that tensors may take; None: what the kind has. seq: most tokens of a micro-batch. sample:
-    tokens of a sample, of a pair each answer with its prompt; of them `answer` are trained. picture: (height, width) in
-    pixels; `pictures` of them in each sample. global_batch: samples in a step; None: 24 a device. shares: of the
-    device's peaks, as text; measured: directories of runs on this kind of device that they are fitted to instead.
+    memory: bytes of a device that tensors may take; None: nine tenths of what the kind has. seq: most tokens of a
+    micro-batch. sample: tokens of a sample, of a pair each answer with its prompt; of them `answer` are trained.
+    picture: (height, width) in pixels; `pictures` of them in each sample. global_batch: samples in a step; None: 24 a
+    device. shares: of the device's peaks, as text; measured: directories of runs on this kind of device that they are
+    fitted to instead.
     """
 
     model: str
@@ -112,7 +114,7 @@ def wish_of(question: Question) -> Wish:
         base = base.model_copy(update={"model": base.model.model_copy(update={"dtype": values["model"]["dtype"]})})
     if question.shares is not None:
         device = replace(device, shares=shares_of(question.shares, device.shares))
-    memory = device.memory if question.memory is None else question.memory
+    memory = int(_FOR_TENSORS * device.memory) if question.memory is None else question.memory
     return Wish(base, config, question.devices, device, memory, [size])
 
 
