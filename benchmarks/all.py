@@ -239,7 +239,7 @@ def first_sentence(doc: str) -> str:
 
 
 def put(page: str, part: str, text: str) -> str:
-    """A page with one of its parts made anew."""
+    """A page with one of its parts replaced."""
     begin, end = f"<!-- {part} -->\n", f"<!-- end of {part} -->\n"
     before, _, rest = page.partition(begin)
     _, found, after = rest.partition(end)

@@ -110,7 +110,7 @@ def speed(directory: Path, images: int, repeats: int) -> str:
 
 
 def rounds(directory: Path, images: int, repeats: int) -> tuple[dict[str, list[Seconds]], dict[str, tuple[int, int]]]:
-    """What every contender takes for so many images, in turns; and patch rows and tokens that each makes of one."""
+    """What every contender takes for this number of images, in turns; and the patch rows and tokens of one."""
     paths = make_pictures(directory, [(448, 448)] * 16)
     contenders = dict(available(directory))
     made = {name: encode(paths[0]) for name, encode in contenders.items()}

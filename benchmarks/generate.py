@@ -299,7 +299,7 @@ def main() -> None:
     """Run every contender in a process of its own and print, or write, the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=1, help="the least of so many runs counts")
+    parser.add_argument("--repeats", type=int, default=1, help="number of runs, of which the fastest counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)

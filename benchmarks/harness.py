@@ -177,7 +177,7 @@ class Limits:
 
 
 def seconds_of_writing(directory: Path, size: int, repeats: int = 2) -> Seconds:
-    """The least to write so many bytes into a new file, and wait until they are on the disk."""
+    """The fastest time to write this number of bytes to a new file and wait until they are on the disk."""
     block, path = np.random.default_rng(0).bytes(2**24), directory / "written"
 
     def write() -> None:
@@ -222,7 +222,7 @@ def status(field: str) -> int:
 
 
 def apart(file: str, *arguments: object, threads: int = 1) -> Any:
-    """What a fresh process of a benchmark prints last, as JSON; it gets so many threads."""
+    """What a fresh process of a benchmark prints last, as JSON; `threads` is its number of threads."""
     limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "GLOG_v": "4"}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, file, *map(str, arguments)]

@@ -166,7 +166,7 @@ def link() -> dict[str, float]:
 
 
 def started(what: str, model: str, processes: int, detail: Any = None) -> Any:
-    """What rank 0 finds of `memory`, `seconds` or `link` in so many processes."""
+    """What rank 0 measures of `memory`, `seconds` or `link` in this number of processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
     words = [__file__, "--what", what, "--model", model, "--detail", json.dumps(detail)]

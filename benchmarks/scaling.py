@@ -65,7 +65,7 @@ class Layout:
 
 
 def planned(devices: int, samples: int, model: str = MODEL) -> Layout:
-    """The fastest layout for steps of so many samples; of 512 tokens each, with a picture of 324."""
+    """The fastest layout for a number of samples per step, of 512 tokens each, with a picture of 324."""
     overrides = ["optim.offload=true"] if devices in OFFLOADED else []
     wish = wish_of(Question(model, devices, DEVICE, global_batch=samples, overrides=overrides))
     return Layout(devices, Search(wish).best(1)[0], wish.config)

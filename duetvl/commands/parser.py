@@ -57,77 +57,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"duetvl {duetvl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a model as a recipe describes", epilog=_OVERRIDES)
-    _add_recipe(train)
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="DIR[@STEP|@best]",
-        help="resume from the newest checkpoint, which must exist, or from another run or step; a run that has "
-        "checkpoints is also resumed without this option",
-    )
-    train.add_argument(
-        "--restart", action="store_true", help="start at step 0; existing contents of the run directory are set aside"
-    )
-
+    _add_train(commands.add_parser("train", help="train a model as a recipe describes", epilog=_OVERRIDES))
     _add_launch(commands.add_parser("launch", help="train or infer over many processes, started by torchrun or msrun"))
-
-    check = commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES)
-    _add_recipe(check)
-    check.add_argument(
-        "--decode", action="store_true", help="also decode all pixels: finds truncated pictures, takes much longer"
-    )
-    check.add_argument(
-        "--device-type", metavar="NAME", help="estimate the seconds of a step for this device: 910B3, H100, ..."
-    )
-    check.add_argument("--sample", type=int, metavar="N", help="check N records of each data set, drawn by data.seed")
-    check.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="write histograms of lengths and lists of records left out there; by default nothing is written",
-    )
-    check.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline to this file")
-
+    _add_check(commands.add_parser("check", help="check a recipe, its model and all its records", epilog=_OVERRIDES))
     _add_plan(commands.add_parser("plan", help="propose layouts for a number of devices", epilog=_OVERRIDES))
-
     _add_import(commands.add_parser("import-mindspeed", help="turn a MindSpeed-MM run into a recipe"))
     _add_llamafactory(
         commands.add_parser("import-llamafactory", help="turn LLaMA-Factory's training YAML into a recipe")
     )
-
     _add_doctor(commands.add_parser("doctor", help="report what is installed and which backends and devices work"))
-
-    export = commands.add_parser("export", help="export a run's checkpoint for transformers (a LoRA run: for PEFT)")
-    export.add_argument("run", metavar="RUN[@STEP|@best]", help="run directory; by default its newest checkpoint")
-    export.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="DIR", help="output directory, which must not exist"
-    )
-    export.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the exported weights; default: as config.json says"
-    )
-
-    merge = commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it")
-    merge.add_argument("model", metavar="MODEL", help="model directory or hub id")
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
-    merge.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="DIR", help="output directory, which must not exist"
-    )
-
-    plot = commands.add_parser("plot", help="plot the curves of runs")
-    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    plot.add_argument(
-        "--key",
-        action="append",
-        default=[],
-        help="a value in metrics.jsonl, such as grad_norm or eval_loss; repeatable; default: losses and learning rates",
-    )
-    plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
-
+    _add_export(commands.add_parser("export", help="export a run's checkpoint for transformers (a LoRA run: for PEFT)"))
+    _add_merge(commands.add_parser("merge", help="write a model with a LoRA adapter (PEFT's layout) merged into it"))
+    _add_plot(commands.add_parser("plot", help="plot the curves of runs"))
     _add_data(commands.add_parser("data", help="convert data sets, preview samples"))
-
     add_infer(commands.add_parser("infer", help="answer a prompt, records or a directory of pictures"))
     add_eval(commands.add_parser("eval", help="score a model on benchmarks, compare two runs"))
     add_chat(commands.add_parser("chat", help="chat with a model in the terminal"))
@@ -137,6 +79,69 @@ def make_parser() -> argparse.ArgumentParser:
         bench.add_subparsers(dest="action", required=True, metavar="WHAT").add_parser("infer", help="inference speed")
     )
     return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR[@STEP|@best]",
+        help="resume from the newest checkpoint, which must exist, or from another run or step; a run that has "
+        "checkpoints is also resumed without this option",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="start at step 0; existing contents of the run directory are set aside"
+    )
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--decode", action="store_true", help="also decode all pixels: finds truncated pictures, takes much longer"
+    )
+    parser.add_argument(
+        "--device-type", metavar="NAME", help="estimate the seconds of a step for this device: 910B3, H100, ..."
+    )
+    parser.add_argument("--sample", type=int, metavar="N", help="check N records of each data set, drawn by data.seed")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write histograms of lengths and lists of records left out there; by default nothing is written",
+    )
+    parser.add_argument("--schedule", type=Path, metavar="PNG", help="draw the schedule of a pipeline to this file")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN[@STEP|@best]", help="run directory; by default its newest checkpoint")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="output directory, which must not exist"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the exported weights; default: as config.json says"
+    )
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="output directory, which must not exist"
+    )
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        help="a value in metrics.jsonl, such as grad_norm or eval_loss; repeatable; default: losses and learning rates",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: RUN/loss.png, or compare.png")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

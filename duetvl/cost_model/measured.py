@@ -20,7 +20,7 @@ _BETWEEN: Final = "gloo between processes of one machine: benchmarks/results/pla
 
 
 def this_cpu(shape: tuple[int, int, int], processes: int = 1) -> DeviceType:
-    """What one of so many processes reaches on this machine's processor.
+    """What one of `processes` reaches on this machine's processor.
 
     `shape` is (rows, inner, columns) of the product, best that of the model's own layers: small ones are slower. In
     half precision a processor is taken to be as fast as in float32. Takes a fifth of a second.

@@ -90,7 +90,7 @@ class Excesses:
             self.bounded[key] += 1
 
     def propose(self, records: int) -> str:
-        """How many of so many samples are too long, and which values would fit them, as overrides of the recipe."""
+        """How many samples are too long, and which values would fit them, as overrides of the recipe."""
         rest = self.count - self.bounded.total()
         smaller = " and ".join(f"{key}={value}" for key, value in sorted(self.bounds.items()))
         ways = [f"{smaller} would fit {f'all but {rest} of them' if rest else 'all'}"] if smaller else []

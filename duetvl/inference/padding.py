@@ -26,7 +26,7 @@ class Padding(Protocol):
     media_apart: ClassVar[bool]
 
     def pads(self, rows: int, sequences: int) -> int:
-        """How many are put behind a pass of so many rows, of so many sequences."""
+        """How many are put behind a pass of these numbers of rows and sequences."""
         ...
 
     @property

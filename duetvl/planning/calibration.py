@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 from duetvl.convert.opening import open_merged
 from duetvl.core.errors import ConfigError
@@ -58,7 +58,7 @@ def read_run(run: Path, device: DeviceType | None) -> Measured:
     if not file.is_file():
         raise ConfigError(f"--measured {run}: is not the directory of a run, it has no {RECIPE}")
     recipe = load_recipe(file)
-    rows = [row for row in read_metrics(run) if "step_s" in row][_WARMING:]
+    rows = [row for row in read_metrics(run) if _is_positive(row.get("step_s"))][_WARMING:]
     if len(rows) < _LEAST:
         raise ConfigError(
             f"--measured {run}: has {len(rows) + _WARMING} steps or fewer in metrics.jsonl; a run of at least "
@@ -72,6 +72,10 @@ def read_run(run: Path, device: DeviceType | None) -> Measured:
     adapters = plan.adapters if (plan := plan_adapters(recipe, source.config)) else None
     model = cost_model(recipe, source.config, adapters, sizes, device or here(recipe, source.config, sizes))
     return Measured(run, division_of(recipe, source.config), model, seconds, len(rows))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, float | int) and value > 0
 
 
 def fitted(runs: Sequence[Measured]) -> Shares:

@@ -119,7 +119,7 @@ def wish_of(question: Question) -> Wish:
 
 
 def _device(question: Question, config: ModelConfig) -> DeviceType:
-    """A row of the table; `cpu` for this machine's processor, which so many processes share."""
+    """A row of the table; `cpu` for this machine's processor, which the processes share."""
     if question.device.lower() != "cpu":
         return device_type(question.device)
     text = config.text

@@ -17,6 +17,7 @@ from duetvl.core.backend import load_backend
 from duetvl.core.errors import ConfigError
 from duetvl.storage.finding import find_checkpoint, parse_run
 from duetvl.training.checkpoints import space
+from duetvl.training.checkpoints.differences import BOUNDS, differences
 from duetvl.training.checkpoints.run_directory import find_start, locked
 from duetvl.training.recipe.reading import make_recipe
 from duetvl.training.recipe.yaml_values import read_yaml
@@ -314,3 +315,18 @@ def test_the_lock_goes_with_the_run(be, recipe, tmp_path):
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".")]
     with locked(tmp_path / "run") as notes:
         assert notes == ()
+
+
+def test_a_run_of_before_training_had_bounds_of_its_own_is_not_resumed_with_them(recipe):
+    """There, null was the model directory's number. Resuming asks for it to be written out."""
+    now = make_recipe(recipe)
+    stored = now.model_dump(mode="json")
+    assert differences(now, stored) == ([], [])
+    del stored["data"]["system"]  # which such a run did not have yet
+    harmless, grave = differences(now, stored)
+    assert grave == [f"{key} the number of the model directory -> None" for key in BOUNDS] and not harmless
+    written = make_recipe(recipe, [f"{key}={2**20}" for key in BOUNDS])
+    harmless, grave = differences(written, stored)
+    assert len(harmless) == 3 and not grave
+    stored["data"]["resize"] = "llamafactory"  # has the bounds that it had
+    assert differences(make_recipe(recipe, ["data.resize=llamafactory"]), stored) == ([], [])

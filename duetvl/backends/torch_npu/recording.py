@@ -20,9 +20,8 @@ Tensor = torch.Tensor
 Replay = Callable[[], Tensor]  # does what was recorded; the same tensor every time
 Record = Callable[[Callable[[], Tensor]], Replay]  # raises RuntimeError where the device refuses
 Move = Callable[[np.ndarray, str | None], Tensor]
-WARM_UP: Final = (
-    2  # passes of a kind before one is recorded: libraries set themselves up, and rare kinds stay as they are
-)
+# Passes of a kind before one is recorded: libraries set themselves up, and rare kinds stay as they are.
+WARM_UP: Final = 2
 DIFFERENCE: Final = 2.0**-6  # between two runs of the same kernels, as a share of the largest number
 
 

@@ -41,6 +41,8 @@ HARMLESS = frozenset(
     }
 )
 PLACES = frozenset({"path", "image_root"})  # of a data set
+BOUNDS = ("data.max_pixels", "data.video_max_pixels", "data.video_total_pixels")
+DIRECTORY = "the number of the model directory"  # what null stood for
 LENGTHS = frozenset({"data.cutoff_len", "data.too_long"})
 # A checkpoint knows no layout: any can resume from it.
 HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "eval", "log", "parallel"})
@@ -49,6 +51,9 @@ HARMLESS_SECTIONS = frozenset({"backend", "checkpoint", "eval", "log", "parallel
 def differences(recipe: Recipe, stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What a recipe has otherwise than the one that a run was trained with, as texts: harmless, and not."""
     old, new = {**_defaults(), **dict(_flat(stored))}, dict(_flat(recipe.model_dump(mode="json")))
+    data = stored.get("data", {})
+    if data and "system" not in data and old["data.resize"] != "llamafactory":  # before training had its own bounds
+        old.update(dict.fromkeys((key for key in BOUNDS if old[key] is None), DIRECTORY))
     for values in (old, new):  # the longest sample follows the packs where it is not given
         values["data.cutoff_len"] = values["data.cutoff_len"] or values["data.pack_tokens"]
     # A section that is absent now is one key here and several there; what only an old version knew has no meaning now.
@@ -76,6 +81,8 @@ def _harmless(key: str, old: Mapping[str, Any], recipe: Recipe) -> bool:
     if key == "data.train":
         sources = [source.model_dump(mode="json") for source in recipe.data.train]
         return _without_places(old[key]) == _without_places(sources)
+    if key in BOUNDS and old[key] == DIRECTORY:  # harmless where the recipe writes out what the directory says
+        return getattr(recipe.data, key.partition(".")[2]) is not None
     if key in LENGTHS:  # so far no sample was too long, or none of those was used
         return bool(old["data.too_long"] == "error")
     if key in PACKING and recipe.train.loss == "micro_batch":  # a loss that the micro-batches have a part in
